@@ -1,0 +1,269 @@
+"""Where voxels are: image grids, positions, boxes and model crops. Pure numpy.
+
+Conventions of the whole package: arrays are (D, H, W) = z, y, x. Positions from outside are ``ijk`` (x first, 0-based, as ITK-SNAP,
+Slicer and NIfTI show them) or ``ras`` in millimetres. Only this file and ``volume.py`` convert between them.
+
+Not here: reading files (``volume.py``), sampling a crop's intensities (``crops.py``). Read ``prompts.py`` next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+Triple = tuple[float, float, float]
+IntTriple = tuple[int, int, int]
+
+# A voxel's physical position in ITK is LPS; users and NIfTI say RAS. The first two axes change sign.
+_LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0])
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The sampling grid of a volume, exactly as its file states it (values are kept bit for bit).
+
+    Attributes:
+        shape_zyx: Voxels along z, y, x.
+        spacing_xyz_mm: Voxel edge along i, j, k in mm, all > 0.
+        origin_lps_mm: Physical position of voxel (0, 0, 0) in ITK's LPS frame, mm.
+        direction_lps: 3x3 direction cosines, row-major, columns are the i, j, k axes in LPS.
+    """
+
+    shape_zyx: IntTriple
+    spacing_xyz_mm: Triple = (1.0, 1.0, 1.0)
+    origin_lps_mm: Triple = (0.0, 0.0, 0.0)
+    direction_lps: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+
+    @property
+    def spacing_zyx_mm(self) -> Triple:
+        """Voxel edge along z, y, x in mm."""
+        x, y, z = self.spacing_xyz_mm
+        return (z, y, x)
+
+    @property
+    def size_ijk(self) -> IntTriple:
+        """Voxels along i, j, k."""
+        d, h, w = self.shape_zyx
+        return (w, h, d)
+
+    @property
+    def affine_ras(self) -> NDArray[np.float64]:
+        """4x4 matrix from ijk to RAS millimetres (what NIfTI calls the affine)."""
+        matrix = np.eye(4)
+        direction = np.asarray(self.direction_lps, dtype=np.float64).reshape(3, 3)
+        matrix[:3, :3] = _LPS_FROM_RAS @ direction @ np.diag(self.spacing_xyz_mm)
+        matrix[:3, 3] = _LPS_FROM_RAS @ np.asarray(self.origin_lps_mm)
+        return matrix
+
+    def ijk_to_ras_mm(self, ijk: Triple) -> Triple:
+        """Physical position in RAS mm of a (fractional) voxel index."""
+        return as_triple((self.affine_ras @ np.array([*ijk, 1.0]))[:3])
+
+    def ras_mm_to_ijk(self, ras_mm: Triple) -> Triple:
+        """Fractional voxel index of a physical position in RAS mm."""
+        return as_triple(np.linalg.solve(self.affine_ras, np.array([*ras_mm, 1.0]))[:3])
+
+    def contains_ijk(self, ijk: Triple) -> bool:
+        """Whether the position falls in a voxel of the grid (voxel centres are integers, so -0.5 <= i < size - 0.5)."""
+        return all(-0.5 <= v < n - 0.5 for v, n in zip(ijk, self.size_ijk, strict=True))
+
+
+def as_triple(values: NDArray[np.floating] | tuple[float, ...] | list[float]) -> Triple:
+    """Three Python floats from any three numbers."""
+    a, b, c = (float(v) for v in values)
+    return (a, b, c)
+
+
+def ijk_to_zyx(ijk: Triple) -> Triple:
+    """Reverse the axis order: outside (x first) to array (z first)."""
+    return (ijk[2], ijk[1], ijk[0])
+
+
+def zyx_to_ijk(zyx: Triple) -> Triple:
+    """Reverse the axis order: array (z first) to outside (x first)."""
+    return (zyx[2], zyx[1], zyx[0])
+
+
+@dataclass(frozen=True)
+class CanonicalView:
+    """How to see an array in the axis order superior, anterior, right (z, y, x of RAS+) by transposing and flipping only.
+
+    A volume stored in any axis order or handedness gives the same canonical array, so a result does not depend on how a file was
+    stored; oblique volumes are seen along their nearest axes. No voxel value is interpolated and nothing is copied.
+
+    Attributes:
+        axes: For each canonical axis (z, y, x), the stored zyx axis it comes from.
+        flips: For each canonical axis, whether it runs against the stored axis.
+        shape_zyx: Shape of the canonical array.
+        spacing_zyx_mm: Spacing of the canonical array.
+    """
+
+    axes: IntTriple
+    flips: tuple[bool, bool, bool]
+    shape_zyx: IntTriple
+    spacing_zyx_mm: Triple
+
+    @classmethod
+    def of(cls, grid: Grid) -> CanonicalView:
+        """The canonical view of a grid: each RAS axis is given to the most nearly parallel free voxel axis."""
+        matrix = grid.affine_ras[:3, :3] / np.asarray(grid.spacing_xyz_mm)  # rows: r, a, s; columns: i, j, k
+        closeness = np.abs(matrix)
+        world_of_voxel = [-1, -1, -1]
+        for _ in range(3):
+            world, voxel = np.unravel_index(int(np.argmax(closeness)), (3, 3))
+            world_of_voxel[int(voxel)] = int(world)
+            closeness[world, :] = -1.0
+            closeness[:, voxel] = -1.0
+        axes, flips = [0, 0, 0], [False, False, False]
+        for voxel, world in enumerate(world_of_voxel):
+            axes[2 - world] = 2 - voxel
+            flips[2 - world] = bool(matrix[world, voxel] < 0)
+        shape, spacing = grid.shape_zyx, grid.spacing_zyx_mm
+        return cls(
+            axes=(axes[0], axes[1], axes[2]),
+            flips=(flips[0], flips[1], flips[2]),
+            shape_zyx=(shape[axes[0]], shape[axes[1]], shape[axes[2]]),
+            spacing_zyx_mm=(spacing[axes[0]], spacing[axes[1]], spacing[axes[2]]),
+        )
+
+    def to_canonical(self, array: NDArray) -> NDArray:
+        """A view of a stored (D, H, W) array in canonical order."""
+        return np.transpose(array, self.axes)[tuple(slice(None, None, -1 if f else 1) for f in self.flips)]
+
+    def to_stored(self, array: NDArray) -> NDArray:
+        """A view of a canonical array in the stored (D, H, W) order; inverse of ``to_canonical``."""
+        flipped = array[tuple(slice(None, None, -1 if f else 1) for f in self.flips)]
+        return np.transpose(flipped, np.argsort(self.axes))
+
+    def position_to_canonical(self, zyx: Triple) -> Triple:
+        """A stored zyx voxel position as a canonical zyx voxel position."""
+        picked = [zyx[a] for a in self.axes]
+        return as_triple([n - 1 - v if f else v for v, f, n in zip(picked, self.flips, self.shape_zyx, strict=True)])
+
+    def position_to_stored(self, zyx: Triple) -> Triple:
+        """A canonical zyx voxel position as a stored zyx voxel position."""
+        straight = [n - 1 - v if f else v for v, f, n in zip(zyx, self.flips, self.shape_zyx, strict=True)]
+        return as_triple([straight[i] for i in np.argsort(self.axes)])
+
+    def region_to_stored(self, region: Region) -> Region:
+        """A canonical half-open region as a stored one."""
+        ends = [
+            (n - b, n - a) if f else (a, b)
+            for a, b, f, n in zip(region.start_zyx, region.stop_zyx, self.flips, self.shape_zyx, strict=True)
+        ]
+        ordered = [ends[i] for i in np.argsort(self.axes)]
+        return Region(tuple(a for a, _ in ordered), tuple(b for _, b in ordered))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A half-open box of whole voxels, zyx; may reach outside the array it refers to."""
+
+    start_zyx: IntTriple
+    stop_zyx: IntTriple
+
+    @property
+    def shape_zyx(self) -> IntTriple:
+        """Voxels along each axis (zero where empty)."""
+        d, h, w = (max(0, b - a) for a, b in zip(self.start_zyx, self.stop_zyx, strict=True))
+        return (d, h, w)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the region holds no voxel."""
+        return 0 in self.shape_zyx
+
+    @property
+    def slices(self) -> tuple[slice, slice, slice]:
+        """Index for an array; only meaningful for a region inside it (``clip`` first)."""
+        a, b = self.start_zyx, self.stop_zyx
+        return (slice(a[0], b[0]), slice(a[1], b[1]), slice(a[2], b[2]))
+
+    def clip(self, shape_zyx: IntTriple) -> Region:
+        """The part inside an array of that shape."""
+        start = tuple(min(max(0, a), n) for a, n in zip(self.start_zyx, shape_zyx, strict=True))
+        stop = tuple(min(max(0, b), n) for b, n in zip(self.stop_zyx, shape_zyx, strict=True))
+        return Region(start, stop)  # type: ignore[arg-type]
+
+    def expand(self, margin: int) -> Region:
+        """Grown by ``margin`` voxels on every side."""
+        start = tuple(a - margin for a in self.start_zyx)
+        stop = tuple(b + margin for b in self.stop_zyx)
+        return Region(start, stop)  # type: ignore[arg-type]
+
+    def union(self, other: Region) -> Region:
+        """The smallest region that holds both; an empty one adds nothing."""
+        if self.is_empty:
+            return other
+        if other.is_empty:
+            return self
+        start = tuple(min(a, b) for a, b in zip(self.start_zyx, other.start_zyx, strict=True))
+        stop = tuple(max(a, b) for a, b in zip(self.stop_zyx, other.stop_zyx, strict=True))
+        return Region(start, stop)  # type: ignore[arg-type]
+
+
+def bounding_region(mask: NDArray) -> Region:
+    """The tight half-open region around the True voxels of a (D, H, W) mask; (0,0,0)-(0,0,0) for an empty mask."""
+    ends = []
+    for axis in range(3):
+        line = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
+        ends.append((int(line[0]), int(line[-1]) + 1) if line.size else (0, 0))
+    return Region(tuple(a for a, _ in ends), tuple(b for _, b in ends))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class CropFrame:
+    """A model's window on a canonical volume: an axis-aligned box of any real position and size, sampled on a fixed grid.
+
+    Crop voxel centre ``c`` lies at volume position ``origin + (c + 0.5) * step - 0.5`` along each axis, in volume voxels.
+
+    Attributes:
+        origin_zyx_vox: Low corner (voxel edge, so 0 is the edge of the first voxel) in volume voxels; may be negative.
+        step_zyx_vox: Volume voxels per crop voxel along each axis.
+        shape_zyx: Crop voxels along each axis.
+    """
+
+    origin_zyx_vox: Triple
+    step_zyx_vox: Triple
+    shape_zyx: IntTriple
+
+    @classmethod
+    def centred(cls, centre_zyx: Triple, step_zyx_vox: Triple, shape_zyx: IntTriple) -> CropFrame:
+        """The frame whose middle is the centre of the volume voxel position ``centre_zyx``."""
+        origin = [c + 0.5 - n * s / 2 for c, s, n in zip(centre_zyx, step_zyx_vox, shape_zyx, strict=True)]
+        return cls(as_triple(origin), as_triple(list(step_zyx_vox)), shape_zyx)
+
+    @property
+    def extent_zyx_vox(self) -> Triple:
+        """Edge lengths in volume voxels."""
+        return as_triple([n * s for n, s in zip(self.shape_zyx, self.step_zyx_vox, strict=True)])
+
+    def to_crop(self, zyx: Triple) -> Triple:
+        """A volume voxel position as a crop voxel position."""
+        return as_triple([(v + 0.5 - o) / s - 0.5 for v, o, s in zip(zyx, self.origin_zyx_vox, self.step_zyx_vox, strict=True)])
+
+    def to_volume(self, zyx: Triple) -> Triple:
+        """A crop voxel position as a volume voxel position."""
+        return as_triple([o + (v + 0.5) * s - 0.5 for v, o, s in zip(zyx, self.origin_zyx_vox, self.step_zyx_vox, strict=True)])
+
+    def contains(self, zyx: Triple, margin_vox: float = 0.0) -> bool:
+        """Whether a volume position lies inside, at least ``margin_vox`` crop voxels from every face."""
+        crop = self.to_crop(zyx)
+        return all(-0.5 + margin_vox <= v < n - 0.5 - margin_vox for v, n in zip(crop, self.shape_zyx, strict=True))
+
+    def zoomed(self, factor: float) -> CropFrame:
+        """The same centre and shape with ``factor`` times the extent."""
+        middle = [o + e / 2 - 0.5 for o, e in zip(self.origin_zyx_vox, self.extent_zyx_vox, strict=True)]
+        return CropFrame.centred(as_triple(middle), as_triple([s * factor for s in self.step_zyx_vox]), self.shape_zyx)
+
+    def shifted(self, offset_zyx_vox: Triple) -> CropFrame:
+        """Moved by an offset in volume voxels."""
+        return replace(self, origin_zyx_vox=as_triple([o + d for o, d in zip(self.origin_zyx_vox, offset_zyx_vox, strict=True)]))
+
+    def region(self) -> Region:
+        """The whole volume voxels whose centres lie inside the frame (half-open, not clipped)."""
+        low = [int(np.ceil(o - 0.5)) for o in self.origin_zyx_vox]
+        high = [int(np.ceil(o + e - 0.5)) for o, e in zip(self.origin_zyx_vox, self.extent_zyx_vox, strict=True)]
+        return Region((low[0], low[1], low[2]), (high[0], high[1], high[2]))

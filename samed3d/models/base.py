@@ -1,0 +1,118 @@
+"""The contract every promptable model keeps: encode once, decode per prompt.
+
+A model sees one crop, already resampled and normalised as its ``ModelSpec`` says; it never sees a file, a spacing or a user. Builders are
+listed in ``models/__init__.py``; weights are read and written by ``models/weights.py``. Read ``models/sam_med3d.py`` next.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samed3d.geometry import IntTriple
+from samed3d.prompts import MASK_LOGIT_THRESHOLD
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a caller must know to use a model rightly.
+
+    Attributes:
+        name: Registry name.
+        input_shape_zyx: Crop shape that the weights were trained on, in voxels.
+        spacing_mm: Isotropic crop spacing in mm, or None for a model of relative scale (any spacing; the crop follows the object).
+        normalisation: ``"zscore"`` (mean and standard deviation of the crop's voxels inside the volume) or ``"zscore_positive"``
+            (of voxels > 0 of the crop, as SAM-Med3D).
+        ct_clamp_hu: Clamp for CT before normalising, or None.
+        tensor_axes: ``"zyx"``, or ``"xyz"`` for weights trained on x-first tensors (SAM-Med3D through torchio).
+        prompts: What the model understands, of ``"point" "box" "mask"``.
+        click_memory: ``"all"`` clicks are given at each decode, or only the ``"newest"`` plus the previous low-resolution logits.
+        first_mask: What stands for "no mask yet": ``"none"`` (a trained no-mask state) or ``"zeros"`` (zero logits, SAM-Med3D).
+        click_logit_threshold: Logit above which training's simulated user called a voxel foreground (0.5 in SAM-Med3D's code).
+        source: Paper or repository that defines the architecture.
+    """
+
+    name: str
+    input_shape_zyx: IntTriple
+    spacing_mm: float | None = None
+    normalisation: str = "zscore"
+    ct_clamp_hu: tuple[float, float] | None = None
+    tensor_axes: str = "zyx"
+    prompts: frozenset[str] = frozenset({"point", "box", "mask"})
+    click_memory: str = "all"
+    first_mask: str = "none"
+    click_logit_threshold: float = MASK_LOGIT_THRESHOLD
+    source: str = ""
+
+
+@dataclass
+class PromptBatch:
+    """Prompts of a batch of crops, in voxels of the crop tensor's own three axes.
+
+    Attributes:
+        points: (B, N, 3) float, voxel centres are integers; N may be 0.
+        point_labels: (B, N) int64: 1 object, 0 background, -1 padding (no point).
+        boxes: (B, 2, 3) float, half-open low and high corners (voxel edges: low - 0.5 .. high - 0.5 in centre coordinates), or None.
+        box_valid: (B,) bool, which boxes are there; None means all of ``boxes``.
+        mask_logits: (B, 1, d, h, w) ``MaskOutput.lowres_logits`` of an earlier decode, or None for no mask yet.
+    """
+
+    points: Tensor
+    point_labels: Tensor
+    boxes: Tensor | None = None
+    box_valid: Tensor | None = None
+    mask_logits: Tensor | None = None
+
+    @classmethod
+    def empty(cls, batch: int, device: torch.device | str = "cpu") -> PromptBatch:
+        """No prompt for any sample."""
+        return cls(torch.zeros(batch, 0, 3, device=device), torch.zeros(batch, 0, dtype=torch.int64, device=device))
+
+
+@dataclass
+class MaskOutput:
+    """What a decode returns.
+
+    Attributes:
+        logits: (B, M, D, H, W) unbounded, at the crop's resolution.
+        iou: (B, M) predicted overlap with the true mask, in [0, 1] where the head is trained.
+        lowres_logits: (B, 1, d, h, w) what ``PromptBatch.mask_logits`` takes back for the next prompt.
+    """
+
+    logits: Tensor
+    iou: Tensor
+    lowres_logits: Tensor
+
+
+Features = dict[str, Tensor]
+"""What ``encode`` returns: named tensors, batch first, to be kept by the caller and given to ``decode`` any number of times."""
+
+
+class PromptableModel(nn.Module, ABC):
+    """Base of all promptable models. ``config`` holds the keyword arguments that rebuild it."""
+
+    spec: ModelSpec
+    config: dict[str, Any]
+
+    @abstractmethod
+    def encode(self, image: Tensor) -> Features:
+        """Features of a (B, 1, D, H, W) normalised crop. Independent of any prompt."""
+
+    @abstractmethod
+    def decode(self, features: Features, prompts: PromptBatch) -> MaskOutput:
+        """The mask for these prompts on features from ``encode``."""
+
+    def forward(self, image: Tensor, prompts: PromptBatch) -> MaskOutput:
+        """``decode(encode(image), prompts)``."""
+        return self.decode(self.encode(image), prompts)
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A line of the registry: the builder, and the overrides that make a tiny instance for tests."""
+
+    build: Any
+    tiny: dict[str, Any] = field(default_factory=dict)
