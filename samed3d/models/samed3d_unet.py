@@ -1,0 +1,196 @@
+"""``samed3d_unet``: a promptable U-Net with a cached image encoder, small enough for a laptop without a GPU.
+
+The encoder sees only the image and runs once per crop. The decoder runs per prompt: at each resolution it adds dense prompt maps and the
+learned similarity to the clicked voxels, reasons globally on the coarsest grid together with prompt tokens, and ends on the full grid
+without ever computing on it (each half-resolution voxel predicts its eight). It is not a SAM-style ViT: that is ``samed3d_vit.py``.
+Read ``training/step.py`` next.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from samed3d.errors import InputError
+from samed3d.geometry import IntTriple
+from samed3d.models.base import Features, MaskOutput, ModelSpec, PromptableModel, PromptBatch
+from samed3d.nn.prompt_maps import MAP_CHANNELS, ClickSimilarity, positions_at, prompt_maps, sample_at
+from samed3d.nn.unet import ChannelNorm, ResidualBlock, depth_to_space, space_to_depth, upsample
+
+STRIDES = (2, 4, 8, 16)
+
+
+class JointBlock(nn.Module):
+    """One pre-norm transformer block over voxel tokens and prompt tokens together."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
+        """``tokens`` (B, T, dim); ``visible`` (B, T) bool, False for padding that nobody may attend to."""
+        batch, count, dim = tokens.shape
+        qkv = self.qkv(self.norm1(tokens)).view(batch, count, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None, None, :])
+        tokens = tokens + self.proj(mixed.transpose(1, 2).reshape(batch, count, dim))
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+class PromptTokens(nn.Module):
+    """Clicks and box corners as tokens: where (Fourier features in the crop's own frame), what (type) and what lies under a click."""
+
+    def __init__(self, dim: int, feature_dim: int) -> None:
+        super().__init__()
+        self.types = nn.Embedding(4, dim)  # background click, object click, low corner, high corner
+        self.under = nn.Linear(feature_dim, dim)
+        self.position = nn.Linear(dim // 8 * 6, dim)
+        self.bands = dim // 8
+
+    def fourier(self, unit: Tensor) -> Tensor:
+        """Positions in 0..1, (..., 3), as features (..., dim)."""
+        wave = 2.0 ** torch.linspace(0, 5, self.bands, device=unit.device) * math.pi
+        angle = (unit.float().unsqueeze(-1) * wave).flatten(-2)
+        return self.position(torch.cat([angle.sin(), angle.cos()], dim=-1))
+
+    def grid(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Fourier features of every voxel centre of a coarse grid, (d*h*w, dim): the same frame as the clicks'."""
+        axes = [(torch.arange(n, device=device) + 0.5) / n for n in shape]
+        return self.fourier(torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3))
+
+    def forward(self, prompts: PromptBatch, features: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N + 2, dim) and which of them are real (B, N + 2)."""
+        size = torch.tensor(features.shape[2:], device=features.device)
+        labels = prompts.point_labels
+        where = self.fourier((positions_at(prompts.points.float(), stride) + 0.5) / size)
+        clicks = where + self.types(labels.clamp(min=0)) + self.under(sample_at(features, prompts.points, stride))
+        batch = labels.shape[0]
+        boxes = clicks.new_zeros(batch, 2, 3) if prompts.boxes is None else prompts.boxes.float()
+        corners = self.fourier(boxes / stride / size) + self.types.weight[2:]
+        given = torch.zeros(batch, dtype=torch.bool, device=labels.device)
+        if prompts.boxes is not None:
+            given = torch.ones_like(given) if prompts.box_valid is None else prompts.box_valid
+        return torch.cat([clicks, corners], dim=1), torch.cat([labels >= 0, given[:, None].expand(batch, 2)], dim=1)
+
+
+class SamedUNet(PromptableModel):
+    """See the file's docstring.
+
+    Args:
+        input_shape: Crop shape the weights are for (any multiple of 16 per axis works at run time).
+        widths: Encoder channels at strides 2, 4, 8, 16.
+        decoder_widths: Decoder channels at strides 2, 4, 8, 16.
+        encoder_blocks: Residual blocks per encoder stage.
+        joint_blocks: Transformer blocks on the coarsest grid.
+        similarity_heads: Heads of the click similarity per stride 2, 4, 8; 0 leaves it out there.
+    """
+
+    def __init__(
+        self,
+        input_shape: IntTriple = (64, 64, 64),
+        widths: tuple[int, ...] = (32, 64, 128, 192),
+        decoder_widths: tuple[int, ...] = (32, 64, 96, 128),
+        encoder_blocks: tuple[int, ...] = (2, 2, 2, 1),
+        joint_blocks: int = 2,
+        similarity_heads: tuple[int, ...] = (4, 8, 8),
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "input_shape": input_shape,
+            "widths": widths,
+            "decoder_widths": decoder_widths,
+            "encoder_blocks": encoder_blocks,
+            "joint_blocks": joint_blocks,
+            "similarity_heads": similarity_heads,
+        }
+        shape = (int(input_shape[0]), int(input_shape[1]), int(input_shape[2]))
+        self.spec = ModelSpec("samed3d_unet", shape, source="samed3d (this project)")
+        self.stem = nn.Conv3d(8, widths[0], 3, padding=1)
+        self.downs = nn.ModuleList(nn.Conv3d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:], strict=False))
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(ResidualBlock(w) for _ in range(n)), ChannelNorm(w)) for w, n in zip(widths, encoder_blocks, strict=True)
+        )
+        self.skips = nn.ModuleList(nn.Conv3d(a, b, 1) for a, b in zip(widths, decoder_widths, strict=True))
+        self.similarities = nn.ModuleList(
+            ClickSimilarity(w, heads) if heads else nn.Identity() for w, heads in zip(widths, similarity_heads, strict=False)
+        )
+        extra = [MAP_CHANNELS + 2 * h for h in (*similarity_heads, 0)]
+        self.map_in = nn.ModuleList(nn.Conv3d(e, w, 1) for e, w in zip(extra, decoder_widths, strict=True))
+        top = decoder_widths[-1]
+        self.tokens = PromptTokens(top, widths[-1])
+        self.iou_token = nn.Parameter(torch.randn(1, 1, top) * 0.02)
+        self.joint = nn.ModuleList(JointBlock(top, max(1, top // 32)) for _ in range(joint_blocks))
+        self.ups = nn.ModuleList(nn.Conv3d(b, a, 1) for a, b in zip(decoder_widths, decoder_widths[1:], strict=False))
+        self.blocks = nn.ModuleList(ResidualBlock(w) for w in decoder_widths[:-1])
+        self.out_norm = ChannelNorm(decoder_widths[0])
+        self.out = nn.Conv3d(decoder_widths[0], 8, 3, padding=1)
+        nn.init.constant_(self.out.bias, -2.0)  # most voxels are background
+        self.iou_head = nn.Sequential(nn.Linear(top, top), nn.ReLU(), nn.Linear(top, 1))
+
+    def encode(self, image: Tensor) -> Features:
+        """Features of a (B, 1, D, H, W) crop, D, H, W multiples of 16.
+
+        Raises:
+            InputError: if an axis is not a multiple of 16.
+        """
+        if any(n % STRIDES[-1] for n in image.shape[2:]):
+            raise InputError(f"image shape must be a multiple of {STRIDES[-1]} on each axis, got {tuple(image.shape[2:])}")
+        features: Features = {}
+        x = self.stem(space_to_depth(image).contiguous(memory_format=torch.channels_last_3d))
+        for level, stage in enumerate(self.stages):
+            x = stage(x if level == 0 else self.downs[level - 1](x))
+            stride = STRIDES[level]
+            features[f"skip{stride}"] = self.skips[level](x)
+            similarity = self.similarities[level] if level < len(self.similarities) else None
+            if isinstance(similarity, ClickSimilarity):
+                features[f"image{stride}"], features[f"query{stride}"] = x, similarity.project(x)
+        features[f"image{STRIDES[-1]}"] = x
+        return features
+
+    def decode(self, features: Features, prompts: PromptBatch) -> MaskOutput:
+        """The mask for all prompts; ``lowres_logits`` are (B, 1, D/2, H/2, W/2)."""
+        x, iou = self._coarse(features, prompts)
+        for level in range(len(self.blocks) - 1, -1, -1):
+            skip = features[f"skip{STRIDES[level]}"]
+            x = skip + upsample(self.ups[level](x), skip) + self._prompt_input(level, features, prompts)
+            x = self.blocks[level](x)
+        fine = self.out(F.relu(self.out_norm(x))).float()
+        return MaskOutput(depth_to_space(fine), iou, fine.mean(dim=1, keepdim=True))
+
+    def _prompt_input(self, level: int, features: Features, prompts: PromptBatch) -> Tensor:
+        """Dense prompt maps and similarities of one level, projected to its width."""
+        stride = STRIDES[level]
+        skip = features[f"skip{stride}"]
+        shape = (skip.shape[2], skip.shape[3], skip.shape[4])
+        maps = prompt_maps(prompts, stride, shape).to(skip.dtype)
+        if f"query{stride}" in features:
+            similar = self.similarities[level](features[f"image{stride}"], features[f"query{stride}"], prompts, stride)
+            maps = torch.cat([maps, similar.to(maps.dtype)], dim=1)
+        return self.map_in[level](maps.contiguous(memory_format=torch.channels_last_3d))
+
+    def _coarse(self, features: Features, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
+        """Global reasoning on the coarsest grid; its map and the predicted IoU (B, 1)."""
+        stride, image = STRIDES[-1], features[f"image{STRIDES[-1]}"]
+        x = features[f"skip{stride}"] + self._prompt_input(len(STRIDES) - 1, features, prompts)
+        batch, dim, *shape = x.shape
+        voxels = x.flatten(2).transpose(1, 2) + self.tokens.grid(tuple(shape), x.device).to(x.dtype)
+        extra, there = self.tokens(prompts, image, stride)
+        tokens = torch.cat([voxels, self.iou_token.expand(batch, -1, -1).to(x.dtype), extra.to(x.dtype)], dim=1)
+        seen = torch.cat([there.new_ones(batch, voxels.shape[1] + 1), there], dim=1)
+        for block in self.joint:
+            tokens = block(tokens, seen)
+        count = voxels.shape[1]
+        grid = tokens[:, :count].transpose(1, 2).reshape(batch, dim, *shape).contiguous(memory_format=torch.channels_last_3d)
+        return grid, self.iou_head(tokens[:, count]).float().sigmoid()
+
+
+def samed3d_unet(**overrides: Any) -> SamedUNet:
+    """The default architecture; every number is a default of ``SamedUNet``."""
+    return SamedUNet(**overrides)

@@ -1,0 +1,54 @@
+"""Convolution blocks of the U-shaped models, written for channels-last tensors: a block costs its convolutions and little else.
+
+Norms are over channels at each voxel, so a voxel's value does not depend on what else the crop holds, and any crop shape works.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class ChannelNorm(nn.Module):
+    """Layer norm over the channels of a (B, C, D, H, W) map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape as ``x``."""
+        return self.norm(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
+
+
+class ResidualBlock(nn.Module):
+    """Norm, ReLU, 3x3x3 convolution, twice, plus the input (pre-activation)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1 = ChannelNorm(channels)
+        self.conv1 = nn.Conv3d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = ChannelNorm(channels)
+        self.conv2 = nn.Conv3d(channels, channels, 3, padding=1, bias=False)
+        nn.init.zeros_(self.conv2.weight)  # a block starts as the identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape as ``x``."""
+        y = self.conv1(F.relu(self.norm1(x)))
+        return x + self.conv2(F.relu(self.norm2(y)))
+
+
+def space_to_depth(x: Tensor, factor: int = 2) -> Tensor:
+    """(B, C, D, H, W) to (B, C f^3, D/f, H/f, W/f): neighbours become channels, nothing is lost."""
+    return rearrange(x, "b c (d p) (h q) (w r) -> b (c p q r) d h w", p=factor, q=factor, r=factor)
+
+
+def depth_to_space(x: Tensor, factor: int = 2) -> Tensor:
+    """Inverse of ``space_to_depth``."""
+    return rearrange(x, "b (c p q r) d h w -> b c (d p) (h q) (w r)", p=factor, q=factor, r=factor)
+
+
+def upsample(x: Tensor, like: Tensor) -> Tensor:
+    """Nearest upsampling to the spatial shape of ``like`` (the blocks after it smooth)."""
+    return F.interpolate(x, size=like.shape[2:], mode="nearest")
