@@ -7,11 +7,12 @@ number of the architecture can be read. Read ``models/base.py`` for the contract
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Any
 
 from samed3d.errors import InputError
 from samed3d.models.base import ModelEntry, PromptableModel
-from samed3d.models.weights import load
+from samed3d.models.weights import find_checkpoint, list_checkpoints, load_state_strict, read_weights, spec_from_json
 
 __all__ = ["MODELS", "create_model", "list_models", "load"]
 
@@ -31,9 +32,41 @@ def create_model(name: str, **overrides: Any) -> PromptableModel:
         **overrides: Keyword arguments of that builder (the numbers of the architecture).
 
     Raises:
-        InputError: if the name is unknown; the message gives the nearest names.
+        InputError: if the name is unknown (the message gives the nearest names) or the builder does not take the overrides.
     """
     if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.3) or list_models()
-        raise InputError(f"unknown model {name!r}; nearest: {', '.join(near)} (all: samed3d models)")
-    return MODELS[name].build(**overrides)
+        raise InputError(f"unknown model {name!r}; nearest: {_nearest(name, list_models())} (all: samed3d models)")
+    try:
+        return MODELS[name].build(**overrides)
+    except TypeError as error:
+        raise InputError(f"model {name!r} cannot be built with {overrides}: {error}") from error
+
+
+def load(name_or_path: str | Path) -> PromptableModel:
+    """A model with its trained weights, in ``eval()`` mode on the CPU.
+
+    Args:
+        name_or_path: A shipped checkpoint (``"default"``) or a ``.safetensors`` file written by samed3d.
+
+    Raises:
+        InputError: if it is neither, or the file does not hold the architecture that its header names.
+    """
+    path = find_checkpoint(name_or_path)
+    if path is None:
+        name = str(name_or_path)
+        if name in MODELS:
+            raise InputError(f"model {name!r} has no weights here; create_model({name!r}) builds it with random weights")
+        near = _nearest(name, [*list_checkpoints(), *list_models()])
+        raise InputError(f"no checkpoint or file is called {name!r}; nearest names: {near} (all: samed3d models)")
+    state, header = read_weights(path)
+    model = create_model(header["model"], **header["config"])
+    try:
+        load_state_strict(model, state)
+    except InputError as error:
+        raise InputError(f"{path} is not a {header['model']!r} checkpoint: {error}") from error
+    model.spec = spec_from_json(header["spec"])
+    return model.eval()
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    return ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known)

@@ -1,0 +1,233 @@
+"""Weights on disk: one ``.safetensors`` file whose JSON header says which model it is, how to build it and where it comes from.
+
+Also reads upstream training checkpoints (``.pth``) without running what they contain, and finds shipped checkpoints by name. Building a
+model from a file is ``samed3d.models.load``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import pickle
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from samed3d.errors import InputError
+from samed3d.models.base import ModelSpec, PromptableModel
+
+HEADER_KEY = "samed3d"
+HEADER_VERSION = 1
+CHECKPOINT_FOLDER_VARIABLE = "SAMED3D_CHECKPOINTS"
+_MAX_LISTED = 12
+
+
+def save_weights(model: PromptableModel, path: str | Path, metadata: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
+    """Write a model to one ``.safetensors`` file, whole or not at all.
+
+    Args:
+        model: Its ``spec`` and ``config`` go to the header.
+        path: Target; an existing file is replaced only once the new one is complete.
+        metadata: Free JSON fields of the header (data, licence, metrics, revision).
+        dtype: Store floating-point tensors as this type (``torch.float16`` halves the file); None keeps theirs.
+
+    Raises:
+        InputError: if the file cannot be written or ``metadata`` uses a key of the header.
+    """
+    path = Path(path)
+    header = {"version": HEADER_VERSION, "model": model.spec.name, "config": model.config, "spec": spec_to_json(model.spec)}
+    if taken := sorted(set(header) & set(metadata)):
+        raise InputError(f"metadata must not use the header's own keys, got {', '.join(taken)}; rename them")
+    text = json.dumps({**header, **metadata})
+    tensors = {name: _to_stored(tensor, dtype) for name, tensor in model.state_dict().items()}
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, partial, metadata={HEADER_KEY: text})
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"weights cannot be written to {path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file of ``save_weights``.
+
+    Returns:
+        The state dict on the CPU (half-precision tensors as float32) and the header.
+
+    Raises:
+        InputError: if the file is missing, is not safetensors or has no samed3d header.
+    """
+    path = Path(path)
+    header = read_header(path)
+    with safe_open(path, framework="pt", device="cpu") as file:
+        state = {name: _to_float32(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    return state, header
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """The header of a weights file, without reading its tensors.
+
+    Raises:
+        InputError: as ``read_weights``.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"checkpoint does not exist: {path}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            text = (file.metadata() or {}).get(HEADER_KEY)
+    except (OSError, SafetensorError) as error:
+        remedy = "convert an upstream checkpoint with: samed3d import-weights"
+        raise InputError(f"checkpoint must be a .safetensors file written by samed3d, got {path} ({error}); {remedy}") from error
+    if text is None:
+        raise InputError(f"checkpoint has no samed3d header, so its architecture is unknown: {path}")
+    header = json.loads(text)
+    if header.get("version") != HEADER_VERSION:
+        raise InputError(f"checkpoint header must have version {HEADER_VERSION}, got {header.get('version')!r} in {path}; update samed3d")
+    return header
+
+
+def load_state_strict(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy a state dict into a model; every key and shape must agree, otherwise nothing is copied.
+
+    Raises:
+        InputError: that lists missing, unexpected and mis-shaped keys.
+    """
+    own = model.state_dict()
+    wrong_shape = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    problems = {
+        "missing": [name for name in own if name not in state],
+        "unexpected": [name for name in state if name not in own],
+        "mis-shaped": wrong_shape,
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{kind} ({len(names)}): {_shorten(names)}" for kind, names in problems.items() if names)
+        raise InputError(f"weights do not fit the model; {listed}")
+    model.load_state_dict(dict(state), strict=True)
+
+
+def import_upstream(path: str | Path) -> dict[str, Tensor]:
+    """The model's state dict from an upstream SAM-Med3D checkpoint (``.pth``).
+
+    Takes a training checkpoint (``model_state_dict`` beside optimiser state and an ``argparse.Namespace``) or a bare state dict, with or
+    without ``module.`` before the keys. Nothing in the file is executed: apart from tensors and plain containers, exactly
+    ``argparse.Namespace`` is allowed.
+
+    Raises:
+        InputError: if the file is missing, damaged, holds any other Python object, or holds no state dict.
+
+    Source: checkpoint layout as SAM-Med3D's released ``train.py`` writes it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"checkpoint does not exist: {path}")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            body = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        held = f"the Python object {refused.group(1)}" if refused else "something other than tensors"
+        raise InputError(f"checkpoint must hold only tensors and argparse.Namespace, but {path} holds {held}; it was not opened") from error
+    except Exception as error:  # torch.load raises many types for a damaged archive
+        raise InputError(f"checkpoint is not a readable PyTorch file: {path} ({str(error).splitlines()[0]})") from error
+    state = body.get("model_state_dict", body) if isinstance(body, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"checkpoint must hold a state dict or one under 'model_state_dict', got neither in {path}")
+    return {str(name).removeprefix("module."): _to_float32(tensor) for name, tensor in state.items()}
+
+
+def find_checkpoint(name_or_path: str | Path) -> Path | None:
+    """The weights file of that path, or of that name in the manifest; None if it is neither.
+
+    Raises:
+        InputError: if the manifest names a file that is missing or whose sha256 differs.
+    """
+    if Path(name_or_path).is_file():
+        return Path(name_or_path)
+    found = _manifest_entries().get(str(name_or_path))
+    if found is None:
+        return None
+    folder, entry = found
+    path = folder / entry["file"]
+    if not path.is_file():
+        raise InputError(f"checkpoint {str(name_or_path)!r} is in {folder / 'manifest.json'} but its file is missing: {path}")
+    actual = _sha256(path)
+    if actual != entry["sha256"]:
+        raise InputError(f"checkpoint {path} must have sha256 {entry['sha256']}, got {actual}; fetch it again")
+    return path
+
+
+def list_checkpoints() -> list[str]:
+    """Names of the shipped checkpoints, sorted."""
+    return sorted(_manifest_entries())
+
+
+def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
+    """A spec as plain JSON values."""
+    return {**asdict(spec), "prompts": sorted(spec.prompts)}
+
+
+def spec_from_json(body: Mapping[str, Any]) -> ModelSpec:
+    """The spec of ``spec_to_json``.
+
+    Raises:
+        InputError: if a field is unknown (a header of a newer version).
+    """
+    if unknown := sorted(set(body) - {f.name for f in fields(ModelSpec)}):
+        raise InputError(f"checkpoint header has unknown spec fields: {', '.join(unknown)}; update samed3d")
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in body.items()}
+    return ModelSpec(**{**values, "prompts": frozenset(body["prompts"])})
+
+
+def _manifest_entries() -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Name to (folder, entry) over all checkpoint folders; the first folder that knows a name wins."""
+    folders = [Path(__file__).resolve().parents[2] / "checkpoints", Path(sys.prefix) / "share" / "samed3d" / "checkpoints"]
+    if chosen := os.environ.get(CHECKPOINT_FOLDER_VARIABLE):
+        folders.insert(0, Path(chosen))
+    entries: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for folder in folders:
+        manifest = folder / "manifest.json"
+        if not manifest.is_file():
+            continue
+        try:
+            listed = json.loads(manifest.read_text())["checkpoints"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"checkpoint manifest must be JSON with a 'checkpoints' object: {manifest} ({error})") from error
+        for name, entry in listed.items():
+            entries.setdefault(name, (folder, entry))
+    return entries
+
+
+def _to_stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    kept = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
+    return kept.contiguous()
+
+
+def _to_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _shorten(names: list[str]) -> str:
+    rest = len(names) - _MAX_LISTED
+    return ", ".join(names[:_MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
