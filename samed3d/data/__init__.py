@@ -1,0 +1,1 @@
+"""Where training images come from: generated volumes now, a corpus on disk later."""
