@@ -83,7 +83,7 @@ def segment(
     report: Annotated[Path | None, typer.Option(help="Also write a JSON: versions, prompts, timings, volume.")] = None,
     device: Device = "auto",
     channel: Annotated[int | None, typer.Option(help="Which channel or frame of a 4D or RGB image, from 0.")] = None,
-    series: Annotated[str | None, typer.Option(help="Which DICOM series of the folder (its UID).")] = None,
+    series: Annotated[str | None, typer.Option(help="Which DICOM series of the folder (its UID or number).")] = None,
     quiet: Quiet = False,
 ) -> None:
     """A mask from clicks and boxes on one image.
