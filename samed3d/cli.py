@@ -99,8 +99,10 @@ def segment(
     check_output(output)
     if probability is not None:
         check_output(probability)
-    for path, suffix, flag in ((preview, ".png", "--preview"), (report, ".json", "--report")):
-        _check_target(path, suffix, flag)
+    if preview is not None:
+        check_output(preview, suffixes=(".png",))
+    if report is not None:
+        check_output(report, suffixes=(".json",))
     _check_distinct({"the image": image, "--output": output, "--probability": probability, "--preview": preview, "--report": report})
 
     session = Session.open(image, model=model, device=device, channel=channel, series=series)
@@ -190,11 +192,11 @@ def import_weights(
     quiet: Quiet = False,
 ) -> None:
     """Convert a SAM-Med3D training checkpoint to our format."""
-    _check_target(output, ".safetensors", "--output")
-    _check_exists(source, "checkpoint")
     from samed3d.models import create_model
     from samed3d.models.weights import import_upstream, load_state_strict, save_weights
+    from samed3d.volume import check_output
 
+    check_output(output, suffixes=(".safetensors",))
     state = import_upstream(source)
     network = create_model(model)
     load_state_strict(network, state)
@@ -276,18 +278,6 @@ def _check_device(device: str) -> None:
 def _check_exists(path: Path, what: str) -> None:
     if not path.exists():
         raise InputError(f"{what} does not exist: {path}")
-
-
-def _check_target(path: Path | None, suffix: str, flag: str) -> None:
-    """That a file other than a volume can be written there, before any work is done."""
-    if path is None:
-        return
-    if path.suffix.lower() != suffix:
-        raise InputError(f"{flag} must name a {suffix} file, got {path}")
-    if not path.parent.is_dir():
-        raise InputError(f"{flag} must name a file in an existing folder, got {path}; create {path.parent} first")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"{flag} cannot be written: {path}; choose another place")
 
 
 def _check_distinct(paths: dict[str, Path | None]) -> None:

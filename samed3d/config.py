@@ -236,7 +236,9 @@ def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise InputError(f"not valid YAML: {where} ({' '.join(str(error).split())})") from error
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"not valid YAML: {where}{line} ({getattr(error, 'problem', None) or 'unreadable'})") from error
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -70,7 +70,7 @@ def run_demo(out: Path, model: str = "default", seed: int = 0, device: str = "au
     session = Session.open(Volume(array, grid, "phantom"), model=model, device=device)
     results = [_click_organ(session, labels == label, label, name) for label, name in _organs(names, labels)]
 
-    write_volume(array, grid, out / "ct.nii.gz")
+    write_volume(out / "ct.nii.gz", array, grid)
     session.save(out / "masks.nii.gz")
     dump_prompts(session.objects, out / "prompts.json")
     write_preview(out / "preview.png", session.volume, session.labels, session.objects, title="samed3d demo: a generated body")
