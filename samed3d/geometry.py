@@ -112,8 +112,8 @@ class CanonicalView:
         closeness = np.abs(matrix)
         world_of_voxel = [-1, -1, -1]
         for _ in range(3):
-            world, voxel = np.unravel_index(int(np.argmax(closeness)), (3, 3))
-            world_of_voxel[int(voxel)] = int(world)
+            world, voxel = divmod(int(np.argmax(closeness)), 3)
+            world_of_voxel[voxel] = world
             closeness[world, :] = -1.0
             closeness[:, voxel] = -1.0
         axes, flips = [0, 0, 0], [False, False, False]
@@ -154,7 +154,7 @@ class CanonicalView:
             for a, b, f, n in zip(region.start_zyx, region.stop_zyx, self.flips, self.shape_zyx, strict=True)
         ]
         ordered = [ends[i] for i in np.argsort(self.axes)]
-        return Region(tuple(a for a, _ in ordered), tuple(b for _, b in ordered))  # type: ignore[arg-type]
+        return Region(tuple(a for a, _ in ordered), tuple(b for _, b in ordered))
 
 
 @dataclass(frozen=True)
