@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -43,7 +44,7 @@ def measure(edge: int, repeats: int) -> dict[str, float]:
         "deform_and_render_ms": 1e3 * seconds_each(lambda: synthetic_case(shape, generator, labels, deform=True), repeats),
     }
     for kind in KINDS:
-        result[f"labels_{kind}_ms"] = 1e3 * seconds_each(lambda kind=kind: random_labels(shape, generator, kind=kind), repeats)
+        result[f"labels_{kind}_ms"] = 1e3 * seconds_each(partial(random_labels, shape, generator, kind=kind), repeats)
     return {name: round(value, 2) for name, value in result.items()}
 
 

@@ -17,9 +17,13 @@ from torch import Generator, Tensor
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple
 
-MAX_STRUCTURES = 16
+MAX_STRUCTURES = 12
 MIN_FRACTION = 2e-4
 """Structures with a smaller share of the voxels are dropped."""
+_ELLIPSOIDS = 0.6
+"""Share of solids that are round; the others are rounded boxes, cylinders and boxes."""
+_SLAB = 1 << 15
+"""Voxels taken at once where many channels are compared, so that they stay in the processor's cache."""
 
 
 def uniform(generator: Generator, low: float = 0.0, high: float = 1.0) -> float:
@@ -117,13 +121,16 @@ def _coordinates(shape: torch.Size, generator: Generator, strength: float) -> Te
     size: IntTriple = (shape[0], shape[1], shape[2])
     cells = uniform(generator, 1.5, 5.0)
     field = noise_field(3, size, cells, generator).mul_(strength / cells)
+    if strength > 0 and uniform(generator) < 0.5:  # bumps on top of bends
+        cells = uniform(generator, 5.0, 14.0)
+        field.add_(noise_field(3, size, cells, generator), alpha=uniform(generator, 0.0, 0.4) / cells)
     for axis, line in enumerate(axes):
         field[axis] += line.view([-1 if a == axis else 1 for a in range(3)])
     return field
 
 
 def _argmax(scores: Tensor) -> Tensor:
-    """(D, H, W) int32 index of the greatest of up to 32 channels of order one, as ``argmax(0)`` but several times faster on a CPU."""
+    """int32 index of the greatest of up to 32 channels (first axis) of order one, as ``argmax(0)`` but several times faster on a CPU."""
     best: Tensor | None = None
     for k in range(scores.shape[0]):  # the index rides in the low bits of the score, so that a plain maximum finds both
         packed = (scores[k] * 2.0**17).int().bitwise_left_shift_(5).add_(k)
@@ -143,22 +150,26 @@ def _next_label(labels: Tensor) -> int:
 
 def _paint_cells(labels: Tensor, generator: Generator) -> None:
     """Voronoi cells with wavy borders; some are left out, sometimes walls stay free between them."""
-    count = integer(generator, 4, 16)
+    count = integer(generator, 4, 12)
     place = _coordinates(labels.shape, generator, uniform(generator, 0.0, 0.6)).reshape(3, -1)
     centres = torch.rand(count, 3, generator=generator, device=generator.device) * 2.2 - 1.1
     weight = torch.rand(count, generator=generator, device=generator.device) * (uniform(generator) * count ** (-2 / 3))
-    scores = torch.addmm((weight - centres.square().sum(1))[:, None], centres, place, alpha=2.0).view(count, *labels.shape)
-    cell = _argmax(scores)
-    kept = (torch.rand(32, generator=generator, device=generator.device) < uniform(generator, 0.4, 1.0)).cumsum(0)
-    kept = torch.where(torch.diff(kept, prepend=kept.new_zeros(1)) > 0, kept + (_next_label(labels) - 1), 0).to(torch.int16)
-    new = kept.take(cell.long())
-    if uniform(generator) < 0.4:
-        first, second = scores.reshape(count, -1).topk(2, dim=0).values if count < 3 else _best_two(scores)
-        new *= (first - second > uniform(generator, 0.05, 0.3) * count ** (-2 / 3)).view(labels.shape)
-    _paint_where(labels, new)
+    wall = uniform(generator, 0.05, 0.3) * count ** (-2 / 3) if uniform(generator) < 0.4 else 0.0
+    kept = (torch.rand(32, generator=generator, device=generator.device) < uniform(generator, 0.4, 1.0)).to(torch.int16)
+    table = kept * (kept.cumsum(0) + (_next_label(labels) - 1)).to(torch.int16)
+    new = torch.empty_like(labels).view(-1)
+    offset = (weight - centres.square().sum(1))[:, None]
+    for part, near in zip(new.split(_SLAB), place.split(_SLAB, dim=1), strict=True):
+        scores = ((2 * centres) @ near).add_(offset)
+        torch.take(table, _argmax(scores).long(), out=part)
+        if wall:
+            first, second = _best_two(scores)
+            part *= first.sub_(second) > wall
+    _paint_where(labels, new.view(labels.shape))
 
 
 def _best_two(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The greatest and the second of the channels, (N,) each."""
     first, second = scores[0], torch.full_like(scores[0], -math.inf)
     for score in scores[1:]:
         second = torch.maximum(second, torch.minimum(first, score))
@@ -174,8 +185,8 @@ def _paint_blobs(labels: Tensor, generator: Generator) -> None:
     pull = uniform(generator, 0.5, 3.0)
     place = _coordinates(labels.shape, generator, 0.0).reshape(3, -1)
     centres = torch.rand(count, 3, generator=generator, device=generator.device) * 2 - 1
-    linear = torch.addmm(-centres.square().sum(1)[:, None], centres, place, alpha=2.0)
-    scores += linear.mul_(pull).view_as(scores)
+    towards = ((2 * pull * centres) @ place).sub_(pull * centres.square().sum(1)[:, None])
+    scores += towards.view_as(scores)
     scores[0] += uniform(generator, 0.0, 2.0)  # background
     table = torch.arange(32, device=labels.device, dtype=torch.int16)
     table[1:] += _next_label(labels) - 1
@@ -184,7 +195,7 @@ def _paint_blobs(labels: Tensor, generator: Generator) -> None:
 
 def _paint_nested(labels: Tensor, generator: Generator) -> None:
     """A body, organs in it, lesions in the organs; any of them may have a wall."""
-    place = _coordinates(labels.shape, generator, uniform(generator, 0.05, 0.8))
+    place = _coordinates(labels.shape, generator, uniform(generator, 0.05, 0.5))
     label = _next_label(labels)
     if uniform(generator) < 0.6:
         _paint_solid(labels, label, place, generator, 0.6, 1.3, spread=0.3)
@@ -199,7 +210,8 @@ def _paint_solid(labels: Tensor, label: int, place: Tensor, generator: Generator
     centre = [(2 * d - 1) * spread for d in draws[:3]]
     radius = small * (large / small) ** draws[3]
     radii = torch.tensor([radius * 2 ** (1.6 * d - 0.8) for d in draws[4:7]], device=place.device)
-    reach = float(radii.max()) * 1.9 + 0.15
+    bend = (draws[7] - 0.5) * 1.6 if draws[7] > 0.5 else 0.0
+    reach = float(radii.max()) * (1.2 if draws[9] < _ELLIPSOIDS else 1.6) * (1 + bend / 2) + 0.05
     window = tuple(
         slice(max(0, math.floor((c - reach + 1) * n / 2)), max(0, min(n, math.ceil((c + reach + 1) * n / 2))))
         for c, n in zip(centre, labels.shape, strict=True)
@@ -207,10 +219,12 @@ def _paint_solid(labels: Tensor, label: int, place: Tensor, generator: Generator
     target = labels[window]
     if target.numel() == 0:
         return label
-    local = place[(slice(None), *window)].reshape(3, -1) - torch.tensor(centre, device=place.device)[:, None]
+    middle = [min(n - 1, max(0, int((c + 1) * n / 2))) for c, n in zip(centre, labels.shape, strict=True)]
+    local = (place[(slice(None), *window)] - place[:, middle[0], middle[1], middle[2]].view(3, 1, 1, 1)).view(3, -1)
     turn = torch.linalg.qr(torch.randn(3, 3, generator=generator, device=generator.device)).Q
     q = (turn / radii[:, None]) @ local
-    q[0] += q[1].square() * ((draws[7] - 0.5) * 1.6 if draws[7] > 0.4 else 0.0)  # bananas and beans
+    if bend:  # bananas and beans
+        q[0].add_(q[1].square(), alpha=bend)
     q[1:] *= 1 + q[0] * ((draws[8] - 0.5) * 0.8)  # tapering
     depth = _solid_depth(q, draws[9]).view(target.shape)
     target.masked_fill_(depth < 1, label)
@@ -228,7 +242,7 @@ def _paint_solid(labels: Tensor, label: int, place: Tensor, generator: Generator
 def _solid_depth(q: Tensor, choice: float) -> Tensor:
     """(N,) 0 in the middle, 1 on the surface of an ellipsoid, a rounded box, a cylinder or a box, from (3, N) scaled positions."""
     square = q.square()
-    if choice < 0.6:
+    if choice < _ELLIPSOIDS:
         return square.sum(0)
     if choice < 0.8:
         return square.square().sum(0)
@@ -241,7 +255,7 @@ def _paint_tubes(labels: Tensor, generator: Generator) -> None:
     """One to four vessels along smooth curves, each with branches that carry its label."""
     label = _next_label(labels)
     for tube in range(integer(generator, 1, 4)):
-        radius = log_uniform(generator, 0.03, 0.2)
+        radius = log_uniform(generator, 0.03, 0.16)
         start = torch.rand(3, generator=generator, device=generator.device) * 1.6 - 0.8
         trunk = _paint_curve(labels, label + tube, start, radius, generator)
         for _ in range(integer(generator, 0, 3)):
@@ -255,7 +269,7 @@ def _paint_curve(labels: Tensor, label: int, start: Tensor, radius: float, gener
     half = torch.tensor(labels.shape, device=device) / 2
     smallest = float(half.min())
     radius_vox = max(1.0, radius * smallest)
-    count = min(400, max(8, int(3.0 * smallest / max(0.6, radius_vox / 4))))
+    count = min(400, max(8, int(3.0 * smallest / max(0.6, radius_vox / 3))))
     steps = torch.linspace(0, 1, count, device=device)[:, None]
     heading = torch.nn.functional.normalize(torch.randn(3, generator=generator, device=device), dim=0)
     wave = spline_matrix(count, uniform(generator, 1.0, 4.0), 0.0, device)
@@ -265,6 +279,7 @@ def _paint_curve(labels: Tensor, label: int, start: Tensor, radius: float, gener
     line = torch.arange(-reach, reach + 1, device=device)
     ball = torch.cartesian_prod(line, line, line)
     distance = ball.square().sum(1).float().sqrt()
+    ball, distance = ball[distance <= reach], distance[distance <= reach]
     local_radius = radius_vox * (1 + 0.25 * wobble[:, 3].clamp(-2, 2))
     point, offset = (distance[None, :] <= local_radius[:, None]).nonzero(as_tuple=True)
     voxel = ((curve + 1) * half - 0.5).round().long()[point] + ball[offset]
