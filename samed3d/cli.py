@@ -331,5 +331,5 @@ def _set_up_logging(*, quiet: bool) -> None:
 
 def _fail(message: str, code: int) -> int:
     line = " ".join(message.split())
-    print(f"samed3d: {line}" if line.startswith("internal error") else f"samed3d: error: {line}", file=sys.stderr)
+    typer.echo(f"samed3d: {line}" if code == 1 else f"samed3d: error: {line}", err=True)
     return code

@@ -1,0 +1,316 @@
+"""The house rules that a program can check: layers, imports, sizes, names, and that the README's tree is the real one."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = (
+    {"errors", "geometry", "prompts", "config"},
+    {"volume", "crops", "clicks", "losses", "metrics", "nn"},
+    {"models", "data"},
+    {"training", "inference", "evaluation"},
+    {"apps", "cli", "__main__"},
+)
+LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
+NOT_ON_A_BARE_GPU_MACHINE = (
+    "SimpleITK scipy edt cc3d typer rich yaml PIL accelerate torchio wandb tensorboard pydicom timm torchvision nibabel hypothesis pytest"
+)
+
+
+def module_name(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = sorted([*(ROOT / "samed3d").rglob("*.py"), *(ROOT / "data_prep").rglob("*.py")])
+MODULES = {module_name(path): path for path in FILES}
+TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+def imports_of(module: str, trees: dict[str, ast.Module] | None = None) -> Iterator[str]:
+    """Every module that ``module`` imports, at any depth of the file; ours are resolved to the submodule."""
+    for node in ast.walk((trees or TREES)[module]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import on line {node.lineno}"
+            for alias in node.names:
+                below = f"{node.module}.{alias.name}"
+                yield below if below in MODULES else str(node.module)
+
+
+def layer_of(module: str) -> int:
+    return LAYER_OF[module.split(".")[1]]
+
+
+def packaged() -> list[str]:
+    """All modules of the package except the façade, which loads its names when they are first used."""
+    return [m for m in MODULES if m.startswith("samed3d.")]
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_the_checks_see_the_package():
+    assert len(packaged()) > 20
+    assert sum(i.startswith("samed3d.") for m in packaged() for i in imports_of(m)) > 40
+
+
+def test_every_module_has_a_layer():
+    assert {m.split(".")[1] for m in packaged()} - set(LAYER_OF) == set()
+
+
+def test_imports_go_downward_only():
+    wrong = [
+        f"{module} imports {target}"
+        for module in packaged()
+        for target in imports_of(module)
+        if target.startswith("samed3d.") and layer_of(target) > layer_of(module)
+    ]
+    assert wrong == []
+
+
+def test_the_facade_imports_nothing_at_run_time():
+    at_top = {alias for node in TREES["samed3d"].body if isinstance(node, ast.Import | ast.ImportFrom) for alias in [ast.unparse(node)]}
+    assert not [line for line in at_top if "samed3d" in line]
+
+
+def test_models_import_no_other_model():
+    shared = {"samed3d.models", "samed3d.models.base", "samed3d.models.weights"}
+    wrong = [
+        f"{module} imports {target}"
+        for module in packaged()
+        if module.startswith("samed3d.models.")
+        for target in imports_of(module)
+        if target.startswith("samed3d.models") and target not in shared - {"samed3d.models"}
+    ]
+    assert wrong == []
+
+
+def test_data_preparation_knows_no_model():
+    seen = [(m, t) for m in MODULES if m.startswith("data_prep") for t in imports_of(m)]
+    assert seen
+    allowed = {"errors", "geometry", "prompts", "volume", "metrics", "data"}
+    wrong = [
+        f"{m} imports {t}" for m, t in seen if t.split(".")[0] == "torch" or (t.startswith("samed3d.") and t.split(".")[1] not in allowed)
+    ]
+    assert wrong == []
+
+
+def find_cycle(edges: dict[str, set[str]]) -> list[str]:
+    """One import cycle, or an empty list."""
+    done: set[str] = set()
+
+    def visit(node: str, path: list[str]) -> list[str]:
+        if node in path:
+            return path[path.index(node) :] + [node]
+        if node in done:
+            return []
+        for below in sorted(edges.get(node, ())):
+            if found := visit(below, [*path, node]):
+                return found
+        done.add(node)
+        return []
+
+    for start in sorted(edges):
+        if found := visit(start, []):
+            return found
+    return []
+
+
+def test_there_is_no_import_cycle():
+    edges = {m: {t for t in imports_of(m) if t in MODULES and t not in ("samed3d", m)} for m in MODULES if m != "samed3d"}
+    assert sum(map(len, edges.values())) > 40
+    assert find_cycle(edges) == []
+
+
+def test_the_cycle_finder_finds_one():
+    assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+@pytest.mark.parametrize(
+    ("package", "homes", "least"),
+    [
+        ("SimpleITK", r"samed3d\.volume(\..*)?|samed3d\.evaluation\.baselines", 1),
+        ("pydicom", r"samed3d\.volume(\..*)?", 0),
+        ("timm", r"samed3d\.(nn|models)\..*", 0),
+        ("typer", r"samed3d\.cli", 1),
+        ("fastapi", r"samed3d\.apps\..*", 0),
+        ("napari", r"samed3d\.apps\..*", 0),
+    ],
+)
+def test_heavy_packages_stay_in_their_place(package, homes, least):
+    users = {m for m in MODULES if any(t.split(".")[0] == package for t in imports_of(m))}
+    assert len(users) >= least
+    assert [m for m in users if not re.fullmatch(homes, m)] == []
+
+
+def test_timm_is_imported_in_one_place_at_most():
+    assert len([m for m in MODULES if any(t.split(".")[0] == "timm" for t in imports_of(m))]) <= 1
+
+
+def test_importing_samed3d_loads_neither_torch_nor_simpleitk():
+    done = run_python("import sys, samed3d; print(samed3d.__version__, sorted({'torch', 'SimpleITK', 'numpy'} & set(sys.modules)))")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split(maxsplit=1)[1].strip() == "[]"
+
+
+def test_the_lazy_names_are_all_there():
+    code = "import samed3d; assert set(samed3d.__all__) <= set(dir(samed3d)); print([getattr(samed3d, n) for n in samed3d.__all__])"
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    done = run_python("import samed3d; samed3d.Sesion")
+    assert "has no attribute 'Sesion'" in done.stderr
+
+
+def test_models_and_the_training_step_need_only_torch_einops_and_numpy():
+    wanted = [m for m in packaged() if m.split(".")[1] in ("nn", "models", "losses")] + ["samed3d.training.step"]
+    assert len(wanted) > 8
+    code = f"""
+import importlib, sys
+BLOCKED = set({NOT_ON_A_BARE_GPU_MACHINE!r}.split())
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"{{name}} is not on this machine", name=name)
+sys.meta_path.insert(0, Blocker())
+for name in {wanted!r}:
+    importlib.import_module(name)
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def all_python() -> list[Path]:
+    more = [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), ROOT / "train.py", ROOT / "infer.py"]
+    return [*FILES, *more]
+
+
+def test_files_have_at_most_400_lines():
+    long = {str(p.relative_to(ROOT)): n for p in all_python() if (n := len(p.read_text().splitlines())) > 400}
+    assert long == {}
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 40
+    assert all(len((ROOT / name).read_text().splitlines()) <= 60 for name in ("train.py", "infer.py"))
+
+
+def test_functions_have_at_most_60_lines():
+    functions = [(m, f) for m, tree in TREES.items() for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)]
+    assert len(functions) > 100
+    long = [f"{m}.{f.name}: {n}" for m, f in functions if (n := (f.end_lineno or 0) - f.lineno + 1) > 60]
+    assert long == []
+
+
+def test_no_file_has_a_name_that_says_nothing():
+    assert [str(p) for p in all_python() if p.stem in ("utils", "util", "common", "helpers", "helper", "misc")] == []
+
+
+def test_no_class_is_a_base_manager_and_no_string_is_a_target():
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                assert not re.fullmatch(r"Base.*Manager", node.name), module
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert node.value != "_target_", module
+
+
+def test_no_star_import_no_print_and_no_global_seed():
+    seeds = {
+        "torch.manual_seed",
+        "torch.random.manual_seed",
+        "torch.cuda.manual_seed_all",
+        "np.random.seed",
+        "numpy.random.seed",
+        "random.seed",
+    }
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                assert "*" not in [alias.name for alias in node.names], f"{module}: star import"
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called != "print", f"{module}:{node.lineno}: print; use logging or typer.echo"
+                assert called not in seeds, f"{module}:{node.lineno}: {called}; pass a generator"
+                assert called != "set_seed", f"{module}:{node.lineno}: set_seed; pass a generator"
+
+
+def test_no_code_runs_at_import():
+    allowed = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
+    for module, tree in TREES.items():
+        for node in tree.body:
+            text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            guard = isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'")
+            assert text or guard or isinstance(node, allowed), f"{module}:{node.lineno}: {ast.unparse(node)[:80]}"
+
+
+def test_no_machine_path_is_written_down():
+    pattern = re.compile(r"(?<![\w.])/(?:work|home|root|Users)/\w")
+    texts = [*all_python(), *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").glob("*"), ROOT / "Makefile"]
+    found = [f"{p.relative_to(ROOT)}: {m.group()}" for p in texts for m in [pattern.search(p.read_text())] if m]
+    assert found == []
+
+
+def test_no_file_is_over_16_mib():
+    kept = [
+        p
+        for folder in ("samed3d", "data_prep", "checkpoints", "docs", "benchmarks", "tests")
+        for p in (ROOT / folder).rglob("*")
+        if p.is_file()
+    ]
+    assert len(kept) > 20
+    assert [str(p) for p in kept if p.stat().st_size > 16 * 2**20] == []
+
+
+# The README's tree
+
+GENERATED = {"runs", "out", "build", "dist", "wandb", "corpus", "__pycache__"}
+UNLISTED = {"__init__.py", "__main__.py", "py.typed"}
+
+
+def readme_tree() -> dict[str, str]:
+    """Path to phrase, from the fenced block of the README that holds a line ``samed3d/``.
+
+    Each line is indented by two spaces per level, then one or more names with single spaces between them, then two or more spaces and
+    the phrase. Folders end in ``/``.
+    """
+    blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    block = next(b for b in blocks if re.search(r"^samed3d/(\s|$)", b, flags=re.MULTILINE))
+    entries: dict[str, str] = {}
+    folders: list[str] = []
+    for line in block.splitlines():
+        if not line.strip():
+            continue
+        level = (len(line) - len(line.lstrip(" "))) // 2
+        names, _, phrase = line.strip().partition("  ")
+        for name in names.split(" "):
+            path = "".join(folders[:level]) + name
+            entries[path] = phrase.strip()
+            if name.endswith("/"):
+                folders[level:] = [name]
+    return entries
+
+
+def real_tree() -> set[str]:
+    """What the README must list: all at the top, and every module of the package."""
+    top = {p for p in ROOT.iterdir() if not p.name.startswith(".") and p.name not in GENERATED and not p.name.endswith(".egg-info")}
+    inside = {p for p in (ROOT / "samed3d").rglob("*") if not GENERATED & set(p.relative_to(ROOT).parts) and p.name not in UNLISTED}
+    listed = {p for p in inside if p.suffix == ".py" or (p.is_dir() and any(p.iterdir()))}
+    return {str(p.relative_to(ROOT)) + ("/" if p.is_dir() else "") for p in top | listed}
+
+
+def test_the_readme_tree_is_the_real_tree():
+    told, real = set(readme_tree()), real_tree()
+    assert {path for path in told if not (ROOT / path).exists()} == set(), "listed but not there"
+    assert real - told == set(), "there but not listed"
+
+
+def test_every_entry_of_the_readme_tree_says_what_it_is():
+    assert {path for path, phrase in readme_tree().items() if not phrase} == set()
