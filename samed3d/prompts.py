@@ -97,8 +97,8 @@ def box_in_grid(box: Box, grid: Grid) -> tuple[Triple, Triple]:
     if any(h < -0.5 or lo >= t + 0.5 for lo, h, t in zip(low, high, top, strict=True)):
         shown = tuple(int(t) for t in top)
         raise InputError(f"box must meet the volume, ijk (0, 0, 0) to {shown}, got {_show(box.min)} to {_show(box.max)} ({box.space})")
-    low = as_triple([max(0.0, v) for v in low])
-    return low, as_triple([min(t, v) for v, t in zip(high, top, strict=True)])
+    low, high = (as_triple([min(max(0.0, v), t) for v, t in zip(corner, top, strict=True)]) for corner in (low, high))
+    return low, high
 
 
 @dataclass
@@ -160,11 +160,16 @@ def load_prompts(path: Path) -> list[ObjectPrompts]:
         raise InputError(f'prompt file must be an object with "version": {SCHEMA_VERSION}: {path}')
     space = body.get("space", "ijk")
     _check_space(space)
-    objects = []
+    objects: list[ObjectPrompts] = []
     for number, entry in enumerate(_listed(body, "objects", str(path)), start=1):
         where = f"{path}: object {number}"
         prompts = [_prompt_from_json(p, space, where) for p in _listed(entry, "prompts", where)]
-        objects.append(ObjectPrompts(id=int(entry.get("id", number)), name=str(entry.get("name", f"object {number}")), prompts=prompts))
+        object_id = entry.get("id", number)
+        if type(object_id) is not int or object_id < 1:
+            raise InputError(f"{where}: id must be a whole number > 0, got {object_id!r}")
+        if any(object_id == o.id for o in objects):
+            raise InputError(f"{where}: id must differ from those of the objects before it, got {object_id} again")
+        objects.append(ObjectPrompts(id=object_id, name=str(entry.get("name", f"object {number}")), prompts=prompts))
     return objects
 
 
@@ -178,7 +183,10 @@ def _prompt_from_json(entry: Any, space: str, where: str) -> Prompt:
     kind = entry.get("type") if isinstance(entry, dict) else None
     try:
         if kind == "point":
-            return Point(entry["at"], bool(entry.get("positive", True)), space)
+            positive = entry.get("positive", True)
+            if not isinstance(positive, bool):
+                raise InputError(f"{where}: positive must be true or false, got {positive!r}")
+            return Point(entry["at"], positive, space)
         if kind == "box":
             return Box(entry["min"], entry["max"], space)
     except KeyError as error:

@@ -1,0 +1,164 @@
+"""Prompts: the JSON form keeps everything, positions become voxels in either space, and each mistake is one clear line."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from conftest import oblique_grid
+from hypothesis import given
+from hypothesis import strategies as st
+
+from samed3d.errors import InputError
+from samed3d.geometry import Grid
+from samed3d.prompts import (
+    Box,
+    ObjectPrompts,
+    Point,
+    box_in_grid,
+    dump_prompts,
+    load_prompts,
+    parse_numbers,
+    point_in_grid,
+)
+
+GRID = Grid((10, 20, 30))
+numbers = st.floats(-1e4, 1e4)
+places = st.tuples(numbers, numbers, numbers)
+boxes = st.tuples(places, places).map(lambda c: Box(tuple(map(min, zip(*c, strict=True))), tuple(map(max, zip(*c, strict=True)))))
+prompts = st.one_of(st.builds(Point, places, st.booleans()), boxes)
+
+
+@given(given=st.lists(st.lists(prompts, min_size=1, max_size=4), min_size=1, max_size=3))
+def test_json_round_trip(tmp_path_factory, given):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.json"
+    objects = [ObjectPrompts(n, f"object {n}", listed) for n, listed in enumerate(given, start=1)]
+    dump_prompts(objects, path)
+    assert load_prompts(path) == objects
+
+
+def test_json_keeps_the_space_and_the_schema(tmp_path):
+    path = tmp_path / "prompts.json"
+    dump_prompts([ObjectPrompts(3, "liver", [Point((1, 2, 3), space="ras"), Box((0, 0, 0), (4, 5, 6), "ras")])], path)
+    assert json.loads(path.read_text()) == {
+        "version": 1,
+        "space": "ras",
+        "objects": [
+            {
+                "id": 3,
+                "name": "liver",
+                "prompts": [
+                    {"type": "point", "at": [1, 2, 3], "positive": True},
+                    {"type": "box", "min": [0, 0, 0], "max": [4, 5, 6]},
+                ],
+            }
+        ],
+    }
+    assert load_prompts(path)[0].prompts[0].space == "ras"
+    with pytest.raises(InputError, match="must share one space, got both ijk and ras"):
+        dump_prompts([ObjectPrompts(1, "x", [Point((1, 2, 3)), Point((1, 2, 3), space="ras")])], path)
+
+
+def test_point_in_either_space():
+    assert point_in_grid(Point((1, 2, 3)), GRID) == (1, 2, 3)
+    grid = oblique_grid()
+    ras = grid.ijk_to_ras_mm((5.25, 1.0, 3.0))
+    np.testing.assert_allclose(point_in_grid(Point(ras, space="ras"), grid), (5.25, 1.0, 3.0), atol=1e-9)
+
+
+@pytest.mark.parametrize("at", [(30, 0, 0), (0, 20, 0), (0, 0, 10), (-1, 0, 0), (10, 5, 19.5)])
+def test_point_outside_names_the_bounds(at):
+    with pytest.raises(InputError, match=r"must lie inside the volume, ijk \(0, 0, 0\) to \(29, 19, 9\), got .*; check --space"):
+        point_in_grid(Point(at), GRID)
+
+
+def test_ras_point_outside_shows_both_spaces():
+    with pytest.raises(InputError, match=r"got \(5, 5, 5\) mm RAS \(= voxel \(-5, -5, 5\)\)"):
+        point_in_grid(Point((5, 5, 5), space="ras"), GRID)
+
+
+def test_box_is_clipped_to_the_volume():
+    assert box_in_grid(Box((-5, 2, 3), (8, 40, 9)), GRID) == ((0, 2, 3), (8, 19, 9))
+    assert box_in_grid(Box((4, 4, 4), (4, 4, 4)), GRID) == ((4, 4, 4), (4, 4, 4))
+    assert box_in_grid(Box((-0.4, 4, 9.2), (-0.3, 4, 9.3)), GRID) == ((0, 4, 9), (0, 4, 9))  # in the outer half of a border voxel
+    for low, high in [((30, 0, 0), (31, 5, 5)), ((0, -9, 0), (5, -1, 5)), ((0, 0, 9.5), (5, 5, 12))]:
+        with pytest.raises(InputError, match=r"box must meet the volume, ijk \(0, 0, 0\) to \(29, 19, 9\), got .* \(ijk\)"):
+            box_in_grid(Box(low, high), GRID)
+
+
+def test_box_in_ras_is_the_voxel_box_around_its_corners():
+    # LPS and RAS differ in the sign of x and y, so the order of the corners turns round.
+    low, high = box_in_grid(Box((-8, -6, 1), (-2, -3, 4), "ras"), GRID)
+    np.testing.assert_allclose([low, high], [(2, 3, 1), (8, 6, 4)], atol=1e-9)
+    grid = oblique_grid((20, 20, 20))
+    middle = np.array(grid.ijk_to_ras_mm((10, 10, 10)))
+    low, high = box_in_grid(Box(tuple(middle - 2), tuple(middle + 2), "ras"), grid)
+    np.testing.assert_allclose(np.add(low, high) / 2, (10, 10, 10), atol=1e-9)
+    for sign in np.ndindex(2, 2, 2):
+        corner = grid.ras_mm_to_ijk(tuple(middle - 2 + 4 * np.array(sign)))
+        assert all(lo - 1e-9 <= c <= hi + 1e-9 for lo, c, hi in zip(low, corner, high, strict=True))
+
+
+def test_what_counts_as_positive():
+    assert not ObjectPrompts().has_positive
+    assert not ObjectPrompts(prompts=[Point((1, 2, 3), positive=False)]).has_positive
+    assert ObjectPrompts(prompts=[Point((1, 2, 3), positive=False), Point((1, 2, 3))]).has_positive
+    assert ObjectPrompts(prompts=[Box((0, 0, 0), (1, 1, 1))]).has_positive
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Point((1, 2)), r"point must be three numbers, got \(1, 2\)"),
+        (lambda: Point((1, 2, "a")), "point must be three numbers, got"),
+        (lambda: Point(7), "point must be three numbers, got 7"),
+        (lambda: Point((1, 2, float("nan"))), "point must be finite, got"),
+        (lambda: Point((1, 2, 3), space="lps"), "space must be one of ijk, ras, got 'lps'"),
+        (lambda: Box((1, 2, 3, 4), (5, 6, 7)), "box min must be three numbers"),
+        (lambda: Box((1, 2, 3), (5, float("inf"), 7)), "box max must be finite"),
+        (lambda: Box((1, 2, 3), (0, 6, 7)), r"box min must not exceed box max .* min \(1, 2, 3\) and max \(0, 6, 7\); swap"),
+        (lambda: parse_numbers("1,2", 3, "--point"), "--point needs 3 numbers separated by commas, got '1,2'"),
+        (lambda: parse_numbers("1,2,x", 3, "--point"), "--point needs 3 numbers separated by commas, got '1,2,x'"),
+        (lambda: parse_numbers("1,2,inf", 3, "--point"), "--point needs 3 numbers"),
+    ],
+)
+def test_bad_prompts(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+POINT = '{"type": "point", "at": [1, 2, 3]}'
+
+
+def one_object(prompt: str, entry: str = '"name": "x"') -> str:
+    return f'{{"version": 1, "objects": [{{{entry}, "prompts": [{prompt}]}}]}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "prompt file cannot be read: .*No such file"),
+        ("{", "prompt file is not JSON"),
+        ("[]", 'must be an object with "version": 1'),
+        ('{"version": 2}', 'must be an object with "version": 1'),
+        ('{"version": 1}', "'objects' must be a list that is not empty"),
+        ('{"version": 1, "space": "lps", "objects": []}', "space must be one of ijk, ras"),
+        ('{"version": 1, "objects": [{"prompts": []}]}', "object 1: 'prompts' must be a list that is not empty"),
+        ('{"version": 1, "objects": [3]}', "object 1: 'prompts' must be a list"),
+        (one_object('{"type": "point"}'), "object 1: a point needs 'at'"),
+        (one_object('{"type": "point", "at": [1, 2, 3], "positive": "no"}'), "object 1: positive must be true or false, got 'no'"),
+        (one_object('{"type": "lasso"}'), "prompt type must be \"point\" or \"box\", got 'lasso'"),
+        (one_object('{"type": "box", "min": [3, 0, 0], "max": [1, 1, 1]}'), "box min must not exceed box max"),
+        (one_object(POINT, '"id": "x"'), "object 1: id must be a whole number > 0, got 'x'"),
+        (one_object(POINT, '"id": 0'), "object 1: id must be a whole number > 0, got 0"),
+        (one_object(POINT, '"id": 2').replace("]}]}", "]}, {\"prompts\": [" + POINT + "]}]}"), "object 2: id must differ .* got 2 again"),
+    ],
+)
+def test_bad_prompt_files(tmp_path, text, message):
+    path = tmp_path / "prompts.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        load_prompts(path)
+    assert "\n" not in str(caught.value)
