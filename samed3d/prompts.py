@@ -6,6 +6,7 @@ one image. This file knows no model and no array. Read ``inference/session.py`` 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -90,7 +91,7 @@ def box_in_grid(box: Box, grid: Grid) -> tuple[Triple, Triple]:
     if box.space == "ijk":
         low, high = box.min, box.max
     else:
-        corners = [grid.ras_mm_to_ijk((x, y, z)) for x in (box.min[0], box.max[0]) for y in (box.min[1], box.max[1]) for z in (box.min[2], box.max[2])]
+        corners = [grid.ras_mm_to_ijk(corner) for corner in itertools.product(*zip(box.min, box.max, strict=True))]
         low = as_triple([min(c[a] for c in corners) for a in range(3)])
         high = as_triple([max(c[a] for c in corners) for a in range(3)])
     top = as_triple([n - 1 for n in grid.size_ijk])

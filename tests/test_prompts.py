@@ -152,7 +152,7 @@ def one_object(prompt: str, entry: str = '"name": "x"') -> str:
         (one_object('{"type": "box", "min": [3, 0, 0], "max": [1, 1, 1]}'), "box min must not exceed box max"),
         (one_object(POINT, '"id": "x"'), "object 1: id must be a whole number > 0, got 'x'"),
         (one_object(POINT, '"id": 0'), "object 1: id must be a whole number > 0, got 0"),
-        (one_object(POINT, '"id": 2').replace("]}]}", "]}, {\"prompts\": [" + POINT + "]}]}"), "object 2: id must differ .* got 2 again"),
+        (one_object(POINT, '"id": 2')[:-2] + f', {{"prompts": [{POINT}]}}]}}', "object 2: id must differ .* got 2 again"),
     ],
 )
 def test_bad_prompt_files(tmp_path, text, message):
