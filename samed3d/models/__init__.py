@@ -12,11 +12,44 @@ from typing import Any
 
 from samed3d.errors import InputError
 from samed3d.models.base import ModelEntry, PromptableModel
+from samed3d.models.sam_med3d import sam_med3d_b, sam_med3d_b256, sam_med3d_h, sam_med3d_l
+from samed3d.models.samed3d_unet import samed3d_unet
+from samed3d.models.samed3d_vit import samed3d_base, samed3d_small, samed3d_tiny
 from samed3d.models.weights import find_checkpoint, list_checkpoints, load_state_strict, read_weights, spec_from_json
 
 __all__ = ["MODELS", "create_model", "list_models", "load"]
 
-MODELS: dict[str, ModelEntry] = {}
+_TINY_UNET = {
+    "input_shape": (32, 32, 32),
+    "widths": (8, 8, 16, 16),
+    "decoder_widths": (8, 8, 16, 16),
+    "encoder_blocks": (1, 1, 1, 1),
+    "joint_blocks": 1,
+    "similarity_heads": (2, 2, 2),
+}
+_TINY_VIT = {"input_shape": (16, 16, 16), "patch": 8, "dim": 24, "depth": 2, "heads": 2, "prompt_dim": 32, "stem_width": 4}
+_TINY_SAM = {
+    "input_shape": (16, 16, 16),
+    "patch": 8,
+    "dim": 24,
+    "depth": 2,
+    "heads": 2,
+    "global_blocks": (1,),
+    "window": 3,
+    "prompt_dim": 48,
+    "decoder_mlp_dim": 32,
+}
+
+MODELS: dict[str, ModelEntry] = {
+    "samed3d_unet": ModelEntry(samed3d_unet, _TINY_UNET),
+    "samed3d_tiny": ModelEntry(samed3d_tiny, _TINY_VIT),
+    "samed3d_small": ModelEntry(samed3d_small, _TINY_VIT),
+    "samed3d_base": ModelEntry(samed3d_base, _TINY_VIT),
+    "sam_med3d_b": ModelEntry(sam_med3d_b, _TINY_SAM),
+    "sam_med3d_b256": ModelEntry(sam_med3d_b256, _TINY_SAM),
+    "sam_med3d_l": ModelEntry(sam_med3d_l, _TINY_SAM),
+    "sam_med3d_h": ModelEntry(sam_med3d_h, _TINY_SAM),
+}
 
 
 def list_models() -> list[str]:

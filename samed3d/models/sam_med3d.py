@@ -136,7 +136,7 @@ class SamMed3D(PromptableModel):
         points, labels = prompts.points, prompts.point_labels
         if self.spec.click_memory == "newest":
             points, labels = newest_click(points, labels)
-        sparse, valid = self.prompt_encoder.embed_points(points, labels)
+        sparse, valid = self.prompt_encoder.embed_points(points, labels)  # with pad_point, all of them count
         dense = self.prompt_encoder.embed_mask(self._mask_prompt(image, prompts.mask_logits), image.shape[0])
         positions = self.prompt_encoder.dense_positions()
         lowres, iou = self.mask_decoder(image, positions, sparse, dense, maps=1, sparse_valid=valid)

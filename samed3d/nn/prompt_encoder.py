@@ -79,7 +79,7 @@ class PromptEncoder(nn.Module):
         )
         self.no_mask_embed = nn.Embedding(1, dim)
 
-    def embed_points(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    def embed_points(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Clicks as tokens.
 
         Args:
@@ -87,7 +87,7 @@ class PromptEncoder(nn.Module):
             labels: (B, N) 1 object, 0 background, -1 padding.
 
         Returns:
-            Tokens (B, N or N + 1, C); which of them count (B, T) bool, None meaning all. No points give no tokens.
+            Tokens (B, T, C), T being N or N + 1; which of them count (B, T) bool. No points give no tokens.
         """
         if self.not_a_point_embed is not None and points.shape[1]:
             points = torch.cat([points, points.new_zeros(points.shape[0], 1, 3)], 1)
@@ -97,7 +97,7 @@ class PromptEncoder(nn.Module):
         tokens = position + torch.where(kinds == POSITIVE, self.point_embeddings[1].weight, self.point_embeddings[0].weight)
         if self.not_a_point_embed is None:
             return tokens, labels != PADDING
-        return torch.where(kinds == PADDING, self.not_a_point_embed.weight, tokens), None
+        return torch.where(kinds == PADDING, self.not_a_point_embed.weight, tokens), torch.ones_like(labels, dtype=torch.bool)
 
     def embed_boxes(self, boxes: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """(B, 2, 3) low and high corners (half-open, voxel edges) as two tokens (B, 2, C); which count (B, 2) bool."""

@@ -6,7 +6,6 @@ Not here: attention itself (``attention.py``). Read ``prompt_encoder.py`` and ``
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samed3d.geometry import IntTriple
@@ -113,34 +112,31 @@ class ImageEncoder(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """Strided convolutions from voxels to tokens, which also yields two finer feature maps for the mask's edges.
+    """Strided convolutions from voxels to tokens, which also yields a finer feature map for the mask decoder.
 
     Each stage halves the grid: a 3x3x3 convolution with stride 2, normalisation, GELU. Channels double from ``width``; the last stage
     has ``dim``.
 
     Args:
         patch: Voxels per token edge, a power of two >= 4.
-        width: Channels of the first stage and of the full-resolution map.
+        width: Channels of the first stage.
         dim: Token channels.
     """
 
     def __init__(self, patch: int, width: int, dim: int) -> None:
         super().__init__()
-        stages = patch.bit_length() - 1
-        channels = [1, *(width * 2**i for i in range(stages - 1)), dim]
-        self.fine_stage = stages - 3
-        self.fine_channels = channels[stages - 2]
-        self.detail = nn.Conv3d(1, width, kernel_size=3, padding=1)
+        count = patch.bit_length() - 1
+        channels = [1, *(width * 2**i for i in range(count - 1)), dim]
+        self.fine_channels = channels[count - 2]
         self.stages = nn.ModuleList(
             nn.Sequential(nn.Conv3d(before, after, kernel_size=3, stride=2, padding=1), LayerNorm3d(after), nn.GELU())
             for before, after in zip(channels[:-1], channels[1:], strict=True)
         )
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 1, D, H, W) to tokens (B, d, h, w, dim), fine features (B, c, 4d, 4h, 4w) and detail (B, width, D, H, W)."""
-        x, fine = image, image
-        for index, stage in enumerate(self.stages):
-            x = stage(x)
-            if index == self.fine_stage:
-                fine = x
-        return x.movedim(1, -1), fine, F.gelu(self.detail(image))
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 1, D, H, W) to tokens (B, d, h, w, dim) and fine features (B, fine_channels, 4d, 4h, 4w)."""
+        fine = image
+        for stage in self.stages[:-2]:
+            fine = stage(fine)
+        x = self.stages[-1](self.stages[-2](fine))
+        return x.movedim(1, -1), fine
