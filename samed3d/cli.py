@@ -33,6 +33,8 @@ app = typer.Typer(
 # A file system that refuses is the user's to mend, whatever was being written.
 _USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
+_INTERRUPTED = 130
+
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu or cuda.")]
 Model = Annotated[str, typer.Option(help="Shipped checkpoint, or a .safetensors file.")]
@@ -50,14 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
-    _set_up_logging(quiet=any(a in ("--quiet", "-q") for a in arguments))
+    _set_up_logging(arguments)
     try:
         result = app(arguments, prog_name="samed3d", standalone_mode=False)
+        if result == _INTERRUPTED:  # typer turns a KeyboardInterrupt into this
+            return _fail("interrupted", _INTERRUPTED)
         return result if isinstance(result, int) else 0
     except InputError as error:
         return _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", 130)
+        return _fail("interrupted", _INTERRUPTED)
     except Exception as error:
         if message := getattr(error, "format_message", None):  # typer's own errors: unknown option, missing argument
             return _fail(f"{message()} (see samed3d --help)", 2) if message() else 2  # empty: the help was asked for and is printed
@@ -92,18 +96,13 @@ def segment(
     """
     objects = _gather_prompts(point or [], negative_point or [], box or [], space, prompts)
     _check_device(device)
-    from samed3d.inference.preview import write_preview
-    from samed3d.inference.session import Session
-    from samed3d.volume import check_output
-
-    check_output(output)
-    if probability is not None:
-        check_output(probability)
-    if preview is not None:
-        check_output(preview, suffixes=(".png",))
-    if report is not None:
-        check_output(report, suffixes=(".json",))
     _check_distinct({"the image": image, "--output": output, "--probability": probability, "--preview": preview, "--report": report})
+    from samed3d.volume import SUFFIXES, check_output
+
+    for path, suffixes in ((output, SUFFIXES), (probability, SUFFIXES), (preview, (".png",)), (report, (".json",))):
+        if path is not None:
+            check_output(path, suffixes=suffixes)
+    from samed3d.inference.session import Session
 
     session = Session.open(image, model=model, device=device, channel=channel, series=series)
     session.add_all(objects)
@@ -113,6 +112,8 @@ def segment(
     if probability is not None:
         session.save_probability(probability)
     if preview is not None:
+        from samed3d.inference.preview import write_preview
+
         write_preview(preview, session.volume, session.labels, session.objects, title=image.name)
     if report is not None:
         _write_json(report, summary)
@@ -174,11 +175,11 @@ def models() -> None:
     from samed3d.models import list_models
     from samed3d.models.weights import list_checkpoints
 
-    table = Table("architecture", "parameters", "crop (zyx)", "spacing", "prompts", "clicks kept")
+    table = Table("architecture", "parameters", "crop (zyx)", "spacing", "prompts", "clicks kept", box=None)
     for name in list_models():
         parameters, spec = _measure_model(name)
         spacing = "any" if spec.spacing_mm is None else f"{spec.spacing_mm:g} mm"
-        crop = " x ".join(str(n) for n in spec.input_shape_zyx)
+        crop = "x".join(str(n) for n in spec.input_shape_zyx)
         table.add_row(name, f"{parameters / 1e6:,.1f} M", crop, spacing, ", ".join(sorted(spec.prompts)), spec.click_memory)
     Console().print(table)
     typer.echo(f"checkpoints: {', '.join(list_checkpoints()) or 'none shipped'}")
@@ -222,17 +223,23 @@ def demo(
 
 @app.command()
 def prepare(
-    sources: Annotated[list[Path], typer.Argument(help="nnU-Net data sets (folders with dataset.json).")],
+    sources: Annotated[list[Path], typer.Argument(help="nnU-Net data sets (folders with dataset.json), or folders of them.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the corpus.")],
-    max_side: Annotated[int | None, typer.Option(min=16, help="Shrink volumes whose longest side has more voxels.")] = None,
+    max_side: Annotated[int | None, typer.Option(min=16, help="Coarsen volumes whose longest side has more voxels.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Build a training corpus from labelled volumes."""
     for folder in sources:
         _check_exists(folder, "data set")
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress
+
     from data_prep.nnunet import prepare as run
 
-    run(sources, output, max_side=max_side)
+    console = Console(stderr=True)
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task("cases", total=None)
+        run(sources, output, max_side=max_side, on_case=lambda done, total: bar.update(task, completed=done, total=total))
     if not quiet:
         typer.echo(f"corpus in {output}")
 
@@ -319,14 +326,17 @@ def _print_segment_summary(summary: dict[str, Any], output: Path) -> None:
     typer.echo(f"mask in {output} ({float(summary.get('seconds', 0.0)):.1f} s on {summary.get('device', '?')})")
 
 
-def _set_up_logging(*, quiet: bool) -> None:
+def _set_up_logging(arguments: list[str]) -> None:
+    """Long jobs say what they do wherever they write to; the others only to a terminal, so that an error stays one line."""
+    long_job = arguments[:1] and arguments[0] in ("train", "evaluate", "prepare")
+    quiet = "--quiet" in arguments or "-q" in arguments
     logger = logging.getLogger("samed3d")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("samed3d: %(message)s"))
     logger.addHandler(handler)
-    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+    logger.setLevel(logging.INFO if not quiet and (long_job or sys.stderr.isatty()) else logging.ERROR if quiet else logging.WARNING)
 
 
 def _fail(message: str, code: int) -> int:
