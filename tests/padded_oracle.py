@@ -1,4 +1,4 @@
-"""The oracle for windowed attention: plain, slow, padded, every bias indexed one key at a time axis by axis. Only tests and benchmarks use it.
+"""The oracle for windowed attention: plain, slow and padded. Only tests and benchmarks use it.
 
 It pads the token grid with zeros to whole windows, computes query, key and value of every padding token and a full softmax over all keys
 of the window, as SAM-Med3D's released encoder does. It runs on the weights of an ``ImageEncoder`` and shares no code with its attention.

@@ -119,9 +119,9 @@ class SamMed3D(PromptableModel):
         Raises:
             InputError: if the crop has another shape.
         """
-        expected = (1, *self.numbers.input_shape)
-        if tuple(image.shape[1:]) != expected:
-            raise InputError(f"image must be (B, {', '.join(map(str, expected))}) for {self.spec.name}, got {tuple(image.shape)}; resample the crop")
+        d, h, w = self.numbers.input_shape
+        if tuple(image.shape[1:]) != (1, d, h, w):
+            raise InputError(f"image must be (B, 1, {d}, {h}, {w}) for {self.spec.name}, got {tuple(image.shape)}; resample the crop")
         return {"image": self.image_encoder(image)}
 
     def decode(self, features: Features, prompts: PromptBatch) -> MaskOutput:

@@ -92,8 +92,8 @@ class Refinement(nn.Module):
     def forward(self, maps: Tensor, detail: Tensor) -> Tensor:
         """(B, maps, d, h, w) logit maps and ``encode``'s features to logits (B, 1, D, H, W)."""
         half = F.interpolate(maps, size=detail.shape[2:], mode="trilinear", align_corners=False)
-        change = self.out(F.gelu(detail + self.from_maps(half)))
-        return F.interpolate(maps[:, :1], size=[2 * n for n in detail.shape[2:]], mode="trilinear", align_corners=False) + depth_to_space(change)
+        change = depth_to_space(self.out(F.gelu(detail + self.from_maps(half))))
+        return change + F.interpolate(maps[:, :1], size=change.shape[2:], mode="trilinear", align_corners=False)
 
 
 class Samed3DVit(PromptableModel):
@@ -130,9 +130,9 @@ class Samed3DVit(PromptableModel):
         Raises:
             InputError: if the crop has another shape.
         """
-        expected = (1, *self.numbers.input_shape)
-        if tuple(image.shape[1:]) != expected:
-            raise InputError(f"image must be (B, {', '.join(map(str, expected))}) for {self.spec.name}, got {tuple(image.shape)}; resample the crop")
+        d, h, w = self.numbers.input_shape
+        if tuple(image.shape[1:]) != (1, d, h, w):
+            raise InputError(f"image must be (B, 1, {d}, {h}, {w}) for {self.spec.name}, got {tuple(image.shape)}; resample the crop")
         tokens, fine = self.stem(image)
         return {"image": self.image_encoder(tokens), "skip": self.skip(fine), "detail": self.refinement.encode(image)}
 

@@ -94,6 +94,8 @@ def read_header(path: str | Path) -> dict[str, Any]:
     if text is None:
         raise InputError(f"checkpoint has no samed3d header, so its architecture is unknown: {path}")
     header = json.loads(text)
+    if header.get("version") == HEADER_VERSION and not {"model", "config", "spec"} <= header.keys():
+        raise InputError(f"checkpoint header must name model, config and spec, got {', '.join(header)} in {path}")
     if header.get("version") != HEADER_VERSION:
         raise InputError(f"checkpoint header must have version {HEADER_VERSION}, got {header.get('version')!r} in {path}; update samed3d")
     return header
@@ -191,7 +193,7 @@ def spec_from_json(body: Mapping[str, Any]) -> ModelSpec:
     """
     if unknown := sorted(set(body) - {f.name for f in fields(ModelSpec)}):
         raise InputError(f"checkpoint header has unknown spec fields: {', '.join(unknown)}; update samed3d")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in body.items()}
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in body.items()}
     return ModelSpec(**{**values, "prompts": frozenset(body["prompts"])})
 
 
