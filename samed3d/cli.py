@@ -134,8 +134,8 @@ def train(
     settings = load_config(TrainConfig, config, set_ or [])
     from samed3d.training.loop import train as run
 
-    folder = run(settings, resume=resume)
-    if not quiet:
+    folder = run(settings, resume=resume, quiet=quiet)
+    if not quiet and os.environ.get("RANK", "0") == "0":
         typer.echo(f"run in {folder}")
 
 

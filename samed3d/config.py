@@ -28,6 +28,8 @@ class ModelConfig:
     """Registry name (``samed3d models`` lists them)."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the model's builder; empty keeps its own numbers."""
+    weights: str = ""
+    """Checkpoint to start from (name or file); empty starts from random weights."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +137,11 @@ class RunConfig:
     """Where a run writes and how it repeats."""
 
     folder: str = "runs/tiny"
-    """Folder for checkpoints, ``config.yaml`` and ``metrics.jsonl``."""
+    """Folder for checkpoints, ``config.json`` and ``metrics.jsonl``."""
     seed: int = 0
     """Seed of weights, samples and clicks; the same seed gives the same run on a CPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the forward; auto takes bf16 on a GPU that has it, else fp32."""
+    """Arithmetic of the forward; auto takes bf16 on a GPU that has it and on a CPU with AMX, else fp32."""
     log_every: int = 10
     """Optimiser steps between two lines of ``metrics.jsonl``."""
     save_every: int = 100

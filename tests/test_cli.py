@@ -140,23 +140,17 @@ def test_train_passes_config_overrides_and_resume(monkeypatch, capsys):
 
     seen = {}
 
-    def record(config, *, resume=False):
-        seen.update(config=config, resume=resume)
+    def record(config, **named):
+        seen.update(config=config, **named)
         return Path("runs/x")
 
     monkeypatch.setattr(loop, "train", record)
-    arguments = [
-        "train",
-        "--config",
-        str(ROOT / "configs" / "tiny_cpu.yaml"),
-        "--set",
-        "optim.lr=1e-4",
-        "--set",
-        "optim.steps=9",
-        "--resume",
-    ]
-    assert main(arguments) == 0, capsys.readouterr().err
-    assert (seen["config"].optim.lr, seen["config"].optim.steps, seen["resume"]) == (1e-4, 9, True)
+    tiny = str(ROOT / "configs" / "tiny_cpu.yaml")
+    assert main(["train", "--config", tiny, "--set", "optim.lr=1e-4", "--set", "optim.steps=9", "--resume", "-q"]) == 0
+    assert (seen["config"].optim.lr, seen["config"].optim.steps, seen["resume"], seen["quiet"]) == (1e-4, 9, True, True)
+    assert capsys.readouterr().out == ""
+    assert main(["train", "--config", tiny]) == 0
+    assert (seen["resume"], seen["quiet"]) == (False, False)
     assert "runs/x" in capsys.readouterr().out
 
 

