@@ -42,6 +42,13 @@ def two_steps(model: PromptableModel) -> tuple[MaskOutput, MaskOutput]:
     return first, model.decode(features, prompts)
 
 
+@pytest.mark.parametrize(("name", "millions"), [("samed3d_tiny", (3, 6)), ("samed3d_small", (10, 15)), ("samed3d_base", (90, 100))])
+def test_sizes_of_ours(name, millions):
+    with torch.device("meta"):
+        model = create_model(name)
+    assert millions[0] <= sum(p.numel() for p in model.parameters()) / 1e6 <= millions[1]
+
+
 @pytest.mark.parametrize("name", list_models())
 def test_shapes_and_finite_gradients(name):
     model = make(name)

@@ -94,14 +94,14 @@ class PromptEncoder(nn.Module):
             labels = torch.cat([labels, labels.new_full((labels.shape[0], 1), PADDING)], 1)
         position = self.pe_layer((points + 0.5) / points.new_tensor(self.input_shape))
         kinds = labels[..., None]
-        tokens = position + torch.where(kinds == POSITIVE, self.point_embeddings[1].weight, self.point_embeddings[0].weight)
+        tokens = position + torch.where(kinds == POSITIVE, self._kind(1), self._kind(0))
         if self.not_a_point_embed is None:
             return tokens, labels != PADDING
         return torch.where(kinds == PADDING, self.not_a_point_embed.weight, tokens), torch.ones_like(labels, dtype=torch.bool)
 
     def embed_boxes(self, boxes: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """(B, 2, 3) low and high corners (half-open, voxel edges) as two tokens (B, 2, C); which count (B, 2) bool."""
-        corners = torch.cat([self.point_embeddings[2].weight, self.point_embeddings[3].weight])
+        corners = torch.cat([self._kind(2), self._kind(3)])
         tokens = self.pe_layer(boxes / boxes.new_tensor(self.input_shape)) + corners
         if valid is None:
             valid = torch.ones(boxes.shape[0], dtype=torch.bool, device=boxes.device)
@@ -116,3 +116,7 @@ class PromptEncoder(nn.Module):
     def dense_positions(self) -> Tensor:
         """(1, C, d, h, w) positions of the token grid."""
         return self.pe_layer.dense(self.grid)
+
+    def _kind(self, index: int) -> Tensor:
+        """(1, C) embedding: 0 background click, 1 object click, 2 low corner, 3 high corner."""
+        return self.point_embeddings.get_submodule(str(index)).get_parameter("weight")

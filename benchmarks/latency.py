@@ -1,0 +1,213 @@
+"""Measure the time from a click to a mask, as ratios within one run. Prints one JSON and writes it to a file.
+
+    python benchmarks/latency.py --out benchmarks/results/latency.json
+
+The encoder of ``sam_med3d_b`` is timed beside the padded oracle of the tests and beside a plain matrix product of the same FLOPs, the runs
+alternating, so that other load on the machine falls on all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from samed3d.errors import InputError  # noqa: E402
+from samed3d.models import create_model, load  # noqa: E402
+from samed3d.models.base import PromptableModel, PromptBatch  # noqa: E402
+
+DEFAULT_ARCHITECTURE = "samed3d_unet"
+CT_CASE = Path("chaos_ct_liver/imagesTr/chaos_ct_sample_0000.nii.gz")
+CT_POINT_IJK = "180,250,40"
+EDGE = 128
+
+
+def alternate(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each run, after one warm-up each, all taking turns ``repeats`` times."""
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def load_oracle() -> Callable[..., torch.Tensor]:
+    """``padded_encoder`` of the tests."""
+    spec = importlib.util.spec_from_file_location("padded_oracle", ROOT / "tests" / "padded_oracle.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.padded_encoder
+
+
+def random_crop(edge: int = EDGE) -> torch.Tensor:
+    """(1, 1, edge, edge, edge) seeded noise."""
+    return torch.randn(1, 1, edge, edge, edge, generator=torch.Generator().manual_seed(0))
+
+
+def one_click(edge: int = EDGE) -> PromptBatch:
+    """A positive click in the middle."""
+    return PromptBatch(torch.full((1, 1, 3), edge / 2), torch.ones(1, 1, dtype=torch.int64))
+
+
+def sam_med3d() -> PromptableModel:
+    """The released architecture with seeded weights whose relative positions are not zero."""
+    torch.manual_seed(0)
+    model = create_model("sam_med3d_b").eval()
+    for name, parameter in model.named_parameters():
+        if "rel_pos" in name or "pos_embed" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@torch.inference_mode()
+def measure_encoder(repeats: int) -> dict[str, float]:
+    """Encoder of ``sam_med3d_b`` against the oracle and a matrix product; its decode per click."""
+    model, crop, padded = sam_med3d(), random_crop(), load_oracle()
+    encoder = model.get_submodule("image_encoder")
+    difference = (encoder(crop) - padded(encoder, crop)).abs().max().item()
+    with FlopCounterMode(display=False) as counter:
+        encoder(crop)
+    flops = counter.get_total_flops()
+    edge = round((flops / 2) ** (1 / 3))
+    left, right = torch.randn(edge, edge), torch.randn(edge, edge)
+    times = alternate({"encoder": lambda: encoder(crop), "padded": lambda: padded(encoder, crop), "product": lambda: left @ right}, repeats)
+    features, click = model.encode(crop), one_click()
+    decode = alternate({"decode": lambda: model.decode(features, click)}, 5 * repeats)
+    return {
+        "encoder_s": times["encoder"],
+        "padded_oracle_s": times["padded"],
+        "times_faster_than_padded": times["padded"] / times["encoder"],
+        "max_abs_difference": difference,
+        "encoder_gflop": flops / 1e9,
+        "matrix_product_s": times["product"],
+        "times_matrix_product": times["encoder"] / times["product"],
+        "decode_ms": 1e3 * decode["decode"],
+    }
+
+
+@torch.inference_mode()
+def peak_memory_mib(padded: bool) -> float:
+    """Highest resident memory of this process after one encode and decode of ``sam_med3d_b``; run it in a process of its own."""
+    model, crop = sam_med3d(), random_crop()
+    if padded:
+        features = {"image": load_oracle()(model.get_submodule("image_encoder"), crop)}
+    else:
+        features = model.encode(crop)
+    model.decode(features, one_click())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KiB elsewhere
+
+
+def in_own_process(function: Callable[..., float], *arguments: object) -> float:
+    """Result of a function that runs alone in a fresh interpreter."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def default_model() -> tuple[PromptableModel, str]:
+    """The default checkpoint, or its architecture with random weights where none is shipped; and which of the two."""
+    try:
+        return load("default"), "default checkpoint"
+    except InputError:
+        return create_model(DEFAULT_ARCHITECTURE).eval(), "random weights"
+
+
+@torch.inference_mode()
+def measure_default(repeats: int) -> dict[str, Any]:
+    """First mask (encode and decode) and later clicks of the default model on a 128^3 crop, and on a crop of its own shape."""
+    model, weights = default_model()
+    result: dict[str, Any] = {"model": model.spec.name, "weights": weights, "own_edge": model.spec.input_shape_zyx[0]}
+    for label, edge in (("crop128", EDGE), ("own_crop", model.spec.input_shape_zyx[0])):
+        crop, click = random_crop(edge), one_click(edge)
+        start = time.perf_counter()
+        first = model(crop, click)
+        cold = time.perf_counter() - start
+        features = model.encode(crop)
+        later = PromptBatch(click.points.repeat(1, 3, 1), click.point_labels.repeat(1, 3), mask_logits=first.lowres_logits)
+        times = alternate({"first": lambda c=crop, k=click: model(c, k), "later": lambda f=features, p=later: model.decode(f, p)}, repeats)  # type: ignore[misc]
+        result[label] = {"first_mask_cold_s": cold, "first_mask_s": times["first"], "later_click_s": times["later"]}
+    return result
+
+
+def measure_shell(repeats: int) -> dict[str, Any]:
+    """``infer.py`` on a real CT as a user runs it, and its imports alone; a reason instead where that is impossible."""
+    folder = Path(os.environ.get("SAMED3D_DATA") or ROOT.parent / "shared" / "data")
+    image = folder / CT_CASE
+    if not image.is_file():
+        return {"skipped": f"{CT_CASE} is not in the data folder; set SAMED3D_DATA"}
+    imports = "import samed3d.cli, samed3d.inference.session, samed3d.models, samed3d.volume"
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "infer.py", str(image), "--point", CT_POINT_IJK, "-o", str(Path(out) / "mask.nii.gz")]
+        seconds: dict[str, list[float]] = {"end_to_end_s": [], "imports_s": []}
+        for _ in range(repeats):
+            for name, arguments in (("end_to_end_s", command), ("imports_s", [sys.executable, "-c", imports])):
+                start = time.perf_counter()
+                done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+                seconds[name].append(time.perf_counter() - start)
+                if done.returncode:
+                    last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                    return {"skipped": f"exit code {done.returncode} of {' '.join(arguments[1:3])}: {last_line}"}
+    return {"image": str(CT_CASE), "point_ijk": CT_POINT_IJK, **{name: statistics.median(values) for name, values in seconds.items()}}
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the times depend on."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "latency.json", help="JSON file to write")
+    parser.add_argument("--quick", action="store_true", help="two repeats instead of seven")
+    options = parser.parse_args()
+    repeats = 2 if options.quick else 7
+    result = {
+        "machine": describe_machine(),
+        "repeats": repeats,
+        "sam_med3d_b": {
+            **measure_encoder(repeats),
+            "peak_memory_mib": in_own_process(peak_memory_mib, False),
+            "padded_peak_memory_mib": in_own_process(peak_memory_mib, True),
+        },
+        "default": measure_default(repeats),
+        "infer_py": measure_shell(min(repeats, 3)),
+    }
+    text = json.dumps(result, indent=1)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
