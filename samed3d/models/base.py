@@ -24,8 +24,7 @@ class ModelSpec:
         name: Registry name.
         input_shape_zyx: Crop shape that the weights were trained on, in voxels.
         spacing_mm: Isotropic crop spacing in mm, or None for a model of relative scale (any spacing; the crop follows the object).
-        normalisation: ``"zscore"`` (mean and standard deviation of the crop's voxels inside the volume) or ``"zscore_positive"``
-            (of voxels > 0 of the crop, as SAM-Med3D).
+        normalisation: A method of ``crops.normalise``; it sets how many channels the image has.
         ct_clamp_hu: Clamp for CT before normalising, or None.
         tensor_axes: ``"zyx"``, or ``"xyz"`` for weights trained on x-first tensors (SAM-Med3D through torchio).
         prompts: What the model understands, of ``"point" "box" "mask"``.
@@ -75,7 +74,7 @@ class PromptableModel(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, image: Tensor) -> Features:
-        """Features of a (B, 1, D, H, W) normalised crop. Independent of any prompt."""
+        """Features of a (B, C, D, H, W) crop, normalised as the spec says. Independent of any prompt."""
 
     @abstractmethod
     def decode(self, features: Features, prompts: PromptBatch) -> MaskOutput:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from samed3d.crops import image_channels
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple
 from samed3d.models.base import Features, MaskOutput, ModelSpec, PromptableModel, PromptBatch
@@ -97,9 +98,9 @@ class SamedUNet(PromptableModel):
         input_shape: IntTriple = (64, 64, 64),
         widths: tuple[int, ...] = (32, 64, 128, 192),
         decoder_widths: tuple[int, ...] = (32, 64, 96, 128),
-        encoder_blocks: tuple[int, ...] = (2, 2, 2, 1),
+        encoder_blocks: tuple[int, ...] = (1, 2, 2, 1),
         joint_blocks: int = 2,
-        similarity_heads: tuple[int, ...] = (4, 8, 8),
+        similarity_heads: tuple[int, ...] = (0, 8, 8),
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -111,8 +112,8 @@ class SamedUNet(PromptableModel):
             "similarity_heads": similarity_heads,
         }
         shape = (int(input_shape[0]), int(input_shape[1]), int(input_shape[2]))
-        self.spec = ModelSpec("samed3d_unet", shape, source="samed3d (this project)")
-        self.stem = nn.Conv3d(8, widths[0], 3, padding=1)
+        self.spec = ModelSpec("samed3d_unet", shape, normalisation="zscore_rank", source="samed3d (this project)")
+        self.stem = nn.Conv3d(8 * image_channels(self.spec.normalisation), widths[0], 3, padding=1)
         self.downs = nn.ModuleList(nn.Conv3d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:], strict=False))
         self.stages = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(w) for _ in range(n)), ChannelNorm(w)) for w, n in zip(widths, encoder_blocks, strict=True)
@@ -122,20 +123,21 @@ class SamedUNet(PromptableModel):
             ClickSimilarity(w, heads) if heads else nn.Identity() for w, heads in zip(widths, similarity_heads, strict=False)
         )
         extra = [MAP_CHANNELS + 2 * h for h in (*similarity_heads, 0)]
-        self.map_in = nn.ModuleList(nn.Conv3d(e, w, 1) for e, w in zip(extra, decoder_widths, strict=True))
+        self.map_in = nn.ModuleList(nn.Linear(e, w) for e, w in zip(extra, decoder_widths, strict=True))
         top = decoder_widths[-1]
         self.tokens = PromptTokens(top, widths[-1])
         self.iou_token = nn.Parameter(torch.randn(1, 1, top) * 0.02)
         self.joint = nn.ModuleList(JointBlock(top, max(1, top // 32)) for _ in range(joint_blocks))
         self.ups = nn.ModuleList(nn.Conv3d(b, a, 1) for a, b in zip(decoder_widths, decoder_widths[1:], strict=False))
-        self.blocks = nn.ModuleList(ResidualBlock(w) for w in decoder_widths[:-1])
+        # On the finest grid one convolution is enough: the image is already in the skip, the prompts were understood below.
+        self.blocks = nn.ModuleList(ResidualBlock(w, convs=1 if i == 0 else 2) for i, w in enumerate(decoder_widths[:-1]))
         self.out_norm = ChannelNorm(decoder_widths[0])
         self.out = nn.Conv3d(decoder_widths[0], 8, 3, padding=1)
         nn.init.constant_(self.out.bias, -2.0)  # most voxels are background
         self.iou_head = nn.Sequential(nn.Linear(top, top), nn.ReLU(), nn.Linear(top, 1))
 
     def encode(self, image: Tensor) -> Features:
-        """Features of a (B, 1, D, H, W) crop, D, H, W multiples of 16.
+        """Features of a (B, 2, D, H, W) crop, D, H, W multiples of 16.
 
         Raises:
             InputError: if an axis is not a multiple of 16.
@@ -148,10 +150,7 @@ class SamedUNet(PromptableModel):
             x = stage(x if level == 0 else self.downs[level - 1](x))
             stride = STRIDES[level]
             features[f"skip{stride}"] = self.skips[level](x)
-            similarity = self.similarities[level] if level < len(self.similarities) else None
-            if isinstance(similarity, ClickSimilarity):
-                features[f"image{stride}"], features[f"query{stride}"] = x, similarity.project(x)
-        features[f"image{STRIDES[-1]}"] = x
+            features[f"image{stride}"] = x
         return features
 
     def decode(self, features: Features, prompts: PromptBatch) -> MaskOutput:
@@ -170,10 +169,10 @@ class SamedUNet(PromptableModel):
         skip = features[f"skip{stride}"]
         shape = (skip.shape[2], skip.shape[3], skip.shape[4])
         maps = prompt_maps(prompts, stride, shape).to(skip.dtype)
-        if f"query{stride}" in features:
-            similar = self.similarities[level](features[f"image{stride}"], features[f"query{stride}"], prompts, stride)
-            maps = torch.cat([maps, similar.to(maps.dtype)], dim=1)
-        return self.map_in[level](maps.contiguous(memory_format=torch.channels_last_3d))
+        similarity = self.similarities[level] if level < len(self.similarities) else None
+        if isinstance(similarity, ClickSimilarity):
+            maps = torch.cat([maps, similarity(features[f"image{stride}"], prompts, stride).to(maps.dtype)], dim=-1)
+        return self.map_in[level](maps).permute(0, 4, 1, 2, 3)
 
     def _coarse(self, features: Features, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
         """Global reasoning on the coarsest grid; its map and the predicted IoU (B, 1)."""

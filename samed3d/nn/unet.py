@@ -23,20 +23,20 @@ class ChannelNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Norm, ReLU, 3x3x3 convolution, twice, plus the input (pre-activation)."""
+    """``convs`` times norm, ReLU, 3x3x3 convolution, plus the input (pre-activation); starts as the identity."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, convs: int = 2) -> None:
         super().__init__()
-        self.norm1 = ChannelNorm(channels)
-        self.conv1 = nn.Conv3d(channels, channels, 3, padding=1, bias=False)
-        self.norm2 = ChannelNorm(channels)
-        self.conv2 = nn.Conv3d(channels, channels, 3, padding=1, bias=False)
-        nn.init.zeros_(self.conv2.weight)  # a block starts as the identity
+        self.norms = nn.ModuleList(ChannelNorm(channels) for _ in range(convs))
+        self.convs = nn.ModuleList(nn.Conv3d(channels, channels, 3, padding=1, bias=False) for _ in range(convs))
+        nn.init.zeros_(self.convs[-1].weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as ``x``."""
-        y = self.conv1(F.relu(self.norm1(x)))
-        return x + self.conv2(F.relu(self.norm2(y)))
+        y = x
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            y = conv(F.relu(norm(y)))
+        return x + y
 
 
 def space_to_depth(x: Tensor, factor: int = 2) -> Tensor:

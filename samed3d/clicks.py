@@ -1,0 +1,155 @@
+"""Simulated users: where the next click falls, given what is wrong. Every rule takes its generator.
+
+Two forms: ``next_click`` for one full volume (evaluation, demo; numpy) and ``error_clicks`` for a batch of crops (training; torch, on
+any device). A perfect mask or an empty target gives no click, never an error.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from samed3d.errors import InputError
+from samed3d.geometry import IntTriple, bounding_region
+
+POLICIES = ("uniform", "centre", "ritm")
+
+
+def distance_inside(mask: NDArray[np.bool_], spacing_zyx: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> NDArray[np.float32]:
+    """Euclidean distance of each True voxel to the nearest False one; beyond the array counts as False."""
+    padded = np.pad(mask, 1)
+    try:
+        import edt  # five times faster than scipy; optional
+
+        return edt.edt(padded, anisotropy=spacing_zyx)[1:-1, 1:-1, 1:-1]
+    except ImportError:
+        from scipy.ndimage import distance_transform_edt
+
+        return distance_transform_edt(padded, sampling=spacing_zyx)[1:-1, 1:-1, 1:-1].astype(np.float32)
+
+
+def largest_component(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The 26-connected component with the most voxels (all False for an empty mask)."""
+    try:
+        import cc3d
+
+        labels = cc3d.connected_components(np.ascontiguousarray(mask), connectivity=26)
+    except ImportError:
+        from scipy.ndimage import label
+
+        labels, _ = label(mask, structure=np.ones((3, 3, 3)))
+    counts = np.bincount(labels.ravel())
+    counts[0] = 0
+    return labels == counts.argmax() if counts.max() > 0 else np.zeros_like(mask)
+
+
+def next_click(
+    pred_mask: NDArray[np.bool_],
+    target_mask: NDArray[np.bool_],
+    policy: str = "uniform",
+    rng: np.random.Generator | None = None,
+) -> tuple[IntTriple, bool] | None:
+    """The next click on a (D, H, W) mask.
+
+    Args:
+        pred_mask: Current mask; all False before the first click.
+        target_mask: What the user wants.
+        policy: ``"uniform"``: uniform over all wrong voxels (SAM-Med3D). ``"centre"``: the voxel deepest inside the largest wrong
+            component (the CVPR 2025 challenge's rule). ``"ritm"``: of missed and of surplus voxels take the deeper kind, then a random voxel at
+            more than half that depth (RITM, as in SAM-Med3D's released validation).
+        rng: Needed for ``"uniform"`` and ``"ritm"``.
+
+    Returns:
+        The zyx voxel and whether it is positive (a missed voxel), or None where nothing is wrong.
+
+    Raises:
+        InputError: for an unknown policy.
+    """
+    if policy not in POLICIES:
+        raise InputError(f"click policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+    pred, target = np.asarray(pred_mask, bool), np.asarray(target_mask, bool)
+    region = bounding_region(pred ^ target)
+    if region.is_empty:
+        return None
+    pred, target = pred[region.slices], target[region.slices]
+    error = pred ^ target
+    if policy == "centre":
+        depth = distance_inside(largest_component(error))
+        flat = int(depth.argmax())
+    else:
+        if rng is None:
+            raise InputError(f"click policy {policy!r} needs a random generator")
+        candidates = error if policy == "uniform" else _ritm_candidates(pred, target)
+        where = np.flatnonzero(candidates)
+        flat = int(where[rng.integers(len(where))])
+    z, y, x = (int(v) for v in np.unravel_index(flat, error.shape))
+    start = region.start_zyx
+    return (z + start[0], y + start[1], x + start[2]), bool(target[z, y, x])
+
+
+def _ritm_candidates(pred: NDArray[np.bool_], target: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    missed, surplus = distance_inside(target & ~pred), distance_inside(pred & ~target)
+    depth = missed if missed.max() >= surplus.max() else surplus
+    return depth > depth.max() / 2
+
+
+def error_clicks(pred_mask: Tensor, target_mask: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One click per sample, uniform over its wrong voxels.
+
+    Args:
+        pred_mask: (B, 1, D, H, W) bool, the current mask.
+        target_mask: (B, 1, D, H, W) bool.
+        generator: On the tensors' device.
+
+    Returns:
+        Points (B, 1, 3) float zyx and labels (B, 1): 1 for a missed voxel, 0 for a surplus one, -1 where nothing is wrong.
+
+    Source:
+        SAM-Med3D, section 3; its released code calls a voxel foreground at logit > 0.5, callers choose that when they make the mask.
+    """
+    error = (pred_mask ^ target_mask).flatten(1)
+    draw = torch.rand(error.shape, generator=generator, device=error.device) + 1.0
+    flat = (draw * error).argmax(dim=1)
+    depth, height, width = pred_mask.shape[2:]
+    points = torch.stack([flat // (height * width), flat // width % height, flat % width], dim=-1)
+    labels = target_mask.flatten(1).gather(1, flat[:, None])[:, 0].long()
+    labels = torch.where(error.any(dim=1), labels, torch.full_like(labels, -1))
+    return points[:, None].float(), labels[:, None]
+
+
+def policy_clicks(pred_mask: Tensor, target_mask: Tensor, policy: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """``error_clicks`` for any policy; ``"uniform"`` stays on the device, the others visit each sample on the CPU."""
+    if policy == "uniform":
+        return error_clicks(pred_mask, target_mask, generator)
+    seed = int(torch.randint(2**31, (1,), generator=generator, device=pred_mask.device))
+    rng = np.random.default_rng(seed)
+    points, labels = [], []
+    for pred, target in zip(pred_mask[:, 0].cpu().numpy(), target_mask[:, 0].cpu().numpy(), strict=True):
+        click = next_click(pred, target, policy, rng)
+        points.append(click[0] if click else (0, 0, 0))
+        labels.append(-1 if click is None else int(click[1]))
+    device = pred_mask.device
+    return torch.tensor(points, dtype=torch.float32, device=device)[:, None], torch.tensor(labels, device=device)[:, None]
+
+
+def jittered_boxes(target_mask: Tensor, jitter: float, generator: torch.Generator) -> Tensor:
+    """A user's box per sample: the tight box with each face moved by up to ``jitter`` of the edge length, (B, 2, 3) half-open zyx.
+
+    An empty target gives the whole crop. Boxes stay in the crop and keep at least one voxel per axis.
+    """
+    boxes = []
+    draw = torch.rand(target_mask.shape[0], 2, 3, generator=generator, device=target_mask.device) * 2 - 1
+    for mask, moves in zip(target_mask[:, 0], draw, strict=True):
+        low, high = [], []
+        for axis, size in enumerate(mask.shape):
+            found = mask.movedim(axis, 0).flatten(1).any(dim=1).nonzero()
+            a, b = (float(found[0]), float(found[-1]) + 1) if len(found) else (0.0, float(size))
+            edge = b - a
+            a = min(max(0.0, a + float(moves[0, axis]) * jitter * edge), size - 1.0)
+            b = max(min(float(size), b + float(moves[1, axis]) * jitter * edge), a + 1.0)
+            low.append(a)
+            high.append(b)
+        boxes.append([low, high])
+    return torch.tensor(boxes, dtype=torch.float32, device=target_mask.device)

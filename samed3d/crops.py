@@ -1,0 +1,126 @@
+"""A model's window on a volume: sample it, normalise it, paste the answer back. Torch only, no file access.
+
+A crop is axis-aligned, so resampling is three small matrix products, one per axis: linear interpolation when zooming in, a triangle
+filter as wide as the step when zooming out (no aliasing). Only the part of the volume under the crop is ever touched.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from samed3d.geometry import CropFrame, IntTriple, Region
+
+CLAMP_SIGMA = 4.0
+"""Normalised intensities are cut at this many standard deviations: metal and bright vessels must not set the scale."""
+RANK_BINS = 2048
+
+
+def _axis_matrix(positions: Tensor, size: int, step: float) -> Tensor:
+    """Weights (len(positions), size) that sample a line of ``size`` voxels at fractional ``positions``; beyond the ends the last voxel counts."""
+    width = max(1.0, step)
+    inside = positions.clamp(0, size - 1)
+    weights = (1 - (torch.arange(size, dtype=torch.float32) - inside[:, None]).abs() / width).clamp(min=0)
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def _resample(block: Tensor, matrices: list[Tensor]) -> Tensor:
+    """Apply one matrix per axis to (..., D, H, W)."""
+    z, y, x = matrices
+    block = torch.matmul(block, x.T)
+    block = torch.matmul(y, block)
+    return torch.matmul(z, block.flatten(-2)).unflatten(-1, (y.shape[0], x.shape[0]))
+
+
+def sample_crop(array: NDArray, frame: CropFrame) -> tuple[Tensor, Tensor]:
+    """Sample a canonical (D, H, W) array on a frame.
+
+    Returns:
+        The crop (frame shape) float32, where voxels outside the volume repeat its border, and ``inside``, a bool mask of the same shape that
+        is True where the crop voxel's centre lies in the volume.
+    """
+    matrices, slices, flags = [], [], []
+    for axis in range(3):
+        step, count, size = frame.step_zyx_vox[axis], frame.shape_zyx[axis], array.shape[axis]
+        position = frame.origin_zyx_vox[axis] + (torch.arange(count, dtype=torch.float32) + 0.5) * step - 0.5
+        reach = int(np.ceil(max(1.0, step))) + 1
+        low = min(max(0, int(np.floor(float(position[0]))) - reach), size - 1)
+        high = max(min(size, int(np.ceil(float(position[-1]))) + reach + 1), low + 1)
+        matrices.append(_axis_matrix(position - low, high - low, step))
+        slices.append(slice(low, high))
+        flags.append((position >= -0.5) & (position < size - 0.5))
+    block = torch.from_numpy(np.ascontiguousarray(array[tuple(slices)], dtype=np.float32))
+    inside = flags[0][:, None, None] & flags[1][None, :, None] & flags[2][None, None, :]
+    return _resample(block, matrices), inside
+
+
+def paste_crop(crop: Tensor, frame: CropFrame, shape_zyx: IntTriple) -> tuple[Region, Tensor]:
+    """Resample crop logits to the volume's own voxels.
+
+    Returns:
+        The region of the volume whose voxel centres lie under the crop, and the values there.
+    """
+    region = frame.region().clip(shape_zyx)
+    matrices = []
+    for axis in range(3):
+        voxels = torch.arange(region.start_zyx[axis], region.stop_zyx[axis], dtype=torch.float32)
+        step = frame.step_zyx_vox[axis]
+        position = (voxels + 0.5 - frame.origin_zyx_vox[axis]) / step - 0.5
+        matrices.append(_axis_matrix(position, frame.shape_zyx[axis], 1.0 / step))
+    return region, _resample(crop.float(), matrices)
+
+
+def normalise(crop: Tensor, inside: Tensor, method: str, clamp: tuple[float, float] | None = None) -> Tensor:
+    """Intensities as a model's spec asks, per sample.
+
+    Args:
+        crop: (D, H, W) raw intensities.
+        inside: (D, H, W) bool, which voxels belong to the volume.
+        method: ``"zscore"``: mean and deviation of the inside voxels, cut at +-4, outside 0. ``"zscore_rank"``: that, and a second channel
+            with each voxel's rank among the inside voxels (0 mean, about unit deviation), which shows soft tissue beside air and bone.
+            ``"zscore_positive"``: outside counts as 0, mean and deviation of voxels > 0 (SAM-Med3D).
+        clamp: Intensity limits applied first, or None.
+
+    Returns:
+        (C, D, H, W), C = ``image_channels(method)``.
+    """
+    if clamp is not None:
+        crop = crop.clamp(*clamp)
+    if method == "zscore_positive":
+        crop = torch.where(inside, crop, 0.0)
+        chosen = crop[crop > 0]
+        chosen = chosen if chosen.numel() > 1 else crop.flatten()
+        return ((crop - chosen.mean()) / chosen.std().clamp(min=1e-6))[None]
+    channels = image_channels(method)
+    chosen = crop[inside]
+    if chosen.numel() == 0:
+        return crop.new_zeros(channels, *crop.shape)
+    scaled = ((crop - chosen.mean()) / chosen.std(correction=0).clamp(min=1e-6)).clamp(-CLAMP_SIGMA, CLAMP_SIGMA)
+    scaled = torch.where(inside, scaled, 0.0)
+    return scaled[None] if channels == 1 else torch.stack([scaled, _rank(scaled, inside)])
+
+
+def image_channels(method: str) -> int:
+    """Channels that ``normalise`` returns for a method.
+
+    Raises:
+        ValueError: for an unknown method.
+    """
+    channels = {"zscore": 1, "zscore_positive": 1, "zscore_rank": 2}
+    if method not in channels:
+        raise ValueError(f"normalisation must be one of {', '.join(channels)}, got {method!r}")
+    return channels[method]
+
+
+def _rank(scaled: Tensor, inside: Tensor) -> Tensor:
+    """Share of inside voxels that are darker, by a fine histogram, scaled to zero mean and unit deviation of a uniform spread; outside 0."""
+    place = (scaled + CLAMP_SIGMA) * ((RANK_BINS - 1) / (2 * CLAMP_SIGMA))
+    index = place.long()
+    counts = torch.bincount(index[inside], minlength=RANK_BINS).to(scaled.dtype)
+    below = torch.cumsum(counts, dim=0) - counts
+    rank = (below[index] + (place - index) * counts[index]) / counts.sum()
+    return torch.where(inside, (rank - 0.5) * math.sqrt(12.0), 0.0)

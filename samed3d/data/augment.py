@@ -1,0 +1,58 @@
+"""Augmentation of a raw crop, cheap enough to never hold up training: axes, contrast, bias, resolution, noise. Torch only.
+
+Intensities keep their scale: normalising comes after, as the model's spec asks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+PERMUTE_PROBABILITY = 0.3
+
+
+def orient(volumes: list[Tensor], rng: np.random.Generator) -> list[Tensor]:
+    """Mirror each axis with probability one half, sometimes reorder the axes of a cubic crop; all (D, H, W) tensors alike."""
+    axes = [axis for axis in range(3) if rng.random() < 0.5]
+    cubic = len(set(volumes[0].shape)) == 1
+    order = [int(a) for a in rng.permutation(3)] if cubic and rng.random() < PERMUTE_PROBABILITY else [0, 1, 2]
+    return [v.flip(axes).permute(order).contiguous() for v in volumes]
+
+
+def augment_intensity(image: Tensor, inside: Tensor, generator: Generator) -> Tensor:
+    """Change what a scanner or a contrast agent might change.
+
+    Args:
+        image: (D, H, W) raw intensities.
+        inside: (D, H, W) bool, the voxels that belong to the volume.
+        generator: Source of all randomness.
+    """
+
+    def chance(probability: float) -> bool:
+        return bool(torch.rand(1, generator=generator) < probability)
+
+    def between(low: float, high: float) -> float:
+        return float(torch.rand(1, generator=generator)) * (high - low) + low
+
+    chosen = image[inside]
+    if chosen.numel() < 2 or float(chosen.max()) <= float(chosen.min()):
+        return image
+    low, high, deviation = float(chosen.min()), float(chosen.max()), float(chosen.std())
+    if chance(0.5):
+        image = low + (high - low) * ((image - low) / (high - low)).clamp(0, 1) ** math.exp(between(-0.5, 0.5))
+    if chance(0.15):
+        image = low + high - image
+    if chance(0.3):
+        coarse = torch.randn(1, 1, 3, 3, 3, generator=generator) * between(0.05, 0.3)
+        image = low + (image - low) * (1 + F.interpolate(coarse, size=image.shape, mode="trilinear", align_corners=True)[0, 0])
+    if chance(0.25):
+        size = [max(4, int(n / between(1.2, 3.0))) for n in image.shape]
+        small = F.interpolate(image[None, None], size=size, mode="trilinear", align_corners=False)
+        image = F.interpolate(small, size=image.shape, mode="trilinear", align_corners=False)[0, 0]
+    if chance(0.4):
+        image = image + torch.randn(image.shape, generator=generator) * (between(0.0, 0.3) * deviation)
+    return image

@@ -1,0 +1,1 @@
+"""The click loop in one forward, and the loop around it."""
