@@ -91,7 +91,7 @@ def box_in_grid(box: Box, grid: Grid) -> tuple[Triple, Triple]:
     if box.space == "ijk":
         low, high = box.min, box.max
     else:
-        corners = [grid.ras_mm_to_ijk(corner) for corner in itertools.product(*zip(box.min, box.max, strict=True))]
+        corners = [grid.ras_mm_to_ijk(as_triple(corner)) for corner in itertools.product(*zip(box.min, box.max, strict=True))]
         low = as_triple([min(c[a] for c in corners) for a in range(3)])
         high = as_triple([max(c[a] for c in corners) for a in range(3)])
     top = as_triple([n - 1 for n in grid.size_ijk])
