@@ -1,4 +1,4 @@
-"""Reading and writing: every format gives the same array and grid, masks keep the grid bit for bit, bad input is one clear line."""
+"""Reading and writing: every format gives the same array and grid, masks keep the grid bit for bit, a full disk leaves nothing behind."""
 
 from __future__ import annotations
 
