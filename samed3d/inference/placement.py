@@ -1,0 +1,209 @@
+"""Which crops to look at: the prompts say where, the mask says how far. Never a ground truth.
+
+A model of relative scale zooms: out while the mask runs into the crop's border, in when it is small there. A model of fixed spacing
+tiles: where the mask meets the border, a crop half a step further is added and blended. Read ``session.py`` next.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from samed3d.geometry import CropFrame, Region, Triple, as_triple, bounding_region
+from samed3d.inference.predictor import BACKGROUND_LOGIT, CanonicalPrompts, Canvas, CropMask, CropPredictor
+from samed3d.prompts import MASK_LOGIT_THRESHOLD
+
+logger = logging.getLogger(__name__)
+
+ZOOM_STEP = 1.6
+LARGEST_CROP = 1.2
+"""Zooming out ends when the crop's edge is this multiple of the volume's longest edge."""
+BOX_FILL = 0.6
+"""A box is placed to fill this share of the crop."""
+SMALL_FILL = 0.2
+"""A mask that fills less of the crop's edge is looked at again, closer."""
+GOOD_FILL = 0.45
+TOUCH_SHARE = 0.01
+"""A face counts as touched when this share of its voxels (at least 4) is mask."""
+MAX_TILES = 27
+
+
+@dataclass
+class Placed:
+    """The state of an object between prompts: the last crop's answer and what is known of the volume so far."""
+
+    crop: CropMask
+    canvas: Canvas
+
+
+def place(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed | None) -> Placed:
+    """Predict the object for all its prompts, the newest last.
+
+    Args:
+        predictor: The model on the volume.
+        prompts: With at least one positive point or a box.
+        previous: What ``place`` returned before the newest prompt, or None.
+    """
+    relative = predictor.model.spec.spacing_mm is None
+    return _zoom(predictor, prompts, previous) if relative else _tile(predictor, prompts, previous)
+
+
+def touched_faces(crop: CropMask) -> list[tuple[int, int]]:
+    """(axis, -1 or 1) of every face of the crop inside the volume that the mask runs into."""
+    mask = (crop.logits > MASK_LOGIT_THRESHOLD) & crop.inside
+    faces = []
+    for axis in range(3):
+        for side, index in ((-1, 0), (1, mask.shape[axis] - 1)):
+            face = mask.select(axis, index)
+            if int(face.sum()) >= max(4, TOUCH_SHARE * face.numel()):
+                faces.append((axis, side))
+    return faces
+
+
+def _zoom(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed | None) -> Placed:
+    frame, prior = _start(predictor, prompts, previous)
+    crop = predictor.decode(frame, prompts, prior)
+    largest = LARGEST_CROP * max(n * s for n, s in zip(predictor.shape_zyx, predictor.spacing_zyx_mm, strict=True))
+    shrink = previous is None and prompts.box is None
+    while touched_faces(crop) and _edge_mm(predictor, frame) * ZOOM_STEP <= largest * ZOOM_STEP**0.5:
+        frame, shrink = _fitted(predictor, prompts, _edge_mm(predictor, frame) * ZOOM_STEP, _middle(crop)), False
+        prior = None if previous is None else predictor.lowres_of(previous.canvas, frame, crop.lowres_logits)
+        crop = predictor.decode(frame, prompts, prior)
+    fill = _fill(crop)
+    if shrink and 0 < fill < SMALL_FILL:
+        closer = _fitted(predictor, prompts, _edge_mm(predictor, frame) * fill / GOOD_FILL, _middle(crop))
+        nearer = predictor.decode(closer, prompts)
+        crop = crop if touched_faces(nearer) else nearer
+    return Placed(crop, predictor.paste(crop))
+
+
+def _start(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed | None) -> tuple[CropFrame, Tensor | None]:
+    """The first crop to look at, and the earlier mask on it."""
+    if previous is not None:
+        frame = previous.crop.frame
+        if all(frame.contains(at) for at, _ in prompts.points):
+            return frame, previous.crop.lowres_logits
+        edge = max(_edge_mm(predictor, frame), _edge_around(predictor, prompts, frame))
+        frame = _fitted(predictor, prompts, edge, _middle(previous.crop))
+        return frame, predictor.lowres_of(previous.canvas, frame, previous.crop.lowres_logits)
+    if prompts.box is not None:
+        low, high = prompts.box
+        size_mm = max((b - a) * s for a, b, s in zip(low, high, predictor.spacing_zyx_mm, strict=True))
+        middle = as_triple([(a + b) / 2 - 0.5 for a, b in zip(low, high, strict=True)])
+        return _frame(predictor, middle, size_mm / BOX_FILL), None
+    edge = min(predictor.spacing_zyx_mm) * max(predictor.crop_shape)
+    return _fitted(predictor, prompts, edge, prompts.points[-1][0]), None
+
+
+def _edge_around(predictor: CropPredictor, prompts: CanonicalPrompts, frame: CropFrame) -> float:
+    """Edge in mm of a cube around a crop's middle half and every point, with some room."""
+    edge = 0.0
+    for axis, spacing in enumerate(predictor.spacing_zyx_mm):
+        origin, extent = frame.origin_zyx_vox[axis], frame.extent_zyx_vox[axis]
+        values = [at[axis] for at, _ in prompts.points] + [origin + extent / 4, origin + extent * 3 / 4]
+        edge = max(edge, (max(values) - min(values)) * spacing * 1.25)
+    return edge
+
+
+def _fitted(predictor: CropPredictor, prompts: CanonicalPrompts, edge_mm: float, middle: Triple) -> CropFrame:
+    """A cube of that edge around ``middle``, moved so that it wastes little outside the volume and holds every point if it can."""
+    centre = list(middle)
+    for axis, (size, spacing) in enumerate(zip(predictor.shape_zyx, predictor.spacing_zyx_mm, strict=True)):
+        half = edge_mm / spacing / 2
+        low, high = half - 0.5, size - 0.5 - half
+        centre[axis] = (size - 1) / 2 if low >= high else min(max(centre[axis], low), high)
+        for at, _ in prompts.points:  # oldest first: the newest point has the last word
+            reach = max(0.0, half - 1.5 * edge_mm / spacing / max(predictor.crop_shape))
+            centre[axis] = min(max(centre[axis], at[axis] - reach), at[axis] + reach)
+    return _frame(predictor, as_triple(centre), edge_mm)
+
+
+def _frame(predictor: CropPredictor, middle: Triple, edge_mm: float) -> CropFrame:
+    """A crop with isotropic voxels whose longest edge is ``edge_mm``."""
+    step_mm = edge_mm / max(predictor.crop_shape)
+    steps = as_triple([step_mm / s for s in predictor.spacing_zyx_mm])
+    return CropFrame.centred(middle, steps, predictor.crop_shape)
+
+
+def _edge_mm(predictor: CropPredictor, frame: CropFrame) -> float:
+    return max(e * s for e, s in zip(frame.extent_zyx_vox, predictor.spacing_zyx_mm, strict=True))
+
+
+def _mask_region(crop: CropMask) -> Region:
+    return bounding_region(((crop.logits > MASK_LOGIT_THRESHOLD) & crop.inside).numpy())
+
+
+def _fill(crop: CropMask) -> float:
+    """The mask's longest extent as a share of the crop's edge."""
+    return max(n / m for n, m in zip(_mask_region(crop).shape_zyx, crop.frame.shape_zyx, strict=True))
+
+
+def _middle(crop: CropMask) -> Triple:
+    """The volume position of the middle of the mask's bounding box, or of the crop's where there is no mask."""
+    region = _mask_region(crop)
+    ends = ((0, 0, 0), crop.frame.shape_zyx) if region.is_empty else (region.start_zyx, region.stop_zyx)
+    return crop.frame.to_volume(as_triple([(a + b - 1) / 2 for a, b in zip(*ends, strict=True)]))
+
+
+def _tile(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed | None) -> Placed:
+    spacing = predictor.model.spec.spacing_mm
+    assert spacing is not None
+    steps = as_triple([spacing / s for s in predictor.spacing_zyx_mm])
+    newest = prompts.points[-1][0]
+    if previous is not None and previous.crop.frame.contains(newest, margin_vox=min(predictor.crop_shape) / 8):
+        frame, prior = previous.crop.frame, previous.crop.lowres_logits
+    else:
+        frame = CropFrame.centred(newest, steps, predictor.crop_shape)
+        prior = None if previous is None else predictor.lowres_of(previous.canvas, frame, previous.crop.lowres_logits)
+    first = predictor.decode(frame, prompts, prior)
+    tiles = {frame: first}
+    waiting = _neighbours(first)
+    canvas = _blend(predictor, list(tiles.values()), previous)
+    while waiting and len(tiles) < MAX_TILES:
+        frame = waiting.pop(0)
+        if frame in tiles:
+            continue
+        logger.info("tile %d", len(tiles) + 1)
+        tiles[frame] = predictor.decode(frame, prompts, predictor.lowres_of(canvas, frame, first.lowres_logits))
+        waiting += _neighbours(tiles[frame])
+        canvas = _blend(predictor, list(tiles.values()), previous)
+    return Placed(first, canvas)
+
+
+def _neighbours(crop: CropMask) -> list[CropFrame]:
+    """Frames half an extent further through every touched face (the paper's 50 % overlap)."""
+    frames = []
+    for axis, side in touched_faces(crop):
+        offset = [0.0, 0.0, 0.0]
+        offset[axis] = side * crop.frame.extent_zyx_vox[axis] / 2
+        frames.append(crop.frame.shifted(as_triple(offset)))
+    return frames
+
+
+def _blend(predictor: CropPredictor, tiles: list[CropMask], previous: Placed | None) -> Canvas:
+    """Overlapping tiles averaged with weights that fall to the tiles' faces, over what was known before."""
+    pasted = [predictor.paste(tile) for tile in tiles]
+    region = Region((0, 0, 0), (0, 0, 0)) if previous is None else previous.canvas.region
+    for canvas in pasted:
+        region = region.union(canvas.region)
+    logits = torch.full(region.shape_zyx, BACKGROUND_LOGIT)
+    if previous is not None:
+        logits[_inside(previous.canvas.region, region)] = previous.canvas.logits
+    total, weights = torch.zeros(region.shape_zyx), torch.zeros(region.shape_zyx)
+    for canvas in pasted:
+        where = _inside(canvas.region, region)
+        hats = [1e-3 + 1 - torch.linspace(-1, 1, n + 2)[1:-1].abs() for n in canvas.region.shape_zyx]
+        weight = hats[0][:, None, None] * hats[1][:, None] * hats[2]
+        total[where] += canvas.logits * weight
+        weights[where] += weight
+    return Canvas(region, torch.where(weights > 0, total / weights.clamp(min=1e-9), logits))
+
+
+def _inside(part: Region, whole: Region) -> tuple[slice, slice, slice]:
+    """Index of a region in an array that covers ``whole``."""
+    start = whole.start_zyx
+    a, b = part.start_zyx, part.stop_zyx
+    return (slice(a[0] - start[0], b[0] - start[0]), slice(a[1] - start[1], b[1] - start[1]), slice(a[2] - start[2], b[2] - start[2]))

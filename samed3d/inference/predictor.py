@@ -1,0 +1,145 @@
+"""One crop of one volume: sample it, encode it once, decode it for any prompts. Features are kept per crop, so a later click costs a decode.
+
+Positions here are canonical zyx voxels of the volume. Where crops are put is decided in ``placement.py``; read that next.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from samed3d.crops import normalise, paste_crop, sample_crop
+from samed3d.geometry import CropFrame, IntTriple, Region, Triple, as_triple
+from samed3d.models.base import Features, PromptableModel, PromptBatch
+
+logger = logging.getLogger(__name__)
+
+CACHED_CROPS = 4
+BACKGROUND_LOGIT = -8.0
+"""Logit of voxels that no crop has seen."""
+
+
+@dataclass
+class CanonicalPrompts:
+    """An object's prompts on the canonical volume, oldest first.
+
+    Attributes:
+        points: (zyx voxel position, positive) per click.
+        box: Half-open low and high corner in voxel edges, the union of all boxes, or None.
+    """
+
+    points: list[tuple[Triple, bool]] = field(default_factory=list)
+    box: tuple[Triple, Triple] | None = None
+
+
+@dataclass
+class CropMask:
+    """A decoded crop: ``logits`` and ``inside`` (D, H, W) on the crop's grid, the predicted IoU, and what the next decode takes back."""
+
+    frame: CropFrame
+    logits: Tensor
+    inside: Tensor
+    iou: float
+    lowres_logits: Tensor
+
+
+@dataclass
+class Canvas:
+    """Logits of the part of the volume that has been seen: a region of the canonical volume, everything else is background."""
+
+    region: Region
+    logits: Tensor
+
+    def on_frame(self, frame: CropFrame) -> Tensor:
+        """The logits (D, H, W) resampled to a crop's grid."""
+        moved = frame.shifted(as_triple([-float(a) for a in self.region.start_zyx]))
+        crop, inside = sample_crop(self.logits.numpy(), moved)
+        return torch.where(inside, crop, BACKGROUND_LOGIT)
+
+
+class CropPredictor:
+    """A model on one volume.
+
+    Args:
+        model: In eval mode; moved to ``device``.
+        device: Where it runs.
+        array: Canonical (D, H, W) intensities; a view is fine, only crops of it are read.
+        spacing_zyx_mm: Of ``array``.
+    """
+
+    def __init__(self, model: PromptableModel, device: torch.device, array: NDArray, spacing_zyx_mm: Triple) -> None:
+        self.model, self.device = model.to(device), device
+        self.array, self.spacing_zyx_mm = array, spacing_zyx_mm
+        self.shape_zyx: IntTriple = (array.shape[0], array.shape[1], array.shape[2])
+        # The spec's shape is on the tensor's own axes.
+        self.crop_shape = _axes(model.spec.input_shape_zyx, model.spec.tensor_axes)
+        self._features: OrderedDict[CropFrame, tuple[Features, Tensor]] = OrderedDict()
+
+    @torch.inference_mode()
+    def decode(self, frame: CropFrame, prompts: CanonicalPrompts, mask_logits: Tensor | None = None) -> CropMask:
+        """The mask of one crop for the prompts that lie in it.
+
+        Args:
+            frame: The crop.
+            prompts: All of the object's prompts; those outside the crop are left out.
+            mask_logits: (1, 1, d, h, w) ``CropMask.lowres_logits`` of this crop or ``lowres_of`` a canvas; None for no mask yet.
+        """
+        features, inside = self._encode(frame)
+        output = self.model.decode(features, self._batch(frame, prompts, mask_logits))
+        logits = output.logits[0, 0].float().cpu()
+        if self.model.spec.tensor_axes == "xyz":
+            logits = logits.permute(2, 1, 0)
+        return CropMask(frame, logits.contiguous(), inside, float(output.iou[0, 0]), output.lowres_logits)
+
+    def lowres_of(self, canvas: Canvas, frame: CropFrame, like: Tensor) -> Tensor:
+        """A canvas's logits as the mask prompt of a crop, in the shape of an earlier ``lowres_logits``."""
+        logits = canvas.on_frame(frame)
+        if self.model.spec.tensor_axes == "xyz":
+            logits = logits.permute(2, 1, 0)
+        return F.adaptive_avg_pool3d(logits[None, None].to(self.device), list(like.shape[2:]))
+
+    def paste(self, crop: CropMask) -> Canvas:
+        """The crop's logits on the volume's own voxels."""
+        region, logits = paste_crop(crop.logits, crop.frame, self.shape_zyx)
+        return Canvas(region, logits)
+
+    def _encode(self, frame: CropFrame) -> tuple[Features, Tensor]:
+        if frame in self._features:
+            self._features.move_to_end(frame)
+            return self._features[frame]
+        logger.info("encoding a crop of %s mm", " x ".join(f"{e * s:.0f}" for e, s in zip(frame.extent_zyx_vox, self.spacing_zyx_mm, strict=True)))
+        crop, inside = sample_crop(self.array, frame)
+        spec = self.model.spec
+        image = normalise(crop, inside, spec.normalisation, spec.ct_clamp_hu)
+        if spec.tensor_axes == "xyz":
+            image = image.permute(0, 3, 2, 1)
+        self._features[frame] = (self.model.encode(image[None].contiguous().to(self.device)), inside)
+        while len(self._features) > CACHED_CROPS:
+            self._features.popitem(last=False)
+        return self._features[frame]
+
+    def _batch(self, frame: CropFrame, prompts: CanonicalPrompts, mask_logits: Tensor | None) -> PromptBatch:
+        spec = self.model.spec
+        points = [(frame.to_crop(at), positive) for at, positive in prompts.points if frame.contains(at)]
+        if spec.click_memory == "newest":
+            points = points[-1:]
+        positions = torch.tensor([_axes(at, spec.tensor_axes) for at, _ in points], dtype=torch.float32).reshape(1, -1, 3)
+        labels = torch.tensor([[int(positive) for _, positive in points]], dtype=torch.int64).reshape(1, -1)
+        batch = PromptBatch(positions.to(self.device), labels.to(self.device), mask_logits=mask_logits)
+        if prompts.box is not None and "box" in spec.prompts:
+            # Corners are voxel edges; an edge at e lies half a voxel below the centre e.
+            corners = [frame.to_crop(as_triple([v - 0.5 for v in corner])) for corner in prompts.box]
+            edges = [[min(max(v + 0.5, 0.0), float(n)) for v, n in zip(c, frame.shape_zyx, strict=True)] for c in corners]
+            batch.boxes = torch.tensor([[_axes(as_triple(e), spec.tensor_axes) for e in edges]], device=self.device)
+        return batch
+
+
+def _axes(values: Triple | IntTriple, tensor_axes: str) -> Triple:
+    """zyx values in the order of the model's tensor axes (and back: reversing is its own inverse)."""
+    return values if tensor_axes == "zyx" else (values[2], values[1], values[0])
