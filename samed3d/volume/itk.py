@@ -9,6 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
@@ -47,3 +50,22 @@ def suffix_of(path: Path) -> str:
     """The suffix of an image path in lower case, ``.nii.gz`` as one."""
     name = path.name.lower()
     return next((s for s in SUFFIXES if name.endswith(s)), path.suffix.lower())
+
+
+def grow_region(array: NDArray, seeds_zyx: Sequence[tuple[int, int, int]], multiplier: float) -> NDArray[np.uint8]:
+    """ITK's confidence-connected region growing: voxels connected to the seeds within ``multiplier`` deviations of their surroundings' mean.
+
+    Args:
+        array: (D, H, W) intensities.
+        seeds_zyx: Voxels inside the structure.
+        multiplier: Width of the accepted interval in standard deviations.
+
+    Returns:
+        (D, H, W) uint8, 0 or 1.
+    """
+    import SimpleITK as sitk
+
+    image = sitk.GetImageFromArray(array.astype(np.float32, copy=False))
+    seeds = [(int(x), int(y), int(z)) for z, y, x in seeds_zyx]
+    grown = sitk.ConfidenceConnected(image, seeds, numberOfIterations=2, multiplier=multiplier, initialNeighborhoodRadius=2, replaceValue=1)
+    return sitk.GetArrayFromImage(grown).astype(np.uint8)
