@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -95,7 +96,6 @@ def segment(
     Boxes come first, then positive points, then negative points, each in the order given; a prompt file keeps its own order.
     """
     objects = _gather_prompts(point or [], negative_point or [], box or [], space, prompts)
-    _check_device(device)
     _check_distinct({"the image": image, "--output": output, "--probability": probability, "--preview": preview, "--report": report})
     from samed3d.volume import SUFFIXES, check_output
 
@@ -104,9 +104,10 @@ def segment(
             check_output(path, suffixes=suffixes)
     from samed3d.inference.session import Session
 
+    started = time.perf_counter()
     session = Session.open(image, model=model, device=device, channel=channel, series=series)
     session.add_all(objects)
-    summary = session.report()
+    summary = {**session.report(), "seconds": round(time.perf_counter() - started, 3)}
 
     session.save(output)
     if probability is not None:
@@ -148,6 +149,7 @@ def evaluate(
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions with different clicks.")] = 1,
     split: Annotated[str, typer.Option(help="Which subjects: val, train or all.")] = "val",
     limit: Annotated[int | None, typer.Option(min=1, help="Cases per data set; all without it.")] = None,
+    labels_per_case: Annotated[int | None, typer.Option(min=1, help="Structures per case; all without it.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure models with simulated clicks against labels."""
@@ -161,7 +163,17 @@ def evaluate(
         _check_exists(folder, "data folder")
     from samed3d.evaluation.run import evaluate as run
 
-    run(data, model or ["default"], output, clicks=counts, seeds=seeds, split=split, limit=limit)
+    run(
+        data,
+        model or ["default"],
+        output,
+        clicks=counts,
+        seeds=seeds,
+        split=split,
+        limit=limit,
+        labels_per_case=labels_per_case,
+        progress=not quiet and sys.stderr.isatty(),
+    )
     if not quiet:
         typer.echo(f"results in {output}")
 
@@ -215,7 +227,6 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Generate a body, click its organs, show Dice per click."""
-    _check_device(device)
     from samed3d.apps.demo import run_demo
 
     run_demo(output, model=model, seed=seed, device=device, quiet=quiet)
@@ -272,16 +283,6 @@ def _gather_prompts(points: list[str], negatives: list[str], boxes: list[str], s
     return objects
 
 
-def _check_device(device: str) -> None:
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device must be auto, cpu or cuda, got {device!r}")
-    if device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise InputError("--device cuda needs an NVIDIA GPU and a CUDA build of torch, and finds none; use --device auto or cpu")
-
-
 def _check_exists(path: Path, what: str) -> None:
     if not path.exists():
         raise InputError(f"{what} does not exist: {path}")
@@ -320,10 +321,10 @@ def _measure_model(name: str) -> tuple[int, Any]:
 
 
 def _print_segment_summary(summary: dict[str, Any], output: Path) -> None:
-    for entry in summary.get("objects", []):
-        millilitres = float(entry.get("mm3", 0.0)) / 1000.0
-        typer.echo(f"{entry.get('name', 'object')}: {entry.get('voxels', 0):,} voxels, {millilitres:,.1f} mL")
-    typer.echo(f"mask in {output} ({float(summary.get('seconds', 0.0)):.1f} s on {summary.get('device', '?')})")
+    for entry in summary["objects"]:
+        said = f"{entry['voxels']:,} voxels, {entry['mm3'] / 1000.0:,.1f} mL" if entry["voxels"] else "nothing found; add a prompt"
+        typer.echo(f"{entry['name']}: {said}")
+    typer.echo(f"mask in {output} ({summary['seconds']:.1f} s on {summary['device']})")
 
 
 def _set_up_logging(arguments: list[str]) -> None:

@@ -144,7 +144,7 @@ BAD = {
         r"checkpoint must be a \.safetensors file written by samed3d",
     ),
     "upstream weights": (segment("good.nii.gz", *CLICK, model="upstream.pth"), r"samed3d import-weights"),
-    "unknown device": (segment("good.nii.gz", *CLICK, "--device", "tpu"), r"--device must be auto, cpu or cuda, got 'tpu'"),
+    "unknown device": (segment("good.nii.gz", *CLICK, "--device", "tpu"), r"device must be auto, cpu or cuda, got 'tpu'"),
     "no output folder": (
         segment("good.nii.gz", *CLICK, output="OUT/none/m.nii.gz"),
         r"output folder does not exist: .*none; create it first",
@@ -164,6 +164,7 @@ BAD = {
     ),
     "unknown key in file": (("train", "--config", "config.yaml", "--set", "run.folder=OUT/run"), r"unknown config key 'optim\.learning'"),
     "config missing": (("train", "--config", "none.yaml"), r"config file cannot be read: none\.yaml"),
+    "demo: unknown model": (("demo", "-o", "OUT/demo", "--model", "none"), r"no checkpoint or file is called 'none'"),
     "import: missing": (("import-weights", "none.pth", "-o", "OUT/w.safetensors"), r"checkpoint does not exist: none\.pth"),
     "import: not torch": (("import-weights", "text.nii.gz", "-o", "OUT/w.safetensors"), r"checkpoint"),
     "import: suffix": (("import-weights", "upstream.pth", "-o", "OUT/w.pth"), r"must end in one of \.safetensors"),
@@ -181,8 +182,9 @@ def test_bad_input(run, case):
 
 def test_cuda_without_a_gpu_is_refused_and_never_becomes_the_cpu(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "--device cuda needs an NVIDIA GPU" in run(*segment("good.nii.gz", *CLICK, "--device", "cuda"))
-    assert "--device cuda needs an NVIDIA GPU" in run("demo", "-o", "OUT/demo", "--device", "cuda")
+    message = "device cuda was asked for but this machine has no CUDA GPU"
+    assert message in run(*segment("good.nii.gz", *CLICK, "--device", "cuda"))
+    assert message in run("demo", "-o", "OUT/demo", "--device", "cuda")
 
 
 def refuse(*_values, **_named):

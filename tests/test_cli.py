@@ -89,7 +89,8 @@ def test_segment_writes_everything_on_the_images_grid(place, tmp_path, capsys):
     assert probability.grid == image.grid and probability.array.dtype == np.float32
     assert probability.array.min() >= 0 and probability.array.max() <= 1
     assert outputs["preview.png"].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert json.loads(outputs["report.json"].read_text())["device"] == "cpu"
+    report = json.loads(outputs["report.json"].read_text())
+    assert report["device"] == "cpu" and report["seconds"] > 0 and report["objects"][0]["voxels"] > 0
     said = capsys.readouterr()
     assert "voxels" in said.out and "mL" in said.out and "mask.nii.gz" in said.out
     assert said.err == ""
@@ -146,8 +147,8 @@ def test_train_passes_config_overrides_and_resume(monkeypatch, capsys):
 
     monkeypatch.setattr(loop, "train", record)
     tiny = str(ROOT / "configs" / "tiny_cpu.yaml")
-    assert main(["train", "--config", tiny, "--set", "optim.lr=1e-4", "--set", "optim.steps=9", "--resume", "-q"]) == 0
-    assert (seen["config"].optim.lr, seen["config"].optim.steps, seen["resume"], seen["quiet"]) == (1e-4, 9, True, True)
+    assert main(["train", "--config", tiny, "--set", "optim.lr=1e-4", "--set", "optim.steps=20", "--resume", "-q"]) == 0
+    assert (seen["config"].optim.lr, seen["config"].optim.steps, seen["resume"], seen["quiet"]) == (1e-4, 20, True, True)
     assert capsys.readouterr().out == ""
     assert main(["train", "--config", tiny]) == 0
     assert (seen["resume"], seen["quiet"]) == (False, False)
@@ -161,7 +162,7 @@ def test_evaluate_passes_its_options(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(run, "evaluate", lambda *values, **named: seen.update(values=values, **named))
     assert main(["evaluate", str(tmp_path), "-o", str(tmp_path / "out"), "--model", "a", "--model", "b", "--clicks", "1,2"]) == 0
     assert seen["values"] == ([tmp_path], ["a", "b"], tmp_path / "out")
-    assert (seen["clicks"], seen["seeds"], seen["split"], seen["limit"]) == ((1, 2), 1, "val", None)
+    assert (seen["clicks"], seen["seeds"], seen["split"], seen["limit"], seen["progress"]) == ((1, 2), 1, "val", None, False)
     assert main(["evaluate", str(tmp_path), "-o", str(tmp_path / "out"), "--clicks", "0,1"]) == 2
     assert "--clicks needs whole numbers from 1" in capsys.readouterr().err
 

@@ -23,8 +23,9 @@ from samed3d.data.phantom import anatomical_phantom
 from samed3d.errors import InputError
 from samed3d.geometry import zyx_to_ijk
 from samed3d.inference.preview import write_preview
-from samed3d.inference.session import Session
+from samed3d.inference.session import Session, pick_device
 from samed3d.metrics import dice
+from samed3d.models import load
 from samed3d.prompts import Point, dump_prompts
 from samed3d.volume import Volume, write_volume
 
@@ -58,23 +59,25 @@ def run_demo(out: Path, model: str = "default", seed: int = 0, device: str = "au
         quiet: Print no table.
 
     Raises:
-        InputError: if the folder cannot be written or the model is unknown.
+        InputError: if the folder cannot be written, or the model or the device is not there.
     """
     started = time.perf_counter()
+    pick_device(device)
+    network = load(model)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output must be a folder that can be made, got {out} ({error.strerror})") from error
     array, labels, grid, names = anatomical_phantom(np.random.default_rng(seed))
     logger.info("generated a body of %s voxels (i, j, k)", grid.size_ijk)
-    session = Session.open(Volume(array, grid, "phantom"), model=model, device=device)
+    session = Session.open(Volume(array, grid, "phantom"), model=network, device=device)
     results = [_click_organ(session, labels == label, label, name) for label, name in _organs(names, labels)]
 
     write_volume(out / "ct.nii.gz", array, grid)
     session.save(out / "masks.nii.gz")
     dump_prompts(session.objects, out / "prompts.json")
     write_preview(out / "preview.png", session.volume, session.labels, session.objects, title="samed3d demo: a generated body")
-    _write_results(out / "results.json", results, session, seed)
+    _write_results(out / "results.json", results, session, model, seed)
     if not quiet:
         _print_table(results, out, time.perf_counter() - started)
     return results
@@ -102,8 +105,9 @@ def _click_organ(session: Session, target_mask: NDArray[np.bool_], label: int, n
     return result
 
 
-def _write_results(path: Path, results: list[OrganResult], session: Session, seed: int) -> None:
+def _write_results(path: Path, results: list[OrganResult], session: Session, model: str, seed: int) -> None:
     body = {
+        "model": model,
         "seed": seed,
         "organs": [{"name": r.name, "dice": r.dice, "seconds": r.seconds} for r in results],
         "session": session.report(),
