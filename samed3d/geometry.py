@@ -262,6 +262,11 @@ class CropFrame:
         """Moved by an offset in volume voxels."""
         return replace(self, origin_zyx_vox=as_triple([o + d for o, d in zip(self.origin_zyx_vox, offset_zyx_vox, strict=True)]))
 
+    def snapped(self) -> CropFrame:
+        """Moved by at most half a volume voxel so that its first voxel centre is a volume voxel's: at step 1 nothing is interpolated."""
+        first = [o + 0.5 * s - 0.5 for o, s in zip(self.origin_zyx_vox, self.step_zyx_vox, strict=True)]
+        return self.shifted(as_triple([float(np.floor(f + 0.5)) - f for f in first]))
+
     def region(self) -> Region:
         """The whole volume voxels whose centres lie inside the frame (half-open, not clipped)."""
         low = [int(np.ceil(o - 0.5)) for o in self.origin_zyx_vox]

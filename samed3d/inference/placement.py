@@ -125,7 +125,7 @@ def _frame(predictor: CropPredictor, middle: Triple, edge_mm: float) -> CropFram
     """A crop with isotropic voxels whose longest edge is ``edge_mm``."""
     step_mm = edge_mm / max(predictor.crop_shape)
     steps = as_triple([step_mm / s for s in predictor.spacing_zyx_mm])
-    return CropFrame.centred(middle, steps, predictor.crop_shape)
+    return CropFrame.centred(middle, steps, predictor.crop_shape).snapped()
 
 
 def _edge_mm(predictor: CropPredictor, frame: CropFrame) -> float:
@@ -156,7 +156,7 @@ def _tile(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed 
     if previous is not None and previous.crop.frame.contains(newest, margin_vox=min(predictor.crop_shape) / 8):
         frame, prior = previous.crop.frame, previous.crop.lowres_logits
     else:
-        frame = CropFrame.centred(newest, steps, predictor.crop_shape)
+        frame = CropFrame.centred(newest, steps, predictor.crop_shape).snapped()
         prior = None if previous is None else predictor.lowres_of(previous.canvas, frame, previous.crop.lowres_logits)
     first = predictor.decode(frame, prompts, prior)
     tiles = {frame: first}

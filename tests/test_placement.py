@@ -1,0 +1,110 @@
+"""Where crops go: the mask is followed to its ends, by zooming or by tiling, and no ground truth is asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from samed3d.geometry import CropFrame
+from samed3d.inference.placement import place, touched_faces
+from samed3d.inference.predictor import CACHED_CROPS, CanonicalPrompts, Canvas, CropMask, CropPredictor
+from samed3d.geometry import Region
+from tests.brightness_model import BrightnessModel
+
+
+def bar(shape=(60, 20, 20), span=(5, 55)) -> np.ndarray:
+    """A long bright bar along z on a dark ground."""
+    array = np.zeros(shape, dtype=np.float32)
+    array[span[0] : span[1], 7:13, 7:13] = 1.0
+    return array
+
+
+def predictor(array: np.ndarray, model: BrightnessModel, spacing=(1.0, 1.0, 1.0)) -> CropPredictor:
+    return CropPredictor(model, torch.device("cpu"), array, spacing)
+
+
+def full_mask(canvas: Canvas, shape: tuple[int, ...]) -> np.ndarray:
+    mask = np.zeros(shape, dtype=bool)
+    mask[canvas.region.slices] = (canvas.logits > 0).numpy()
+    return mask
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return 2 * float((a & b).sum()) / float(a.sum() + b.sum())
+
+
+@pytest.mark.parametrize("spacing_mm", [None, 1.0])
+def test_an_object_larger_than_the_crop_is_followed_to_its_ends(spacing_mm):
+    array = bar()
+    model = BrightnessModel((16, 16, 16), spacing_mm=spacing_mm)
+    placed = place(predictor(array, model), CanonicalPrompts([((30.0, 10.0, 10.0), True)]), None)
+    mask = full_mask(placed.canvas, array.shape)
+    assert dice(mask, array > 0.5) > (0.75 if spacing_mm is None else 0.95)
+    assert mask[6].any() and mask[53].any()
+    assert model.encoded > 1
+
+
+def test_an_object_smaller_than_the_crop_needs_one_tile():
+    array = bar(span=(26, 34))
+    model = BrightnessModel((32, 32, 32), spacing_mm=1.0)
+    placed = place(predictor(array, model), CanonicalPrompts([((30.0, 10.0, 10.0), True)]), None)
+    assert model.encoded == 1
+    assert dice(full_mask(placed.canvas, array.shape), array > 0.5) > 0.95
+
+
+def test_a_small_mask_is_looked_at_closer():
+    array = bar(shape=(60, 60, 60), span=(28, 34))
+    array[28:34] = 0
+    array[28:33, 28:33, 28:33] = 1.0
+    model = BrightnessModel((48, 48, 48))
+    placed = place(predictor(array, model), CanonicalPrompts([((30.0, 30.0, 30.0), True)]), None)
+    assert max(placed.crop.frame.step_zyx_vox) < 0.5
+
+
+def test_a_far_second_click_is_inside_the_next_crop():
+    array = bar(shape=(60, 60, 60), span=(20, 28))
+    model = BrightnessModel((16, 16, 16))
+    session = predictor(array, model)
+    first = place(session, CanonicalPrompts([((24.0, 10.0, 10.0), True)]), None)
+    prompts = CanonicalPrompts([((24.0, 10.0, 10.0), True), ((50.0, 50.0, 50.0), True)])
+    second = place(session, prompts, first)
+    assert not first.crop.frame.contains((50.0, 50.0, 50.0))
+    assert all(second.crop.frame.contains(at) for at, _ in prompts.points)
+
+
+def test_faces_outside_the_volume_do_not_count():
+    frame = CropFrame((-8.0, 0.0, 0.0), (1.0, 1.0, 1.0), (16, 16, 16))
+    logits = torch.ones(16, 16, 16)
+    inside = torch.zeros(16, 16, 16, dtype=torch.bool)
+    inside[8:] = True
+    faces = touched_faces(CropMask(frame, logits, inside, 1.0, logits))
+    assert (0, -1) not in faces and (0, 1) in faces and len(faces) == 5
+
+
+def test_tiles_blend_without_a_seam():
+    """Two tiles of one structure agree: where they overlap the average equals both."""
+    array = bar()
+    model = BrightnessModel((24, 24, 24), spacing_mm=1.0)
+    placed = place(predictor(array, model), CanonicalPrompts([((30.0, 10.0, 10.0), True)]), None)
+    inside = placed.canvas.logits[[i - placed.canvas.region.start_zyx[0] for i in range(8, 52)]]
+    middle = inside[:, 10 - placed.canvas.region.start_zyx[1], 10 - placed.canvas.region.start_zyx[2]]
+    assert float(middle.min()) > 0 and float(middle.max() - middle.min()) < float(middle.max())
+
+
+def test_features_are_kept_for_a_few_crops_only():
+    model = BrightnessModel((8, 8, 8))
+    session = predictor(bar(), model)
+    frames = [CropFrame((float(i), 4.0, 4.0), (1.0, 1.0, 1.0), (8, 8, 8)) for i in range(CACHED_CROPS + 1)]
+    for frame in frames:
+        session.decode(frame, CanonicalPrompts([]))
+    session.decode(frames[-1], CanonicalPrompts([]))
+    assert model.encoded == len(frames)
+    session.decode(frames[0], CanonicalPrompts([]))
+    assert model.encoded == len(frames) + 1
+
+
+def test_a_canvas_is_background_where_nothing_was_seen():
+    canvas = Canvas(Region((4, 4, 4), (8, 8, 8)), torch.ones(4, 4, 4))
+    crop = canvas.on_frame(CropFrame((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (12, 12, 12)))
+    assert float(crop[5, 5, 5]) == 1.0 and float(crop[0, 0, 0]) < -5 and float(crop[9, 5, 5]) < -5
