@@ -3,7 +3,7 @@
     python benchmarks/latency.py --out benchmarks/results/latency.json
 
 The encoder of ``sam_med3d_b`` is timed beside the padded oracle of the tests and beside a plain matrix product of the same FLOPs, the runs
-alternating, so that other load on the machine falls on all of them.
+alternating, so that other load on the machine falls on all of them. Ratios are given in wall and in processor time.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from samed3d.crops import image_channels  # noqa: E402
 from samed3d.errors import InputError  # noqa: E402
 from samed3d.models import create_model, load  # noqa: E402
 from samed3d.models.base import PromptableModel, PromptBatch  # noqa: E402
@@ -41,17 +43,19 @@ CT_POINT_IJK = "180,250,40"
 EDGE = 128
 
 
-def alternate(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each run, after one warm-up each, all taking turns ``repeats`` times."""
+def alternate(runs: dict[str, Callable[[], object]], repeats: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Median wall and processor seconds of each run, after one warm-up each, all taking turns ``repeats`` times."""
     for run in runs.values():
         run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    wall: dict[str, list[float]] = {name: [] for name in runs}
+    processor: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            wall[name].append(time.perf_counter() - start)
+            processor[name].append(time.process_time() - busy)
+    return {n: statistics.median(v) for n, v in wall.items()}, {n: statistics.median(v) for n, v in processor.items()}
 
 
 def load_oracle() -> Callable[..., torch.Tensor]:
@@ -63,9 +67,10 @@ def load_oracle() -> Callable[..., torch.Tensor]:
     return module.padded_encoder
 
 
-def random_crop(edge: int = EDGE) -> torch.Tensor:
-    """(1, 1, edge, edge, edge) seeded noise."""
-    return torch.randn(1, 1, edge, edge, edge, generator=torch.Generator().manual_seed(0))
+def random_crop(model: PromptableModel, edge: int = EDGE) -> torch.Tensor:
+    """(1, C, edge, edge, edge) seeded noise with the channels that the model takes."""
+    channels = image_channels(model.spec.normalisation)
+    return torch.randn(1, channels, edge, edge, edge, generator=torch.Generator().manual_seed(0))
 
 
 def one_click(edge: int = EDGE) -> PromptBatch:
@@ -86,33 +91,39 @@ def sam_med3d() -> PromptableModel:
 @torch.inference_mode()
 def measure_encoder(repeats: int) -> dict[str, float]:
     """Encoder of ``sam_med3d_b`` against the oracle and a matrix product; its decode per click."""
-    model, crop, padded = sam_med3d(), random_crop(), load_oracle()
+    model, padded = sam_med3d(), load_oracle()
+    crop = random_crop(model)
     encoder = model.get_submodule("image_encoder")
     difference = (encoder(crop) - padded(encoder, crop)).abs().max().item()
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the fused CPU kernel is not counted
         encoder(crop)
     flops = counter.get_total_flops()
     edge = round((flops / 2) ** (1 / 3))
     left, right = torch.randn(edge, edge), torch.randn(edge, edge)
-    times = alternate({"encoder": lambda: encoder(crop), "padded": lambda: padded(encoder, crop), "product": lambda: left @ right}, repeats)
+    runs = {"encoder": lambda: encoder(crop), "padded": lambda: padded(encoder, crop), "product": lambda: left @ right}
+    wall, processor = alternate(runs, repeats)
     features, click = model.encode(crop), one_click()
-    decode = alternate({"decode": lambda: model.decode(features, click)}, 5 * repeats)
+    decode_wall, decode_processor = alternate({"decode": lambda: model.decode(features, click)}, 5 * repeats)
     return {
-        "encoder_s": times["encoder"],
-        "padded_oracle_s": times["padded"],
-        "times_faster_than_padded": times["padded"] / times["encoder"],
+        "encoder_s": wall["encoder"],
+        "padded_oracle_s": wall["padded"],
+        "matrix_product_s": wall["product"],
+        "times_faster_than_padded": wall["padded"] / wall["encoder"],
+        "times_faster_than_padded_processor_time": processor["padded"] / processor["encoder"],
+        "times_matrix_product": wall["encoder"] / wall["product"],
+        "times_matrix_product_processor_time": processor["encoder"] / processor["product"],
         "max_abs_difference": difference,
         "encoder_gflop": flops / 1e9,
-        "matrix_product_s": times["product"],
-        "times_matrix_product": times["encoder"] / times["product"],
-        "decode_ms": 1e3 * decode["decode"],
+        "decode_ms": 1e3 * decode_wall["decode"],
+        "decode_processor_ms": 1e3 * decode_processor["decode"],
     }
 
 
 @torch.inference_mode()
 def peak_memory_mib(padded: bool) -> float:
     """Highest resident memory of this process after one encode and decode of ``sam_med3d_b``; run it in a process of its own."""
-    model, crop = sam_med3d(), random_crop()
+    model = sam_med3d()
+    crop = random_crop(model)
     if padded:
         features = {"image": load_oracle()(model.get_submodule("image_encoder"), crop)}
     else:
@@ -142,13 +153,13 @@ def measure_default(repeats: int) -> dict[str, Any]:
     model, weights = default_model()
     result: dict[str, Any] = {"model": model.spec.name, "weights": weights, "own_edge": model.spec.input_shape_zyx[0]}
     for label, edge in (("crop128", EDGE), ("own_crop", model.spec.input_shape_zyx[0])):
-        crop, click = random_crop(edge), one_click(edge)
+        crop, click = random_crop(model, edge), one_click(edge)
         start = time.perf_counter()
         first = model(crop, click)
         cold = time.perf_counter() - start
         features = model.encode(crop)
         later = PromptBatch(click.points.repeat(1, 3, 1), click.point_labels.repeat(1, 3), mask_logits=first.lowres_logits)
-        times = alternate({"first": lambda c=crop, k=click: model(c, k), "later": lambda f=features, p=later: model.decode(f, p)}, repeats)  # type: ignore[misc]
+        times, _ = alternate({"first": lambda c=crop, k=click: model(c, k), "later": lambda f=features, p=later: model.decode(f, p)}, repeats)  # type: ignore[misc]
         result[label] = {"first_mask_cold_s": cold, "first_mask_s": times["first"], "later_click_s": times["later"]}
     return result
 
@@ -190,16 +201,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "latency.json", help="JSON file to write")
     parser.add_argument("--quick", action="store_true", help="two repeats instead of seven")
+    parser.add_argument("--threads", type=int, help="torch threads; with 1, processor times hold on a busy machine")
     options = parser.parse_args()
     repeats = 2 if options.quick else 7
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    # Memory first: on Linux a child's peak counts from its parent's size at the time it was started.
+    memory = {"peak_memory_mib": in_own_process(peak_memory_mib, False), "padded_peak_memory_mib": in_own_process(peak_memory_mib, True)}
     result = {
         "machine": describe_machine(),
         "repeats": repeats,
-        "sam_med3d_b": {
-            **measure_encoder(repeats),
-            "peak_memory_mib": in_own_process(peak_memory_mib, False),
-            "padded_peak_memory_mib": in_own_process(peak_memory_mib, True),
-        },
+        "sam_med3d_b": {**measure_encoder(repeats), **memory},
         "default": measure_default(repeats),
         "infer_py": measure_shell(min(repeats, 3)),
     }

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from samed3d.crops import image_channels
 from samed3d.errors import InputError
 from samed3d.models import MODELS, create_model, list_models, load
 from samed3d.models.base import MaskOutput, PromptableModel, PromptBatch
@@ -23,7 +24,8 @@ def make(name: str, **overrides) -> PromptableModel:
 
 
 def crops(model: PromptableModel, batch: int = 2) -> torch.Tensor:
-    return torch.randn(batch, 1, *model.spec.input_shape_zyx, generator=torch.Generator().manual_seed(1))
+    channels = image_channels(model.spec.normalisation)
+    return torch.randn(batch, channels, *model.spec.input_shape_zyx, generator=torch.Generator().manual_seed(1))
 
 
 def click(positive: bool, at: tuple[float, float, float] = (4.0, 5.0, 6.0), batch: int = 2) -> PromptBatch:

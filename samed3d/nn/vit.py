@@ -6,6 +6,7 @@ Not here: attention itself (``attention.py``). Read ``prompt_encoder.py`` and ``
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samed3d.geometry import IntTriple
@@ -18,11 +19,15 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch: int, dim: int) -> None:
         super().__init__()
+        self.patch = patch
         self.proj = nn.Conv3d(1, dim, kernel_size=patch, stride=patch)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 1, D, H, W) to (B, D/patch, H/patch, W/patch, C)."""
-        return self.proj(image).movedim(1, -1)
+        """(B, 1, D, H, W) to (B, D/patch, H/patch, W/patch, C), the convolution as the matrix product that it is (faster on a CPU)."""
+        patches = image[:, 0]
+        for axis in (1, 2, 3):
+            patches = patches.unfold(axis, self.patch, self.patch)
+        return F.linear(patches.flatten(4), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Mlp(nn.Module):
@@ -108,7 +113,10 @@ class ImageEncoder(nn.Module):
         x = x + self.pos_embed
         for block in self.blocks:
             x = block(x)
-        return self.neck(x.movedim(-1, 1))
+        x = x.movedim(-1, 1)
+        for layer in self.neck:
+            x = layer(x.contiguous())  # a channels-last input would have the convolution reorder its weights at every call
+        return x
 
 
 class ConvStem(nn.Module):
