@@ -13,8 +13,8 @@ MANIFEST := setup.cfg pyproject.toml constraints-cpu.txt
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 PIP := $(PY) -m pip --disable-pip-version-check
 CONSTRAINT := $(if $(GPU),,-c constraints-cpu.txt)
-# PyPI's torch for Linux is the CUDA build, so the CPU build comes from PyTorch's own index; where that cannot be reached, from pip's.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# pip's own torch for Linux may be the CUDA build. TORCH_INDEX=URL names the index of CPU wheels that pytorch.org's install page gives.
+TORCH_INDEX ?=
 
 NEEDED_CORE := samed3d torch numpy scipy SimpleITK einops safetensors edt cc3d typer rich yaml PIL
 NEEDED_DEV := $(NEEDED_CORE) accelerate torchio pydicom timm pytest xdist pytest_timeout hypothesis ruff mypy
@@ -48,10 +48,9 @@ $(PY):
 # One line of text, then pip's own. $(1): what is being installed, $(2): the packages that must be there, $(3): pip's arguments.
 define install
 	@if $(HAS) $(2); then echo "samed3d: $(VENV) already holds $(1)"; else \
-	  if [ -z "$(GPU)" ] && [ "$$(uname -s)" = Linux ] && ! $(HAS) torch; then \
-	    echo "samed3d: no NVIDIA GPU here, installing the CPU build of torch (about 200 MB to download)"; \
-	    $(PIP) install -q --retries 1 --timeout 15 $(CONSTRAINT) --index-url $(TORCH_INDEX) torch || \
-	      { echo "samed3d: not from $(TORCH_INDEX), trying pip's own index"; $(PIP) install -q $(CONSTRAINT) torch; }; \
+	  if [ -z "$(GPU)" ] && ! $(HAS) torch; then \
+	    echo "samed3d: no NVIDIA GPU here, installing torch for the CPU first (about 200 MB to download)"; \
+	    $(PIP) install -q $(CONSTRAINT) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch || exit 1; \
 	  fi && \
 	  echo "samed3d: installing $(1) into $(VENV), once; this takes one to three minutes" && \
 	  $(PIP) install -q $(CONSTRAINT) -e '$(3)' && echo "samed3d: installed"; \
