@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def measure_default(repeats: int) -> dict[str, Any]:
         cold = time.perf_counter() - start
         features = model.encode(crop)
         later = PromptBatch(click.points.repeat(1, 3, 1), click.point_labels.repeat(1, 3), mask_logits=first.lowres_logits)
-        times, _ = alternate({"first": lambda c=crop, k=click: model(c, k), "later": lambda f=features, p=later: model.decode(f, p)}, repeats)  # type: ignore[misc]
+        times, _ = alternate({"first": partial(model, crop, click), "later": partial(model.decode, features, later)}, repeats)
         result[label] = {"first_mask_cold_s": cold, "first_mask_s": times["first"], "later_click_s": times["later"]}
     return result
 
@@ -181,7 +182,7 @@ def measure_shell(repeats: int) -> dict[str, Any]:
                 seconds[name].append(time.perf_counter() - start)
                 if done.returncode:
                     last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                    return {"skipped": f"exit code {done.returncode} of {' '.join(arguments[1:3])}: {last_line}"}
+                    return {"skipped": f"{name}: exit code {done.returncode}: {last_line}"}
     return {"image": str(CT_CASE), "point_ijk": CT_POINT_IJK, **{name: statistics.median(values) for name, values in seconds.items()}}
 
 
