@@ -37,6 +37,12 @@ def test_header_says_what_the_file_is(tmp_path):
     assert state.keys() == model.state_dict().keys()
 
 
+def test_file_is_as_readable_as_any_other(tmp_path):
+    save_weights(make(), tmp_path / "m.safetensors", {})
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "m.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_metadata_may_not_replace_the_header(tmp_path):
     with pytest.raises(InputError, match="metadata must not use the header's own keys, got model"):
         save_weights(make(), tmp_path / "m.safetensors", {"model": "another"})

@@ -52,7 +52,10 @@ def save_weights(model: PromptableModel, path: str | Path, metadata: Mapping[str
     tensors = {name: _to_stored(tensor, dtype) for name, tensor in model.state_dict().items()}
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # safetensors makes files that only their owner may read
         save_file(tensors, partial, metadata={HEADER_KEY: text})
+        partial.chmod(mode)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"weights cannot be written to {path}: {error}") from error
