@@ -89,7 +89,14 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> 
 
 
 def _run(
-    config: TrainConfig, accelerator: Accelerator, step: nn.Module, optimiser: Any, loader: Any, average: AveragedWeights, log: RunLog, done: int
+    config: TrainConfig,
+    accelerator: Accelerator,
+    step: nn.Module,
+    optimiser: Any,
+    loader: Any,
+    average: AveragedWeights,
+    log: RunLog,
+    done: int,
 ) -> int:
     """The loop itself; returns the number of optimiser steps done in all."""
     began, batches = time.monotonic(), done * config.optim.accumulate
@@ -117,16 +124,27 @@ def _run(
         log.step(done, learning_rate(config.optim, done))
         if config.run.save_every and done % config.run.save_every == 0 and accelerator.is_main_process:
             _save(Path(config.run.folder), config, network, optimiser, average, done)
-        if config.optim.max_minutes and time.monotonic() - began > 60 * config.optim.max_minutes:
+        if _time_is_over(config.optim.max_minutes, began, accelerator):
             logger.info("stopped at step %d: %g minutes are over", done, config.optim.max_minutes)
             break
     return done
 
 
+def _time_is_over(max_minutes: float, began: float, accelerator: Accelerator) -> bool:
+    """Whether the limit is reached on any process: all must stop at the same step, or the others wait for ever."""
+    if not max_minutes:
+        return False
+    if time.monotonic() - began > 60 * max_minutes:
+        accelerator.set_trigger()
+    return bool(accelerator.check_trigger())
+
+
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate for this machine, with bf16 where ``run.precision`` says so or, on auto, where it is faster."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state()  # it outlives a run, and another run of this process may want another precision
     precision = config.run.precision
     if precision == "auto":
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer torch only

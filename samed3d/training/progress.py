@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
@@ -26,7 +27,7 @@ class RunLog:
     def __init__(self, folder: Path, config: TrainConfig, accelerator: Accelerator, done: int, quiet: bool) -> None:
         self.config, self.accelerator = config, accelerator
         self.main = accelerator.is_main_process
-        self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8") if self.main else None
+        self.file = _reopened(folder / "metrics.jsonl", done) if self.main else None
         self.began = self.mark = time.monotonic()
         self.losses: list[torch.Tensor] = []
         self.dices: list[torch.Tensor] = []
@@ -77,6 +78,17 @@ class RunLog:
             self.bar[0].stop()
         if self.file is not None:
             self.file.close()
+
+
+def _reopened(path: Path, done: int) -> TextIO:
+    """The log ready to append, without the lines that an interrupted run wrote after its last checkpoint: they will be written again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("}\n")]  # a killed run may have cut its last line
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= done), encoding="utf-8")
+        os.replace(temporary, path)
+    return path.open("a", encoding="utf-8")
 
 
 def _progress_bar(done: int, total: int) -> Any:
