@@ -96,7 +96,7 @@ def _convert(folder: Path, about: dict, path: Path, out: Path, max_side: int | N
     shape = (stored.shape[0], stored.shape[1], stored.shape[2])
     cases = []
     for suffix, array in channels:
-        modality = about.get("channel_names", {}).get(str(int(suffix or 0)) if not suffix else str(int(suffix[1:])), about.get("modality", ""))
+        modality = about.get("channel_names", {}).get(str(int(suffix[1:] or 0)), about.get("modality", ""))
         case = CaseRecord(f"{folder.name}.{name}{suffix}", folder.name, subject, modality, shape, spacing, array is not None, records)
         write_case(out, case, None if array is None else _coarsen(array, strides, smooth=True), stored)
         cases.append(case)

@@ -57,8 +57,8 @@ def next_click(
         pred_mask: Current mask; all False before the first click.
         target_mask: What the user wants.
         policy: ``"uniform"``: uniform over all wrong voxels (SAM-Med3D). ``"centre"``: the voxel deepest inside the largest wrong
-            component (the CVPR 2025 challenge's rule). ``"ritm"``: of missed and of surplus voxels take the deeper kind, then a random voxel at
-            more than half that depth (RITM, as in SAM-Med3D's released validation).
+            component (the CVPR 2025 challenge's rule). ``"ritm"``: of missed and of surplus voxels take the deeper kind, then a random
+            voxel at more than half that depth (RITM, as in SAM-Med3D's released validation).
         rng: Needed for ``"uniform"`` and ``"ritm"``.
 
     Returns:

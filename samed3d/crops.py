@@ -21,7 +21,7 @@ RANK_BINS = 2048
 
 
 def _axis_matrix(positions: Tensor, size: int, step: float) -> Tensor:
-    """Weights (len(positions), size) that sample a line of ``size`` voxels at fractional ``positions``; beyond the ends the last voxel counts."""
+    """Weights (len(positions), size) that sample a line of ``size`` voxels at fractional ``positions``; beyond the ends the last counts."""
     width = max(1.0, step)
     inside = positions.clamp(0, size - 1)
     weights = (1 - (torch.arange(size, dtype=torch.float32) - inside[:, None]).abs() / width).clamp(min=0)
@@ -40,8 +40,8 @@ def sample_crop(array: NDArray, frame: CropFrame) -> tuple[Tensor, Tensor]:
     """Sample a canonical (D, H, W) array on a frame.
 
     Returns:
-        The crop (frame shape) float32, where voxels outside the volume repeat its border, and ``inside``, a bool mask of the same shape that
-        is True where the crop voxel's centre lies in the volume.
+        The crop (frame shape) float32, where voxels outside the volume repeat its border, and ``inside``, a bool mask of the same shape
+        that is True where the crop voxel's centre lies in the volume.
     """
     matrices, slices, flags = [], [], []
     for axis in range(3):
@@ -117,7 +117,7 @@ def image_channels(method: str) -> int:
 
 
 def _rank(scaled: Tensor, inside: Tensor) -> Tensor:
-    """Share of inside voxels that are darker, by a fine histogram, scaled to zero mean and unit deviation of a uniform spread; outside 0."""
+    """Share of inside voxels that are darker, by a fine histogram, scaled to the mean 0 and deviation 1 of a uniform spread; outside 0."""
     place = (scaled + CLAMP_SIGMA) * ((RANK_BINS - 1) / (2 * CLAMP_SIGMA))
     index = place.long()
     counts = torch.bincount(index[inside], minlength=RANK_BINS).to(scaled.dtype)

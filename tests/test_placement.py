@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from samed3d.geometry import CropFrame
+from samed3d.geometry import CropFrame, Region
 from samed3d.inference.placement import place, touched_faces
 from samed3d.inference.predictor import CACHED_CROPS, CanonicalPrompts, Canvas, CropMask, CropPredictor
-from samed3d.geometry import Region
 from tests.brightness_model import BrightnessModel
 
 

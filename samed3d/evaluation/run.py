@@ -13,6 +13,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,7 +36,7 @@ from samed3d.volume import Volume
 
 logger = logging.getLogger(__name__)
 
-FIELDS = ("model", "group", "source", "case", "subject", "modality", "label", "name", "voxels", "seed", "click", "dice", "obeyed", "seconds")
+FIELDS = tuple("model group source case subject modality label name voxels seed click dice obeyed seconds".split())
 MIN_VOXELS = 100
 BOOTSTRAP = 1000
 
@@ -100,7 +101,7 @@ def evaluate(
     os.replace(partial, out / "cases.csv")
     settings = {"models": models, "clicks": clicks, "seeds": seeds, "split": split, "limit": limit, "labels_per_case": labels_per_case}
     body = {
-        "settings": settings | {"kept_from": {"validation_share": kept_from.validation_share, "seed": kept_from.seed, "hold_out": kept_from.hold_out}},
+        "settings": settings | {"kept_from": asdict(kept_from)},
         "environment": {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()},
         "summary": summarise(rows, clicks),
     }
@@ -116,16 +117,17 @@ def _measure_case(
     values = sorted(counts)
     if labels_per_case is not None and len(values) > labels_per_case:
         values = sorted(int(v) for v in np.random.default_rng(0).permutation(values)[:labels_per_case])
+    about = {"group": case.group, "source": case.source, "case": case.case, "subject": case.subject, "modality": case.modality}
     rows = []
     for name, network in networks.items():
         subject: Clickable = RegionGrowing(volume) if network is None else Session(volume, network)
         for number, value in enumerate(values):
             target = labels == value
+            structure = {"label": value, "name": case.names.get(value, ""), "voxels": counts[value]}
             for seed in range(seeds):
                 rng = np.random.default_rng([seed, number])
-                common = {"model": name, "group": case.group, "source": case.source, "case": case.case, "subject": case.subject}
-                common |= {"modality": case.modality, "label": value, "name": case.names.get(value, ""), "voxels": counts[value], "seed": seed}
-                rows += [common | row for row in click_through(subject, volume, target, clicks, rng, object_id=1 + seed + seeds * number)]
+                clicked = click_through(subject, volume, target, clicks, rng, object_id=1 + seed + seeds * number)
+                rows += [{"model": name, **about, **structure, "seed": seed, **row} for row in clicked]
     return rows
 
 

@@ -154,7 +154,8 @@ def _tile(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed 
     steps = as_triple([spacing / s for s in predictor.spacing_zyx_mm])
     newest = prompts.points[-1][0]
     if previous is not None and previous.crop.frame.contains(newest, margin_vox=min(predictor.crop_shape) / 8):
-        frame, prior = previous.crop.frame, previous.crop.lowres_logits
+        frame = previous.crop.frame
+        prior: Tensor | None = previous.crop.lowres_logits
     else:
         frame = CropFrame.centred(newest, steps, predictor.crop_shape).snapped()
         prior = None if previous is None else predictor.lowres_of(previous.canvas, frame, previous.crop.lowres_logits)

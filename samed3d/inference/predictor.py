@@ -1,4 +1,6 @@
-"""One crop of one volume: sample it, encode it once, decode it for any prompts. Features are kept per crop, so a later click costs a decode.
+"""One crop of one volume: sample it, encode it once, decode it for any prompts.
+
+Features are kept per crop, so a later click costs a decode.
 
 Positions here are canonical zyx voxels of the volume. Where crops are put is decided in ``placement.py``; read that next.
 """
@@ -78,7 +80,8 @@ class CropPredictor:
         self.array, self.spacing_zyx_mm = array, spacing_zyx_mm
         self.shape_zyx: IntTriple = (array.shape[0], array.shape[1], array.shape[2])
         # The spec's shape is on the tensor's own axes.
-        self.crop_shape = _axes(model.spec.input_shape_zyx, model.spec.tensor_axes)
+        d, h, w = model.spec.input_shape_zyx
+        self.crop_shape: IntTriple = (d, h, w) if model.spec.tensor_axes == "zyx" else (w, h, d)
         self._features: OrderedDict[CropFrame, tuple[Features, Tensor]] = OrderedDict()
 
     @torch.inference_mode()
@@ -102,7 +105,8 @@ class CropPredictor:
         logits = canvas.on_frame(frame)
         if self.model.spec.tensor_axes == "xyz":
             logits = logits.permute(2, 1, 0)
-        return F.adaptive_avg_pool3d(logits[None, None].to(self.device), list(like.shape[2:]))
+        d, h, w = like.shape[2:]
+        return F.adaptive_avg_pool3d(logits[None, None].to(self.device), (d, h, w))
 
     def paste(self, crop: CropMask) -> Canvas:
         """The crop's logits on the volume's own voxels."""
@@ -113,7 +117,8 @@ class CropPredictor:
         if frame in self._features:
             self._features.move_to_end(frame)
             return self._features[frame]
-        logger.info("encoding a crop of %s mm", " x ".join(f"{e * s:.0f}" for e, s in zip(frame.extent_zyx_vox, self.spacing_zyx_mm, strict=True)))
+        edges = [e * s for e, s in zip(frame.extent_zyx_vox, self.spacing_zyx_mm, strict=True)]
+        logger.info("encoding a crop of %s mm", " x ".join(f"{edge:.0f}" for edge in edges))
         crop, inside = sample_crop(self.array, frame)
         spec = self.model.spec
         image = normalise(crop, inside, spec.normalisation, spec.ct_clamp_hu)
@@ -140,6 +145,6 @@ class CropPredictor:
         return batch
 
 
-def _axes(values: Triple | IntTriple, tensor_axes: str) -> Triple:
+def _axes(values: Triple, tensor_axes: str) -> Triple:
     """zyx values in the order of the model's tensor axes (and back: reversing is its own inverse)."""
     return values if tensor_axes == "zyx" else (values[2], values[1], values[0])

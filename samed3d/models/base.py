@@ -16,6 +16,7 @@ from samed3d.geometry import IntTriple
 from samed3d.nn.prompt_batch import PromptBatch
 from samed3d.prompts import MASK_LOGIT_THRESHOLD
 
+
 @dataclass(frozen=True)
 class ModelSpec:
     """What a caller must know to use a model rightly.

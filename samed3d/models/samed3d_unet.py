@@ -19,8 +19,9 @@ from samed3d.crops import image_channels
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple
 from samed3d.models.base import Features, MaskOutput, ModelSpec, PromptableModel, PromptBatch
+from samed3d.nn.norm import LayerNorm3d
 from samed3d.nn.prompt_maps import MAP_CHANNELS, ClickSimilarity, positions_at, prompt_maps, sample_at
-from samed3d.nn.unet import ChannelNorm, ResidualBlock, depth_to_space, space_to_depth, upsample
+from samed3d.nn.unet import ResidualBlock, depth_to_space, space_to_depth, upsample
 
 STRIDES = (2, 4, 8, 16)
 
@@ -116,7 +117,8 @@ class SamedUNet(PromptableModel):
         self.stem = nn.Conv3d(8 * image_channels(self.spec.normalisation), widths[0], 3, padding=1)
         self.downs = nn.ModuleList(nn.Conv3d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:], strict=False))
         self.stages = nn.ModuleList(
-            nn.Sequential(*(ResidualBlock(w) for _ in range(n)), ChannelNorm(w)) for w, n in zip(widths, encoder_blocks, strict=True)
+            nn.Sequential(*(ResidualBlock(w) for _ in range(n)), LayerNorm3d(w, eps=1e-5))
+            for w, n in zip(widths, encoder_blocks, strict=True)
         )
         self.skips = nn.ModuleList(nn.Conv3d(a, b, 1) for a, b in zip(widths, decoder_widths, strict=True))
         self.similarities = nn.ModuleList(
@@ -131,9 +133,10 @@ class SamedUNet(PromptableModel):
         self.ups = nn.ModuleList(nn.Conv3d(b, a, 1) for a, b in zip(decoder_widths, decoder_widths[1:], strict=False))
         # On the finest grid one convolution is enough: the image is already in the skip, the prompts were understood below.
         self.blocks = nn.ModuleList(ResidualBlock(w, convs=1 if i == 0 else 2) for i, w in enumerate(decoder_widths[:-1]))
-        self.out_norm = ChannelNorm(decoder_widths[0])
+        self.out_norm = LayerNorm3d(decoder_widths[0], eps=1e-5)
         self.out = nn.Conv3d(decoder_widths[0], 8, 3, padding=1)
-        nn.init.constant_(self.out.bias, -2.0)  # most voxels are background
+        with torch.no_grad():
+            self.out.bias.fill_(-2.0)  # type: ignore[union-attr]  # most voxels are background
         self.iou_head = nn.Sequential(nn.Linear(top, top), nn.ReLU(), nn.Linear(top, 1))
 
     def encode(self, image: Tensor) -> Features:

@@ -9,17 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-
-class ChannelNorm(nn.Module):
-    """Layer norm over the channels of a (B, C, D, H, W) map."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape as ``x``."""
-        return self.norm(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
+from samed3d.nn.norm import LayerNorm3d
 
 
 class ResidualBlock(nn.Module):
@@ -27,7 +17,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, convs: int = 2) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(ChannelNorm(channels) for _ in range(convs))
+        self.norms = nn.ModuleList(LayerNorm3d(channels, eps=1e-5) for _ in range(convs))
         self.convs = nn.ModuleList(nn.Conv3d(channels, channels, 3, padding=1, bias=False) for _ in range(convs))
         nn.init.zeros_(self.convs[-1].weight)  # type: ignore[arg-type]
 

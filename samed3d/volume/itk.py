@@ -53,7 +53,7 @@ def suffix_of(path: Path) -> str:
 
 
 def grow_region(array: NDArray, seeds_zyx: Sequence[tuple[int, int, int]], multiplier: float) -> NDArray[np.uint8]:
-    """ITK's confidence-connected region growing: voxels connected to the seeds within ``multiplier`` deviations of their surroundings' mean.
+    """ITK's confidence-connected region growing: voxels connected to the seeds and within ``multiplier`` deviations of their mean.
 
     Args:
         array: (D, H, W) intensities.
