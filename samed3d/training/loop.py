@@ -108,7 +108,7 @@ def _run(
             seed = step_seed(config.run.seed, batches, accelerator.process_index)
             output: StepOutput = step(batch["image"], batch["target"], seed)
             if not bool(torch.isfinite(output.loss)):
-                raise RuntimeError(f"loss is {float(output.loss)} at step {done}; cases: {', '.join(batch['case'])}")
+                raise RuntimeError(f"loss is {float(output.loss.detach())} at step {done}; cases: {', '.join(batch['case'])}")
             accelerator.backward(output.loss)
             if accelerator.sync_gradients and config.optim.grad_clip:
                 accelerator.clip_grad_norm_(step.parameters(), config.optim.grad_clip)

@@ -1,0 +1,100 @@
+"""Two processes on the CPU: gradients are shared, weights stay equal, a run ends at the same step everywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from samed3d.config import TrainConfig, load_config
+from samed3d.models import load
+from samed3d.training import loop
+from samed3d.training.loop import train
+from tests.two_processes import ACCUMULATE, SMALL
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run ``two_processes.py`` once; its files lie in the folder."""
+    out = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "tests/two_processes.py", str(out)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_there_are_two_processes(ranks):
+    assert [(r["processes"], r["rank"]) for r in ranks] == [(2, 0), (2, 1)]
+
+
+def test_gradients_are_equal_on_both_ranks_and_not_those_of_one_rank(ranks):
+    one, other = (r["together"] for r in ranks)
+    assert one.keys() == other.keys() and len(one) > 40
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) == 0.0
+    for rank in ranks:
+        differing = [name for name, gradient in rank["alone"].items() if not torch.allclose(gradient / ACCUMULATE, one[name], atol=1e-6)]
+        assert len(differing) > 0.9 * len(rank["alone"])
+
+
+def test_gradients_are_the_mean_over_ranks(ranks):
+    one, other = (r["alone"] for r in ranks)
+    for name, gradient in ranks[0]["together"].items():
+        torch.testing.assert_close(gradient, (one[name] + other[name]) / 2 / ACCUMULATE, atol=1e-5, rtol=1e-3)
+
+
+def test_weights_are_equal_after_a_step_and_have_moved(ranks):
+    one, other = (r["after"] for r in ranks)
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    assert not all(torch.equal(ranks[0]["before"][k], one[k]) for k in one)
+
+
+def test_the_time_limit_ends_both_at_the_same_step_and_one_set_of_files_is_written(folder):
+    saved = torch.load(folder / "run" / "last.pt", weights_only=True)
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, saved["step"] + 1)) and 1 <= saved["step"] < 100000
+    assert load(folder / "run" / "model.safetensors").spec.input_shape_zyx == (16, 16, 16)
+
+
+# Accumulation, in this process
+
+
+def test_an_optimiser_step_takes_as_many_batches_as_are_accumulated(tmp_path):
+    """A run is counted in optimiser steps, so there are never too few batches for one."""
+    config = load_config(TrainConfig, None, [*SMALL, f"run.folder={tmp_path / 'run'}", "optim.steps=1", "optim.accumulate=3"])
+    torch.manual_seed(config.run.seed)
+    start = loop.start_model(config).state_dict()
+    train(config, quiet=True)
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert saved["step"] == 1
+    assert not all(torch.equal(start[k], saved["model"][k]) for k in start)
+
+
+def test_the_optimiser_steps_when_data_end_before_the_accumulation(tmp_path, monkeypatch):
+    """A loader with two batches under an accumulation of eight still moves the weights, once."""
+    config = load_config(TrainConfig, None, [*SMALL, f"run.folder={tmp_path / 'run'}", "optim.steps=1", "optim.accumulate=8"])
+
+    class Short(loop.CropDataset):
+        def __len__(self) -> int:
+            return 2
+
+    monkeypatch.setattr(loop, "CropDataset", Short)
+    torch.manual_seed(config.run.seed)
+    start = loop.start_model(config).state_dict()
+    train(config, quiet=True)
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert saved["step"] == 1
+    assert not all(torch.equal(start[k], saved["model"][k]) for k in start)
