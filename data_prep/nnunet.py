@@ -42,7 +42,8 @@ def prepare(
         on_case: Told ``(done, total)`` after each case.
 
     Raises:
-        InputError: if a source holds no dataset, or ``out`` already holds a corpus.
+        InputError: if a source holds no dataset, no case is left, a case's image and labels differ in grid, a label map holds fractions, or
+            ``out`` already holds a corpus.
     """
     if (out / "corpus.json").exists():
         raise InputError(f"output folder already holds a corpus: {out}; choose another or delete it")
@@ -57,7 +58,10 @@ def prepare(
             continue
         facts[name] = {k: about.get(k, "") for k in ("modality", "licence", "attribution", "label_kind")}
         jobs += [(folder, about, path) for path in sorted((folder / "labelsTr").glob("*.nii.gz"))]
-    cases = []
+    if not jobs:
+        where = ", ".join(map(str, sources))
+        raise InputError(f"no case to prepare in {where}: labelsTr holds no .nii.gz, or no licence flag is one of {', '.join(licence_flags)}")
+    cases: list[CaseRecord] = []
     for number, (folder, about, path) in enumerate(jobs, start=1):
         cases += _convert(folder, about, path, out, max_side, min_voxels)
         if on_case:
@@ -79,7 +83,7 @@ def _convert(folder: Path, about: dict, path: Path, out: Path, max_side: int | N
     subject = next((c["subject"] for c in about.get("cases", []) if c["case"] == name), name)
     labels = read_volume(path)
     view = labels.view
-    stored = np.ascontiguousarray(view.to_canonical(labels.array))
+    stored = np.ascontiguousarray(view.to_canonical(_whole_numbers(labels.array, path)))
     images = sorted((folder / "imagesTr").glob(f"{name}_[0-9][0-9][0-9][0-9].nii.gz"))
     channels: list[tuple[str, NDArray | None]] = [("", None)] if not images else []
     for channel, image_path in enumerate(images):
@@ -101,6 +105,15 @@ def _convert(folder: Path, about: dict, path: Path, out: Path, max_side: int | N
         write_case(out, case, None if array is None else _coarsen(array, strides, smooth=True), stored)
         cases.append(case)
     return cases
+
+
+def _whole_numbers(labels: NDArray, path: Path) -> NDArray:
+    """Labels as integers; some tools store them as floats."""
+    if labels.dtype.kind != "f":
+        return labels
+    if not np.array_equal(labels, np.round(labels)):
+        raise InputError(f"a label map must hold whole numbers only: {path}")
+    return labels.astype(np.int32)
 
 
 def _label_records(labels: NDArray, names: dict[int, str], min_voxels: int) -> list[LabelRecord]:

@@ -5,6 +5,7 @@ Usage: torchrun --nproc_per_node 2 two_processes.py OUT_FOLDER
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def one_backward(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def main(out: Path) -> None:
-    limits = ["optim.steps=100000", "optim.max_minutes=0.02", f"optim.accumulate={ACCUMULATE}", "run.ema=0.9"]
+    minutes = 0.02 if os.environ["RANK"] == "0" else 60.0  # as if the other's clock were behind: both must still stop together
+    limits = ["optim.steps=100000", f"optim.max_minutes={minutes}", f"optim.accumulate={ACCUMULATE}", "run.ema=0.9"]
     config = load_config(TrainConfig, None, [*SMALL, f"run.folder={out / 'run'}", *limits])
     accelerator = make_accelerator(config)
     found = {"processes": accelerator.num_processes, "rank": accelerator.process_index, **one_backward(accelerator)}

@@ -86,7 +86,7 @@ def write_case(folder: Path, case: CaseRecord, image: NDArray | None, labels: ND
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(".part.npz")
     arrays = {"labels": labels} if image is None else {"labels": labels, "image": image}
-    np.savez_compressed(temporary, **arrays)
+    np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
     os.replace(temporary, target)
 
 
@@ -106,7 +106,9 @@ def in_validation(subject: str, share: float, seed: int = 0) -> bool:
 
 def _case_from_json(entry: dict) -> CaseRecord:
     labels = [
-        LabelRecord(item["value"], item["name"], item["voxels"], Region(tuple(item["region"]["start_zyx"]), tuple(item["region"]["stop_zyx"])))
+        LabelRecord(
+            item["value"], item["name"], item["voxels"], Region(tuple(item["region"]["start_zyx"]), tuple(item["region"]["stop_zyx"]))
+        )
         for item in entry["labels"]
     ]
     shape, spacing = tuple(entry["shape_zyx"]), tuple(entry["spacing_zyx_mm"])

@@ -147,7 +147,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     AcceleratorState._reset_state()  # it outlives a run, and another run of this process may want another precision
     precision = config.run.precision
     if precision == "auto":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer torch only
+        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # newer torch only
         fast = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else capabilities.get("amx_tile", False)
         precision = "bf16" if fast else "fp32"
     return Accelerator(
@@ -165,7 +165,8 @@ def start_model(config: TrainConfig) -> PromptableModel:
     overrides = dict(config.model.overrides)
     if config.model.name.startswith("samed3d_") and "input_shape" not in overrides:
         overrides["input_shape"] = config.data.crop
-    model = create_model(config.model.name, **overrides).to(memory_format=torch.channels_last_3d)
+    model = create_model(config.model.name, **overrides)
+    model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     if config.model.weights:
         path = find_checkpoint(config.model.weights)
         if path is None:
@@ -176,7 +177,8 @@ def start_model(config: TrainConfig) -> PromptableModel:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Decay for weight matrices and kernels only; norms, biases, positions and tokens keep their size."""
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         plain = parameter.ndim < 2 or any(word in name for word in ("pos_embed", "rel_pos", "token", "embed"))
         (kept if plain else decayed).append(parameter)
