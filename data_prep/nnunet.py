@@ -60,7 +60,7 @@ def prepare(
         jobs += [(folder, about, path) for path in sorted((folder / "labelsTr").glob("*.nii.gz"))]
     if not jobs:
         where = ", ".join(map(str, sources))
-        raise InputError(f"no case to prepare in {where}: labelsTr holds no .nii.gz, or no licence flag is one of {', '.join(licence_flags)}")
+        raise InputError(f"no case to prepare in {where}: no .nii.gz in labelsTr, or no licence_flag of {', '.join(licence_flags)}")
     cases: list[CaseRecord] = []
     for number, (folder, about, path) in enumerate(jobs, start=1):
         cases += _convert(folder, about, path, out, max_side, min_voxels)
