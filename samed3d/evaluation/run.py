@@ -134,7 +134,7 @@ def _measure_case(
 def click_through(
     subject: Clickable, volume: Volume, target: NDArray[np.bool_], clicks: int, rng: np.random.Generator, object_id: int
 ) -> list[dict[str, Any]]:
-    """Click one structure up to ``clicks`` times; one row per click, a perfect mask repeats its last row.
+    """Click one structure up to ``clicks`` times; one row per click, a perfect mask repeats its last row, an empty target gives none.
 
     Args:
         subject: What is measured.
@@ -149,7 +149,7 @@ def click_through(
     for turn in range(1, clicks + 1):
         click = next_click(mask, target, "uniform" if turn == 1 else "centre", rng)
         if click is None:
-            rows.append(rows[-1] | {"click": turn, "seconds": 0.0})
+            rows += [rows[-1] | {"click": turn, "seconds": 0.0}] if rows else []
             continue
         zyx, positive = click
         began = time.perf_counter()
