@@ -69,6 +69,12 @@ def test_the_time_limit_ends_both_at_the_same_step_and_one_set_of_files_is_writt
     assert load(folder / "run" / "model.safetensors").spec.input_shape_zyx == (16, 16, 16)
 
 
+def test_each_sample_is_drawn_by_one_process_only(ranks):
+    one, other = (r["drawn"] for r in ranks)
+    shared = min(len(one), len(other))
+    assert shared >= 2 and one[:shared] == list(range(0, 2 * shared, 2)) and other[:shared] == list(range(1, 2 * shared, 2))
+
+
 # Accumulation, in this process
 
 

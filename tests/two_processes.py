@@ -16,6 +16,7 @@ from torch import Tensor
 
 from samed3d.config import ClickConfig, LossConfig, TrainConfig, load_config
 from samed3d.models import create_model
+from samed3d.training import loop
 from samed3d.training.loop import make_accelerator, train
 from samed3d.training.step import InteractiveStep
 
@@ -71,13 +72,22 @@ def one_backward(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def main(out: Path) -> None:
+    """Run both parts and write what was seen."""
+    drawn: list[int] = []
+
+    class Watched(loop.CropDataset):
+        def __getitem__(self, index: int) -> dict[str, Tensor | str]:
+            drawn.append(index)
+            return super().__getitem__(index)
+
+    loop.CropDataset = Watched
     minutes = 0.02 if os.environ["RANK"] == "0" else 60.0  # as if the other's clock were behind: both must still stop together
     limits = ["optim.steps=100000", f"optim.max_minutes={minutes}", f"optim.accumulate={ACCUMULATE}", "run.ema=0.9"]
     config = load_config(TrainConfig, None, [*SMALL, f"run.folder={out / 'run'}", *limits])
     accelerator = make_accelerator(config)
     found = {"processes": accelerator.num_processes, "rank": accelerator.process_index, **one_backward(accelerator)}
     train(config, quiet=True)  # hangs if the ranks do not stop at the same step
-    torch.save(found, out / f"rank{accelerator.process_index}.pt")
+    torch.save(found | {"drawn": drawn}, out / f"rank{accelerator.process_index}.pt")
 
 
 if __name__ == "__main__":

@@ -33,8 +33,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAY_CHANGE = ("optim.steps", "optim.max_minutes", "data.workers", "run.")
-"""Config keys that a resumed run may change: its length, its folder and how it logs."""
+MAY_CHANGE = (
+    *("optim.steps", "optim.max_minutes", "data.workers"),
+    *("run.folder", "run.precision", "run.log_every", "run.save_every", "run.trackers"),
+)
+"""Config keys that a resumed run may change: its length, the machine it runs on, its folder and how it logs."""
 
 
 def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> Path:
@@ -255,7 +258,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             found += _differences(before, after, f"{name}.")
-        elif before != after and not name.startswith(MAY_CHANGE):
+        elif before != after and name not in MAY_CHANGE:
             found.append(f"{name} {before!r} -> {after!r}")
     return found
 
