@@ -153,6 +153,19 @@ def test_the_crop_is_placed_around_the_object():
         assert sample_mask(labels, [2], frame).sum() >= MIN_TARGET_VOXELS
 
 
+def test_crops_of_a_long_object_lie_along_all_of_it():
+    """An object twice as long as the crop: the middle lies between the object's middle and any of its voxels, far beyond the jitter."""
+    labels = np.zeros((8, 8, 40), np.uint8)
+    labels[3:5, 3:5, 2:38] = 1
+    record = LabelRecord(1, "bar", 144, bounding_region(labels))
+    config = DataConfig(crop=(16, 16, 16), fill=(2.0, 2.0))
+    frames = [object_frame(labels, (1.0, 1.0, 1.0), record, config, np.random.default_rng(seed)) for seed in range(60)]
+    middles = [f.to_volume((7.5, 7.5, 7.5))[2] for f in frames]
+    assert min(middles) < 12 and max(middles) > 27 and abs(np.mean(middles) - 19.5) < 4
+    jitter = 0.15 * 18 * math.exp(0.15)
+    assert all(abs(f.to_volume((7.5, 7.5, 7.5))[0] - 3.5) < 0.5 + jitter for f in frames)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_a_mask_on_a_frame_is_that_of_the_whole_map(seed):
     rng = np.random.default_rng(seed)
