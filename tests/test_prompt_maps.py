@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from samed3d.errors import InputError
 from samed3d.models import MODELS, create_model
 from samed3d.models.base import PromptableModel, PromptBatch
+from samed3d.nn.norm import LayerNorm3d
 from samed3d.nn.prompt_maps import (
     MAP_CHANNELS,
     SIGMAS,
@@ -22,7 +23,7 @@ from samed3d.nn.prompt_maps import (
     prompt_maps,
     sample_at,
 )
-from samed3d.nn.unet import ChannelNorm, ResidualBlock, depth_to_space, space_to_depth
+from samed3d.nn.unet import ResidualBlock, depth_to_space, space_to_depth
 
 WIDE, NARROW = SIGMAS.index(max(SIGMAS)), SIGMAS.index(min(SIGMAS))
 
@@ -152,7 +153,7 @@ def test_a_residual_block_starts_as_the_identity_and_the_norm_is_per_voxel():
     assert torch.equal(ResidualBlock(4)(x), x)
     changed = x.clone()
     changed[..., 0] += 5
-    assert torch.equal(ChannelNorm(4)(x)[..., 1:], ChannelNorm(4)(changed)[..., 1:])
+    assert torch.equal(LayerNorm3d(4)(x)[..., 1:], LayerNorm3d(4)(changed)[..., 1:])
 
 
 # The U-Net
