@@ -117,10 +117,12 @@ def image_channels(method: str) -> int:
 
 
 def _rank(scaled: Tensor, inside: Tensor) -> Tensor:
-    """Share of inside voxels that are darker, by a fine histogram, scaled to the mean 0 and deviation 1 of a uniform spread; outside 0."""
-    place = (scaled + CLAMP_SIGMA) * ((RANK_BINS - 1) / (2 * CLAMP_SIGMA))
-    index = place.long()
+    """Each inside voxel's middle rank by a fine histogram, scaled to the mean 0 and deviation 1 of a uniform spread; outside 0.
+
+    Equal voxels share the middle of their ranks: a constant background gets one value that depends only on its share.
+    """
+    index = ((scaled + CLAMP_SIGMA) * ((RANK_BINS - 1) / (2 * CLAMP_SIGMA))).round().long()
     counts = torch.bincount(index[inside], minlength=RANK_BINS).to(scaled.dtype)
     below = torch.cumsum(counts, dim=0) - counts
-    rank = (below[index] + (place - index) * counts[index]) / counts.sum()
+    rank = ((below + 0.5 * counts) / counts.sum())[index]
     return torch.where(inside, (rank - 0.5) * math.sqrt(12.0), 0.0)

@@ -148,7 +148,7 @@ def one_object(prompt: str, entry: str = '"name": "x"') -> str:
         ('{"version": 1, "objects": [3]}', "object 1: 'prompts' must be a list"),
         (one_object('{"type": "point"}'), "object 1: a point needs 'at'"),
         (one_object('{"type": "point", "at": [1, 2, 3], "positive": "no"}'), "object 1: positive must be true or false, got 'no'"),
-        (one_object('{"type": "lasso"}'), "prompt type must be \"point\" or \"box\", got 'lasso'"),
+        (one_object('{"type": "lasso"}'), 'prompt type must be "point" or "box", got \'lasso\''),
         (one_object('{"type": "box", "min": [3, 0, 0], "max": [1, 1, 1]}'), "box min must not exceed box max"),
         (one_object(POINT, '"id": "x"'), "object 1: id must be a whole number > 0, got 'x'"),
         (one_object(POINT, '"id": 0'), "object 1: id must be a whole number > 0, got 0"),

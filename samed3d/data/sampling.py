@@ -62,7 +62,9 @@ class CropDataset(Dataset[dict[str, Tensor | str]]):
         for folder in config.corpus:
             self._add(Corpus(Path(folder)))
         if config.corpus and not self.real and config.synthetic_share < 1:
-            raise InputError(f"no labelled image is left for training in {', '.join(config.corpus)}; check data.hold_out and data.validation_share")
+            raise InputError(
+                f"no labelled image is left for training in {', '.join(config.corpus)}; check data.hold_out and data.validation_share"
+            )
         self.real_weights, self.map_weights = _source_weights(self.real), _source_weights(self.maps)
 
     def _add(self, corpus: Corpus) -> None:

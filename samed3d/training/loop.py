@@ -179,12 +179,13 @@ def start_model(config: TrainConfig) -> PromptableModel:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay for weight matrices and kernels only; norms, biases, positions and tokens keep their size."""
+    """Decay for weight matrices and kernels only; norms, biases, positions, embeddings and learned tokens keep their size."""
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        plain = parameter.ndim < 2 or any(word in name for word in ("pos_embed", "rel_pos", "token", "embed"))
-        (kept if plain else decayed).append(parameter)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            learned_input = isinstance(module, nn.Embedding) or name.startswith("rel_pos") or name.endswith(("_embed", "_token"))
+            (kept if parameter.ndim < 2 or learned_input else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
 
 
@@ -287,5 +288,3 @@ def _write_atomic(path: Path, body: bytes) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_bytes(body)
     os.replace(temporary, path)
-
-
