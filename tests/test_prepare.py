@@ -72,7 +72,7 @@ def test_a_folder_of_sets_is_taken_and_licence_flags_are_minded(tmp_path, caplog
     write_set(tmp_path / "all" / "free", {"a": 0}, licence_flag="ok")
     write_set(tmp_path / "all" / "quiet", {"a": 0})
     write_set(tmp_path / "all" / "closed", {"a": 0}, licence_flag="non-commercial")
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="samed3d"):
         corpus = Corpus(prepare([tmp_path / "all"], tmp_path / "one"))
     assert {c.source for c in corpus.cases} == set(corpus.sources) == {"free", "quiet"}
     assert "left out closed: licence_flag is non-commercial" in caplog.text

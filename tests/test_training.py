@@ -359,7 +359,7 @@ def test_a_loss_that_is_not_finite_names_the_cases(tmp_path, monkeypatch):
 
 
 def test_the_time_limit_saves_and_ends(tmp_path, caplog):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="samed3d"):
         train(tiny_config(tmp_path, "optim.steps=500", "optim.max_minutes=0.0001"), quiet=True)
     saved = torch.load(tmp_path / "last.pt", weights_only=True)
     assert 1 <= saved["step"] < 500 and (tmp_path / "model.safetensors").exists()
