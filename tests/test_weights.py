@@ -12,7 +12,15 @@ from safetensors.torch import save_file
 
 from samed3d.errors import InputError
 from samed3d.models import MODELS, create_model, load
-from samed3d.models.weights import find_checkpoint, import_upstream, load_state_strict, read_weights, save_weights
+from samed3d.models.weights import (
+    find_checkpoint,
+    import_upstream,
+    list_checkpoints,
+    load_state_strict,
+    publish,
+    read_weights,
+    save_weights,
+)
 
 NAME = "sam_med3d_b"
 
@@ -211,3 +219,22 @@ def test_unknown_name_gives_nearest_checkpoints_and_models(shipped):
 def test_architecture_without_weights_says_how_to_build_it(shipped):
     with pytest.raises(InputError, match=r"'sam_med3d_h' has no weights here; create_model\('sam_med3d_h'\) builds it with random weights"):
         load("sam_med3d_h")
+
+
+def test_a_published_checkpoint_is_found_by_name_and_checked(tmp_path, monkeypatch):
+    model = make()
+    save_weights(model, tmp_path / "run.safetensors", {"step": 3})
+    folder = tmp_path / "shelf"
+    folder.mkdir()
+    path = publish(tmp_path / "run.safetensors", "mine", folder, {"licence": "Apache-2.0"})
+    monkeypatch.setenv("SAMED3D_CHECKPOINTS", str(folder))
+    assert "mine" in list_checkpoints() and find_checkpoint("mine") == path
+    assert path.stat().st_size < 0.7 * (tmp_path / "run.safetensors").stat().st_size
+    loaded = load("mine")
+    for key, tensor in model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[key], tensor, atol=2e-3, rtol=2e-3)
+    entry = json.loads((folder / "manifest.json").read_text())["checkpoints"]["mine"]
+    assert entry["licence"] == "Apache-2.0" and entry["parameters"] == sum(t.numel() for t in model.state_dict().values())
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(InputError, match="must have sha256"):
+        find_checkpoint("mine")

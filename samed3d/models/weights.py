@@ -49,12 +49,15 @@ def save_weights(model: PromptableModel, path: str | Path, metadata: Mapping[str
     if taken := sorted(set(header) & set(metadata)):
         raise InputError(f"metadata must not use the header's own keys, got {', '.join(taken)}; rename them")
     text = json.dumps({**header, **metadata})
-    tensors = {name: _to_stored(tensor, dtype) for name, tensor in model.state_dict().items()}
+    _write_tensors({name: _to_stored(tensor, dtype) for name, tensor in model.state_dict().items()}, path, text)
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path, header: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         partial.touch()
         mode = partial.stat().st_mode  # safetensors makes files that only their owner may read
-        save_file(tensors, partial, metadata={HEADER_KEY: text})
+        save_file(tensors, partial, metadata={HEADER_KEY: header})
         partial.chmod(mode)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
@@ -175,6 +178,37 @@ def find_checkpoint(name_or_path: str | Path) -> Path | None:
     actual = _sha256(path)
     if actual != entry["sha256"]:
         raise InputError(f"checkpoint {path} must have sha256 {entry['sha256']}, got {actual}; fetch it again")
+    return path
+
+
+def publish(weights: str | Path, name: str, folder: str | Path, facts: Mapping[str, Any]) -> Path:
+    """Give a weights file a name: a half-precision copy in ``folder`` and its entry in that folder's ``manifest.json``.
+
+    Args:
+        weights: A file of ``save_weights``, such as a run's ``model.safetensors``.
+        name: What ``load`` and ``--model`` will take; an entry of that name is replaced.
+        folder: Where checkpoints live (``checkpoints`` in the repository, or the folder named by SAMED3D_CHECKPOINTS).
+        facts: Free JSON fields of the entry: licence, data, command, revision.
+
+    Returns:
+        The new file.
+
+    Raises:
+        InputError: if the file cannot be read or the folder cannot be written.
+    """
+    folder = Path(folder)
+    state, header = read_weights(weights)
+    path = folder / f"{name}.safetensors"
+    tensors = {key: _to_stored(tensor, torch.float16) for key, tensor in state.items()}
+    _write_tensors(tensors, path, json.dumps(header))
+    manifest = folder / "manifest.json"
+    body = json.loads(manifest.read_text()) if manifest.is_file() else {"checkpoints": {}}
+    parameters = sum(tensor.numel() for tensor in state.values())
+    entry = {"file": path.name, "sha256": _sha256(path), "model": header["model"], "parameters": parameters, **facts}
+    body["checkpoints"][name] = entry
+    partial = manifest.with_name(f".{manifest.name}.{os.getpid()}.part")
+    partial.write_text(json.dumps(body, indent=1) + "\n")
+    os.replace(partial, manifest)
     return path
 
 
