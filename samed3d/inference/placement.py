@@ -19,8 +19,12 @@ from samed3d.prompts import MASK_LOGIT_THRESHOLD
 logger = logging.getLogger(__name__)
 
 ZOOM_STEP = 1.6
-LARGEST_CROP = 1.2
+SMALLEST_CROP = 0.5
+"""The smallest first look, in crops at the image's own resolution: half of it shows every voxel twice."""
+LARGEST_CROP = 1.0
 """Zooming out ends when the crop's edge is this multiple of the volume's longest edge."""
+TOUCH_PENALTY = 0.05
+"""Taken off the trust in a first mask for each face of the crop that it runs into."""
 BOX_FILL = 0.6
 """A box is placed to fill this share of the crop."""
 SMALL_FILL = 0.2
@@ -64,20 +68,49 @@ def touched_faces(crop: CropMask) -> list[tuple[int, int]]:
 
 
 def _zoom(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed | None) -> Placed:
-    frame, prior = _start(predictor, prompts, previous)
-    crop = predictor.decode(frame, prompts, prior)
-    largest = LARGEST_CROP * max(n * s for n, s in zip(predictor.shape_zyx, predictor.spacing_zyx_mm, strict=True))
-    shrink = previous is None and prompts.box is None
-    while touched_faces(crop) and _edge_mm(predictor, frame) * ZOOM_STEP <= largest * ZOOM_STEP**0.5:
-        frame, shrink = _fitted(predictor, prompts, _edge_mm(predictor, frame) * ZOOM_STEP, _middle(crop)), False
-        prior = None if previous is None else predictor.lowres_of(previous.canvas, frame, crop.lowres_logits)
+    """Look where the prompts are, then follow the mask: out while it runs into the border, in once where it is small."""
+    if previous is None and prompts.box is None:
+        crop = _best_scale(predictor, prompts)
+    else:
+        frame, prior = _start(predictor, prompts, previous)
         crop = predictor.decode(frame, prompts, prior)
+    canvas = predictor.paste(crop)
+    largest = _largest_edge(predictor)
+    while touched_faces(crop) and _edge_mm(predictor, crop.frame) < largest:
+        wider = _fitted(predictor, prompts, min(_edge_mm(predictor, crop.frame) * ZOOM_STEP, largest), _middle(crop))
+        crop = predictor.decode(wider, prompts, predictor.lowres_of(canvas, wider, crop.lowres_logits))
+        canvas = predictor.paste(crop)
     fill = _fill(crop)
-    if shrink and 0 < fill < SMALL_FILL:
-        closer = _fitted(predictor, prompts, _edge_mm(predictor, frame) * fill / GOOD_FILL, _middle(crop))
-        nearer = predictor.decode(closer, prompts)
-        crop = crop if touched_faces(nearer) else nearer
-    return Placed(crop, predictor.paste(crop))
+    if 0 < fill < SMALL_FILL and _holds_points(crop.frame, prompts, fill / GOOD_FILL):
+        closer = _fitted(predictor, prompts, _edge_mm(predictor, crop.frame) * fill / GOOD_FILL, _middle(crop))
+        nearer = predictor.decode(closer, prompts, predictor.lowres_of(canvas, closer, crop.lowres_logits))
+        if not touched_faces(nearer):
+            return Placed(nearer, predictor.paste(nearer))
+    return Placed(crop, canvas)
+
+
+def _best_scale(predictor: CropPredictor, prompts: CanonicalPrompts) -> CropMask:
+    """The first click alone does not say how large its object is: look at several scales and take the mask the model trusts most."""
+    middle = prompts.points[-1][0]
+    edge, largest = SMALLEST_CROP * min(predictor.spacing_zyx_mm) * max(predictor.crop_shape), _largest_edge(predictor)
+    best: tuple[float, CropMask] | None = None
+    while best is None or edge < largest:
+        crop = predictor.decode(_fitted(predictor, prompts, min(edge, largest), middle), prompts)
+        trust = crop.iou - TOUCH_PENALTY * len(touched_faces(crop))
+        if best is None or trust > best[0]:
+            best = (trust, crop)
+        edge *= ZOOM_STEP
+    return best[1]
+
+
+def _largest_edge(predictor: CropPredictor) -> float:
+    """Edge in mm beyond which a crop would only show emptiness."""
+    return LARGEST_CROP * max(n * s for n, s in zip(predictor.shape_zyx, predictor.spacing_zyx_mm, strict=True))
+
+
+def _holds_points(frame: CropFrame, prompts: CanonicalPrompts, factor: float) -> bool:
+    """Whether a crop ``factor`` times as large around the same middle would still hold every click."""
+    return all(frame.zoomed(factor).contains(at) for at, _ in prompts.points)
 
 
 def _start(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed | None) -> tuple[CropFrame, Tensor | None]:
@@ -89,13 +122,11 @@ def _start(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed
         edge = max(_edge_mm(predictor, frame), _edge_around(predictor, prompts, frame))
         frame = _fitted(predictor, prompts, edge, _middle(previous.crop))
         return frame, predictor.lowres_of(previous.canvas, frame, previous.crop.lowres_logits)
-    if prompts.box is not None:
-        low, high = prompts.box
-        size_mm = max((b - a) * s for a, b, s in zip(low, high, predictor.spacing_zyx_mm, strict=True))
-        middle = as_triple([(a + b) / 2 - 0.5 for a, b in zip(low, high, strict=True)])
-        return _frame(predictor, middle, size_mm / BOX_FILL), None
-    edge = min(predictor.spacing_zyx_mm) * max(predictor.crop_shape)
-    return _fitted(predictor, prompts, edge, prompts.points[-1][0]), None
+    assert prompts.box is not None
+    low, high = prompts.box
+    size_mm = max((b - a) * s for a, b, s in zip(low, high, predictor.spacing_zyx_mm, strict=True))
+    middle = as_triple([(a + b) / 2 - 0.5 for a, b in zip(low, high, strict=True)])
+    return _frame(predictor, middle, size_mm / BOX_FILL), None
 
 
 def _edge_around(predictor: CropPredictor, prompts: CanonicalPrompts, frame: CropFrame) -> float:
