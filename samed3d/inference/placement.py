@@ -19,12 +19,8 @@ from samed3d.prompts import MASK_LOGIT_THRESHOLD
 logger = logging.getLogger(__name__)
 
 ZOOM_STEP = 1.6
-SMALLEST_CROP = 0.5
-"""The smallest first look, in crops at the image's own resolution: half of it shows every voxel twice."""
 LARGEST_CROP = 1.0
 """Zooming out ends when the crop's edge is this multiple of the volume's longest edge."""
-TOUCH_PENALTY = 0.05
-"""Taken off the trust in a first mask for each face of the crop that it runs into."""
 BOX_FILL = 0.6
 """A box is placed to fill this share of the crop."""
 SMALL_FILL = 0.2
@@ -69,11 +65,8 @@ def touched_faces(crop: CropMask) -> list[tuple[int, int]]:
 
 def _zoom(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed | None) -> Placed:
     """Look where the prompts are, then follow the mask: out while it runs into the border, in once where it is small."""
-    if previous is None and prompts.box is None:
-        crop = _best_scale(predictor, prompts)
-    else:
-        frame, prior = _start(predictor, prompts, previous)
-        crop = predictor.decode(frame, prompts, prior)
+    frame, prior = _start(predictor, prompts, previous)
+    crop = predictor.decode(frame, prompts, prior)
     canvas = predictor.paste(crop)
     largest = _largest_edge(predictor)
     while touched_faces(crop) and _edge_mm(predictor, crop.frame) < largest:
@@ -87,20 +80,6 @@ def _zoom(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed 
         if not touched_faces(nearer):
             return Placed(nearer, predictor.paste(nearer))
     return Placed(crop, canvas)
-
-
-def _best_scale(predictor: CropPredictor, prompts: CanonicalPrompts) -> CropMask:
-    """The first click alone does not say how large its object is: look at several scales and take the mask the model trusts most."""
-    middle = prompts.points[-1][0]
-    edge, largest = SMALLEST_CROP * min(predictor.spacing_zyx_mm) * max(predictor.crop_shape), _largest_edge(predictor)
-    best: tuple[float, CropMask] | None = None
-    while best is None or edge < largest:
-        crop = predictor.decode(_fitted(predictor, prompts, min(edge, largest), middle), prompts)
-        trust = crop.iou - TOUCH_PENALTY * len(touched_faces(crop))
-        if best is None or trust > best[0]:
-            best = (trust, crop)
-        edge *= ZOOM_STEP
-    return best[1]
 
 
 def _largest_edge(predictor: CropPredictor) -> float:
@@ -122,7 +101,9 @@ def _start(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed
         edge = max(_edge_mm(predictor, frame), _edge_around(predictor, prompts, frame))
         frame = _fitted(predictor, prompts, edge, _middle(previous.crop))
         return frame, predictor.lowres_of(previous.canvas, frame, previous.crop.lowres_logits)
-    assert prompts.box is not None
+    if prompts.box is None:  # at the image's own resolution, or all of a small volume
+        edge = min(min(predictor.spacing_zyx_mm) * max(predictor.crop_shape), _largest_edge(predictor))
+        return _fitted(predictor, prompts, edge, prompts.points[-1][0]), None
     low, high = prompts.box
     size_mm = max((b - a) * s for a, b, s in zip(low, high, predictor.spacing_zyx_mm, strict=True))
     middle = as_triple([(a + b) / 2 - 0.5 for a, b in zip(low, high, strict=True)])
