@@ -117,8 +117,8 @@ class Reader(Protocol):
         """Every case, and every input that cannot become one; reads no voxels."""
         ...
 
-    def load(self, case: RawCase) -> RawArrays:
-        """The arrays of one case.
+    def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
+        """The arrays of one case; with ``repair_geometry``, grids that disagree are mended instead of refused.
 
         Raises:
             InputError: with the reason, where the files of the case cannot be used.

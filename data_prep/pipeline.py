@@ -1,0 +1,301 @@
+"""From folders of labelled volumes to a corpus: find, check, convert in parallel, list what was kept, dropped and refused.
+
+A run can be killed at any moment and started again: finished cases are recognised by their record and not done twice, and the result is the
+same, byte for byte. A later run with further sources adds them. Nothing outside the target folder is written. The parts: ``readers/`` (what
+lies where), ``convert.py`` (one case), ``clean.py`` (the rules), ``workers.py`` (processes and clusters), ``manifest.py`` (the tables).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.cases import Problem, RawCase, Reader, SourceFacts
+from data_prep.convert import Settings, Task, fingerprint, input_bytes, record_path
+from data_prep.manifest import read_problems, write_manifest
+from data_prep.readers import find_sources
+from data_prep.workers import run_tasks
+from samed3d.data.corpus import VERSION, image_path, labels_path
+from samed3d.data.storage import STORAGES, write_text
+from samed3d.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+_SPARE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did.
+
+    Attributes:
+        folder: The corpus.
+        done: Cases converted by this run.
+        found: Cases that were already finished.
+        failed: Inputs that could not be used, with the reasons.
+        counts: Of the whole corpus, as in ``corpus.json``.
+    """
+
+    folder: Path
+    done: int
+    found: int
+    failed: list[Problem]
+    counts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Source:
+    reader: Reader
+    folder: Path
+    facts: SourceFacts
+    cases: list[RawCase]
+    problems: list[Problem]
+
+
+def prepare(
+    sources: Sequence[Path],
+    out: Path,
+    settings: Settings | None = None,
+    *,
+    source_format: str | None = None,
+    patterns: tuple[str, str] | None = None,
+    jobs: int = 1,
+    cluster: str | None = None,
+    progress: bool = False,
+) -> Result:
+    """Make a corpus, go on with one, or add sources to one.
+
+    Args:
+        sources: Folders of labelled volumes, or folders of them.
+        out: Folder of the corpus: new, empty, or a corpus made with the same settings.
+        settings: How it is made.
+        source_format: Name of the reader for all sources; each is recognised by itself without it.
+        patterns: Where images and labels are in plain folders; see ``readers/plain.py``.
+        jobs: Processes on this machine.
+        cluster: Address of a Dask scheduler instead.
+        progress: Show a progress bar with the time left, on stderr.
+
+    Raises:
+        InputError: if a source is not recognised, the target is not ours, or the disk is too small. Nothing is written then.
+    """
+    settings = settings or Settings()
+    if settings.storage not in STORAGES:
+        raise InputError(f"--storage must be one of {', '.join(STORAGES)}, got {settings.storage!r}")
+    out = out.resolve()
+    known = _existing_settings(out)
+    _check_settings(out, known, settings)
+    listed = _list_sources(sources, out, source_format, patterns or (None, None))
+    with _locked(out):
+        tasks, found = _plan(listed, out, settings)
+        _check_space(out, tasks)
+        _begin(out, listed, settings)
+        failed = [(s.facts.name, p) for s in listed for p in s.problems]
+        failed += _run(tasks, jobs, cluster, progress)
+        ours = {s.facts.name for s in listed}
+        earlier = [(source, p) for source, p in read_problems(out) if source not in ours]
+        counts = write_manifest(out, _as_json(settings), earlier + failed)
+    return Result(out, len(tasks) - (len(failed) - sum(len(s.problems) for s in listed)), found, [p for _, p in failed], counts)
+
+
+def _existing_settings(out: Path) -> dict[str, Any] | None:
+    """The settings of the corpus that is there, or None for a new or empty folder.
+
+    Raises:
+        InputError: if there is something else, or a corpus of another version.
+    """
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        raise InputError(f"output must be a folder, got a file: {out}")
+    try:
+        body = json.loads((out / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        if any(p.name != ".lock" and not p.name.startswith(".part-") for p in out.iterdir()):
+            raise InputError(f"output folder is not empty and holds no corpus of ours: {out}; choose another") from None
+        return None
+    if body["version"] != VERSION:
+        raise InputError(f"output holds a corpus of version {body['version']}, this is version {VERSION}: {out}; choose another folder")
+    return dict(body["settings"])
+
+
+def _check_settings(out: Path, known: dict[str, Any] | None, settings: Settings) -> None:
+    wanted = _as_json(settings)
+    if known is not None and known != wanted:
+        flat = [{**s, **s["rules"]} for s in (known, wanted)]
+        changed = sorted(k for k in flat[1] if k != "rules" and flat[0].get(k) != flat[1][k])
+        said = ", ".join(f"{k} {flat[0].get(k)} there, {flat[1][k]} now" for k in changed)
+        raise InputError(f"output holds a corpus made with other settings ({said}): {out}; choose another folder or use the same settings")
+
+
+def _as_json(settings: Settings) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(asdict(settings))))
+
+
+def _list_sources(
+    sources: Sequence[Path], out: Path, source_format: str | None, patterns: tuple[str, str] | tuple[None, None]
+) -> list[_Source]:
+    """Every source with its cases; case ids are checked, so that no case can overwrite another."""
+    listed: list[_Source] = []
+    for reader, folder in find_sources(list(sources), source_format, image_pattern=patterns[0], label_pattern=patterns[1]):
+        folder = folder.resolve()
+        if out == folder or out.is_relative_to(folder) or folder.is_relative_to(out):
+            raise InputError(f"output must lie outside its sources, got {out} and {folder}")
+        facts = reader.source(folder)
+        if any(s.facts.name == facts.name for s in listed):
+            other = next(s.folder for s in listed if s.facts.name == facts.name)
+            raise InputError(f"two sources are called {facts.name!r}: {other} and {folder}; rename one folder")
+        at = out / "records" / facts.name / "source.json"
+        if at.exists() and (before := json.loads(at.read_text(encoding="utf-8"))["folder"]) != str(folder):
+            raise InputError(f"the corpus has a source called {facts.name!r} already, from {before}, got {folder}; rename the folder")
+        cases, problems = reader.cases(folder)
+        listed.append(_Source(reader, folder, facts, *_distinct(cases, problems)))
+    return listed
+
+
+def _distinct(cases: list[RawCase], problems: list[Problem]) -> tuple[list[RawCase], list[Problem]]:
+    """Cases of one id become problems, all but the first; so do ids that are no file names."""
+    kept: dict[str, RawCase] = {}
+    problems = list(problems)
+    for case in cases:
+        path = next(iter(case.paths.values()), case.id)
+        if not case.id or "/" in case.id or "\\" in case.id or case.id.startswith(".") or case.id == "source":
+            problems.append(Problem(path, f"case id must be a plain file name, got {case.id!r}; rename the file"))
+        elif case.id.lower() in kept:  # lower: some file systems do not tell A from a
+            first = kept[case.id.lower()]
+            problems.append(
+                Problem(path, f"two cases have the id {case.id!r}, the other is {next(iter(first.paths.values()), '')}; rename one")
+            )
+        else:
+            kept[case.id.lower()] = case
+    return list(kept.values()), problems
+
+
+def _plan(listed: list[_Source], out: Path, settings: Settings) -> tuple[list[Task], int]:
+    """What is left to do, and how many cases are finished."""
+    tasks, found = [], 0
+    for source in listed:
+        for case in source.cases:
+            mark = fingerprint(case, settings)
+            if _is_finished(out, case, mark, settings.storage):
+                found += 1
+            else:
+                tasks.append(Task(case, source.facts, settings, str(out), mark))
+    if found:
+        logger.info("%d cases are finished already, %d to do", found, len(tasks))
+    return tasks, found
+
+
+def _is_finished(out: Path, case: RawCase, mark: str, storage: str) -> bool:
+    try:
+        record = json.loads(record_path(out, case.source, case.id).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if record["fingerprint"] != mark:
+        return False
+    paths = [image_path(out, record["case"], image["channel"], storage) for image in record["images"]]
+    return not record["stored"] or all(p.exists() for p in [labels_path(out, record["case"], storage), *paths])
+
+
+def _check_space(out: Path, tasks: list[Task]) -> None:
+    """The sources' own size is the estimate: they are compressed as well, and masks that are dropped make up for what is not."""
+    need = sum(input_bytes(task.case) for task in tasks) + _SPARE_BYTES
+    place = next(p for p in (out, *out.parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if need > free:
+        raise InputError(
+            f"the corpus needs about {need / 1e9:.1f} GB, {place} has {free / 1e9:.1f} GB free; make room or choose another disk"
+        )
+
+
+def _begin(out: Path, listed: list[_Source], settings: Settings) -> None:
+    """Write what the run is, and clear away what an interrupted one left: half files, and records of cases that are no longer listed."""
+    write_text(out / "settings.json", json.dumps({"version": VERSION, "settings": _as_json(settings)}, indent=1) + "\n")
+    for part in out.rglob(".part-*"):
+        part.unlink(missing_ok=True)
+    for source in listed:
+        facts = {**asdict(source.facts), "folder": str(source.folder)}
+        at = out / "records" / source.facts.name / "source.json"
+        write_text(at, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        names = {f"{case.id}.json" for case in source.cases} | {"source.json"}
+        for stale in [p for p in at.parent.glob("*.json") if p.name not in names]:
+            logger.warning("%s is no longer in %s and leaves the corpus", stale.stem, source.folder)
+            stale.unlink()
+
+
+def _run(tasks: list[Task], jobs: int, cluster: str | None, progress: bool) -> list[tuple[str, Problem]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    failed = []
+    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+        row = bar.add_task("cases", total=len(tasks))
+        for outcome in run_tasks(tasks, jobs, cluster):
+            if outcome.fatal:
+                raise InputError(f"{outcome.error}; finished cases are kept, run the command again when there is room")
+            if outcome.error:
+                failed.append((outcome.source, Problem(outcome.path, outcome.error)))
+                bar.update(row, description=f"cases ({len(failed)} failed)")
+            bar.advance(row)
+    return failed
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """One run at a time in a folder. The lock goes with the process, however it ends; where the system has no locks there is none."""
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        yield
+        return
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"another run is writing to {out}; wait for it") from error
+        try:
+            yield
+        finally:
+            if made and [p.name for p in out.iterdir()] == [".lock"]:  # nothing came of it: leave no trace
+                (out / ".lock").unlink()
+                os.rmdir(out)
+
+
+def dropped_by_reason(folder: Path) -> list[tuple[str, int]]:
+    """Kinds of reasons for dropped masks with how many, most frequent first."""
+    from samed3d.data.corpus import Corpus
+
+    reasons = Corpus(folder).label_table.where(kept="0")["reason"].tolist()
+    return Counter(kind_of_reason(r) for r in reasons).most_common()
+
+
+def kind_of_reason(reason: str) -> str:
+    """A reason without the case's own numbers: the rule that was not met."""
+    for word in ("voxels", "mm3", "side", "background", "no name"):
+        if word in reason:
+            limit = reason.partition(" under ")[2] or reason.partition(" over ")[2]
+            names = {
+                "voxels": "fewer voxels than",
+                "mm3": "volume under (mm3)",
+                "side": "side under (mm)",
+                "background": "background over (%)",
+            }
+            return f"{names[word]} {limit}".strip() if word in names else "value without a name"
+    return reason
