@@ -253,12 +253,10 @@ def _placed(data: Dataset, frames: list[_Frame], grid: Grid, kind: type, thresho
         kind: Type of the result; ``np.bool_`` marks pixels of at least ``threshold``, others keep their value.
         threshold: See ``kind``.
     """
-    from pydicom.pixels import iter_pixels
-
     to_ijk = np.linalg.inv(grid.affine_ras) @ np.diag([-1.0, -1.0, 1.0, 1.0])
     rows, columns = int(data.Rows), int(data.Columns)
     placed: NDArray = np.zeros(grid.shape_zyx, dtype=kind)
-    planes = iter_pixels(data, indices=[frame.number for frame in frames], raw=True)
+    planes = _planes(data, [frame.number for frame in frames])
     elsewhere: list[tuple[_Frame, NDArray]] = []
     cut = 0
     for frame, pixels in zip(frames, planes, strict=True):
@@ -286,6 +284,22 @@ def _placed(data: Dataset, frames: list[_Frame], grid: Grid, kind: type, thresho
     if cut:
         logger.warning("%d voxels of a segmentation lie outside its image and are cut off", cut)
     return placed
+
+
+def _planes(data: Dataset, numbers: list[int]) -> Iterator[NDArray]:
+    """The pixels of some frames, (rows, columns) each, one at a time."""
+    from pydicom.pixels import iter_pixels
+
+    if data.BitsAllocated != 1 or data.file_meta.TransferSyntaxUID.is_compressed:
+        yield from iter_pixels(data, indices=numbers, raw=True)
+        return
+    # Frames of packed bits follow one another without padding, so one may begin inside a byte.
+    stored = np.frombuffer(data.PixelData, dtype=np.uint8)
+    rows, columns = int(data.Rows), int(data.Columns)
+    for number in numbers:
+        first = number * rows * columns
+        bits = np.unpackbits(stored[first // 8 : -(-(first + rows * columns) // 8)], bitorder="little")
+        yield bits[first % 8 :][: rows * columns].reshape(rows, columns)
 
 
 def _stacked(planes: list[tuple[_Frame, NDArray]], kind: type) -> tuple[NDArray, Grid]:
