@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from data_prep.cases import LabelLayer
 from samed3d.errors import InputError
-from samed3d.geometry import Grid
+from samed3d.geometry import Grid, bounding_region
 from samed3d.volume import Volume, read_volume
 from samed3d.volume.label_maps import EmptyLabelError, count_volumes, grid_difference, read_label_map, resample_labels
 
@@ -118,32 +118,29 @@ def pack_layers(masks: Iterable[tuple[str, NDArray[np.bool_]]], shape_zyx: tuple
         InputError: if there is no voxel in any of them.
     """
     layers: list[LabelLayer] = []
-    value_of: dict[str, tuple[int, int]] = {}  # name to (value, layer)
+    value_of: dict[str, int] = {}
     for name, mask in masks:
-        voxels = np.flatnonzero(mask)
+        box = bounding_region(mask).slices
+        voxels = mask[box]
         if not voxels.size:
             continue
-        if name in value_of and _free(layers[value_of[name][1]].array, voxels, value_of[name][0]):
-            value, level = value_of[name]
-        else:
-            value = len(value_of) + 1 if name not in value_of else value_of[name][0]
-            level = next((n for n, layer in enumerate(layers) if _free(layer.array, voxels, value)), len(layers))
-            if level == len(layers):
-                layers.append(LabelLayer(np.zeros(shape_zyx, np.uint8), {}))
-        layer = layers[level]
+        value = value_of.setdefault(name, len(value_of) + 1)
+        layer = next((known for known in layers if _free(known.array[box], voxels, value)), None)
+        if layer is None:
+            layer = LabelLayer(np.zeros(shape_zyx, np.uint8), {})
+            layers.append(layer)
         if value > np.iinfo(layer.array.dtype).max:
             layer.array = layer.array.astype(np.uint16)
-        layer.array.reshape(-1)[voxels] = value
+        np.copyto(layer.array[box], value, where=voxels, casting="unsafe")
         layer.names[value] = name
-        value_of[name] = (value, level)
     if not layers:
         raise EmptyLabelError("label is empty, no structure has a voxel; leave the case out")
     return layers
 
 
-def _free(layer: NDArray, voxels: NDArray, value: int) -> bool:
-    held = layer.reshape(-1)[voxels]
-    return not ((held != 0) & (held != value)).any()
+def _free(held: NDArray, voxels: NDArray[np.bool_], value: int) -> bool:
+    """Whether the voxels hold nothing but, at most, ``value`` itself."""
+    return not ((held != 0) & (held != value) & voxels).any()
 
 
 def present_values(array: NDArray) -> list[int]:

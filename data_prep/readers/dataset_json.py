@@ -71,14 +71,17 @@ def _mapped(array: NDArray, mapping: dict[int, int]) -> NDArray:
         return array
     if array.dtype.itemsize > 2:
         result = array.copy()
-        for value, target in mapping.items():
-            result[array == value] = target
+        for value, replacement in mapping.items():
+            result[array == value] = replacement
         return result
     table = np.arange(np.iinfo(array.dtype).max + 1, dtype=array.dtype)
-    for value, target in mapping.items():
+    for value, replacement in mapping.items():
         if value < table.size:
-            table[value] = target
-    return table[array]
+            table[value] = replacement
+    result = np.empty_like(array)
+    for plane, target in zip(array, result, strict=True):  # indexing makes a temporary of eight bytes per voxel
+        target[...] = table[plane]
+    return result
 
 
 def _disjoint(numbered: list[tuple[int, str, frozenset[int]]]) -> list[list[tuple[int, str, frozenset[int]]]]:

@@ -41,7 +41,7 @@ class MsdReader:
         return facts_of(folder, self.name, about, modality=stated_modality(about))
 
     def cases(self, folder: Path) -> tuple[list[RawCase], list[Problem]]:
-        """Every entry of ``training``; ``test`` has no labels.
+        """Every entry of ``training``, and of ``validation`` as in AMOS; ``test`` has no labels.
 
         Raises:
             InputError: if ``dataset.json`` is damaged or names no labels.
@@ -53,7 +53,7 @@ class MsdReader:
         cases: dict[str, RawCase] = {}
         problems = []
         listed: set[Path] = set()
-        for entry in about["training"]:
+        for entry in [*about["training"], *about.get("validation", ())]:
             if not (isinstance(entry, dict) and isinstance(entry.get("image"), str) and isinstance(entry.get("label"), str)):
                 problems.append(Problem(str(path), f"training entry must name image and label, got {entry!r}"))
                 continue

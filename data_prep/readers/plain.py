@@ -1,8 +1,8 @@
 """Any folder of images and labels that a pattern can describe.
 
 A pattern is a path below the source with ``{case}``, as in ``images/{case}.nii.gz`` and ``labels/{case}_seg.nii.gz``. An image pattern
-may have ``{channel}`` (one file per channel), a label pattern ``{label}`` (one file per structure). Without patterns, a few usual
-layouts are tried. A label map's names come from ``labels`` in ``source.json`` (name to value), else they are numbered.
+may have ``{channel}`` (one file per channel), a label pattern ``{label}`` (one file per structure); ``{suffix}`` is any image suffix, ``*``
+any text within a name. Without patterns, a few usual layouts are tried. A label map's names come from ``labels`` in ``source.json`` (name to value), else they are numbered.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from samed3d.errors import InputError
 from samed3d.volume import SUFFIXES
 from samed3d.volume.label_maps import EmptyLabelError
 
-# Tried in this order; {suffix} stands for any image suffix.
+# Tried in this order.
 USUAL_PATTERNS = (
     ("images/{case}{suffix}", "labels/{case}{suffix}"),
     ("images/{case}{suffix}", "masks/{case}{suffix}"),
@@ -137,7 +137,7 @@ def match_files(folder: Path, pattern: str) -> dict[str, list[tuple[str, Path]]]
     for piece in re.split(r"(\{\w+\})", pattern):
         place = piece[1:-1]
         if piece[:1] != "{" or place not in _PLACES:
-            expression += re.escape(piece)
+            expression += re.escape(piece).replace(r"\*", "[^/]*")
         elif place == "suffix":
             expression += "(?:" + "|".join(map(re.escape, SUFFIXES)) + ")"
         elif place in seen:
