@@ -187,9 +187,33 @@ _WORDS = (
     ("abdomen", "abdom|liver|hepat|renal|kidney|bowel|intestin|gastr|fat"),
     ("pelvis", "prostat|uter|bladder|pelvi|rect(um|al)|ovar|vagin|penis"),
 )
+_FAMILIES = (
+    ("label map only", "label map|labels? only"),
+    ("CT", r"\bct|computed tomography|cbct"),
+    ("PET", r"\bpet|\bpt\b|fdg"),
+    ("ultrasound", r"ultraso|\bus\b|\btrus\b"),
+    ("microscopy", r"microscop|confocal|fluoresc|\bem\b"),
+    ("MR", r"\bmr|magnetic|t1|t2|flair|dwi|adc|ssfp|swi|\bpd\b"),
+)
 GROUPS = (*_TABLE, "other")
 _SIDES = {"left": "left", "lt": "left", "l": "left", "lh": "left", "right": "right", "rt": "right", "r": "right", "rh": "right"}
-_SIDED_BY_NATURE = ("ventricle", "ventricular", "atrium")
+# Names that say where in something: the something is in the source's name.
+_PLACES = (
+    "",
+    "anterior",
+    "posterior",
+    "superior",
+    "inferior",
+    "body",
+    "head",
+    "tail",
+    "core",
+    "whole",
+    "foreground",
+    "mask",
+    "target",
+    "other",
+)
 
 
 @dataclass(frozen=True)
@@ -233,6 +257,8 @@ def categorise(name: str, context: str = "") -> Category:
             bare = category.removesuffix("*")
             sided = f"{side} {bare}" if side else bare
             return Category(sided, group, side, category.endswith("*") and not side)
+    if rest in _PLACES:
+        rest = f"{_plain(context)} {rest}".strip()
     group = _group_by_words(rest) or _group_by_words(_plain(context)) or "other"
     return Category(f"{side} {rest}".strip(), group, side)
 
@@ -283,3 +309,9 @@ def _singular(plain: str) -> str:
 
 def _group_by_words(plain: str) -> str:
     return next((group for group, pattern in _WORDS if re.search(rf"\b(?:{pattern})", plain)), "")
+
+
+def modality_family(modality: str) -> str:
+    """CT, MR, PET, ultrasound, microscopy ... of what a source says ("MR (T2, fat-suppressed)"); its own words where none fits."""
+    lower = modality.lower()
+    return next((family for family, pattern in _FAMILIES if re.search(pattern, lower)), modality or "not stated")

@@ -170,11 +170,9 @@ def _check_grids(raw: RawArrays, settings: Settings) -> None:
     for layer in raw.layers:
         if layer.array.shape != raw.grid.shape_zyx:
             raise InputError(f"image and label must have one shape, got {raw.grid.shape_zyx} and {layer.array.shape} (zyx)")
-    for channel, volume in raw.images:
+    for _, volume in raw.images:
         if volume.array.shape != raw.grid.shape_zyx:
-            raise InputError(
-                f"image {channel} must have the label's shape {raw.grid.shape_zyx}, got {volume.array.shape} (zyx): {volume.source}"
-            )
+            raise InputError(f"image must have the label's shape {raw.grid.shape_zyx}, got {volume.array.shape} (zyx): {volume.source}")
         apart = float(np.abs(volume.grid.affine_ras - raw.grid.affine_ras).max())
         if apart > _GRID_TOLERANCE_MM and not settings.repair_geometry:
             raise InputError(

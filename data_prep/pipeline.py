@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -49,6 +48,17 @@ class Result:
     found: int
     failed: list[Problem]
     counts: dict[str, Any]
+
+    def summary(self) -> str:
+        """What a person wants to know at the end."""
+        masks, dropped = self.counts["masks"], self.counts["masks_dropped"]
+        lines = [f"{self.done} cases prepared, {self.found} were there, {len(self.failed)} inputs refused"]
+        lines.append(f"{masks:,} masks of {self.counts['cases']:,} cases in {self.folder}")
+        if dropped:
+            lines.append(f"{dropped:,} masks dropped by the rules, each with its reason in labels.csv; --rules lenient keeps small ones")
+        if twins := self.counts["duplicate_images"]:
+            lines.append(f"{twins:,} images are there twice (duplicate_of in cases.csv); they stay on one side of the split")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -276,26 +286,3 @@ def _locked(out: Path) -> Iterator[None]:
             if made and [p.name for p in out.iterdir()] == [".lock"]:  # nothing came of it: leave no trace
                 (out / ".lock").unlink()
                 os.rmdir(out)
-
-
-def dropped_by_reason(folder: Path) -> list[tuple[str, int]]:
-    """Kinds of reasons for dropped masks with how many, most frequent first."""
-    from samed3d.data.corpus import Corpus
-
-    reasons = Corpus(folder).label_table.where(kept="0")["reason"].tolist()
-    return Counter(kind_of_reason(r) for r in reasons).most_common()
-
-
-def kind_of_reason(reason: str) -> str:
-    """A reason without the case's own numbers: the rule that was not met."""
-    for word in ("voxels", "mm3", "side", "background", "no name"):
-        if word in reason:
-            limit = reason.partition(" under ")[2] or reason.partition(" over ")[2]
-            names = {
-                "voxels": "fewer voxels than",
-                "mm3": "volume under (mm3)",
-                "side": "side under (mm)",
-                "background": "background over (%)",
-            }
-            return f"{names[word]} {limit}".strip() if word in names else "value without a name"
-    return reason

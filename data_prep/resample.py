@@ -12,7 +12,7 @@ from samed3d.geometry import IntTriple, Triple
 
 
 def target_shape(shape_zyx: IntTriple, spacing_zyx_mm: Triple, spacing_mm: float | None, max_side: int | None) -> IntTriple:
-    """Voxels along each axis after resampling to ``spacing_mm`` (cubic voxels) and then coarsening axes of more than ``max_side`` voxels."""
+    """Voxels along each axis on cubic voxels of ``spacing_mm``, with axes of more than ``max_side`` voxels coarsened after that."""
     wanted = [max(1, round(n * s / spacing_mm)) if spacing_mm else n for n, s in zip(shape_zyx, spacing_zyx_mm, strict=True)]
     if max_side:
         wanted = [-(-n // -(-n // max_side)) for n in wanted]
@@ -38,7 +38,7 @@ def resample_labels(array: NDArray, shape_zyx: IntTriple) -> NDArray:
     return array[np.ix_(*index)]
 
 
-def _centres(size: int, count: int) -> NDArray[np.float64]:
+def _centres(size: int, count: int) -> NDArray[np.floating]:
     """Where the centres of ``count`` new voxels lie on an axis of ``size`` voxels."""
     return (np.arange(count) + 0.5) * (size / count) - 0.5
 

@@ -62,6 +62,6 @@ def _on_cluster(tasks: list[Task], address: str) -> Iterator[Outcome]:
         waiting = {client.submit(convert, task, pure=False, retries=1): task for task in tasks}
         for future in as_completed(list(waiting)):
             case = waiting.pop(future).case
-            error = future.exception()
-            yield future.result() if error is None else Outcome(case.source, case.id, case.id, error=f"cluster worker failed: {error}")
+            failure = future.exception()
+            yield future.result() if failure is None else Outcome(case.source, case.id, case.id, error=f"cluster worker failed: {failure}")
             future.release()

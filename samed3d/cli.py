@@ -36,6 +36,9 @@ _USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ERO
 
 _INTERRUPTED = 130
 
+# Commands of two words. Their first is a command as well, which takes any number of folders, so that no group can hold them.
+_TWO_WORDS = ("prepare info", "prepare synthetic")
+
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu or cuda.")]
 Model = Annotated[str, typer.Option(help="Shipped checkpoint, or a .safetensors file.")]
@@ -53,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    if " ".join(arguments[:2]) in _TWO_WORDS:
+        arguments[:2] = [" ".join(arguments[:2])]
     _set_up_logging(arguments)
     try:
         result = app(arguments, prog_name="samed3d", standalone_mode=False)
@@ -234,25 +239,66 @@ def demo(
 
 @app.command()
 def prepare(
-    sources: Annotated[list[Path], typer.Argument(help="nnU-Net data sets (folders with dataset.json), or folders of them.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the corpus.")],
+    sources: Annotated[list[Path], typer.Argument(help="Folders of labelled volumes, or folders of such folders.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the corpus; an unfinished or earlier one is gone on with.")],
+    format_: Annotated[str | None, typer.Option("--format", help="Layout of the sources; recognised without it.")] = None,
+    image_pattern: Annotated[str | None, typer.Option(help="Where images are in plain folders, e.g. '{case}/image.nii.gz'.")] = None,
+    label_pattern: Annotated[str | None, typer.Option(help="Where labels are, e.g. '{case}/label.nii.gz'.")] = None,
+    rules: Annotated[str, typer.Option(help="Which masks are kept: published (SAM-Med3D's rules) or lenient.")] = "published",
+    rule: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Change one rule, e.g. min_side_mm=5; repeatable.")] = None,
+    spacing: Annotated[
+        float | None, typer.Option(min=0.001, help="Resample to cubic voxels of this edge in mm; native without it.")
+    ] = None,
     max_side: Annotated[int | None, typer.Option(min=16, help="Coarsen volumes whose longest side has more voxels.")] = None,
+    storage: Annotated[str, typer.Option(help="b2nd (chunked, read by crops) or npz (read whole; needs numpy only).")] = "b2nd",
+    repair_geometry: Annotated[bool, typer.Option("--repair-geometry", help="Mend images and labels whose grids disagree.")] = False,
+    validation_share: Annotated[float, typer.Option(min=0, max=1, help="Share of subjects in split val.")] = 0.1,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Processes; 0 takes one per processor.")] = 0,
+    cluster: Annotated[str | None, typer.Option(metavar="tcp://HOST:PORT", help="Dask scheduler that does the work instead.")] = None,
     quiet: Quiet = False,
-) -> None:
-    """Build a training corpus from labelled volumes."""
+) -> int:
+    """Build a training corpus from labelled volumes.
+
+    Also: samed3d prepare info CORPUS, samed3d prepare synthetic -o CORPUS. Exits with 2 if an input could not be used; the rest is done.
+    """
+    from data_prep.clean import rules_from
+    from data_prep.convert import Settings
+    from data_prep.pipeline import prepare as run
+
+    if (image_pattern is None) != (label_pattern is None):
+        raise InputError("--image-pattern and --label-pattern must be given together")
     for folder in sources:
         _check_exists(folder, "data set")
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress
-
-    from data_prep.nnunet import prepare as run
-
-    console = Console(stderr=True)
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task("cases", total=None)
-        run(sources, output, max_side=max_side, on_case=lambda done, total: bar.update(task, completed=done, total=total))
+    settings = Settings(rules_from(rules, rule or []), spacing, max_side, storage, repair_geometry, validation_share)
+    patterns = (image_pattern, label_pattern) if image_pattern and label_pattern else None
+    shown = not quiet and sys.stderr.isatty()
+    result = run(
+        sources,
+        output,
+        settings,
+        source_format=format_,
+        patterns=patterns,
+        jobs=jobs or os.cpu_count() or 1,
+        cluster=cluster,
+        progress=shown,
+    )
+    for problem in result.failed:
+        typer.echo(f"samed3d: refused {problem.path}: {' '.join(problem.reason.split())}", err=True)
     if not quiet:
-        typer.echo(f"corpus in {output}")
+        typer.echo(result.summary())
+    return 2 if result.failed else 0
+
+
+@app.command("prepare info", hidden=True)
+def prepare_info(
+    corpus: Annotated[Path, typer.Argument(help="Folder of a corpus.")],
+    examples: Annotated[int, typer.Option(min=0, help="Pictures per category on the page; 0 writes no page.")] = 2,
+    quiet: Quiet = False,
+) -> None:
+    """What is in a corpus: the tables, and CORPUS/overview.html with pictures."""
+    from data_prep.overview import show
+
+    show(corpus, examples, quiet=quiet)
 
 
 def _gather_prompts(points: list[str], negatives: list[str], boxes: list[str], space: str, file: Path | None) -> list[ObjectPrompts]:
