@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from tests.conftest import oblique_grid
 
+from data_prep.cases import Problem, RawCase
+from data_prep.readers import find_sources, load_case
+from samed3d.errors import InputError
 from samed3d.geometry import Grid
 from samed3d.volume import write_volume
+from tests.conftest import oblique_grid
 
 SHAPE = (5, 6, 7)
 
@@ -157,5 +160,36 @@ def npz(folder: Path) -> Path:
     return folder
 
 
-def copy_of(tree: Path, folder: Path) -> Path:
-    return Path(shutil.copytree(tree, folder))
+# One spoilt case in a good data set
+
+SPOILT = "case_001"
+
+
+def to_be_spoilt(folder: Path) -> Path:
+    """An nnU-Net 2 data set of three cases, of which a test spoils ``SPOILT``."""
+    return nnunet_v2(folder, labels={"background": 0, "a": 1, "b": 2, "c": 3}, channel_names={"0": "CT", "1": "CT"})
+
+
+def label_of(folder: Path) -> Path:
+    return folder / "labelsTr" / f"{SPOILT}.nii.gz"
+
+
+def image_of(folder: Path) -> Path:
+    return folder / "imagesTr" / f"{SPOILT}_0000.nii.gz"
+
+
+def listed(folder: Path) -> tuple[list[RawCase], list[Problem]]:
+    """Cases and problems of a folder that is one data set."""
+    [(reader, found)] = find_sources([folder])
+    return reader.cases(found)
+
+
+def reading_changes_nothing(folder: Path) -> None:
+    """Read all that can be read below a folder; no byte on disk may change."""
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with suppress(InputError):
+        for reader, source in find_sources([folder]):
+            for case in reader.cases(source)[0]:
+                with suppress(InputError):
+                    load_case(case, repair_geometry=True)
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before

@@ -9,6 +9,7 @@ import pydicom
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
+
 from tests.conftest import rotation_matrix
 
 CT_IMAGE = UID("1.2.840.10008.5.1.4.1.1.2")

@@ -6,7 +6,6 @@ import pickle
 
 import numpy as np
 import pytest
-from tests import dataset_trees as trees
 
 from data_prep.readers import READERS, find_sources, load_case
 from data_prep.readers.assembly import pack_layers
@@ -14,6 +13,7 @@ from data_prep.readers.names import safe_name, subject_of
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
 from samed3d.volume import read_volume
+from tests import dataset_trees as trees
 
 
 def listed(folder, name):
@@ -220,6 +220,20 @@ def test_names_are_safe_and_stay_apart():
 )
 def test_a_person_is_seen_behind_several_cases(case, subject):
     assert subject_of(case) == subject
+
+
+def test_a_pattern_in_source_json_tells_the_person(tmp_path):
+    folder = trees.plain(tmp_path / "SPIDER")
+    for case in ("7_t1", "7_t2"):
+        trees.put(folder / "images" / f"{case}.nii.gz", trees.image_array())
+        trees.put(folder / "labels" / f"{case}.nii.gz", trees.label_array())
+    trees.put_json(folder / "source.json", {"subject_pattern": r"^(\d+)_"})
+    cases, _ = listed(folder, "plain")
+    assert [(c.id, c.subject) for c in cases] == [("7_t1", "7"), ("7_t2", "7"), ("anna", "anna"), ("bert", "bert")]
+    for wrong, message in (("(", "must be a regular expression"), (r"^\d", "must have a group")):
+        trees.put_json(folder / "source.json", {"subject_pattern": wrong})
+        with pytest.raises(InputError, match=f"subject_pattern {message}"):
+            READERS["plain"].cases(folder)
 
 
 def test_layers_hold_what_does_not_overlap():

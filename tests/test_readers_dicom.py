@@ -7,13 +7,12 @@ import pytest
 
 pytest.importorskip("pydicom", reason="reading DICOM labels needs pydicom")
 
-from tests import dicom_trees as dicom  # noqa: E402
-
 from data_prep.readers import find_sources, load_case  # noqa: E402
 from samed3d.errors import InputError  # noqa: E402
 from samed3d.geometry import Grid  # noqa: E402
 from samed3d.volume.contours import fill_contours  # noqa: E402
 from samed3d.volume.dicom_labels import read_dicom_labels  # noqa: E402
+from tests import dicom_trees as dicom  # noqa: E402
 
 SHAPE = (5, 9, 11)  # 99 pixels per frame: packed bits of one frame end inside a byte
 

@@ -1,20 +1,23 @@
 """What is known of a dataset beside its voxels: from its own ``dataset.json``, and from a ``source.json`` that the user may add.
 
 ``source.json`` lies in the source's folder and may state ``licence``, ``licence_flag``, ``attribution``, ``url``, ``modality``,
-``label_kind``, ``labels`` (name to value, for layouts that carry no names) and ``spacing_order`` (CVPR npz). It has the last word.
+``label_kind``, ``labels`` (name to value, for layouts that carry no names), ``subject_pattern`` (a regular expression whose first group is
+the person in a case's name) and ``spacing_order`` (CVPR npz). It has the last word.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from data_prep.cases import SourceFacts
-from data_prep.readers.names import safe_name
+from data_prep.readers.names import safe_name, subject_of
 from samed3d.errors import InputError
 
-_KEYS = {"licence", "licence_flag", "attribution", "url", "modality", "label_kind", "labels", "spacing_order"}
+_KEYS = {"licence", "licence_flag", "attribution", "url", "modality", "label_kind", "labels", "spacing_order", "subject_pattern"}
 _CHOICES = {"licence_flag": ("ok", "unclear"), "label_kind": ("semantic", "instance"), "spacing_order": ("xyz", "zyx")}
 
 
@@ -78,6 +81,31 @@ def facts_of(folder: Path, reader: str, about: dict[str, Any] | None = None, *, 
         label_kind=text("label_kind") or "semantic",
         url=text("url", "source_repo"),
     )
+
+
+def subject_rule(folder: Path) -> Callable[[str], str]:
+    """How to tell the person from a case's name: by ``subject_pattern`` of ``source.json``, else by the patterns of ``names.subject_of``.
+
+    Raises:
+        InputError: if the pattern is no regular expression with a group.
+    """
+    pattern = read_source_json(folder).get("subject_pattern")
+    if pattern is None:
+        return subject_of
+    try:
+        regex = re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise InputError(f"subject_pattern must be a regular expression, got {pattern!r} ({error}): {folder / 'source.json'}") from error
+    if regex.groups < 1:
+        raise InputError(
+            f"subject_pattern must have a group that is the person, as in '^(\\d+)_', got {pattern!r}: {folder / 'source.json'}"
+        )
+
+    def subject(case_name: str) -> str:
+        match = regex.search(case_name)
+        return match.group(1) if match else subject_of(case_name)
+
+    return subject
 
 
 def source_json_path(folder: Path) -> dict[str, str]:

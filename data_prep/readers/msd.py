@@ -11,8 +11,8 @@ from pathlib import Path
 from data_prep.cases import Problem, RawArrays, RawCase, SourceFacts
 from data_prep.readers.assembly import read_label_on
 from data_prep.readers.dataset_json import channel_names, label_table, stated_modality
-from data_prep.readers.facts import facts_of, read_json
-from data_prep.readers.names import image_files, safe_name, subject_of, without_suffix
+from data_prep.readers.facts import facts_of, read_json, subject_rule
+from data_prep.readers.names import image_files, safe_name, without_suffix
 from samed3d.errors import InputError
 from samed3d.volume import read_volume
 from samed3d.volume.label_maps import count_volumes
@@ -49,7 +49,7 @@ class MsdReader:
         path = folder / "dataset.json"
         about = read_json(path)
         label_table(about, path)
-        facts = self.source(folder)
+        facts, person = self.source(folder), subject_rule(folder)
         cases: dict[str, RawCase] = {}
         problems = []
         listed: set[Path] = set()
@@ -69,7 +69,7 @@ class MsdReader:
                 problems.append(Problem(str(image), f"two cases have the id {case_id}; this one is left out, rename it"))
                 continue
             paths = {"image": str(image), "label": str(label), "dataset_json": str(path)}
-            cases[case_id] = RawCase(case_id, facts.name, subject_of(name), facts.modality, None, self.name, paths)
+            cases[case_id] = RawCase(case_id, facts.name, person(name), facts.modality, None, self.name, paths)
         for part, what in (("imagesTr", "image"), ("labelsTr", "label")):
             spare = [p for p in image_files(folder / part) if p.resolve() not in listed]
             problems += [Problem(str(p), f"{what} is not listed in dataset.json") for p in spare]

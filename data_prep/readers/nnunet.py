@@ -17,8 +17,8 @@ from typing import Any
 from data_prep.cases import Problem, RawArrays, RawCase, SourceFacts
 from data_prep.readers.assembly import read_images, read_label_on
 from data_prep.readers.dataset_json import channel_names, label_table, stated_modality
-from data_prep.readers.facts import facts_of, read_json, source_json_path
-from data_prep.readers.names import image_files, safe_name, subject_of, without_suffix
+from data_prep.readers.facts import facts_of, read_json, source_json_path, subject_rule
+from data_prep.readers.names import image_files, safe_name, without_suffix
 from samed3d.errors import InputError
 from samed3d.volume import SUFFIXES
 from samed3d.volume.label_maps import read_label_map
@@ -70,7 +70,7 @@ class NnunetReader:
         ending = str(about.get("file_ending", ".nii.gz")).lower()
         if ending not in SUFFIXES:
             raise InputError(f"file_ending must be one of {' '.join(SUFFIXES)}, got {ending!r}: {path}; convert the files")
-        facts = self.source(folder)
+        facts, person = self.source(folder), subject_rule(folder)
         subjects = {str(c["case"]): str(c["subject"]) for c in about.get("cases", ()) if "case" in c and "subject" in c}
         tested = bool(image_files(folder / "labelsTs", (ending,)))
         cases: list[RawCase] = []
@@ -90,7 +90,7 @@ class NnunetReader:
                 paths = {f"image_{number:04d}": str(p) for number, p in sorted(files.channels.items())}
                 paths |= {"label": str(files.label), "dataset_json": str(path)} | source_json_path(folder)
                 split = "test" if part == "Ts" else "train" if tested else None
-                cases.append(RawCase(case_id, facts.name, subjects.get(name) or subject_of(name), facts.modality, split, self.name, paths))
+                cases.append(RawCase(case_id, facts.name, subjects.get(name) or person(name), facts.modality, split, self.name, paths))
         return cases, problems + _listed_but_absent(folder, about)
 
     def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from data_prep.cases import LabelLayer, Problem, RawArrays, RawCase, SourceFacts
 from data_prep.readers.assembly import present_values
-from data_prep.readers.facts import facts_of, read_source_json, source_json_path, value_names
-from data_prep.readers.names import image_files, safe_name, subject_of, without_suffix
+from data_prep.readers.facts import facts_of, read_source_json, source_json_path, subject_rule, value_names
+from data_prep.readers.names import image_files, safe_name, without_suffix
 from samed3d.errors import InputError
 from samed3d.geometry import Grid, Triple, as_triple
 from samed3d.volume import Volume
@@ -44,7 +44,7 @@ class NpzReader:
 
     def cases(self, folder: Path) -> tuple[list[RawCase], list[Problem]]:
         """Every npz file with an image and labels; files that hold only the one or the other are problems."""
-        facts = self.source(folder)
+        facts, person = self.source(folder), subject_rule(folder)
         cases, problems = [], []
         for path in image_files(folder, _SUFFIX):
             members = _members(path)
@@ -57,7 +57,7 @@ class NpzReader:
             name = without_suffix(path, _SUFFIX)
             paths = {"npz": str(path)} | source_json_path(folder)
             modality = _modality(path) or facts.modality
-            cases.append(RawCase(safe_name(name), facts.name, subject_of(name), modality, None, self.name, paths))
+            cases.append(RawCase(safe_name(name), facts.name, person(name), modality, None, self.name, paths))
         return cases, problems
 
     def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:

@@ -1,8 +1,9 @@
 """Any folder of images and labels that a pattern can describe.
 
 A pattern is a path below the source with ``{case}``, as in ``images/{case}.nii.gz`` and ``labels/{case}_seg.nii.gz``. An image pattern
-may have ``{channel}`` (one file per channel), a label pattern ``{label}`` (one file per structure); ``{suffix}`` is any image suffix, ``*``
-any text within a name. Without patterns, a few usual layouts are tried. A label map's names come from ``labels`` in ``source.json`` (name to value), else they are numbered.
+may have ``{channel}`` (one file per channel), a label pattern ``{label}`` (one file per structure); ``{suffix}`` is any image suffix and
+``*`` any text within a name. Without patterns, a few usual layouts are tried. A label map's names come from ``labels`` in ``source.json``
+(name to value), else they are numbered.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from pathlib import Path
 
 from data_prep.cases import LabelLayer, Problem, RawArrays, RawCase, SourceFacts
 from data_prep.readers.assembly import check_named, pack_layers, present_values, read_images, read_label_on
-from data_prep.readers.facts import facts_of, source_json_path, value_names
-from data_prep.readers.names import safe_name, subject_of
+from data_prep.readers.facts import facts_of, source_json_path, subject_rule, value_names
+from data_prep.readers.names import safe_name
 from data_prep.readers.totalseg import structure_masks
 from samed3d.errors import InputError
 from samed3d.volume import SUFFIXES
@@ -74,7 +75,7 @@ class PlainReader:
         patterns = self._patterns(folder)
         if patterns is None:
             raise InputError(f"no image with a label in {folder}; say where they are with --image-pattern and --label-pattern")
-        facts = self.source(folder)
+        facts, person = self.source(folder), subject_rule(folder)
         labels, images = match_files(folder, patterns[1]), match_files(folder, patterns[0])
         of_labels = {path for files in labels.values() for _, path in files}
         images = {case: [f for f in files if f[1] not in of_labels] for case, files in images.items()}
@@ -92,7 +93,7 @@ class PlainReader:
                 continue
             paths = {f"image:{name}": str(path) for name, path in mine} | {f"label:{name}": str(path) for name, path in masks}
             paths |= source_json_path(folder)
-            cases.append(RawCase(safe_name(case), facts.name, subject_of(case), facts.modality, None, self.name, paths))
+            cases.append(RawCase(safe_name(case), facts.name, person(case), facts.modality, None, self.name, paths))
         return cases, problems
 
     def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:

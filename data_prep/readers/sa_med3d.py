@@ -15,8 +15,8 @@ import numpy as np
 
 from data_prep.cases import Problem, RawArrays, RawCase, SourceFacts
 from data_prep.readers.assembly import pack_layers, read_image
-from data_prep.readers.facts import facts_of
-from data_prep.readers.names import image_files, safe_name, subfolders, subject_of, without_suffix
+from data_prep.readers.facts import facts_of, subject_rule
+from data_prep.readers.names import image_files, safe_name, subfolders, without_suffix
 from data_prep.readers.totalseg import structure_masks
 from samed3d.errors import InputError
 from samed3d.volume import Volume
@@ -54,7 +54,7 @@ class SaMed3dReader:
 
     def cases(self, folder: Path) -> tuple[list[RawCase], list[Problem]]:
         """Every image once, with a label for each category that has one."""
-        facts = self.source(folder)
+        facts, person = self.source(folder), subject_rule(folder)
         found: dict[tuple[str, str, str], _Copies] = defaultdict(_Copies)
         for category in subfolders(folder):
             for dataset in subfolders(category):
@@ -82,7 +82,7 @@ class SaMed3dReader:
             case_id = safe_name(f"{dataset_name}.{name}" if part == "Tr" else f"{dataset_name}.{name}.{part}")
             modality = _MODALITIES.get(dataset_name.split("_")[0].lower(), facts.modality)
             split = None if part == "Tr" else "test"
-            cases.append(RawCase(case_id, facts.name, f"{dataset_name}.{subject_of(name)}", modality, split, self.name, paths))
+            cases.append(RawCase(case_id, facts.name, f"{dataset_name}.{person(name)}", modality, split, self.name, paths))
         return cases, problems
 
     def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
