@@ -270,3 +270,40 @@ def test_the_real_data_sets(data_dir):
             assert len(raw.images) == {"tcga_lgg_glioma": 2, "labelmaps_knee_pymskt": 0}.get(folder.name, 1)
             assert raw.layers[0].names and raw.layers[0].array.shape == raw.grid.shape_zyx
     assert sum(counts.values()) == 430
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "files", "cases"),
+    [
+        (
+            "*/{case}_CT-*.nii.gz",
+            "*/{case}_CT-*_seg.nii.gz",
+            ["verse500/verse500_CT-ax.nii.gz", "verse500/verse500_CT-ax_seg.nii.gz"],
+            ["verse500"],
+        ),
+        (
+            "*/preRT/{case}_T2.nii.gz",
+            "*/preRT/{case}_mask.nii.gz",
+            ["2/preRT/2_preRT_T2.nii.gz", "2/preRT/2_preRT_mask.nii.gz"],
+            ["2_preRT"],
+        ),
+        (
+            "{case}/{case}_IMG_CT.nrrd",
+            "{case}/{case}_OAR_{label}.seg.nrrd",
+            ["c1/c1_IMG_CT.nrrd", "c1/c1_OAR_A_Carotid_L.seg.nrrd"],
+            ["c1"],
+        ),
+        (
+            "*/{case}-{channel}.nii.gz",
+            "*/{case}-seg.nii.gz",
+            [f"x/BraTS-GLI-00000-000-{n}.nii.gz" for n in ("t1c", "t2f", "seg")],
+            ["BraTS-GLI-00000-000"],
+        ),
+    ],
+)
+def test_the_patterns_of_the_list_of_datasets(tmp_path, image, label, files, cases):
+    for file in files:
+        trees.put(tmp_path / "set" / file, trees.label_array((1,)))
+    [(reader, folder)] = find_sources([tmp_path / "set"], image_pattern=image, label_pattern=label)
+    found, problems = reader.cases(folder)
+    assert problems == [] and [case.id for case in found] == cases

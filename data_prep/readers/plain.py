@@ -144,7 +144,7 @@ def match_files(folder: Path, pattern: str) -> dict[str, list[tuple[str, Path]]]
         elif place in seen:
             expression += f"(?P={place})"
         else:
-            expression += f"(?P<{place}>[^/]+?)"
+            expression += f"(?P<{place}>[^/]+{'' if place == 'case' else '?'})"  # what follows a case is short: BraTS_001_t1
             seen.add(place)
     regex = re.compile(expression)
     levels = "/".join("*" for _ in Path(pattern).parts)
