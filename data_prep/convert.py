@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from data_prep.cases import RawArrays, RawCase, SourceFacts
 from data_prep.clean import Rules, Structure, clean_layer, compact_values, tidy_layer
-from data_prep.readers import READERS
+from data_prep.readers import load_case
 from data_prep.resample import resample_image, resample_labels, target_shape
 from samed3d.data.corpus import VERSION, image_path, labels_path
 from samed3d.data.storage import write_array, write_text
@@ -88,8 +88,8 @@ def convert(task: Task) -> Outcome:
     try:
         record_at.unlink(missing_ok=True)  # of an older state of the files
         with _collected_warnings() as notes:
-            record = _convert(task, notes)
-        write_text(record_at, json.dumps(record, separators=(",", ":")))
+            raw = load_case(case, repair_geometry=task.settings.repair_geometry)
+            store(task, raw, notes)
         return Outcome(*about)
     except InputError as error:
         return Outcome(*about, error=str(error))
@@ -102,9 +102,13 @@ def convert(task: Task) -> Outcome:
         return Outcome(*about, error=f"cannot be prepared ({type(error).__name__}: {error})")
 
 
-def _convert(task: Task, notes: list[str]) -> dict[str, Any]:
+def store(task: Task, raw: RawArrays, notes: list[str]) -> None:
+    """Clean and write the arrays of a case (which are used up), then its record.
+
+    Raises:
+        InputError: if there is no structure, or images and labels do not share one grid.
+    """
     settings, case, folder = task.settings, task.case, Path(task.corpus)
-    raw = READERS[case.reader].load(case, repair_geometry=settings.repair_geometry)
     view = CanonicalView.of(raw.grid)
     shape = target_shape(view.shape_zyx, view.spacing_zyx_mm, settings.spacing_mm, settings.max_side)
     spacing = as_triple([s * n / m for s, n, m in zip(view.spacing_zyx_mm, view.shape_zyx, shape, strict=True)])
@@ -125,7 +129,7 @@ def _convert(task: Task, notes: list[str]) -> dict[str, Any]:
         images.append({"channel": suffix, "modality": channel, "dtype": str(array.dtype), "content_hash": content})
     if kept:
         write_array(labels_path(folder, key, settings.storage), np.stack(layers) if len(layers) > 1 else layers[0][None])
-    return {
+    record = {
         "version": VERSION,
         "fingerprint": task.fingerprint,
         "case": key,
@@ -141,6 +145,7 @@ def _convert(task: Task, notes: list[str]) -> dict[str, Any]:
         "labels": [_label_entry(layer, s, float(np.prod(spacing))) for layer, s in structures],
         "notes": notes,
     }
+    write_text(record_path(folder, case.source, case.id), json.dumps(record, separators=(",", ":")))
 
 
 def _labels(

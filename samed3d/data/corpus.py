@@ -118,10 +118,12 @@ class Table:
         try:
             with path.open(newline="", encoding="utf-8") as file:
                 rows = list(csv.reader(file))
-            header, body = rows[0], list(zip(*rows[1:], strict=True))
-        except (OSError, ValueError, IndexError) as error:
+            columns = list(zip(*rows, strict=True))  # refuses rows of different lengths
+            if not columns:
+                raise ValueError("no header")
+        except (OSError, ValueError) as error:
             raise InputError(f"table is missing or broken: {path} ({error}); run the prepare command again") from error
-        return cls({name: np.array(body[i] if body else [], dtype=np.str_) for i, name in enumerate(header)})
+        return cls({column[0]: np.array(column[1:], dtype=np.str_) for column in columns})
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
