@@ -230,3 +230,29 @@ def test_empty_and_damaged_labels_are_refused(tmp_path, array):
         load_case(case)
     with pytest.raises(InputError, match=r"DICOM label must be SEG or RTSTRUCT, got CT"):
         list(read_dicom_labels(next((tmp_path / "P1" / "ct").glob("*.dcm")), Grid(SHAPE)))
+
+
+def test_a_segmentation_from_the_clinic_is_placed_by_position(tmp_path):
+    """One frame of a liver, written by dcmqi, as pydicom ships it; read onto images that are stored in three ways."""
+    import pydicom
+    from pydicom.data import get_testdata_file
+
+    data = pydicom.dcmread(str(get_testdata_file("liver_1frame.dcm")))
+    path = tmp_path / "liver.dcm"
+    data.save_as(path)
+    grid = Grid((3, 512, 512), (0.8105470, 0.8105470, 1.0), (-235.2, -226.8, -129.69))
+    with pytest.raises(InputError, match=r"DICOM label is damaged or incomplete: .*liver\.dcm"):
+        list(read_dicom_labels(path, grid))  # the file states positions for two frames that were taken out
+    data.PerFrameFunctionalGroupsSequence = data.PerFrameFunctionalGroupsSequence[:1]
+    data.save_as(path)
+    expected = data.pixel_array.reshape(512, 512) == 1
+    [(name, mask)] = read_dicom_labels(path, grid)
+    assert name == "Liver" and [int(plane.sum()) for plane in mask] == [0, int(expected.sum()), 0]
+    np.testing.assert_array_equal(mask[1], expected)
+    corner = -235.2 + 511 * 0.8105470
+    mirrored = Grid(grid.shape_zyx, grid.spacing_xyz_mm, (corner, -226.8, -127.69), (-1, 0, 0, 0, 1, 0, 0, 0, -1))
+    np.testing.assert_array_equal(next(read_dicom_labels(path, mirrored))[1][1, :, ::-1], expected)
+    coronal = Grid((512, 3, 512), (0.8105470, 1.0, 0.8105470), (-235.2, -226.8, -129.69), (1, 0, 0, 0, 0, 1, 0, 1, 0))
+    np.testing.assert_array_equal(next(read_dicom_labels(path, coronal))[1][:, 1], expected)
+    with pytest.raises(InputError, match="segmentation lies outside the image; it was drawn on another series: .*liver"):
+        list(read_dicom_labels(path, Grid((3, 512, 512), grid.spacing_xyz_mm, (900.0, 0.0, 0.0))))
