@@ -28,8 +28,7 @@ from samed3d.data.corpus import VERSION, image_path, labels_path
 from samed3d.data.storage import write_array, write_text
 from samed3d.errors import InputError
 from samed3d.geometry import CanonicalView, IntTriple, as_triple
-
-_GRID_TOLERANCE_MM = 1e-3
+from samed3d.volume.label_maps import grid_difference
 
 
 @dataclass(frozen=True)
@@ -178,11 +177,9 @@ def _check_grids(raw: RawArrays, settings: Settings) -> None:
     for _, volume in raw.images:
         if volume.array.shape != raw.grid.shape_zyx:
             raise InputError(f"image must have the label's shape {raw.grid.shape_zyx}, got {volume.array.shape} (zyx): {volume.source}")
-        apart = float(np.abs(volume.grid.affine_ras - raw.grid.affine_ras).max())
-        if apart > _GRID_TOLERANCE_MM and not settings.repair_geometry:
-            raise InputError(
-                f"image and label must share one grid, their affines differ by {apart:.3g}: {volume.source}; use --repair-geometry"
-            )
+        difference = grid_difference(raw.grid, volume.grid)
+        if difference and not settings.repair_geometry:
+            raise InputError(f"image and label must share one grid: {difference}: {volume.source}; use --repair-geometry")
 
 
 def compact_image(array: NDArray) -> NDArray:
