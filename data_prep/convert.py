@@ -87,7 +87,7 @@ def convert(task: Task) -> Outcome:
     try:
         record_at.unlink(missing_ok=True)  # of an older state of the files
         with _collected_warnings() as notes:
-            raw = load_case(case, repair_geometry=task.settings.repair_geometry)
+            raw = _load(case, task.settings)
             store(task, raw, notes)
         return Outcome(*about)
     except InputError as error:
@@ -99,6 +99,14 @@ def convert(task: Task) -> Outcome:
         return Outcome(*about, error=f"{error.strerror or error}: {error.filename or task.corpus}", fatal=full)
     except Exception as error:  # one bad case must not stop the others, whatever is wrong with it
         return Outcome(*about, error=f"cannot be prepared ({type(error).__name__}: {error})")
+
+
+def _load(case: RawCase, settings: Settings) -> RawArrays:
+    if case.reader == "synthetic":
+        from data_prep.synthetic import load_synthetic  # brings torch, which no other worker needs
+
+        return load_synthetic(case, repair_geometry=settings.repair_geometry)
+    return load_case(case, repair_geometry=settings.repair_geometry)
 
 
 def store(task: Task, raw: RawArrays, notes: list[str]) -> None:

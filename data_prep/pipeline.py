@@ -64,7 +64,7 @@ class Result:
 @dataclass(frozen=True)
 class _Source:
     reader: Reader
-    folder: Path
+    folder: str
     facts: SourceFacts
     cases: list[RawCase]
     problems: list[Problem]
@@ -76,7 +76,9 @@ def prepare(
     settings: Settings | None = None,
     *,
     source_format: str | None = None,
-    patterns: tuple[str, str] | None = None,
+    patterns: tuple[str | None, str | None] = (None, None),
+    generated: Reader | None = None,
+    licensed_only: bool = False,
     jobs: int = 1,
     cluster: str | None = None,
     progress: bool = False,
@@ -88,6 +90,8 @@ def prepare(
         out: Folder of the corpus: new, empty, or a corpus made with the same settings.
         settings: How it is made.
         source_format: Name of the reader for all sources; each is recognised by itself without it.
+        generated: A reader of generated cases (``synthetic.py``), added to the sources.
+        licensed_only: Leave out sources whose licence is not clear.
         patterns: Where images and labels are in plain folders; see ``readers/plain.py``.
         jobs: Processes on this machine.
         cluster: Address of a Dask scheduler instead.
@@ -102,7 +106,11 @@ def prepare(
     out = out.resolve()
     known = _existing_settings(out)
     _check_settings(out, known, settings)
-    listed = _list_sources(sources, out, source_format, patterns or (None, None))
+    images, labels = patterns
+    found_sources = find_sources(list(sources), source_format, image_pattern=images, label_pattern=labels) if sources else []
+    listed = _list_sources([(reader, folder.resolve()) for reader, folder in found_sources], out, licensed_only)
+    if generated is not None:
+        listed += _list_sources([(generated, None)], out, False)
     with _locked(out):
         tasks, found = _plan(listed, out, settings)
         _check_space(out, tasks)
@@ -149,24 +157,24 @@ def _as_json(settings: Settings) -> dict[str, Any]:
     return dict(json.loads(json.dumps(asdict(settings))))
 
 
-def _list_sources(
-    sources: Sequence[Path], out: Path, source_format: str | None, patterns: tuple[str, str] | tuple[None, None]
-) -> list[_Source]:
-    """Every source with its cases; case ids are checked, so that no case can overwrite another."""
+def _list_sources(found: Sequence[tuple[Reader, Path | None]], out: Path, licensed_only: bool) -> list[_Source]:
+    """Every source (a folder, or None for generated cases) with its cases; two of one name are refused."""
     listed: list[_Source] = []
-    for reader, folder in find_sources(list(sources), source_format, image_pattern=patterns[0], label_pattern=patterns[1]):
-        folder = folder.resolve()
-        if out == folder or out.is_relative_to(folder) or folder.is_relative_to(out):
+    for reader, folder in found:
+        if folder is not None and (out == folder or out.is_relative_to(folder) or folder.is_relative_to(out)):
             raise InputError(f"output must lie outside its sources, got {out} and {folder}")
-        facts = reader.source(folder)
-        if any(s.facts.name == facts.name for s in listed):
-            other = next(s.folder for s in listed if s.facts.name == facts.name)
-            raise InputError(f"two sources are called {facts.name!r}: {other} and {folder}; rename one folder")
+        facts = reader.source(folder or Path())
+        if licensed_only and facts.licence_flag != "ok":
+            logger.warning("left out %s: its licence is %s", facts.name, facts.licence or "not stated")
+            continue
         at = out / "records" / facts.name / "source.json"
-        if at.exists() and (before := json.loads(at.read_text(encoding="utf-8"))["folder"]) != str(folder):
+        said = "" if folder is None else str(folder)
+        if at.exists() and (before := json.loads(at.read_text(encoding="utf-8"))["folder"]) != said:
             raise InputError(f"the corpus has a source called {facts.name!r} already, from {before}, got {folder}; rename the folder")
-        cases, problems = reader.cases(folder)
-        listed.append(_Source(reader, folder, facts, *_distinct(cases, problems)))
+        cases, problems = reader.cases(folder or Path())
+        listed.append(_Source(reader, said, facts, *_distinct(cases, problems)))
+    if not listed and found:
+        raise InputError("no source is left: none states a clear licence; give --licensed-only up, or state it in source.json")
     return listed
 
 
@@ -231,7 +239,7 @@ def _begin(out: Path, listed: list[_Source], settings: Settings) -> None:
     for part in out.rglob(".part-*"):
         part.unlink(missing_ok=True)
     for source in listed:
-        facts = {**asdict(source.facts), "folder": str(source.folder)}
+        facts = {**asdict(source.facts), "folder": source.folder}
         at = out / "records" / source.facts.name / "source.json"
         write_text(at, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
         names = {f"{case.id}.json" for case in source.cases} | {"source.json"}

@@ -37,7 +37,7 @@ _USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ERO
 _INTERRUPTED = 130
 
 # Commands of two words. Their first is a command as well, which takes any number of folders, so that no group can hold them.
-_TWO_WORDS = ("prepare info", "prepare synthetic")
+_TWO_WORDS = ("prepare info",)
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu or cuda.")]
@@ -239,49 +239,54 @@ def demo(
 
 @app.command()
 def prepare(
-    sources: Annotated[list[Path], typer.Argument(help="Folders of labelled volumes, or folders of such folders.")],
+    sources: Annotated[list[Path], typer.Argument(help="Folders of labelled volumes, or of such folders; or the word synthetic.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the corpus; an unfinished or earlier one is gone on with.")],
     format_: Annotated[str | None, typer.Option("--format", help="Layout of the sources; recognised without it.")] = None,
-    image_pattern: Annotated[str | None, typer.Option(help="Where images are in plain folders, e.g. '{case}/image.nii.gz'.")] = None,
-    label_pattern: Annotated[str | None, typer.Option(help="Where labels are, e.g. '{case}/label.nii.gz'.")] = None,
-    rules: Annotated[str, typer.Option(help="Which masks are kept: published (SAM-Med3D's rules) or lenient.")] = "published",
+    image_pattern: Annotated[str | None, typer.Option(help="Where images are in plain folders, e.g. 'images/{case}.nii.gz'.")] = None,
+    label_pattern: Annotated[str | None, typer.Option(help="Where labels are, e.g. 'labels/{case}.nii.gz'.")] = None,
+    rules: Annotated[str | None, typer.Option(help="Masks to keep: published (default) or lenient (default for synthetic).")] = None,
     rule: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Change one rule, e.g. min_side_mm=5; repeatable.")] = None,
+    licensed_only: Annotated[bool, typer.Option("--licensed-only", help="Leave out sources without a clear licence.")] = False,
     spacing: Annotated[
         float | None, typer.Option(min=0.001, help="Resample to cubic voxels of this edge in mm; native without it.")
     ] = None,
     max_side: Annotated[int | None, typer.Option(min=16, help="Coarsen volumes whose longest side has more voxels.")] = None,
     storage: Annotated[str, typer.Option(help="b2nd (chunked, read by crops) or npz (read whole; needs numpy only).")] = "b2nd",
     repair_geometry: Annotated[bool, typer.Option("--repair-geometry", help="Mend images and labels whose grids disagree.")] = False,
-    validation_share: Annotated[float, typer.Option(min=0, max=1, help="Share of subjects in split val.")] = 0.1,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Processes; 0 takes one per processor.")] = 0,
     cluster: Annotated[str | None, typer.Option(metavar="tcp://HOST:PORT", help="Dask scheduler that does the work instead.")] = None,
+    kind: Annotated[str, typer.Option(help="synthetic: phantom, shapes, cells, blobs, nested, tubes, mixture, labelmaps.")] = "shapes",
+    count: Annotated[int, typer.Option(min=1, help="synthetic: number of cases.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="synthetic: seed.")] = 0,
+    size: Annotated[int, typer.Option(min=16, help="synthetic: voxels of the longest side.")] = 128,
+    label_maps: Annotated[list[Path] | None, typer.Option(help="synthetic: sources whose label maps are painted; repeatable.")] = None,
     quiet: Quiet = False,
 ) -> int:
-    """Build a training corpus from labelled volumes.
+    """Build a training corpus from labelled volumes; samed3d prepare info CORPUS shows one.
 
-    Also: samed3d prepare info CORPUS, samed3d prepare synthetic -o CORPUS. Exits with 2 if an input could not be used; the rest is done.
+    Exits with 2 if an input could not be used; the rest is done. An interrupted run goes on when it is started again.
     """
     from data_prep.clean import rules_from
     from data_prep.convert import Settings
     from data_prep.pipeline import prepare as run
 
-    if (image_pattern is None) != (label_pattern is None):
-        raise InputError("--image-pattern and --label-pattern must be given together")
-    for folder in sources:
+    generated, folders = None, [folder for folder in sources if folder != Path("synthetic")]
+    for folder in folders:
         _check_exists(folder, "data set")
-    settings = Settings(rules_from(rules, rule or []), spacing, max_side, storage, repair_geometry, validation_share)
-    patterns = (image_pattern, label_pattern) if image_pattern and label_pattern else None
+    if len(folders) < len(sources):
+        from data_prep.synthetic import SyntheticReader
+
+        generated = SyntheticReader(kind, count, seed, size, label_maps or [])
+    chosen = rules_from(rules or ("published" if folders else "lenient"), rule or [])
+    settings = Settings(chosen, spacing, max_side, storage, repair_geometry)
+    options: dict[str, Any] = {
+        "source_format": format_,
+        "patterns": (image_pattern, label_pattern),
+        "generated": generated,
+        "licensed_only": licensed_only,
+    }
     shown = not quiet and sys.stderr.isatty()
-    result = run(
-        sources,
-        output,
-        settings,
-        source_format=format_,
-        patterns=patterns,
-        jobs=jobs or os.cpu_count() or 1,
-        cluster=cluster,
-        progress=shown,
-    )
+    result = run(folders, output, settings, **options, jobs=jobs or os.cpu_count() or 1, cluster=cluster, progress=shown)
     for problem in result.failed:
         typer.echo(f"samed3d: refused {problem.path}: {' '.join(problem.reason.split())}", err=True)
     if not quiet:

@@ -346,3 +346,13 @@ def test_all_shared_data_become_one_corpus(data_dir, tmp_path):
     corpus = Corpus(tmp_path / "out")
     assert len(corpus.sources) >= 35 and corpus.about["counts"]["cases"] >= 400
     assert {"CT", "MR"} <= {m[:2] for m in corpus.case_table["modality"].tolist()}
+
+
+def test_sources_without_a_clear_licence_can_be_left_out(tmp_path, caplog):
+    make_source(tmp_path / "in" / "free", cases=1)
+    make_source(tmp_path / "in" / "quiet", cases=1, first_seed=5, licence="")
+    result = prepare([tmp_path / "in"], tmp_path / "out", LENIENT, licensed_only=True)
+    assert set(Corpus(result.folder).sources) == {"free"} and "left out quiet: its licence is not stated" in caplog.text
+    with pytest.raises(InputError, match="no source is left: none states a clear licence"):
+        prepare([tmp_path / "in" / "quiet"], tmp_path / "none", LENIENT, licensed_only=True)
+    assert not (tmp_path / "none").exists()
