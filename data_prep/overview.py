@@ -55,6 +55,7 @@ def show(folder: Path, examples: int, *, quiet: bool = False) -> None:
     from rich.table import Table
 
     corpus = Corpus(folder)
+    count = write_page(corpus, folder / "overview.html", examples) if examples else 0
     console = Console(quiet=quiet, width=None if sys.stdout.isatty() else 140)
     for section in summarise(corpus):
         console.print(section.title, style="bold", highlight=False)
@@ -65,7 +66,6 @@ def show(folder: Path, examples: int, *, quiet: bool = False) -> None:
             table.add_row(*row)
         console.print(table, "")
     if examples:
-        count = write_page(corpus, folder / "overview.html", examples)
         console.print(f"{count} categories with pictures in {folder / 'overview.html'}")
 
 
@@ -178,20 +178,26 @@ def _by_source(corpus: Corpus) -> Section:
 
 
 def _examples(corpus: Corpus, count: int) -> dict[str, list[tuple[CaseRecord, LabelRecord]]]:
-    """Category to a few structures of middling size, one per source first."""
+    """Category to a few structures of middling size, with image before without, one per source first."""
     held: dict[str, list[tuple[CaseRecord, LabelRecord]]] = defaultdict(list)
     for case in corpus.cases:
         if not case.channel or case.channel.endswith("_0000"):
             for label in case.labels:
                 held[label.category].append((case, label))
-    chosen = {}
-    for category, entries in held.items():
-        middle = sorted(e[1].voxels * float(np.prod(e[0].spacing_zyx_mm)) for e in entries)[len(entries) // 2]
-        entries.sort(key=lambda e: abs(np.log(e[1].voxels * float(np.prod(e[0].spacing_zyx_mm)) / middle)))
-        first_of_source = {case.source: number for number, (case, _) in reversed(list(enumerate(entries)))}
-        order = sorted(range(len(entries)), key=lambda n: (first_of_source[entries[n][0].source] != n, n))
-        chosen[category] = [entries[n] for n in order[:count]]
-    return chosen
+    return {category: _middling(entries)[:count] for category, entries in held.items()}
+
+
+def _middling(entries: list[tuple[CaseRecord, LabelRecord]]) -> list[tuple[CaseRecord, LabelRecord]]:
+    """Those of middling size first, with image before without, and one of each source before any second."""
+    sizes = np.log([label.voxels * float(np.prod(case.spacing_zyx_mm)) for case, label in entries])
+    far = np.abs(sizes - np.median(sizes))
+    order = sorted(range(len(entries)), key=lambda n: (not entries[n][0].has_image, far[n]))
+    seen: Counter[str] = Counter()
+    turn = {}
+    for n in order:
+        turn[n] = seen[entries[n][0].source]
+        seen[entries[n][0].source] += 1
+    return [entries[n] for n in sorted(order, key=lambda n: turn[n])]
 
 
 def _picture(corpus: Corpus, case: CaseRecord, label: LabelRecord) -> str:

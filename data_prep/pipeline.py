@@ -41,6 +41,7 @@ class Result:
         found: Cases that were already finished.
         failed: Inputs that could not be used, with the reasons.
         counts: Of the whole corpus, as in ``corpus.json``.
+        min_volume_mm3: Of the rules.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class Result:
     found: int
     failed: list[Problem]
     counts: dict[str, Any]
+    min_volume_mm3: float
 
     def summary(self) -> str:
         """What a person wants to know at the end."""
@@ -55,7 +57,8 @@ class Result:
         lines = [f"{self.done} cases prepared, {self.found} were there, {len(self.failed)} inputs refused"]
         lines.append(f"{masks:,} masks of {self.counts['cases']:,} cases in {self.folder}")
         if dropped:
-            lines.append(f"{dropped:,} masks dropped by the rules, each with its reason in labels.csv; --rules lenient keeps small ones")
+            remedy = "; --rules lenient (into another folder) keeps small ones" if self.min_volume_mm3 else ""
+            lines.append(f"{dropped:,} masks dropped by the rules, each with its reason in labels.csv{remedy}")
         if twins := self.counts["duplicate_images"]:
             lines.append(f"{twins:,} images are there twice (duplicate_of in cases.csv); they stay on one side of the split")
         return "\n".join(lines)
@@ -120,7 +123,8 @@ def prepare(
         ours = {s.facts.name for s in listed}
         earlier = [(source, p) for source, p in read_problems(out) if source not in ours]
         counts = write_manifest(out, _as_json(settings), earlier + failed)
-    return Result(out, len(tasks) - (len(failed) - sum(len(s.problems) for s in listed)), found, [p for _, p in failed], counts)
+    done = len(tasks) + sum(len(s.problems) for s in listed) - len(failed)
+    return Result(out, done, found, [p for _, p in failed], counts, settings.rules.min_volume_mm3)
 
 
 def _existing_settings(out: Path) -> dict[str, Any] | None:

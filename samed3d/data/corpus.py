@@ -102,9 +102,9 @@ class CaseRecord:
 
 
 class Table:
-    """A manifest table in columns of text."""
+    """A manifest table in columns of text (arrays of Python strings: quick to make, and most columns are never looked at)."""
 
-    def __init__(self, columns: dict[str, NDArray[np.str_]]) -> None:
+    def __init__(self, columns: dict[str, NDArray[np.object_]]) -> None:
         """From columns of one length."""
         self.columns = columns
 
@@ -123,12 +123,12 @@ class Table:
                 raise ValueError("no header")
         except (OSError, ValueError) as error:
             raise InputError(f"table is missing or broken: {path} ({error}); run the prepare command again") from error
-        return cls({column[0]: np.array(column[1:], dtype=np.str_) for column in columns})
+        return cls({column[0]: np.array(column[1:], dtype=object) for column in columns})
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
-    def __getitem__(self, column: str) -> NDArray[np.str_]:
+    def __getitem__(self, column: str) -> NDArray[np.object_]:
         """One column."""
         return self.columns[column]
 
@@ -141,7 +141,8 @@ class Table:
         """The rows whose columns have the wanted value, or one of the wanted values."""
         chosen = np.ones(len(self), bool)
         for column, value in wanted.items():
-            chosen &= np.isin(self.columns[column], [value] if isinstance(value, str) else list(value))
+            wanted_values = [value] if isinstance(value, str) else value
+            chosen &= np.logical_or.reduce([self.columns[column] == one for one in wanted_values])
         return Table({name: values[chosen] for name, values in self.columns.items()})
 
 
