@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus_sources import store_case, store_corpus
 
 from samed3d.data.corpus import LABEL_COLUMNS, POINTS, Corpus, Table, in_validation
 from samed3d.data.storage import BLOCK, CHUNK, open_array, write_array, write_whole
 from samed3d.errors import InputError
 from samed3d.geometry import bounding_region
+from tests.corpus_sources import store_case, store_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -136,11 +136,10 @@ def test_no_corpus_a_broken_one_and_other_versions_are_named(tmp_path):
 
 
 def test_overlapping_structures_lie_in_layers(tmp_path):
-    from corpus_sources import EVERYTHING
-
     from data_prep.cases import LabelLayer, RawArrays, RawCase, SourceFacts
     from data_prep.convert import Task, store
     from samed3d.geometry import Grid
+    from tests.corpus_sources import EVERYTHING
 
     organ, tumour = np.zeros((8, 8, 8), np.uint8), np.zeros((8, 8, 8), np.uint8)
     organ[1:7], tumour[2:5, 2:6, 2:6] = 1, 1
@@ -166,10 +165,9 @@ def test_a_corpus_travels_to_workers_and_keeps_few_arrays_open(corpus, monkeypat
 
 
 def test_an_npz_corpus_is_read_where_there_is_only_torch(tmp_path, rng):
-    from corpus_sources import EVERYTHING, make_source
-
     from data_prep.convert import Settings
     from data_prep.pipeline import prepare
+    from tests.corpus_sources import EVERYTHING, make_source
 
     source = make_source(tmp_path / "s", cases=4)
     prepare([source], tmp_path / "out", Settings(EVERYTHING.rules, storage="npz"))

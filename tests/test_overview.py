@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus_sources import make_source, store_case, store_corpus
 from PIL import Image
 
 from data_prep.overview import kind_of_reason, summarise, write_page
 from samed3d.cli import main
 from samed3d.data.corpus import Corpus
+from tests.corpus_sources import make_source, store_case, store_corpus
 
 
 @pytest.fixture

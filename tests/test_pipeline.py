@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus_sources import SHAPE, case_arrays, make_source, tree, write_case
 
 from data_prep import pipeline
 from data_prep.clean import rules_from
@@ -26,6 +25,7 @@ from samed3d.data.corpus import Corpus, in_validation
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
 from samed3d.volume import write_volume
+from tests.corpus_sources import SHAPE, case_arrays, make_source, tree, write_case
 
 ROOT = Path(__file__).resolve().parents[1]
 LENIENT = Settings(rules_from("lenient", []))
@@ -356,3 +356,17 @@ def test_sources_without_a_clear_licence_can_be_left_out(tmp_path, caplog):
     with pytest.raises(InputError, match="no source is left: none states a clear licence"):
         prepare([tmp_path / "in" / "quiet"], tmp_path / "none", LENIENT, licensed_only=True)
     assert not (tmp_path / "none").exists()
+
+
+class EndsItsProcess:
+    """Unpickling it ends the process, as the kernel does when memory runs out."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_a_worker_that_is_killed_is_explained():
+    from data_prep.workers import run_tasks
+
+    with pytest.raises(InputError, match=r"a worker process was killed, most likely for want of memory \(2 at once\); give fewer --jobs"):
+        list(run_tasks([EndsItsProcess(), EndsItsProcess()], jobs=2))

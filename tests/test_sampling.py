@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from corpus_sources import store_case, store_corpus
 from torch.utils.data import DataLoader
 
 from samed3d.config import DataConfig
@@ -20,6 +19,7 @@ from samed3d.data.corpus import CaseRecord, LabelRecord, in_validation
 from samed3d.data.sampling import LARGEST_CROP, MIN_TARGET_VOXELS, CropDataset, object_frame, sample_mask
 from samed3d.errors import InputError
 from samed3d.geometry import CropFrame, bounding_region
+from tests.corpus_sources import store_case, store_corpus
 
 SHAPE = (24, 30, 36)
 SPACING = (2.0, 1.0, 1.0)

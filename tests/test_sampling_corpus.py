@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus_sources import store_case, store_corpus
 
 from samed3d.config import DataConfig
 from samed3d.data import sampling
 from samed3d.data.sampling import CropDataset, Weighting, split_weight
 from samed3d.data.storage import StoredArray
 from samed3d.errors import InputError
+from tests.corpus_sources import store_case, store_corpus
 
 
 def boxes(shape: tuple[int, int, int], values: int = 2) -> np.ndarray:
@@ -190,12 +190,11 @@ def test_cases_of_a_test_split_and_shared_subjects_are_never_drawn(tmp_path):
 
 
 def test_structures_of_two_layers_are_read_from_their_own(tmp_path):
-    from corpus_sources import EVERYTHING
-
     from data_prep.cases import LabelLayer, RawArrays, RawCase, SourceFacts
     from data_prep.convert import Task, store
     from samed3d.geometry import Grid
     from samed3d.volume import Volume
+    from tests.corpus_sources import EVERYTHING
 
     shape = (16, 16, 16)
     organ, tumour = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)

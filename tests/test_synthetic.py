@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from corpus_sources import EVERYTHING, make_source, tree
 
 from data_prep.cases import RawCase
 from data_prep.pipeline import prepare
@@ -13,6 +12,7 @@ from samed3d.cli import main
 from samed3d.data.corpus import Corpus
 from samed3d.data.generated import GENERATED_KINDS, generated_case
 from samed3d.errors import InputError
+from tests.corpus_sources import EVERYTHING, make_source, tree
 
 SMALL = [kind for kind in GENERATED_KINDS if kind not in ("phantom", "labelmaps")]
 
