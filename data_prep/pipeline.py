@@ -23,7 +23,7 @@ from data_prep.manifest import read_problems, write_manifest
 from data_prep.readers import find_sources
 from data_prep.workers import run_tasks
 from samed3d.data.corpus import VERSION, image_path, labels_path
-from samed3d.data.storage import STORAGES, write_text
+from samed3d.data.storage import check_storage, write_text
 from samed3d.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -104,8 +104,7 @@ def prepare(
         InputError: if a source is not recognised, the target is not ours, or the disk is too small. Nothing is written then.
     """
     settings = settings or Settings()
-    if settings.storage not in STORAGES:
-        raise InputError(f"--storage must be one of {', '.join(STORAGES)}, got {settings.storage!r}")
+    check_storage(settings.storage)
     out = out.resolve()
     known = _existing_settings(out)
     _check_settings(out, known, settings)

@@ -34,9 +34,11 @@ def run_tasks(tasks: list[Task], jobs: int, cluster: str | None = None) -> Itera
 
 
 def _in_processes(tasks: list[Task], jobs: int) -> Iterator[Outcome]:
-    from joblib import Parallel, delayed
-    from joblib.externals.loky.process_executor import TerminatedWorkerError
-
+    try:
+        from joblib import Parallel, delayed
+        from joblib.externals.loky.process_executor import TerminatedWorkerError
+    except ModuleNotFoundError as error:
+        raise InputError("more than one process needs joblib: pip install 'samed3d[corpus]', or give --jobs 1") from error
     # One case at a time to each process (no batches): a case takes seconds, and the bar moves with every one.
     pool: Any = Parallel(
         n_jobs=jobs, backend="loky", return_as="generator_unordered", batch_size=1, pre_dispatch="2*n_jobs", max_nbytes=None

@@ -192,7 +192,7 @@ print([data[i]["case"] for i in range(3)])
 def test_a_missing_blosc2_says_what_to_install(tmp_path, monkeypatch):
     write_array(tmp_path / "a.b2nd", np.zeros((4, 4, 4), np.uint8))
     monkeypatch.setitem(sys.modules, "blosc2", None)
-    with pytest.raises(InputError, match=r"needs blosc2: pip install 'samed3d\[corpus\]', or prepare with --storage npz"):
+    with pytest.raises(InputError, match=r"a \.b2nd corpus needs blosc2: pip install 'samed3d\[corpus\]', or prepare with --storage npz"):
         open_array(tmp_path / "a.b2nd")
 
 

@@ -370,3 +370,17 @@ def test_a_worker_that_is_killed_is_explained():
 
     with pytest.raises(InputError, match=r"a worker process was killed, most likely for want of memory \(2 at once\); give fewer --jobs"):
         list(run_tasks([EndsItsProcess(), EndsItsProcess()], jobs=2))
+
+
+def test_missing_packages_and_unknown_storage_are_said_before_any_work(tmp_path, monkeypatch):
+    source = make_source(tmp_path / "s", cases=2)
+    with pytest.raises(InputError, match="--storage must be one of b2nd, npz, got 'zip'"):
+        prepare([source], tmp_path / "out", Settings(storage="zip"))
+    monkeypatch.setitem(sys.modules, "blosc2", None)
+    with pytest.raises(InputError, match="a .b2nd corpus needs blosc2"):
+        prepare([source], tmp_path / "out", LENIENT)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setitem(sys.modules, "joblib", None)
+    with pytest.raises(InputError, match="more than one process needs joblib"):
+        prepare([source], tmp_path / "out", Settings(LENIENT.rules, storage="npz"), jobs=2)
+    assert prepare([source], tmp_path / "out", Settings(LENIENT.rules, storage="npz"), jobs=1).done == 2

@@ -11,6 +11,7 @@ import pytest
 
 from samed3d.config import DataConfig
 from samed3d.data import sampling
+from samed3d.data.corpus import in_validation
 from samed3d.data.sampling import CropDataset, Weighting, split_weight
 from samed3d.data.storage import StoredArray
 from samed3d.errors import InputError
@@ -208,3 +209,16 @@ def test_structures_of_two_layers_are_read_from_their_own(tmp_path):
         crop, _, target = dataset._cut(choice, np.random.default_rng(0))
         brightness = float(crop[target].mean())
         assert brightness > 110 if choice[2].name == "tumor" else brightness < 70
+
+
+def test_a_subject_is_held_out_by_its_own_name_and_by_its_groups(tmp_path):
+    labels = boxes((16, 16, 16))
+    names = [f"p{n}" for n in range(40)]
+    held = [n for n in names if in_validation(n, 0.3)]
+    free = [n for n in names if not in_validation(n, 0.3)]
+    image = np.random.default_rng(0).integers(0, 99, labels.shape).astype(np.int16)
+    for number, pair in enumerate(((held[0], free[0]), (free[1], held[1]), (free[2], free[3]))):
+        for name in pair:  # both show the same image
+            store_case(tmp_path, "s", name, image + number, labels)
+    dataset = CropDataset(config(store_corpus(tmp_path), validation_share=0.3), 1, seed=0)
+    assert {case.subject for _, case, _ in dataset.real} == {free[2], free[3]}

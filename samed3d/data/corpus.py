@@ -214,14 +214,14 @@ class Corpus:
 
     def _kept_labels(self) -> dict[str, list[LabelRecord]]:
         table = self.label_table
-        numbers = {c: table.numbers(c).astype(np.int64).tolist() for c in "layer value voxels z0 y0 x0 z1 y1 x1".split()}
+        rows = np.flatnonzero(table["kept"] == "1")
+        numbers = [table.numbers(c)[rows].astype(np.int64).tolist() for c in "value voxels layer z0 y0 x0 z1 y1 x1".split()]
+        texts = [table[c][rows].tolist() for c in ("case", "name", "category")]
+        points = np.asarray(self.points)  # still mapped, but quicker to take rows of
         by_case: dict[str, list[LabelRecord]] = {}
-        for row in np.flatnonzero(table["kept"] == "1").tolist():
-            n = {column: values[row] for column, values in numbers.items()}
-            region = Region((n["z0"], n["y0"], n["x0"]), (n["z1"], n["y1"], n["x1"]))
-            name, category = str(table["name"][row]), str(table["category"][row])
-            record = LabelRecord(n["value"], name, n["voxels"], region, n["layer"], category, self.points[row])
-            by_case.setdefault(str(table["case"][row]), []).append(record)
+        for row, case, name, category, value, voxels, layer, z0, y0, x0, z1, y1, x1 in zip(rows.tolist(), *texts, *numbers, strict=True):
+            record = LabelRecord(value, name, voxels, Region((z0, y0, x0), (z1, y1, x1)), layer, category, points[row])
+            by_case.setdefault(case, []).append(record)
         return by_case
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +103,9 @@ class CropDataset(Dataset[dict[str, Tensor | str]]):
         self.maps, self.map_ends = _weighted(maps, weighting or Weighting())
 
     def _is_held_out(self, case: CaseRecord) -> bool:
-        held = in_validation(case.split_group or case.subject, self.config.validation_share, self.config.split_seed)
+        # Both names: evaluation, which reads the sources and not the corpus, knows only the subject.
+        names = {case.subject, case.split_group or case.subject}
+        held = any(in_validation(name, self.config.validation_share, self.config.split_seed) for name in names)
         return held or case.split == "test" or case.source in self.config.hold_out
 
     def __len__(self) -> int:
@@ -247,25 +248,24 @@ def _weighted(choices: list[tuple[float, Choice]], weighting: Weighting) -> tupl
     """The choices, and the ends of their stretches of 0..1."""
     if not choices:
         return [], np.zeros(0)
-    by_source: Counter[tuple[str, str]] = Counter()
-    by_category: Counter[tuple[str, str, str]] = Counter()
-    shares: defaultdict[tuple[str, str, str], float] = defaultdict(float)
-    sizes = []
+    places: dict[tuple[str, str, str], tuple[int, int]] = {}  # (corpus, source, category) to numbers of source and category
+    numbered: dict[tuple[str, str], int] = {}
+    of_source, of_category, sizes = [], [], []
     for _, (corpus, case, label) in choices:
-        source = (str(corpus.folder), case.source)
-        by_source[source] += 1
-        by_category[*source, label.category] += 1
-        sizes.append(float(label.voxels * np.prod(case.spacing_zyx_mm)) ** weighting.size)
-        shares[*source, label.category] += sizes[-1]
-    within: defaultdict[tuple[str, str], float] = defaultdict(float)
-    for (folder, name, _), count in by_category.items():
-        within[folder, name] += count**weighting.category
-    weights = []
-    for (weight, (corpus, case, label)), size in zip(choices, sizes, strict=True):
-        source = (str(corpus.folder), case.source)
-        category = (*source, label.category)
-        share = by_category[category] ** weighting.category / within[source] * size / shares[category]
-        weights.append(weight * by_source[source] ** weighting.source * share)
+        key = (str(corpus.folder), case.source, label.category)
+        if key not in places:
+            places[key] = (numbered.setdefault(key[:2], len(numbered)), len(places))
+        of_source.append(places[key][0])
+        of_category.append(places[key][1])
+        sizes.append(label.voxels * math.prod(case.spacing_zyx_mm))
+    source, category = np.array(of_source), np.array(of_category)
+    size = np.array(sizes) ** weighting.size
+    in_category = np.bincount(category) ** weighting.category
+    home = np.zeros(len(places), np.int64)
+    home[category] = source
+    in_source = np.bincount(home, weights=in_category)
+    share = size / np.bincount(category, weights=size)[category] * (in_category / in_source[home])[category]
+    weights = np.array([weight for weight, _ in choices]) * np.bincount(source)[source] ** weighting.source * share
     ends = np.cumsum(weights)
     ends /= ends[-1]
     ends[-1] = 1.0  # rounding must not leave a gap

@@ -57,6 +57,18 @@ class LayerOf:
         return self._stored[(self._layer, *picked)]
 
 
+def check_storage(storage: str) -> None:
+    """That arrays can be written in ``storage`` here, before any work is done.
+
+    Raises:
+        InputError: if it is not one of ``STORAGES``, or needs a package that is missing.
+    """
+    if storage not in STORAGES:
+        raise InputError(f"--storage must be one of {', '.join(STORAGES)}, got {storage!r}")
+    if storage == "b2nd":
+        _blosc2()
+
+
 def write_array(path: Path, array: NDArray) -> None:
     """Write an array of any strides; the suffix (``.b2nd``, ``.npz``) is the storage."""
     if path.suffix == ".npz":
@@ -121,5 +133,5 @@ def _blosc2() -> Any:
     try:
         import blosc2
     except ModuleNotFoundError as error:
-        raise InputError("reading a .b2nd corpus needs blosc2: pip install 'samed3d[corpus]', or prepare with --storage npz") from error
+        raise InputError("a .b2nd corpus needs blosc2: pip install 'samed3d[corpus]', or prepare with --storage npz") from error
     return blosc2
