@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.cases import Problem
-from samed3d.data.corpus import CASE_COLUMNS, LABEL_COLUMNS, POINTS, VERSION, Table, in_validation
+from samed3d.data.corpus import CASE_COLUMNS, GROUP_SEPARATOR, LABEL_COLUMNS, POINTS, VERSION, Table, in_validation
 from samed3d.data.storage import write_text, write_whole
 from samed3d.errors import InputError
 
@@ -86,7 +86,7 @@ def draw_splits(records: list[Record], validation_share: float) -> tuple[dict[st
     prescribes as "test" holds for all cases of the subject in that source, and for copies of its images elsewhere.
 
     Returns:
-        Subject to split group (the name that the draw is made by), and case to split.
+        Subject to split group (the subjects held out with it, joined), and case to split: a group is held out where any of it is.
     """
     hashes = _by_hash(records)
     parent: dict[str, str] = {r["subject"]: r["subject"] for r in records}
@@ -96,17 +96,20 @@ def draw_splits(records: list[Record], validation_share: float) -> tuple[dict[st
             name = parent[name]
         return name
 
-    for members in hashes.values():
-        names = sorted({root(r["subject"]) for r, _ in members})
+    for pairs in hashes.values():
+        names = sorted({root(r["subject"]) for r, _ in pairs})
         for other in names[1:]:
             parent[other] = names[0]
-    groups = {name: root(name) for name in parent}
+    members = defaultdict(list)
+    for name in sorted(parent):
+        members[root(name)].append(name)
+    groups = {name: GROUP_SEPARATOR.join(members[root(name)]) for name in parent}
     tested = {(r["source"], r["subject"]) for r in records if r["split"] == "test"}
-    shared = {h for h, members in hashes.items() if any((r["source"], r["subject"]) in tested for r, _ in members)}
+    shared = {h for h, pairs in hashes.items() if any((r["source"], r["subject"]) in tested for r, _ in pairs)}
     tested |= {(r["source"], r["subject"]) for h in shared for r, _ in hashes[h]}
     splits = {}
     for r in records:
-        held = in_validation(groups[r["subject"]], validation_share)
+        held = any(in_validation(name, validation_share) for name in members[root(r["subject"])])
         splits[r["case"]] = "test" if (r["source"], r["subject"]) in tested else "val" if held else "train"
     return groups, splits
 

@@ -115,7 +115,7 @@ def test_a_test_split_of_the_source_and_shared_images_hold():
     groups, splits = draw_splits(records, 0.5)
     assert splits["a/p1"] == splits["a/again"] == "test", "a subject is never on two sides"
     assert splits["d/t"] == splits["e/u"] == "test", "nor is an image"
-    assert groups["q"] == groups["p9"] == "p9" and splits["b/q"] == splits["c/p9"]
+    assert groups["q"] == groups["p9"] == "p9|q" and splits["b/q"] == splits["c/p9"]
     assert splits["f/p1"] == ("val" if in_validation("p1", 0.5) else "train"), "another source's p1 may be another person"
 
 

@@ -32,6 +32,7 @@ from samed3d.errors import InputError
 from samed3d.geometry import IntTriple, Region, Triple
 
 VERSION = 2
+GROUP_SEPARATOR = "|"
 POINTS = 32
 """Voxels remembered per structure: a crop can be placed on one without reading the label map."""
 
@@ -84,7 +85,7 @@ class CaseRecord:
         case: ``SOURCE/CASE``; images of several channels share it, and with it one label map.
         channel: Which image of the case, as its file is called.
         split: ``"train"``, ``"val"`` or ``"test"``.
-        split_group: What the split is drawn by: the subject, or one subject for all that share an image.
+        split_group: The subject and all that share an image with it, joined by ``GROUP_SEPARATOR``: held out together.
     """
 
     id: str

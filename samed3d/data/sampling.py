@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from samed3d.config import DataConfig
 from samed3d.crops import normalise, sample_crop
 from samed3d.data.augment import augment_intensity, orient
-from samed3d.data.corpus import CaseRecord, Corpus, LabelRecord, in_validation
+from samed3d.data.corpus import GROUP_SEPARATOR, CaseRecord, Corpus, LabelRecord, in_validation
 from samed3d.data.synthesis import synthetic_case
 from samed3d.errors import InputError
 from samed3d.geometry import CropFrame, as_triple
@@ -103,8 +103,8 @@ class CropDataset(Dataset[dict[str, Tensor | str]]):
         self.maps, self.map_ends = _weighted(maps, weighting or Weighting())
 
     def _is_held_out(self, case: CaseRecord) -> bool:
-        # Both names: evaluation, which reads the sources and not the corpus, knows only the subject.
-        names = {case.subject, case.split_group or case.subject}
+        # Any member of the group: evaluation, which reads the sources and not the corpus, knows each only by its own name.
+        names = {case.subject, *filter(None, case.split_group.split(GROUP_SEPARATOR))}
         held = any(in_validation(name, self.config.validation_share, self.config.split_seed) for name in names)
         return held or case.split == "test" or case.source in self.config.hold_out
 
