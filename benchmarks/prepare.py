@@ -118,14 +118,13 @@ def compare_preparation(data: Path, names: list[str], place: Path) -> dict[str, 
         held = folder_bytes(target)
         result[title] = {
             "wall_s": one_wall,
-            "processor_s": one_busy,
             "bytes": held,
             "masks": made.counts["masks"],
             "faster_wall": wall / one_wall,
             "smaller": size / held,
         }
-        if count == 1:
-            result[title]["faster_processor"] = busy / one_busy
+        if count == 1:  # the time of pooled processes is not known here
+            result[title] |= {"processor_s": one_busy, "faster_processor": busy / one_busy}
     return result
 
 
