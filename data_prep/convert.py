@@ -210,9 +210,9 @@ def content_hash(array: NDArray) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(case: RawCase, settings: Settings) -> str:
-    """Changes with the case's files (size, time), with how it is listed and with the settings: finished work that still holds is kept."""
-    parts: list[Any] = [asdict(case), asdict(settings)]
+def fingerprint(case: RawCase, settings: Settings, about: str = "") -> str:
+    """Changes with the case's files (size, time), how it is listed, the settings, and ``about``, what the source says of itself."""
+    parts: list[Any] = [asdict(case), asdict(settings), about]
     for text in sorted(set(case.paths.values())):
         parts += [(name, size, time) for name, size, time in _stats(text)]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()

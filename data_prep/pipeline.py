@@ -203,8 +203,10 @@ def _plan(listed: list[_Source], out: Path, settings: Settings) -> tuple[list[Ta
     """What is left to do, and how many cases are finished."""
     tasks, found = [], 0
     for source in listed:
+        files = [Path(source.folder) / name for name in ("dataset.json", "source.json")] if source.folder else []
+        about = "".join(path.read_text(encoding="utf-8", errors="replace") for path in files if path.is_file())  # they name the labels
         for case in source.cases:
-            mark = fingerprint(case, settings)
+            mark = fingerprint(case, settings, about)
             if _is_finished(out, case, mark, settings.storage):
                 found += 1
             else:

@@ -214,6 +214,10 @@ def test_a_changed_file_is_done_again_and_a_removed_case_leaves(tmp_path):
     corpus = Corpus(tmp_path / "out")
     assert (result.done, result.found) == (1, 1) and [c.id for c in corpus.cases] == ["s.case0", "s.case1"]
     assert np.array_equal(corpus.image(corpus.cases[1])[:], image[:, ::-1, ::-1])
+    about = json.loads((source / "dataset.json").read_text())
+    (source / "dataset.json").write_text(json.dumps({**about, "labels": {"background": 0, "spleen": 1, "kidney": 2}}))
+    assert prepare([source], tmp_path / "out", LENIENT).done == 2, "other names, other labels"
+    assert set(Corpus(tmp_path / "out").label_table["name"].tolist()) == {"spleen", "kidney"}
 
 
 def test_sources_can_be_added_one_by_one_or_all_at_once(tmp_path):
