@@ -17,7 +17,7 @@ CONSTRAINT := $(if $(GPU),,-c constraints-cpu.txt)
 TORCH_INDEX ?=
 
 NEEDED_CORE := samed3d torch numpy scipy SimpleITK einops safetensors edt cc3d typer rich yaml PIL
-NEEDED_DEV := $(NEEDED_CORE) accelerate torchio pydicom timm pytest xdist pytest_timeout hypothesis ruff mypy
+NEEDED_DEV := $(NEEDED_CORE) accelerate torchio pydicom highdicom blosc2 joblib distributed timm pytest xdist pytest_timeout hypothesis ruff mypy
 # True where an environment that already existed holds all of these packages (-I: do not count this folder itself).
 HAS = $(PY) -I -c "import sys; from importlib.util import find_spec; sys.exit(any(find_spec(n) is None for n in sys.argv[1:]))"
 

@@ -15,10 +15,11 @@ from samed3d.config import DataConfig
 from samed3d.crops import sample_crop
 from samed3d.data import sampling
 from samed3d.data.augment import augment_intensity, orient
-from samed3d.data.corpus import CaseRecord, Corpus, LabelRecord, in_validation, write_case, write_index
+from samed3d.data.corpus import CaseRecord, LabelRecord, in_validation
 from samed3d.data.sampling import LARGEST_CROP, MIN_TARGET_VOXELS, CropDataset, object_frame, sample_mask
 from samed3d.errors import InputError
 from samed3d.geometry import CropFrame, bounding_region
+from tests.corpus_sources import store_case, store_corpus
 
 SHAPE = (24, 30, 36)
 SPACING = (2.0, 1.0, 1.0)
@@ -32,7 +33,10 @@ def case_of(source: str, subject: str, *, has_image: bool = True) -> tuple[CaseR
     for value, start, size in ((1, rng.integers(1, 6, 3), (7, 10, 9)), (2, rng.integers(13, 16, 3), (6, 8, 12))):
         labels[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))] = value
     image = (rng.normal(0, 0.2, SHAPE) + np.choose(labels, [0, 3, -3])).astype(np.float32) if has_image else None
-    records = [LabelRecord(v, f"s{v}", int((labels == v).sum()), bounding_region(labels == v)) for v in (1, 2)]
+    records = [
+        LabelRecord(v, f"s{v}", int((labels == v).sum()), bounding_region(labels == v), points=np.argwhere(labels == v)[::7])
+        for v in (1, 2)
+    ]
     return CaseRecord(f"{source}.{subject}", source, subject, "CT", SHAPE, SPACING, has_image, records), image, labels
 
 
@@ -42,9 +46,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     made = [case_of(s, p) for s in "ab" for p in SUBJECTS] + [case_of("m", p, has_image=False) for p in SUBJECTS]
     for case, image, labels in made:
-        write_case(folder, case, image, labels)
-    write_index(folder, [case for case, _, _ in made], {"a": {}, "b": {}, "m": {}})
-    return folder
+        store_case(folder, case.source, case.subject, image, labels, SPACING)
+    return store_corpus(folder)
 
 
 def config_of(corpus: Path, **changes) -> DataConfig:
@@ -89,7 +92,7 @@ def test_held_out_sources_and_validation_subjects_are_never_drawn(corpus):
     kept_back = {p for p in SUBJECTS if in_validation(p, 0.5)}
     assert 0 < len(kept_back) < len(SUBJECTS), "the split must divide the subjects of this test"
     dataset = CropDataset(config, 1, seed=0)
-    reachable = {case.id for group in [*dataset.real, *dataset.maps] for _, case in group}
+    reachable = {case.id for _, case, _ in [*dataset.real, *dataset.maps]}
     assert reachable == {f"{s}.{p}" for s in "am" for p in SUBJECTS if p not in kept_back}
     many = CropDataset(config, 60, seed=0)
     drawn = Counter(many[i]["case"] for i in range(60))
@@ -124,12 +127,12 @@ def test_the_target_shows_the_structure_it_names(corpus):
 
 
 def test_the_object_fills_the_drawn_share_of_the_crop():
-    case, _, labels = case_of("a", "p0")
+    case, _, _ = case_of("a", "p0")
     record = case.labels[0]  # 7 x 10 x 9 voxels of 2 x 1 x 1 mm: 14 mm at its longest
     fills = []
     for seed in range(200):
         config = DataConfig(crop=(16, 16, 16), fill=(0.5, 1.0))
-        frame = object_frame(labels, SPACING, record, config, np.random.default_rng(seed))
+        frame = object_frame(case, record, config, np.random.default_rng(seed))
         fills.append([14.0 / (e * s) for e, s in zip(frame.extent_zyx_vox, SPACING, strict=True)])
     middle = np.exp(np.log(fills).mean(axis=1))
     assert 0.5 * math.exp(-0.15) <= np.min(fills) and np.max(fills) <= math.exp(0.15)
@@ -138,10 +141,10 @@ def test_the_object_fills_the_drawn_share_of_the_crop():
 
 
 def test_a_crop_is_never_much_larger_than_the_volume():
-    case, _, labels = case_of("a", "p0")
+    case, _, _ = case_of("a", "p0")
     for seed in range(30):
         config = DataConfig(crop=(16, 16, 16), fill=(0.01, 0.02))
-        frame = object_frame(labels, SPACING, case.labels[0], config, np.random.default_rng(seed))
+        frame = object_frame(case, case.labels[0], config, np.random.default_rng(seed))
         assert max(e * s for e, s in zip(frame.extent_zyx_vox, SPACING, strict=True)) <= LARGEST_CROP * 48.0 * math.exp(0.15) + 1e-6
 
 
@@ -149,7 +152,7 @@ def test_the_crop_is_placed_around_the_object():
     case, _, labels = case_of("a", "p0")
     config = DataConfig(crop=(16, 16, 16), fill=(0.5, 0.9))
     for seed in range(40):
-        frame = object_frame(labels, SPACING, case.labels[1], config, np.random.default_rng(seed))
+        frame = object_frame(case, case.labels[1], config, np.random.default_rng(seed))
         assert sample_mask(labels, [2], frame).sum() >= MIN_TARGET_VOXELS
 
 
@@ -157,9 +160,10 @@ def test_crops_of_a_long_object_lie_along_all_of_it():
     """An object twice as long as the crop: the middle lies between the object's middle and any of its voxels, far beyond the jitter."""
     labels = np.zeros((8, 8, 40), np.uint8)
     labels[3:5, 3:5, 2:38] = 1
-    record = LabelRecord(1, "bar", 144, bounding_region(labels))
+    record = LabelRecord(1, "bar", 144, bounding_region(labels), points=np.argwhere(labels))
+    case = CaseRecord("s.a", "s", "a", "CT", (8, 8, 40), (1.0, 1.0, 1.0), True, [record])
     config = DataConfig(crop=(16, 16, 16), fill=(2.0, 2.0))
-    frames = [object_frame(labels, (1.0, 1.0, 1.0), record, config, np.random.default_rng(seed)) for seed in range(60)]
+    frames = [object_frame(case, record, config, np.random.default_rng(seed)) for seed in range(60)]
     middles = [f.to_volume((7.5, 7.5, 7.5))[2] for f in frames]
     assert min(middles) < 12 and max(middles) > 27 and abs(np.mean(middles) - 19.5) < 4
     jitter = 0.15 * 18 * math.exp(0.15)
@@ -185,22 +189,13 @@ def test_voxels_outside_the_volume_are_no_target(tmp_path):
     """A structure that meets the border does not go on beyond it."""
     labels = np.ones((8, 8, 8), np.uint8)
     image = np.random.default_rng(0).normal(0, 1, labels.shape).astype(np.float32)
-    case = CaseRecord("s.a", "s", "a", "CT", labels.shape, (1.0, 1.0, 1.0), True, [LabelRecord(1, "all", 512, bounding_region(labels))])
-    write_case(tmp_path, case, image, labels)
-    write_index(tmp_path, [case], {"s": {}})
-    dataset = CropDataset(DataConfig([str(tmp_path)], 0.0, (16, 16, 16), (0.83, 0.9), validation_share=0.0), 20, seed=0)
+    store_case(tmp_path, "s", "a", image, labels)
+    dataset = CropDataset(DataConfig([str(store_corpus(tmp_path))], 0.0, (16, 16, 16), (0.83, 0.9), validation_share=0.0), 20, seed=0)
     for index in range(20):
         sample = dataset[index]
         outside = (sample["image"] == 0).all(dim=0)
         assert outside.any() and not sample["target"][0][outside].any()
         assert torch.equal(sample["target"][0], ~outside)
-
-
-def test_sources_are_drawn_by_the_root_of_their_size(corpus):
-    stored = Corpus(corpus)
-    pairs = [(stored, case) for case in stored.cases if case.has_image]
-    weights = sampling._source_weights([pairs[:1], pairs[:4], pairs[:9]])
-    assert weights.tolist() == pytest.approx([1 / 6, 2 / 6, 3 / 6])
 
 
 def test_a_target_may_join_several_structures(corpus, monkeypatch):

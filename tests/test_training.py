@@ -340,7 +340,7 @@ def test_a_run_is_not_overwritten_nor_resumed_with_another_config(tmp_path):
     before = (tmp_path / "last.pt").read_bytes()
     with pytest.raises(InputError, match="run.folder already holds a run: .*--resume"):
         train(tiny_config(tmp_path, "optim.steps=2"), quiet=True)
-    with pytest.raises(InputError, match=r"must keep its config; changed: clicks\.policy 'uniform' -> 'centre'; optim\.lr 0\.003 -> 0\.1$"):
+    with pytest.raises(InputError, match=r"must keep its config; changed: clicks\.policy 'uniform' -> 'centre'; optim\.lr 0\.004 -> 0\.1$"):
         train(tiny_config(tmp_path, "optim.steps=4", "optim.lr=0.1", "clicks.policy=centre", "run.log_every=7"), resume=True, quiet=True)
     with pytest.raises(InputError, match=r"changed: run\.ema 0\.0 -> 0\.5; run\.seed 0 -> 1$"):
         train(tiny_config(tmp_path, "optim.steps=4", "run.seed=1", "run.ema=0.5"), resume=True, quiet=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,10 @@ from torch.utils.data import Dataset
 from samed3d.config import DataConfig
 from samed3d.crops import normalise, sample_crop
 from samed3d.data.augment import augment_intensity, orient
-from samed3d.data.corpus import CaseRecord, Corpus, LabelRecord, in_validation
+from samed3d.data.corpus import GROUP_SEPARATOR, CaseRecord, Corpus, LabelRecord, in_validation
 from samed3d.data.synthesis import synthetic_case
 from samed3d.errors import InputError
-from samed3d.geometry import CropFrame, Triple, as_triple
+from samed3d.geometry import CropFrame, as_triple
 
 logger = logging.getLogger(__name__)
 
@@ -38,43 +39,74 @@ LARGEST_CROP = 1.2
 LABELMAP_SHARE = 0.5
 """Share of generated samples that paint a corpus's label map instead of random shapes, where the corpus has any."""
 
-Choice = tuple[Corpus, CaseRecord]
+Choice = tuple[Corpus, CaseRecord, LabelRecord]
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """How often a structure is drawn, as powers: 1 is in proportion, 0 makes all alike, between tames the frequent.
+
+    Attributes:
+        source: Of a source's number of structures, in the source's share.
+        category: Of a category's number of structures within its source, in the category's share.
+        size: Of a structure's number of voxels, among those of its category; above 0 prefers large ones, below small ones.
+    """
+
+    source: float = 0.5
+    category: float = 0.5
+    size: float = 0.0
 
 
 class CropDataset(Dataset[dict[str, Tensor | str]]):
     """Index to sample: ``image`` (C, D, H, W) float32 normalised, ``target`` (1, D, H, W) bool, ``case`` its id.
 
+    The sample depends on seed and index alone, so that ranks, workers and a resumed run draw the same. A case whose file is damaged is
+    reported once, counted in ``bad`` and drawn no more.
+
     Args:
-        config: What to draw.
+        config: What to draw. A corpus may carry a weight, ``folder=3``: it is drawn three times as often as it would be.
         length: Number of samples; indices from ``start`` on, so that a resumed run goes on where it stopped.
         seed: Of all randomness.
         start: First index.
         normalisation: As in the model's spec.
+        weighting: How often sources, categories and sizes come.
 
     Raises:
         InputError: if a corpus has no case left for training.
     """
 
-    def __init__(self, config: DataConfig, length: int, seed: int, start: int = 0, normalisation: str = "zscore_rank") -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        length: int,
+        seed: int,
+        start: int = 0,
+        normalisation: str = "zscore_rank",
+        weighting: Weighting | None = None,
+    ) -> None:
         self.config, self.length, self.seed, self.start, self.normalisation = config, length, seed, start, normalisation
-        self.real: list[list[Choice]] = []
-        self.maps: list[list[Choice]] = []
-        for folder in config.corpus:
-            self._add(Corpus(Path(folder)))
-        if config.corpus and not self.real and config.synthetic_share < 1:
+        self.bad: dict[str, str] = {}
+        real: list[tuple[float, Choice]] = []
+        maps: list[tuple[float, Choice]] = []
+        for entry in config.corpus:
+            folder, weight = split_weight(entry)
+            corpus = Corpus(Path(folder))
+            for case in corpus.cases:
+                chosen = [(weight, (corpus, case, label)) for label in case.labels]
+                if not self._is_held_out(case):
+                    (real if case.has_image else maps).extend(chosen)
+        if config.corpus and not real and config.synthetic_share < 1:
             raise InputError(
                 f"no labelled image is left for training in {', '.join(config.corpus)}; check data.hold_out and data.validation_share"
             )
-        self.real_weights, self.map_weights = _source_weights(self.real), _source_weights(self.maps)
+        self.real, self.real_ends = _weighted(real, weighting or Weighting())
+        self.maps, self.map_ends = _weighted(maps, weighting or Weighting())
 
-    def _add(self, corpus: Corpus) -> None:
-        by_source: dict[tuple[str, bool], list[Choice]] = {}
-        for case in corpus.cases:
-            held = case.source in self.config.hold_out or in_validation(case.subject, self.config.validation_share, self.config.split_seed)
-            if case.labels and not held:
-                by_source.setdefault((case.source, case.has_image), []).append((corpus, case))
-        for (_, has_image), cases in sorted(by_source.items()):
-            (self.real if has_image else self.maps).append(cases)
+    def _is_held_out(self, case: CaseRecord) -> bool:
+        # Any member of the group: evaluation, which reads the sources and not the corpus, knows each only by its own name.
+        names = {case.subject, *filter(None, case.split_group.split(GROUP_SEPARATOR))}
+        held = any(in_validation(name, self.config.validation_share, self.config.split_seed) for name in names)
+        return held or case.split == "test" or case.source in self.config.hold_out
 
     def __len__(self) -> int:
         return self.length
@@ -87,63 +119,104 @@ class CropDataset(Dataset[dict[str, Tensor | str]]):
         """
         rng = np.random.default_rng([self.seed, self.start + index])
         for _ in range(ATTEMPTS):
-            image, target, case = self._draw(rng)
-            if int(target.sum()) >= MIN_TARGET_VOXELS:
-                return {"image": image, "target": target[None], "case": case}
-        raise RuntimeError(f"no target of {MIN_TARGET_VOXELS} voxels in {ATTEMPTS} attempts at sample {self.start + index}")
+            drawn = self._draw(rng)
+            if drawn is not None and int(drawn[1].sum()) >= MIN_TARGET_VOXELS:
+                return {"image": drawn[0], "target": drawn[1][None], "case": drawn[2]}
+        bad = f"; {len(self.bad)} cases are damaged, the last: {list(self.bad.values())[-1]}" if self.bad else ""
+        raise RuntimeError(f"no target of {MIN_TARGET_VOXELS} voxels in {ATTEMPTS} attempts at sample {self.start + index}{bad}")
 
-    def _draw(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, str]:
+    def _draw(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, str] | None:
+        """Image, target and case, or None for a damaged case."""
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         painted = rng.random() < self.config.synthetic_share
-        image, inside, target, case = self._generated(rng, generator) if painted else self._cut(rng)
+        choice = None
+        if painted:
+            if self.maps and rng.random() < LABELMAP_SHARE:
+                choice = self.maps[int(np.searchsorted(self.map_ends, rng.random(), side="right"))]
+        else:
+            choice = self.real[int(np.searchsorted(self.real_ends, rng.random(), side="right"))]
+        try:
+            if choice is None:
+                image, inside, target = self._invented(rng, generator)
+            else:
+                image, inside, target = self._painted(choice, rng, generator) if painted else self._cut(choice, rng)
+        except (InputError, OSError, RuntimeError, ValueError) as error:  # blosc2 and zlib report a damaged chunk in several ways
+            if choice is None:
+                raise
+            self._report(choice[1], error)
+            return None
         image, inside, target = orient([image, inside, target], rng)
         if not painted:
             image = augment_intensity(image, inside, generator)
-        return normalise(image, inside, self.normalisation), target, case
+        return normalise(image, inside, self.normalisation), target, choice[1].id if choice else "generated"
 
-    def _generated(self, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, str]:
-        """A painted sample with its exact mask: image, inside, target, case."""
-        if self.maps and rng.random() < LABELMAP_SHARE:
-            corpus, case, label = _pick(self.maps, self.map_weights, rng)
-            stored = corpus.arrays(case)[1]
-            frame = object_frame(stored, case.spacing_zyx_mm, label, self.config, rng)
-            drawn, name = _nearest(stored, frame), case.id
-            image, labels = synthetic_case(frame.shape_zyx, generator, torch.from_numpy(drawn.astype(np.int16)), deform=True)
-            value = label.value
-        else:
-            image, labels = synthetic_case(self.config.crop, generator)
-            values = np.unique(labels.numpy())
-            value, name = int(rng.choice(values[values > 0])) if (values > 0).any() else 0, "generated"
+    def _report(self, case: CaseRecord, error: Exception) -> None:
+        if case.id not in self.bad:
+            self.bad[case.id] = f"{case.id} ({error})"
+            logger.warning("skipping a damaged case: %s", self.bad[case.id])
+
+    def _invented(self, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """A sample of random shapes with its exact mask: image, inside, target."""
+        image, labels = synthetic_case(self.config.crop, generator)
+        values = np.unique(labels.numpy())
+        value = int(rng.choice(values[values > 0])) if (values > 0).any() else 0
         target = labels == value if value else torch.zeros_like(labels, dtype=torch.bool)
-        return image, torch.ones_like(target), target, name
+        return image, torch.ones_like(target), target
 
-    def _cut(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, str]:
-        """A crop of a labelled image: image, inside, target, case."""
-        corpus, case, label = _pick(self.real, self.real_weights, rng)
-        image, labels = corpus.arrays(case)
-        assert image is not None
-        frame = object_frame(labels, case.spacing_zyx_mm, label, self.config, rng)
+    def _painted(self, choice: Choice, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """A sample painted on a real label map: image, inside, target."""
+        corpus, case, label = choice
+        frame = object_frame(case, label, self.config, rng)
+        drawn = _nearest(corpus.labels(case, label.layer), frame)
+        image, labels = synthetic_case(frame.shape_zyx, generator, torch.from_numpy(drawn.astype(np.int16)), deform=True)
+        target = labels == label.value
+        return image, torch.ones_like(target), target
+
+    def _cut(self, choice: Choice, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """A crop of a labelled image: image, inside, target."""
+        corpus, case, label = choice
+        frame = object_frame(case, label, self.config, rng)
         values = [label.value]
         if rng.random() < UNION_PROBABILITY and len(case.labels) > 1:
-            values = [r.value for r in case.labels if rng.random() < 0.5 or r is label]
-        crop, inside = sample_crop(image, frame)
-        target = sample_mask(labels, values, frame) & inside
-        return crop, inside, target, case.id
+            values = [r.value for r in case.labels if r is label or (rng.random() < 0.5 and r.layer == label.layer)]
+        crop, inside = sample_crop(corpus.image(case), frame)
+        target = sample_mask(corpus.labels(case, label.layer), values, frame) & inside
+        return crop, inside, target
 
 
-def object_frame(labels: NDArray, spacing: Triple, label: LabelRecord, config: DataConfig, rng: np.random.Generator) -> CropFrame:
+def split_weight(entry: str) -> tuple[str, float]:
+    """A corpus entry of the config as folder and weight: ``corpora/a=3`` is drawn three times as often; 1 where none is given.
+
+    Raises:
+        InputError: if the weight is not a number above 0.
+    """
+    folder, equals, text = entry.rpartition("=")
+    if not equals or Path(entry).exists():
+        return entry, 1.0
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = 0.0
+    if not 0 < weight < math.inf:
+        raise InputError(f"data.corpus weight must be a number above 0, got {text!r} in {entry!r}")
+    return folder, weight
+
+
+def object_frame(case: CaseRecord, label: LabelRecord, config: DataConfig, rng: np.random.Generator) -> CropFrame:
     """A crop in which the object fills a drawn share (log-uniform in ``config.fill``) of the edge, placed with jitter."""
+    spacing = case.spacing_zyx_mm
     extent_mm = max(n * s for n, s in zip(label.region.shape_zyx, spacing, strict=True))
     low, high = config.fill
     fill = math.exp(rng.uniform(math.log(low), math.log(high)))
-    whole_mm = max(n * s for n, s in zip(labels.shape, spacing, strict=True))
+    whole_mm = max(n * s for n, s in zip(case.shape_zyx, spacing, strict=True))
     step_mm = min(extent_mm / fill, LARGEST_CROP * whole_mm) / max(config.crop)
     steps = [step_mm / s * math.exp(rng.uniform(-AXIS_JITTER, AXIS_JITTER)) for s in spacing]
-    start = label.region.start_zyx
-    inside = np.flatnonzero(labels[label.region.slices] == label.value)
-    voxel = np.unravel_index(int(rng.choice(inside)), label.region.shape_zyx)
+    assert label.points is not None
+    voxel = label.points[int(rng.integers(len(label.points)))].tolist()
     pull = rng.random()
-    middle = [a + pull * v + (1 - pull) * (n - 1) / 2 for a, v, n in zip(start, voxel, label.region.shape_zyx, strict=True)]
+    region = label.region
+    centre = [(a + b - 1) / 2 for a, b in zip(region.start_zyx, region.stop_zyx, strict=True)]
+    middle = [pull * v + (1 - pull) * c for v, c in zip(voxel, centre, strict=True)]
     jittered = [m + rng.uniform(-0.15, 0.15) * s * n for m, s, n in zip(middle, steps, config.crop, strict=True)]
     return CropFrame.centred(as_triple(jittered), as_triple(steps), config.crop)
 
@@ -160,23 +233,40 @@ def sample_mask(labels: NDArray, values: list[int], frame: CropFrame) -> Tensor:
 
 
 def _nearest(labels: NDArray, frame: CropFrame) -> NDArray:
-    """The label map on a frame by nearest neighbour; outside the volume is background."""
-    index, inside = [], []
+    """The label map on a frame by nearest neighbour; outside the volume is background. Reads only what lies under the frame."""
+    index, inside, part = [], [], []
     for axis, size in enumerate(labels.shape):
         at = frame.origin_zyx_vox[axis] + (np.arange(frame.shape_zyx[axis]) + 0.5) * frame.step_zyx_vox[axis] - 0.5
-        index.append(np.clip(np.round(at).astype(int), 0, size - 1))
+        voxel = np.clip(np.round(at).astype(int), 0, size - 1)
+        part.append(slice(int(voxel[0]), int(voxel[-1]) + 1))
+        index.append(voxel - voxel[0])
         inside.append((at >= -0.5) & (at < size - 0.5))
-    return labels[np.ix_(*index)] * (inside[0][:, None, None] & inside[1][:, None] & inside[2])
+    return labels[tuple(part)][np.ix_(*index)] * (inside[0][:, None, None] & inside[1][:, None] & inside[2])
 
 
-def _pick(groups: list[list[Choice]], weights: NDArray, rng: np.random.Generator) -> tuple[Corpus, CaseRecord, LabelRecord]:
-    """A source by weight, then a case, then a structure, each uniform."""
-    cases = groups[int(rng.choice(len(groups), p=weights))]
-    corpus, case = cases[int(rng.integers(len(cases)))]
-    return corpus, case, case.labels[int(rng.integers(len(case.labels)))]
-
-
-def _source_weights(groups: list[list[Choice]]) -> NDArray:
-    """Square root of the number of structures: large sources do not drown small ones, nor the reverse."""
-    sizes = np.sqrt([sum(len(case.labels) for _, case in cases) for cases in groups])
-    return sizes / sizes.sum() if len(groups) else sizes
+def _weighted(choices: list[tuple[float, Choice]], weighting: Weighting) -> tuple[list[Choice], NDArray[np.float64]]:
+    """The choices, and the ends of their stretches of 0..1."""
+    if not choices:
+        return [], np.zeros(0)
+    places: dict[tuple[str, str, str], tuple[int, int]] = {}  # (corpus, source, category) to numbers of source and category
+    numbered: dict[tuple[str, str], int] = {}
+    of_source, of_category, sizes = [], [], []
+    for _, (corpus, case, label) in choices:
+        key = (str(corpus.folder), case.source, label.category)
+        if key not in places:
+            places[key] = (numbered.setdefault(key[:2], len(numbered)), len(places))
+        of_source.append(places[key][0])
+        of_category.append(places[key][1])
+        sizes.append(label.voxels * math.prod(case.spacing_zyx_mm))
+    source, category = np.array(of_source), np.array(of_category)
+    size = np.array(sizes) ** weighting.size
+    in_category = np.bincount(category) ** weighting.category
+    home = np.zeros(len(places), np.int64)
+    home[category] = source
+    in_source = np.bincount(home, weights=in_category)
+    share = size / np.bincount(category, weights=size)[category] * (in_category / in_source[home])[category]
+    weights = np.array([weight for weight, _ in choices]) * np.bincount(source)[source] ** weighting.source * share
+    ends = np.cumsum(weights)
+    ends /= ends[-1]
+    ends[-1] = 1.0  # rounding must not leave a gap
+    return [choice for _, choice in choices], ends

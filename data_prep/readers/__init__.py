@@ -1,0 +1,127 @@
+"""Readers of source data: one file per layout on disk, and which of them a folder needs.
+
+Each reader lists cases without reading a voxel and loads one case when asked (``data_prep/cases.py``). A new layout is a new file and a
+line in ``READERS``. What bad input does is the same everywhere: a file that cannot become a case is a ``Problem`` of the listing, a case
+that cannot be loaded an ``InputError`` with its reason; nothing is dropped in silence and nothing on disk is changed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from data_prep.cases import RawArrays, RawCase, Reader
+from data_prep.readers.dicom import DicomReader
+from data_prep.readers.msd import MsdReader
+from data_prep.readers.names import safe_name, subfolders
+from data_prep.readers.nnunet import NnunetReader
+from data_prep.readers.npz import NpzReader
+from data_prep.readers.plain import PlainReader
+from data_prep.readers.sa_med3d import SaMed3dReader
+from data_prep.readers.totalseg import TotalsegReader
+from samed3d.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# How far below a SOURCE data sets are looked for.
+_MAX_DEPTH = 3
+
+
+class RepairingReader(Reader, Protocol):
+    """A reader that can mend a label whose grid is not its image's, when asked to."""
+
+    looks_for: str
+
+    def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
+        """The arrays of one case; see ``assembly.read_label_on`` for what is mended.
+
+        Raises:
+            InputError: with the reason, where the files of the case cannot be used.
+        """
+        ...
+
+
+# In order of recognition: layouts that say what they are first, those that many folders resemble last.
+READERS: dict[str, RepairingReader] = {
+    "msd": MsdReader(),
+    "nnunet": NnunetReader(),
+    "totalseg": TotalsegReader(),
+    "sa_med3d": SaMed3dReader(),
+    "npz": NpzReader(),
+    "plain": PlainReader(),
+    "dicom": DicomReader(),
+}
+
+
+def load_case(case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
+    """The arrays of one case, by the reader that listed it.
+
+    Args:
+        case: From ``Reader.cases``.
+        repair_geometry: Mend a label whose grid differs from its image's instead of refusing it.
+
+    Raises:
+        InputError: with the reason, where the files of the case cannot be used.
+    """
+    return READERS[case.reader].load(case, repair_geometry=repair_geometry)
+
+
+def find_sources(
+    paths: Sequence[Path], format: str | None = None, *, image_pattern: str | None = None, label_pattern: str | None = None
+) -> list[tuple[RepairingReader, Path]]:
+    """The data sets in folders, each with its reader.
+
+    Args:
+        paths: Data sets, or folders of data sets (of folders of data sets).
+        format: Name of a reader that all of them need, or None to recognise each by itself.
+        image_pattern: For plain folders, where the images are; see ``plain``. Given together with ``label_pattern``; means ``plain``.
+        label_pattern: For plain folders, where the labels are.
+
+    Raises:
+        InputError: if a path is no folder, the format is unknown, nothing is recognised in a path, or two data sets have one name.
+    """
+    if format is not None and format not in READERS:
+        raise InputError(f"--format must be one of {', '.join(READERS)}, got {format!r}")
+    readers: list[RepairingReader] = list(READERS.values()) if format is None else [READERS[format]]
+    if image_pattern is not None or label_pattern is not None:
+        if format not in (None, "plain"):
+            raise InputError(f"--image-pattern and --label-pattern are for --format plain, got --format {format}")
+        readers = [PlainReader(image_pattern, label_pattern)]
+    found: list[tuple[RepairingReader, Path]] = []
+    for path in paths:
+        if not path.is_dir():
+            raise InputError(f"source must be a folder, got {path}")
+        here = _below(path, readers, _MAX_DEPTH)
+        if not here:
+            looked = "; ".join(f"{reader.name}: {reader.looks_for}" for reader in readers)
+            raise InputError(f"no data set recognised in {path}; looked for {looked}")
+        found += [entry for entry in here if entry[1].resolve() not in {known.resolve() for _, known in found}]
+    names: dict[str, Path] = {}
+    for _, folder in found:
+        other = names.setdefault(safe_name(folder.resolve().name), folder)
+        if other != folder:
+            raise InputError(f"data sets need names of their own, got {other} and {folder}; rename one of the folders")
+    return found
+
+
+def _below(folder: Path, readers: Sequence[RepairingReader], depth: int) -> list[tuple[RepairingReader, Path]]:
+    for reader in readers:
+        if reader.recognises(folder) and not (reader.name == "dicom" and _holds_data_sets(folder, readers, depth)):
+            return [(reader, folder)]
+    if depth == 0:
+        return []
+    subs = subfolders(folder)
+    found = [entry for sub in subs for entry in _below(sub, readers, depth - 1)]
+    if found:
+        for sub in subs:
+            if not any(sub == known or sub in known.parents for _, known in found):
+                logger.warning("nothing recognised in %s, which is left out", sub)
+    return found
+
+
+def _holds_data_sets(folder: Path, readers: Sequence[RepairingReader], depth: int) -> bool:
+    """Whether a folder of DICOM files at some depth is a folder of data sets, of which some are in another layout."""
+    others = [reader for reader in readers if reader.name != "dicom"]
+    return bool(others) and depth > 0 and any(_below(sub, others, depth - 1) for sub in subfolders(folder))

@@ -1,0 +1,99 @@
+"""Generated cases as a source like any other: listed by number, loaded by making them. Same seed, same corpus.
+
+So they are stored, resumed, spread over processes and shown like real ones. What is made: ``samed3d/data/generated.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.cases import LabelLayer, Problem, RawArrays, RawCase, SourceFacts
+from data_prep.readers import find_sources, load_case
+from data_prep.resample import resample_labels, target_shape
+from samed3d.data.generated import GENERATED_KINDS, generated_case
+from samed3d.errors import InputError
+from samed3d.geometry import CanonicalView, Grid, as_triple
+from samed3d.volume import Volume
+
+NAME = "synthetic"
+
+
+@dataclass(frozen=True)
+class SyntheticReader:
+    """Generated cases.
+
+    Attributes:
+        kind: What is made, one of ``GENERATED_KINDS``.
+        count: How many cases.
+        seed: Case ``i`` depends on this and ``i`` alone: a larger count adds cases and changes none.
+        size: Edge of random shapes in voxels, and the longest side of label maps.
+        label_maps: Sources (any layout) whose label maps are painted, for kind ``"labelmaps"``.
+    """
+
+    kind: str = "shapes"
+    count: int = 100
+    seed: int = 0
+    size: int = 128
+    label_maps: list[Path] = field(default_factory=list)
+    name: str = NAME
+
+    def __post_init__(self) -> None:
+        if self.kind not in GENERATED_KINDS:
+            raise InputError(f"--kind must be one of {', '.join(GENERATED_KINDS)}, got {self.kind!r}")
+        if (self.kind == "labelmaps") != bool(self.label_maps):
+            raise InputError(f"--label-maps must be given with --kind labelmaps and with no other, got --kind {self.kind}")
+
+    def recognises(self, folder: Path) -> bool:
+        """Never: it is asked for by name."""
+        return False
+
+    def source(self, folder: Path) -> SourceFacts:
+        """A source of its own for every kind and seed."""
+        name = f"{NAME}_{self.kind}_{self.seed}"
+        licence = "as the label maps" if self.label_maps else "generated, no terms"
+        return SourceFacts(name, NAME, "generated", licence, "unclear" if self.label_maps else "ok", "samed3d prepare synthetic")
+
+    def cases(self, folder: Path) -> tuple[list[RawCase], list[Problem]]:
+        """As many as were asked for. A painted label map keeps its subject, so that splits keep people apart here as well."""
+        source = self.source(folder).name
+        maps = [case for reader, place in find_sources(self.label_maps) for case in reader.cases(place)[0]] if self.label_maps else []
+        if self.label_maps and not maps:
+            raise InputError(f"--label-maps must hold labelled cases, got none in {', '.join(map(str, self.label_maps))}")
+        listed = []
+        for number in range(self.count):
+            paths = {"kind": self.kind, "seed": f"{self.seed} {number}", "size": str(self.size)}
+            subject, name = f"{source}_{number:06d}", f"{self.kind}_{number:06d}"
+            if maps:
+                chosen = maps[int(np.random.default_rng([self.seed, number, 1]).integers(len(maps)))]
+                paths |= {"case": json.dumps(asdict(chosen)), **{f"map_{key}": value for key, value in chosen.paths.items()}}
+                subject = chosen.subject
+            listed.append(RawCase(name, source, subject, "generated", None, NAME, paths))
+        return listed, []
+
+    def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
+        """Make the case; see ``load_synthetic``."""
+        return load_synthetic(case, repair_geometry=repair_geometry)
+
+
+def load_synthetic(case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
+    """Make a case of a ``SyntheticReader``."""
+    size = int(case.paths["size"])
+    seed = [int(n) for n in case.paths["seed"].split()]
+    if "case" not in case.paths:
+        image, labels, grid, names = generated_case(case.paths["kind"], seed, (size, size, size))
+        return RawArrays([("generated", Volume(image, grid, case.id))], grid, [LabelLayer(labels, names)])
+    real = load_case(RawCase(**json.loads(case.paths["case"])), repair_geometry=repair_geometry)
+    view = CanonicalView.of(real.grid)
+    shape = target_shape(view.shape_zyx, view.spacing_zyx_mm, None, size)
+    spacing = as_triple([s * n / m for s, n, m in zip(view.spacing_zyx_mm, view.shape_zyx, shape, strict=True)])
+    layer = real.layers[0]
+    given = resample_labels(np.ascontiguousarray(view.to_canonical(layer.array)), shape)
+    values = np.unique(given[given > 0])  # as 1, 2, 3 ...: painting counts in 16 bits
+    image, labels, unit, _ = generated_case("labelmaps", seed, shape, np.searchsorted(values, given, side="left") + (given > 0))
+    names = {number: layer.names.get(int(value), f"label_{value}") for number, value in enumerate(values, start=1)}
+    grid = Grid(unit.shape_zyx, (spacing[2], spacing[1], spacing[0]), direction_lps=unit.direction_lps)
+    return RawArrays([("generated", Volume(image, grid, case.id))], grid, [LabelLayer(labels, names)])

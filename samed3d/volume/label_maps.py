@@ -1,0 +1,146 @@
+"""Reading label maps: whole numbers on a grid, with the checks that differ from an image's.
+
+A label map may be constant (an empty one is reported as that), must be integral, and must lie on its image's grid. Reading labels out of
+DICOM objects is in ``volume/dicom_labels.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from samed3d.errors import InputError
+from samed3d.geometry import Grid
+from samed3d.volume.files import read_file
+from samed3d.volume.itk import SUFFIXES, itk_reason, silenced
+
+logger = logging.getLogger(__name__)
+
+# Image and label must put every corner of the volume at the same place to within this share of the shortest voxel edge. Headers that
+# were rounded in single precision stay far below it, a shift by one voxel far above.
+GRID_TOLERANCE = 0.25
+
+
+class EmptyLabelError(InputError):
+    """A label map without a labelled voxel: bad for a whole case, normal for one structure of many."""
+
+
+def read_label_map(path: str | Path) -> tuple[NDArray, Grid]:
+    """Read a label map.
+
+    Returns:
+        (D, H, W) labels in the smallest of uint8, uint16 and uint32, and their grid. Whole numbers that are stored as floating point are
+        accepted with a warning.
+
+    Raises:
+        InputError: if the file is missing, damaged, not 3D, empty (all zero), negative, or holds fractions.
+    """
+    import SimpleITK as sitk
+
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"label does not exist: {path}")
+    volumes = count_volumes(path)
+    if volumes > 1:
+        raise InputError(f"label must be 3D, got 4D with {volumes} volumes: {path}; save each volume as its own label")
+    image = read_file(path, None)
+    grid = Grid(
+        shape_zyx=(image.GetDepth(), image.GetHeight(), image.GetWidth()),
+        spacing_xyz_mm=image.GetSpacing(),
+        origin_lps_mm=image.GetOrigin(),
+        direction_lps=image.GetDirection(),
+    )
+    return whole_numbers(sitk.GetArrayFromImage(image), str(path)), grid
+
+
+def whole_numbers(array: NDArray, name: str) -> NDArray:
+    """A label array as the smallest unsigned type that holds it.
+
+    Args:
+        array: (D, H, W) of any type.
+        name: What to call it in messages.
+
+    Raises:
+        InputError: if it is empty, negative, not finite, or holds fractions.
+    """
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"label must hold whole numbers, got {array.dtype}: {name}")
+    if array.dtype.kind == "f":
+        for plane in array:  # by slices, to keep the temporaries small
+            wrong = plane[(plane != np.rint(plane)) | ~np.isfinite(plane)]
+            if wrong.size:
+                raise InputError(f"label must hold whole numbers, got {float(wrong[0]):g}: {name}; threshold or round it first")
+        logger.warning("label is stored as floating point; its values are whole numbers and are taken as such: %s", name)
+    low, high = int(array.min()), int(array.max())
+    if low < 0:
+        raise InputError(f"label must not be negative, got {low}: {name}; map its values to 0 (background) and above")
+    if high == 0:
+        raise EmptyLabelError(f"label is empty, every voxel is 0: {name}; leave the case out")
+    if high > np.iinfo(np.uint32).max:
+        raise InputError(f"label values must be below 2^32, got {high}: {name}; renumber them")
+    small = np.uint8 if high <= 255 else np.uint16 if high <= 65535 else np.uint32
+    return array.astype(small, copy=False)
+
+
+def count_volumes(path: str | Path) -> int:
+    """How many 3D volumes an image file holds: more than one for a 4D image; judged by the header alone.
+
+    Raises:
+        InputError: if the file is not an image.
+    """
+    import SimpleITK as sitk
+
+    if not str(path).lower().endswith(SUFFIXES):
+        raise InputError(f"image must end in one of {' '.join(SUFFIXES)}, got {path}")
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    said: list[str] = []
+    try:
+        with silenced(said):
+            reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise InputError(f"image is truncated, damaged or missing: {path} ({itk_reason(error, said)})") from error
+    size = reader.GetSize()
+    return int(size[3]) if len(size) > 3 else 1
+
+
+def grid_difference(one: Grid, other: Grid) -> str:
+    """What keeps two grids from being the same, in words; empty where they agree (see ``GRID_TOLERANCE``)."""
+    if one.shape_zyx != other.shape_zyx:
+        return f"sizes (i, j, k) are {_shown(one.size_ijk)} and {_shown(other.size_ijk)}"
+    corners = np.array([[*corner, 1.0] for corner in itertools.product(*((0, n - 1) for n in one.size_ijk))])
+    apart = float(np.linalg.norm(corners @ (one.affine_ras - other.affine_ras).T, axis=1).max())
+    if apart <= GRID_TOLERANCE * min(one.spacing_xyz_mm):
+        return ""
+    return f"same size, but positions differ by up to {apart:.3g} mm"
+
+
+def resample_labels(array: NDArray, grid: Grid, onto: Grid) -> NDArray:
+    """A label map on another grid by physical position, nearest voxel; 0 outside. Exact where the two lattices coincide.
+
+    Args:
+        array: (D, H, W) integer labels on ``grid``.
+        grid: Where they are.
+        onto: Where they are wanted.
+    """
+    import SimpleITK as sitk
+
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(grid.spacing_xyz_mm)
+    image.SetOrigin(grid.origin_lps_mm)
+    image.SetDirection(grid.direction_lps)
+    resampler = sitk.ResampleImageFilter()
+    resampler.SetSize(onto.size_ijk)
+    resampler.SetOutputSpacing(onto.spacing_xyz_mm)
+    resampler.SetOutputOrigin(onto.origin_lps_mm)
+    resampler.SetOutputDirection(onto.direction_lps)
+    resampler.SetInterpolator(sitk.sitkNearestNeighbor)
+    return sitk.GetArrayFromImage(resampler.Execute(image))
+
+
+def _shown(size: tuple[int, int, int]) -> str:
+    return " x ".join(map(str, size))
