@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.data.corpus import in_validation
 from samed3d.errors import InputError
 from samed3d.volume import Volume, read_volume
+from samed3d.volume.label_maps import grid_difference, read_label_map
 
 SPLITS = ("val", "train", "all")
 
@@ -55,12 +55,14 @@ class LabelledCase:
         """The image, and the label map (D, H, W) in the file's own order.
 
         Raises:
-            InputError: if the two do not share one grid.
+            InputError: if the two do not share one grid, or the label map is not one.
+            EmptyLabelError: if nothing is labelled.
         """
-        image, labels = read_volume(self.image_path), read_volume(self.label_path)
-        if image.grid.shape_zyx != labels.grid.shape_zyx or not np.allclose(image.grid.affine_ras, labels.grid.affine_ras, atol=1e-3):
-            raise InputError(f"image and label must share one grid: {self.image_path} and {self.label_path}")
-        return image, labels.array
+        image = read_volume(self.image_path)
+        labels, grid = read_label_map(self.label_path)
+        if difference := grid_difference(image.grid, grid):
+            raise InputError(f"image and label must share one grid ({difference}): {self.image_path} and {self.label_path}")
+        return image, labels
 
 
 def find_cases(folders: list[Path], split: Split, which: str, limit: int | None = None) -> list[LabelledCase]:

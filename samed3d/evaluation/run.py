@@ -33,6 +33,7 @@ from samed3d.models.base import PromptableModel
 from samed3d.models.weights import find_checkpoint, read_header
 from samed3d.prompts import Point, Prompt
 from samed3d.volume import Volume
+from samed3d.volume.label_maps import EmptyLabelError
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,11 @@ def evaluate(
 def _measure_case(
     case: LabelledCase, networks: dict[str, PromptableModel | None], clicks: int, seeds: int, labels_per_case: int | None
 ) -> list[dict[str, Any]]:
-    volume, labels = case.read()
+    try:
+        volume, labels = case.read()
+    except EmptyLabelError as error:
+        logger.warning("passed over %s: %s", case.case, error)
+        return []
     counts = {int(v): int(n) for v, n in zip(*np.unique(labels, return_counts=True), strict=True) if v != 0 and n >= MIN_VOXELS}
     values = sorted(counts)
     if labels_per_case is not None and len(values) > labels_per_case:
