@@ -19,6 +19,8 @@ from samed3d.prompts import MASK_LOGIT_THRESHOLD
 logger = logging.getLogger(__name__)
 
 ZOOM_STEP = 1.6
+FIRST_LOOK = 0.35
+"""Edge of the crop around a first click, as a share of the volume's longest edge; never finer than the image's own resolution."""
 LARGEST_CROP = 1.0
 """Zooming out ends when the crop's edge is this multiple of the volume's longest edge."""
 BOX_FILL = 0.6
@@ -101,8 +103,9 @@ def _start(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed
         edge = max(_edge_mm(predictor, frame), _edge_around(predictor, prompts, frame))
         frame = _fitted(predictor, prompts, edge, _middle(previous.crop))
         return frame, predictor.lowres_of(previous.canvas, frame, previous.crop.lowres_logits)
-    if prompts.box is None:  # at the image's own resolution, or all of a small volume
-        edge = min(min(predictor.spacing_zyx_mm) * max(predictor.crop_shape), _largest_edge(predictor))
+    if prompts.box is None:
+        largest = _largest_edge(predictor)
+        edge = min(max(min(predictor.spacing_zyx_mm) * max(predictor.crop_shape), FIRST_LOOK * largest), largest)
         return _fitted(predictor, prompts, edge, prompts.points[-1][0]), None
     low, high = prompts.box
     size_mm = max((b - a) * s for a, b, s in zip(low, high, predictor.spacing_zyx_mm, strict=True))
