@@ -1,9 +1,9 @@
 """Where voxels are: image grids, positions, boxes and model crops. Pure numpy.
 
 Conventions of the whole package: arrays are (D, H, W) = z, y, x. Positions from outside are ``ijk`` (x first, 0-based, as ITK-SNAP,
-Slicer and NIfTI show them) or ``ras`` in millimetres. Only this file and ``volume.py`` convert between them.
+Slicer and NIfTI show them) or ``ras`` in millimetres. Only this file and ``volume/`` convert between them.
 
-Not here: reading files (``volume.py``), sampling a crop's intensities (``crops.py``). Read ``prompts.py`` next.
+Not here: reading files (``volume/``), sampling a crop's intensities (``crops.py``). Read ``prompts.py`` next.
 """
 
 from __future__ import annotations
@@ -180,6 +180,11 @@ class Region:
         """Index for an array; only meaningful for a region inside it (``clip`` first)."""
         a, b = self.start_zyx, self.stop_zyx
         return (slice(a[0], b[0]), slice(a[1], b[1]), slice(a[2], b[2]))
+
+    def slices_in(self, whole: Region) -> tuple[slice, slice, slice]:
+        """Index of this region in an array that covers ``whole``, which must hold it."""
+        a, b, s = self.start_zyx, self.stop_zyx, whole.start_zyx
+        return (slice(a[0] - s[0], b[0] - s[0]), slice(a[1] - s[1], b[1] - s[1]), slice(a[2] - s[2], b[2] - s[2]))
 
     def clip(self, shape_zyx: IntTriple) -> Region:
         """The part inside an array of that shape."""

@@ -71,7 +71,9 @@ def test_the_mask_follows_however_the_volume_is_stored(axes, flips):
     straight.add(Point(ras, space="ras"))
     other = permuted(volume, axes, flips)
     turned = Session(other, model)
-    turned.add(Point(ras, space="ras"))
+    update = turned.add(Point(ras, space="ras"))
+    np.testing.assert_array_equal(update.mask, turned.mask[update.region.slices])
+    assert update.mask.sum() == turned.mask.sum()
     expected = permuted(Volume(straight.probability, volume.grid, ""), axes, flips).array
     assert straight.probability.std() > 0
     np.testing.assert_allclose(turned.probability, expected, atol=1e-5)

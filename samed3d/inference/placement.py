@@ -207,19 +207,12 @@ def _blend(predictor: CropPredictor, tiles: list[CropMask], previous: Placed | N
         region = region.union(canvas.region)
     logits = torch.full(region.shape_zyx, BACKGROUND_LOGIT)
     if previous is not None:
-        logits[_inside(previous.canvas.region, region)] = previous.canvas.logits
+        logits[previous.canvas.region.slices_in(region)] = previous.canvas.logits
     total, weights = torch.zeros(region.shape_zyx), torch.zeros(region.shape_zyx)
     for canvas in pasted:
-        where = _inside(canvas.region, region)
+        where = canvas.region.slices_in(region)
         hats = [1e-3 + 1 - torch.linspace(-1, 1, n + 2)[1:-1].abs() for n in canvas.region.shape_zyx]
         weight = hats[0][:, None, None] * hats[1][:, None] * hats[2]
         total[where] += canvas.logits * weight
         weights[where] += weight
     return Canvas(region, torch.where(weights > 0, total / weights.clamp(min=1e-9), logits))
-
-
-def _inside(part: Region, whole: Region) -> tuple[slice, slice, slice]:
-    """Index of a region in an array that covers ``whole``."""
-    start = whole.start_zyx
-    a, b = part.start_zyx, part.stop_zyx
-    return (slice(a[0] - start[0], b[0] - start[0]), slice(a[1] - start[1], b[1] - start[1]), slice(a[2] - start[2], b[2] - start[2]))

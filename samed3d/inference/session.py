@@ -143,11 +143,14 @@ class Session:
         state.placed = self._obeyed(place(self._predictor, canonical, state.placed), canonical)
         state.canonical, state.given.prompts = canonical, given
         self._objects[object_id], self._current = state, object_id
-        region = state.placed.canvas.region if before is None else before.union(state.placed.canvas.region)
-        stored = self.volume.view.region_to_stored(region)
+        canvas = state.placed.canvas
+        region = canvas.region if before is None else before.union(canvas.region)
+        mask = np.zeros(region.shape_zyx, dtype=np.uint8)  # of the changed part only: a click never costs a pass over the volume
+        mask[canvas.region.slices_in(region)] = (canvas.logits > MASK_LOGIT_THRESHOLD).numpy()
+        stored, mask = self.volume.view.region_to_stored(region), self.volume.view.to_stored(mask)
         seconds = time.perf_counter() - began
         state.seconds.append(seconds)
-        return MaskUpdate(stored, self.mask_of(object_id)[stored.slices], seconds)
+        return MaskUpdate(stored, np.ascontiguousarray(mask), seconds)
 
     def _to_canonical(self, prompt: Prompt, onto: CanonicalPrompts) -> None:
         """Check a prompt against the volume and the model, and append its canonical form."""
