@@ -30,6 +30,12 @@ class ModelConfig:
     """Keyword arguments of the model's builder; empty keeps its own numbers."""
     weights: str = ""
     """Checkpoint to start from (name or file); empty starts from random weights."""
+    train: Literal["all", "decoder", "adapters"] = "all"
+    """Which parameters learn: all, everything but the image encoder, or only adapters put on a frozen image encoder and the decoder."""
+    adapter: Literal["none", "lora", "fact"] = "none"
+    """Adapter on the image encoder's attention or convolutions; needed for train: adapters."""
+    rank: int = 8
+    """Rank of the adapter."""
 
 
 @dataclass(frozen=True)

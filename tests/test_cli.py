@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from samed3d import cli
 from samed3d.cli import main
+from samed3d.cli import segment as segment_command
 from samed3d.geometry import Grid
 from samed3d.models import MODELS, create_model
 from samed3d.models.base import ModelEntry
@@ -122,7 +122,7 @@ def test_a_prompt_file_of_two_objects(place, tmp_path, capsys):
 
 
 def test_boxes_come_first_then_positive_then_negative_points():
-    [one] = cli._gather_prompts(["1,2,3", "4,5,6"], ["7,8,9"], ["0,0,0,9,9,9"], "ras", None)
+    [one] = segment_command._gather_prompts(["1,2,3", "4,5,6"], ["7,8,9"], ["0,0,0,9,9,9"], "ras", None)
     assert one.prompts == [
         Box((0, 0, 0), (9, 9, 9), "ras"),
         Point((1, 2, 3), True, "ras"),
@@ -192,7 +192,7 @@ def break_segment(monkeypatch, error: BaseException) -> None:
     def fail(*_values):
         raise error
 
-    monkeypatch.setattr(cli, "_gather_prompts", fail)
+    monkeypatch.setattr(segment_command, "_gather_prompts", fail)
 
 
 def test_our_fault_is_one_line_and_exit_code_1(monkeypatch, capsys):

@@ -16,7 +16,8 @@ from samed3d.errors import InputError
 from samed3d.evaluation import run
 from samed3d.evaluation.baselines import RegionGrowing
 from samed3d.evaluation.cases import Split, find_cases
-from samed3d.evaluation.run import FIELDS, click_through, evaluate, summarise
+from samed3d.evaluation.clicking import click_through
+from samed3d.evaluation.run import FIELDS, evaluate, summarise
 from samed3d.geometry import Grid
 from samed3d.metrics import dice
 from samed3d.models import MODELS, create_model

@@ -143,7 +143,7 @@ def test_the_cycle_finder_finds_one():
         ("SimpleITK", r"samed3d\.volume(\..*)?", 1),
         ("pydicom", r"samed3d\.volume(\..*)?", 0),
         ("timm", r"samed3d\.(nn|models)\..*", 0),
-        ("typer", r"samed3d\.cli", 1),
+        ("typer", r"samed3d\.cli(\..*)?", 1),
         ("fastapi", r"samed3d\.apps\..*", 0),
         ("napari", r"samed3d\.apps\..*", 0),
     ],

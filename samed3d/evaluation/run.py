@@ -11,28 +11,22 @@ import json
 import logging
 import os
 import platform
-import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from samed3d.clicks import next_click
 from samed3d.errors import InputError
 from samed3d.evaluation.baselines import BASELINES, RegionGrowing
 from samed3d.evaluation.cases import LabelledCase, Split, find_cases
-from samed3d.geometry import zyx_to_ijk
+from samed3d.evaluation.clicking import Clickable, click_through
 from samed3d.inference.session import Session
-from samed3d.metrics import dice
 from samed3d.models import load
 from samed3d.models.base import PromptableModel
 from samed3d.models.weights import find_checkpoint, read_header
-from samed3d.prompts import Point, Prompt
-from samed3d.volume import Volume
 from samed3d.volume.label_maps import EmptyLabelError
 
 logger = logging.getLogger(__name__)
@@ -40,16 +34,6 @@ logger = logging.getLogger(__name__)
 FIELDS = tuple("model group source case subject modality label name voxels seed click dice obeyed seconds".split())
 MIN_VOXELS = 100
 BOOTSTRAP = 1000
-
-
-class Clickable(Protocol):
-    """What is measured: a ``Session`` or a baseline."""
-
-    def add(self, prompt: Prompt, object_id: int = 1) -> Any:
-        """Take a prompt."""
-
-    def mask_of(self, object_id: int) -> NDArray[np.uint8]:
-        """The mask after it."""
 
 
 def evaluate(
@@ -133,37 +117,6 @@ def _measure_case(
                 rng = np.random.default_rng([seed, number])
                 clicked = click_through(subject, volume, target, clicks, rng, object_id=1 + seed + seeds * number)
                 rows += [{"model": name, **about, **structure, "seed": seed, **row} for row in clicked]
-    return rows
-
-
-def click_through(
-    subject: Clickable, volume: Volume, target: NDArray[np.bool_], clicks: int, rng: np.random.Generator, object_id: int
-) -> list[dict[str, Any]]:
-    """Click one structure up to ``clicks`` times; one row per click, a perfect mask repeats its last row, an empty target gives none.
-
-    Args:
-        subject: What is measured.
-        volume: Its image.
-        target: (D, H, W) bool, in the file's own order.
-        clicks: How many.
-        rng: Of the first click.
-        object_id: A number not used before on ``subject``.
-    """
-    mask = np.zeros(target.shape, dtype=bool)
-    rows: list[dict[str, Any]] = []
-    for turn in range(1, clicks + 1):
-        click = next_click(mask, target, "uniform" if turn == 1 else "centre", rng)
-        if click is None:
-            rows += [rows[-1] | {"click": turn, "seconds": 0.0}] if rows else []
-            continue
-        zyx, positive = click
-        began = time.perf_counter()
-        subject.add(Point(zyx_to_ijk(zyx), positive), object_id=object_id)
-        seconds = time.perf_counter() - began
-        mask = subject.mask_of(object_id).astype(bool)
-        rows.append(
-            {"click": turn, "dice": round(dice(mask, target), 5), "obeyed": int(mask[zyx] == positive), "seconds": round(seconds, 4)}
-        )
     return rows
 
 

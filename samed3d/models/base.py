@@ -1,4 +1,4 @@
-"""The contract every promptable model keeps: encode once, decode per prompt.
+"""The contracts that models keep: promptable ones encode once and decode per prompt, semantic ones give all classes at once.
 
 A model sees one crop, already resampled and normalised as its ``ModelSpec`` says; it never sees a file, a spacing or a user. Builders are
 listed in ``models/__init__.py``; weights are read and written by ``models/weights.py``. Read ``models/sam_med3d.py`` next.
@@ -33,6 +33,9 @@ class ModelSpec:
         first_mask: What stands for "no mask yet": ``"none"`` (a trained no-mask state) or ``"zeros"`` (zero logits, SAM-Med3D).
         click_logit_threshold: Logit above which training's simulated user called a voxel foreground (0.5 in SAM-Med3D's code).
         source: Paper or repository that defines the architecture.
+        classes: Output channels of a ``SemanticModel``, background first; 0 for a promptable model.
+        in_channels: Image channels of a ``SemanticModel`` whose volumes have several (MR sequences); a promptable model's number of
+            channels follows from ``normalisation``.
     """
 
     name: str
@@ -46,6 +49,8 @@ class ModelSpec:
     first_mask: str = "none"
     click_logit_threshold: float = MASK_LOGIT_THRESHOLD
     source: str = ""
+    classes: int = 0
+    in_channels: int = 1
 
 
 @dataclass
@@ -84,6 +89,24 @@ class PromptableModel(nn.Module, ABC):
     def forward(self, image: Tensor, prompts: PromptBatch) -> MaskOutput:
         """``decode(encode(image), prompts)``."""
         return self.decode(self.encode(image), prompts)
+
+
+class SemanticModel(nn.Module, ABC):
+    """Base of all automatic models: every class of a crop at once, no prompt. ``config`` holds the keyword arguments that rebuild it."""
+
+    spec: ModelSpec
+    config: dict[str, Any]
+
+    @abstractmethod
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits (B, K, D, H, W) of a (B, C, D, H, W) crop, normalised as the spec says; channel 0 is background."""
+
+    def forward_supervised(self, image: Tensor) -> list[tuple[float, Tensor]]:
+        """What training compares with the truth: (weight, logits) per output, the finest first; coarser ones only with deep supervision."""
+        return [(1.0, self(image))]
+
+
+AnyModel = PromptableModel | SemanticModel
 
 
 @dataclass(frozen=True)
