@@ -119,10 +119,11 @@ class SamMed3D(PromptableModel):
         Raises:
             InputError: if the crop has another shape.
         """
-        d, h, w = self.numbers.input_shape
-        if tuple(image.shape[1:]) != (1, d, h, w):
-            raise InputError(f"image must be (B, 1, {d}, {h}, {w}) for {self.spec.name}, got {tuple(image.shape)}; resample the crop")
-        return {"image": self.image_encoder(image)}
+        return {"image": self.image_encoder(self._checked(image))}
+
+    def layer_features(self, image: Tensor) -> list[Tensor]:
+        """What distillation compares: (B, d, h, w, dim) after each block, then the neck's (B, d, h, w, prompt_dim)."""
+        return self.image_encoder.layer_features(self._checked(image))
 
     def decode(self, features: Features, prompts: PromptBatch) -> MaskOutput:
         """One mask (B, 1, D, H, W) from clicks and the earlier mask; ``lowres_logits`` has four voxels per token edge.
@@ -142,6 +143,12 @@ class SamMed3D(PromptableModel):
         lowres, iou = self.mask_decoder(image, positions, sparse, dense, maps=1, sparse_valid=valid)
         logits = F.interpolate(lowres, size=self.numbers.input_shape, mode="trilinear", align_corners=False)
         return MaskOutput(logits, iou[:, :1], lowres)
+
+    def _checked(self, image: Tensor) -> Tensor:
+        d, h, w = self.numbers.input_shape
+        if tuple(image.shape[1:]) != (1, d, h, w):
+            raise InputError(f"image must be (B, 1, {d}, {h}, {w}) for {self.spec.name}, got {tuple(image.shape)}; resample the crop")
+        return image
 
     def _mask_prompt(self, image: Tensor, mask_logits: Tensor | None) -> Tensor | None:
         if mask_logits is None and self.spec.first_mask == "zeros":

@@ -118,6 +118,17 @@ class ImageEncoder(nn.Module):
             x = layer(x.contiguous())  # a channels-last input would have the convolution reorder its weights at every call
         return x
 
+    def layer_features(self, x: Tensor) -> list[Tensor]:
+        """What ``forward`` computes on its way: (B, d, h, w, dim) after each block, then the neck's output as (B, d, h, w, out_dim)."""
+        features: list[Tensor] = []
+        hooks = [block.register_forward_hook(lambda _module, _inputs, out: features.append(out)) for block in self.blocks]
+        try:
+            out = self(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [*features, out.movedim(1, -1)]
+
 
 class ConvStem(nn.Module):
     """Strided convolutions from voxels to tokens, which also yields a finer feature map for the mask decoder.
