@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from samed3d.config import DataConfig, TrainConfig, load_config, to_dict
+from samed3d.config import DataConfig, TrainConfig, config_of, load_config, to_dict
 from samed3d.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,6 +22,14 @@ def write(folder: Path, text: str) -> Path:
 
 def test_no_file_gives_the_defaults():
     assert load_config(TrainConfig) == TrainConfig()
+
+
+def test_plain_values_of_an_older_run_get_the_defaults_of_newer_keys():
+    told = to_dict(TrainConfig())
+    del told["validation"], told["optim"]["lr_scale"]
+    assert config_of(TrainConfig, told) == TrainConfig()
+    with pytest.raises(InputError, match=r"unknown config key 'optim\.lrr'"):
+        config_of(TrainConfig, {"optim": {"lrr": 1}})
 
 
 def test_file_then_overrides_the_last_wins(tmp_path):
@@ -54,7 +62,7 @@ def test_a_config_is_frozen():
     [
         ("optim.lrr=1", r"unknown config key 'optim\.lrr'; did you mean optim\.lr\?"),
         ("optm.lr=1", r"unknown config key 'optm'; did you mean optim\?"),
-        ("optim.zzzzzz=1", r"known here: lr, weight_decay"),
+        ("optim.zzzzzz=1", r"known here: lr, lr_scale, weight_decay"),
         ("optim.lr=fast", r"'optim\.lr' must be a finite number, got 'fast'"),
         ("optim.lr=.inf", r"'optim\.lr' must be a finite number, got inf"),
         ("optim.lr=true", r"'optim\.lr' must be a number, got True"),
@@ -67,6 +75,14 @@ def test_a_config_is_frozen():
         ("data.corpus=one", r"'data\.corpus' must be a list of values, got 'one'"),
         ("clicks.policy=random", r"'clicks\.policy' must be one of uniform, centre, ritm, got 'random'"),
         ("model.overrides=3", r"'model\.overrides' must be a mapping, got 3"),
+        ("data.spacing_mm=-1", r"data\.spacing_mm must be 0 \(the object's scale\) or more, got -1"),
+        ("clicks.mask_only_turns=[first]", r"clicks\.mask_only_turns may hold last and random, got \['first'\]"),
+        ("optim.milestones=[0.6, 0.5]", r"optim\.milestones must be rising shares of a cycle, above 0 and at most 1, got \[0\.6, 0\.5\]"),
+        ("optim.lr_scale={mask_decoder: 0}", r"optim\.lr_scale\.mask_decoder must be a number above 0, got 0"),
+        ("optim.cycles=0", r"optim\.cycles must be 1 or more, got 0"),
+        ("run.keep=-1", r"run\.keep must be 0 \(last\.pt alone\) or more, got -1"),
+        ("validation.clicks=0", r"validation\.clicks must be 1 or more, got 0"),
+        ("loss.distill=1", r"loss\.teacher must name a checkpoint when loss\.distill is above 0, got ''"),
         ("optim=3", r"'optim' must be a section of keys, got 3"),
         ("optim.lr", r"--set needs section\.key=value, got 'optim\.lr'"),
         ("optim..lr=1", r"--set needs section\.key=value"),
@@ -141,7 +157,7 @@ def test_every_config_file_loads_and_opens_with_its_command(path):
 def test_every_field_says_what_it_means():
     import ast
 
-    tree = ast.parse((ROOT / "samed3d" / "config.py").read_text())
+    tree = ast.parse((ROOT / "samed3d" / "config" / "sections.py").read_text())
     checked = 0
     for node in tree.body:
         if not isinstance(node, ast.ClassDef) or node.name == "TrainConfig":

@@ -1,0 +1,153 @@
+"""A config from YAML and dotted overrides, and back to plain values.
+
+A key that no dataclass has is refused with the nearest name, a value of the wrong type with the key, the rule and the value. What the keys
+mean is in ``config/sections.py``; ``configs/tiny_cpu.yaml`` is the smallest file that trains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from samed3d.config.sections import check
+from samed3d.errors import InputError
+
+T = TypeVar("T")
+
+
+def load_config(cls: type[T], path: Path | str | None = None, overrides: Sequence[str] = ()) -> T:
+    """A config dataclass from a YAML file and overrides.
+
+    Args:
+        cls: The dataclass to build; its own defaults stand for what the file leaves out.
+        path: YAML file, or None for the defaults.
+        overrides: ``"section.key=value"`` strings, the value in YAML; later ones win.
+
+    Raises:
+        InputError: for a missing or broken file, an unknown key (the nearest name is given), a wrong type or a broken rule.
+    """
+    tree: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(tree, override)
+    return _build(cls, tree, "")
+
+
+def config_of(cls: type[T], tree: Mapping[str, Any]) -> T:
+    """A config dataclass from plain values, such as those of ``to_dict``; what is left out has its default.
+
+    Raises:
+        InputError: for an unknown key, a wrong type or a broken rule.
+    """
+    return _build(cls, dict(tree), "")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as plain dicts and lists, ready for YAML or JSON; ``load_config`` reads it back to an equal object."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise InputError(f"config file cannot be read: {path} ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"config file must be UTF-8 text: {path}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise InputError(f"config file must be a mapping of sections, got a {type(tree).__name__}: {path}")
+    return tree
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    import yaml  # here, so that importing the dataclasses costs nothing on a bare GPU machine
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"not valid YAML: {where}{line} ({getattr(error, 'problem', None) or 'unreadable'})") from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not sign or not all(parts):
+        raise InputError(f"--set needs section.key=value, got {override!r}")
+    node = tree
+    for part in parts[:-1]:
+        below = node.get(part)
+        if below is None:
+            below = node[part] = {}
+        if not isinstance(below, dict):
+            raise InputError(f"--set {override!r}: {part!r} is a value, not a section")
+        node = below
+    node[parts[-1]] = _parse_yaml(text, f"--set {override}")
+
+
+def _build(cls: type[T], tree: Any, prefix: str) -> T:
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise InputError(f"config key {prefix!r} must be a section of keys, got {tree!r}")
+    hints = get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        dotted = f"{prefix}.{key}" if prefix else str(key)
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
+            remedy = f"did you mean {f'{prefix}.' if prefix else ''}{near[0]}?" if near else f"known here: {', '.join(hints)}"
+            raise InputError(f"unknown config key {dotted!r}; {remedy}")
+        values[key] = _coerce(value, hints[key], dotted)
+    return cls(**values)
+
+
+def _coerce(value: Any, kind: Any, key: str) -> Any:
+    """``value`` as ``kind``, changed only where nothing is lost (int to float, list to tuple, "1e-4" to float)."""
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, key)  # type: ignore[arg-type]
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _coerce(value, next(k for k in inner if k is not type(None)), key)
+    if origin is Literal:
+        check(value in inner, f"config key {key!r}", f"must be one of {', '.join(map(str, inner))}", value)
+        return value
+    if origin in (list, tuple):
+        fixed = len(inner) if origin is tuple and inner[-1] is not Ellipsis else None
+        rule = f"must be a list of {fixed or ''} values".replace("  ", " ")
+        check(isinstance(value, list | tuple) and (fixed is None or len(value) == fixed), f"config key {key!r}", rule, value)
+        kinds = inner if fixed is not None else [inner[0]] * len(value)
+        return origin(_coerce(v, k, f"{key}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
+    if origin is dict:
+        check(value is None or isinstance(value, dict), f"config key {key!r}", "must be a mapping", value)
+        return {str(k): v for k, v in (value or {}).items()}
+    return _coerce_scalar(value, kind, key)
+
+
+def _coerce_scalar(value: Any, kind: Any, key: str) -> Any:
+    if kind is float and not isinstance(value, bool):
+        try:
+            number = float(value)  # YAML 1.1 reads 1e-4 as text
+        except (TypeError, ValueError):
+            number = math.nan
+        check(math.isfinite(number), f"config key {key!r}", "must be a finite number", value)
+        return number
+    rules = {bool: "must be true or false", int: "must be a whole number", float: "must be a number", str: "must be text"}
+    good = isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool)
+    check(good, f"config key {key!r}", rules.get(kind, f"must be a {kind.__name__}"), value)
+    return value
