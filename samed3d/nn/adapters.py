@@ -1,0 +1,294 @@
+"""Low-rank adapters on the layers of a trained encoder: LoRA and FacT, for projections of attention and for 3D convolutions.
+
+An adapted layer *is* the plain layer (same class, same parameters under the same names) with a few parameters beside them, so that a
+state dict of the plain model loads into the adapted one but for the adapters' own keys. Adapters start at zero: the adapted model equals
+the plain one bit for bit until it is trained. Not here: what is frozen (``training/trainable.py``), files (``models/adapter_weights.py``),
+adapters with layers of their own between blocks (``nn/adapters3d.py``). Read ``training/trainable.py`` next.
+
+Source: LoRA, Hu et al. 2021 (arXiv 2106.09685); FacT in its tensor-train form, Jie and Deng 2023 (arXiv 2212.03145), as MA-SAM uses it on
+queries and values (arXiv 2309.08842). For convolutions our own forms, each the same idea with the kernel in the middle factor.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from samed3d.errors import InputError
+
+ADAPTER_KINDS = ("lora", "fact")
+QUERY_AND_VALUE = (0, 2)
+"""Of the three parts of a fused query-key-value projection."""
+
+
+class AdaptedLinear(nn.Linear):
+    """A linear layer that takes over another's parameters and adds something to some equal parts of its output.
+
+    Args:
+        linear: The trained layer; its parameters are used, not copied.
+        parts: Which parts of the output are changed: 0 and 2 of 3 for queries and values of a fused projection.
+        of: Number of parts.
+
+    Raises:
+        InputError: if the output cannot be cut into that many parts.
+    """
+
+    def __init__(self, linear: nn.Linear, parts: tuple[int, ...], of: int) -> None:
+        if linear.out_features % of or not parts or not all(0 <= p < of for p in parts):
+            raise InputError(f"parts must be among {of} equal ones of {linear.out_features} outputs, got {parts}")
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.parts, self.width = parts, linear.out_features // of
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        out = F.linear(x, self.weight, self.bias)
+        for part, change in zip(self.parts, self.changes(x), strict=True):
+            out.narrow(-1, part * self.width, self.width).add_(change.to(out.dtype))
+        return out
+
+    def changes(self, x: Tensor) -> list[Tensor]:
+        """What is added to each part, (..., out / of)."""
+        raise NotImplementedError
+
+    def merged(self) -> nn.Linear:
+        """A plain layer with the change in its weight."""
+        plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        weight = self.weight.detach().clone()
+        self.eval()  # no dropout in what is merged
+        unit = torch.eye(self.in_features, device=weight.device)
+        with torch.no_grad():
+            for part, change in zip(self.parts, self.changes(unit), strict=True):
+                weight.narrow(0, part * self.width, self.width).add_(change.T.to(weight.dtype))
+        plain.weight, plain.bias = nn.Parameter(weight), self.bias
+        return plain
+
+
+class LoraLinear(AdaptedLinear):
+    """W + scale * up @ down on each of ``parts``; ``up`` starts at zero. Arguments as ``AdaptedLinear``, and the rank."""
+
+    def __init__(self, linear: nn.Linear, rank: int, parts: tuple[int, ...] = (0,), of: int = 1, scale: float = 1.0) -> None:
+        super().__init__(linear, parts, of)
+        self.scale = scale
+        self.lora_down = nn.Parameter(_uniform((len(parts), rank, self.in_features), self.in_features, linear.weight))
+        self.lora_up = nn.Parameter(linear.weight.new_zeros(len(parts), self.width, rank, dtype=torch.float32))
+
+    def changes(self, x: Tensor) -> list[Tensor]:
+        """See ``AdaptedLinear``; computed in the adapter's own precision unless autocast says otherwise."""
+        x = x.to(self.lora_down.dtype)
+        return [F.linear(F.linear(x, down), up) * self.scale for down, up in zip(self.lora_down, self.lora_up, strict=True)]
+
+
+class FactShared(nn.Module):
+    """The outer factors that all layers of one width share: ``u`` (in, rank) and ``v`` (rank, out), which starts at zero."""
+
+    def __init__(self, dim_in: int, rank: int, dim_out: int | None = None) -> None:
+        super().__init__()
+        self.u = nn.Parameter(_uniform((dim_in, rank), dim_in))
+        self.v = nn.Parameter(torch.zeros(rank, dim_in if dim_out is None else dim_out))
+
+
+class FactLinear(AdaptedLinear):
+    """W + scale * (u core v)^T on each of ``parts``, with a rank x rank core per part and u, v of ``shared``.
+
+    Args:
+        linear: As ``AdaptedLinear``.
+        shared: Outer factors; the caller registers them once (they are not a submodule of this layer, so that no state dict holds them
+            twice). Its ``v`` has the width of a part.
+        parts: As ``AdaptedLinear``.
+        of: As ``AdaptedLinear``.
+        scale: Factor of the change.
+        dropout: After the core (MA-SAM: 0.1).
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        shared: FactShared,
+        parts: tuple[int, ...] = QUERY_AND_VALUE,
+        of: int = 3,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(linear, parts, of)
+        rank = shared.u.shape[1]
+        self.scale, self.dropout, self._shared = scale, dropout, (shared,)  # the tuple keeps it from being a submodule
+        self.fact_cores = nn.Parameter(_uniform((len(parts), rank, rank), rank, linear.weight))
+
+    def changes(self, x: Tensor) -> list[Tensor]:
+        """See ``AdaptedLinear``."""
+        shared = self._shared[0]
+        low = F.linear(x.to(shared.u.dtype), shared.u.T)
+        mixed = [F.dropout(F.linear(low, core), self.dropout, self.training) for core in self.fact_cores]
+        return [F.linear(m, shared.v.T) * self.scale for m in mixed]
+
+
+class AdaptedConv3d(nn.Conv3d):
+    """A convolution that takes over another's parameters and adds a low-rank one of the same reach.
+
+    Raises:
+        InputError: for grouped or non-zero-padded convolutions.
+    """
+
+    def __init__(self, conv: nn.Conv3d) -> None:
+        if conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            raise InputError(f"an adapter needs an ungrouped convolution padded with a number of zeros, got {conv}")
+        size: tuple[int, int, int] = (conv.kernel_size[0], conv.kernel_size[1], conv.kernel_size[2])
+        bias = conv.bias is not None
+        super().__init__(conv.in_channels, conv.out_channels, size, bias=bias, device="meta")
+        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
+        self.weight, self.bias = conv.weight, conv.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, in, D, H, W) to (B, out, d, h, w)."""
+        out = super().forward(input)
+        return out + self.change(input).to(out.dtype)
+
+    def change(self, x: Tensor) -> Tensor:
+        """What is added, (B, out, d, h, w)."""
+        raise NotImplementedError
+
+    def change_of_weight(self) -> Tensor:
+        """The same as a kernel (out, in, kd, kh, kw)."""
+        raise NotImplementedError
+
+    def merged(self) -> nn.Conv3d:
+        """A plain convolution with the change in its weight."""
+        size = (self.kernel_size[0], self.kernel_size[1], self.kernel_size[2])
+        plain = nn.Conv3d(self.in_channels, self.out_channels, size, bias=self.bias is not None, device="meta")
+        plain.stride, plain.padding, plain.dilation = self.stride, self.padding, self.dilation
+        plain.weight = nn.Parameter(self.weight.detach() + self.change_of_weight().detach().to(self.weight.dtype))
+        plain.bias = self.bias
+        return plain
+
+    def _over(self, x: Tensor, kernel: Tensor) -> Tensor:
+        return F.conv3d(x, kernel, None, self.stride, self.padding, self.dilation)
+
+
+class LoraConv3d(AdaptedConv3d):
+    """A convolution to ``rank`` channels, then 1x1x1 to the output; the second starts at zero."""
+
+    def __init__(self, conv: nn.Conv3d, rank: int, scale: float = 1.0) -> None:
+        super().__init__(conv)
+        self.scale = scale
+        fan_in = conv.in_channels * math.prod(conv.kernel_size)
+        self.lora_down = nn.Parameter(_uniform((rank, conv.in_channels, *conv.kernel_size), fan_in, conv.weight))
+        self.lora_up = nn.Parameter(conv.weight.new_zeros(conv.out_channels, rank, dtype=torch.float32))
+
+    def change(self, x: Tensor) -> Tensor:
+        """See ``AdaptedConv3d``."""
+        low = self._over(x.to(self.lora_down.dtype), self.lora_down)
+        return F.conv3d(low, self.lora_up[:, :, None, None, None]) * self.scale
+
+    def change_of_weight(self) -> Tensor:
+        """See ``AdaptedConv3d``."""
+        return torch.einsum("or,ridhw->oidhw", self.lora_up, self.lora_down) * self.scale
+
+
+class FactConv3d(AdaptedConv3d):
+    """1x1x1 to ``rank`` channels by the shared ``u``, a rank x rank kernel of this layer, 1x1x1 to the output by the shared ``v``."""
+
+    def __init__(self, conv: nn.Conv3d, shared: FactShared, scale: float = 1.0) -> None:
+        super().__init__(conv)
+        rank = shared.u.shape[1]
+        self.scale, self._shared = scale, (shared,)
+        self.fact_core = nn.Parameter(_uniform((rank, rank, *conv.kernel_size), rank * math.prod(conv.kernel_size), conv.weight))
+
+    def change(self, x: Tensor) -> Tensor:
+        """See ``AdaptedConv3d``."""
+        shared = self._shared[0]
+        low = F.conv3d(x.to(shared.u.dtype), shared.u.T[:, :, None, None, None])
+        return F.conv3d(self._over(low, self.fact_core), shared.v.T[:, :, None, None, None]) * self.scale
+
+    def change_of_weight(self) -> Tensor:
+        """See ``AdaptedConv3d``."""
+        shared = self._shared[0]
+        return torch.einsum("so,srdhw,ir->oidhw", shared.v, self.fact_core, shared.u) * self.scale
+
+
+def add_adapters(model: nn.Module, kind: str, rank: int) -> int:
+    """Put adapters on a model's image encoder, in place; nothing else changes, nothing is frozen.
+
+    Queries and values of every fused ``qkv`` projection are adapted; an encoder without attention has its convolutions with a kernel above
+    1x1x1 adapted instead.
+
+    Args:
+        model: A model that names its ``encoder_parts``, or a bare encoder, of which everything counts.
+        kind: ``"lora"`` or ``"fact"``.
+        rank: Of every adapter, 1 or more.
+
+    Returns:
+        Number of parameters added.
+
+    Raises:
+        InputError: for another kind, a rank below 1, an encoder that has adapters already or has nothing to put them on.
+    """
+    if kind not in ADAPTER_KINDS:
+        raise InputError(f"adapter must be one of {', '.join(ADAPTER_KINDS)}, got {kind!r}")
+    if rank < 1:
+        raise InputError(f"rank of an adapter must be 1 or more, got {rank}")
+    if adapter_names(model):
+        raise InputError("model has adapters already; merge them first (samed3d.nn.adapters.merge_adapters)")
+    places = _places(model)
+    if not places:
+        raise InputError(f"no adapter fits the image encoder of {type(model).__name__}: it has neither qkv projections nor convolutions")
+    shared = nn.ModuleDict()
+    for parent, name, layer in places:
+        setattr(parent, name, _lora(layer, rank) if kind == "lora" else _fact(layer, rank, shared))
+    if kind == "fact":
+        model.fact_shared = shared
+    return sum(dict(model.named_parameters())[n].numel() for n in adapter_names(model))
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that adapters added, in the model's order."""
+    adapters = tuple(m for m in model.modules() if isinstance(m, AdaptedLinear | AdaptedConv3d | FactShared))
+    own = {id(p) for m in adapters for n, p in m.named_parameters(recurse=False) if n not in ("weight", "bias")}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in own]
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Put every adapter into the weights it stands beside, in place: a plain model again, without its cost."""
+    for module in list(model.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, AdaptedLinear | AdaptedConv3d):
+                setattr(module, name, layer.merged())
+    if hasattr(model, "fact_shared"):
+        del model.fact_shared
+
+
+def _lora(layer: nn.Linear | nn.Conv3d, rank: int) -> nn.Module:
+    return LoraLinear(layer, rank, QUERY_AND_VALUE, 3) if isinstance(layer, nn.Linear) else LoraConv3d(layer, rank)
+
+
+def _fact(layer: nn.Linear | nn.Conv3d, rank: int, shared: nn.ModuleDict) -> nn.Module:
+    """The layer with FacT, its outer factors taken from ``shared`` or added to it."""
+    if isinstance(layer, nn.Linear):
+        dims = (layer.in_features, layer.out_features // 3)
+    else:
+        dims = (layer.in_channels, layer.out_channels)
+    key = f"{dims[0]}to{dims[1]}"
+    if key not in shared:
+        shared[key] = FactShared(dims[0], rank, dims[1]).to(next(layer.parameters()).device)
+    outer = shared[key]
+    assert isinstance(outer, FactShared)
+    return FactLinear(layer, outer) if isinstance(layer, nn.Linear) else FactConv3d(layer, outer)
+
+
+def _places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear | nn.Conv3d]]:
+    """(parent, name, layer) of all that is adapted."""
+    inside = tuple(getattr(model, "encoder_parts", ("",)))
+    layers = [(name, layer) for name, layer in model.named_modules() if any(p in ("", name) or name.startswith(f"{p}.") for p in inside)]
+    fused = [(n, m) for n, m in layers if n.split(".")[-1] == "qkv" and isinstance(m, nn.Linear) and m.out_features == 3 * m.in_features]
+    convolutions = [(n, m) for n, m in layers if type(m) is nn.Conv3d and m.groups == 1 and math.prod(m.kernel_size) > 1]
+    chosen: list[tuple[str, nn.Linear | nn.Conv3d]] = [*fused] or [*convolutions]
+    return [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer) for name, layer in chosen]
+
+
+def _uniform(shape: tuple[int, ...], fan_in: int, like: Tensor | None = None) -> Tensor:
+    """As ``nn.Linear`` starts: uniform within one over the root of the number of inputs; float32, where ``like`` is."""
+    bound = fan_in**-0.5
+    return torch.empty(shape, device=None if like is None else like.device).uniform_(-bound, bound)
