@@ -8,7 +8,7 @@ import torch
 from samed3d.errors import InputError
 from samed3d.models import MODELS, create_model
 from samed3d.models.base import PromptBatch
-from samed3d.models.sam_med3d import newest_click
+from samed3d.nn.released_decode import newest_click
 
 STATE_DICT_LIST = Path(__file__).parent / "data" / "sam_med3d_state_dict.txt"
 TINY = MODELS["sam_med3d_b"].tiny

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,11 +15,11 @@ from samed3d.errors import InputError
 from samed3d.geometry import IntTriple
 from samed3d.models.base import Features, MaskOutput, ModelSpec, PromptableModel, PromptBatch
 from samed3d.nn.mask_decoder import MaskDecoder
-from samed3d.nn.prompt_encoder import PADDING, PromptEncoder
+from samed3d.nn.prompt_encoder import PromptEncoder
+from samed3d.nn.released_decode import decode_released
 from samed3d.nn.vit import ImageEncoder, PatchEmbed
 
 SOURCE = "SAM-Med3D (Wang et al., 2023, arXiv:2310.15161), code and weights of uni-medical/SAM-Med3D"
-LOWRES_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
@@ -133,37 +132,16 @@ class SamMed3D(PromptableModel):
         """
         if prompts.boxes is not None:
             raise InputError(f"prompts must be points or masks for {self.spec.name}, got a box; use a samed3d_* model for boxes")
-        image = features["image"]
-        points, labels = prompts.points, prompts.point_labels
-        if self.spec.click_memory == "newest":
-            points, labels = newest_click(points, labels)
-        sparse, valid = self.prompt_encoder.embed_points(points, labels)  # with pad_point, all of them count
-        dense = self.prompt_encoder.embed_mask(self._mask_prompt(image, prompts.mask_logits), image.shape[0])
-        positions = self.prompt_encoder.dense_positions()
-        lowres, iou = self.mask_decoder(image, positions, sparse, dense, maps=1, sparse_valid=valid)
+        newest, zeros = self.spec.click_memory == "newest", self.spec.first_mask == "zeros"
+        lowres, iou = decode_released(self.prompt_encoder, self.mask_decoder, features["image"], prompts, newest, zeros)
         logits = F.interpolate(lowres, size=self.numbers.input_shape, mode="trilinear", align_corners=False)
-        return MaskOutput(logits, iou[:, :1], lowres)
+        return MaskOutput(logits, iou, lowres)
 
     def _checked(self, image: Tensor) -> Tensor:
         d, h, w = self.numbers.input_shape
         if tuple(image.shape[1:]) != (1, d, h, w):
             raise InputError(f"image must be (B, 1, {d}, {h}, {w}) for {self.spec.name}, got {tuple(image.shape)}; resample the crop")
         return image
-
-    def _mask_prompt(self, image: Tensor, mask_logits: Tensor | None) -> Tensor | None:
-        if mask_logits is None and self.spec.first_mask == "zeros":
-            return image.new_zeros(image.shape[0], 1, *(LOWRES_PER_TOKEN * n for n in self.numbers.grid))
-        return mask_logits
-
-
-def newest_click(points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Each sample's last point that is not padding, as (B, 1, 3) and (B, 1); no points stay no points."""
-    if points.shape[1] <= 1:
-        return points, labels
-    order = torch.arange(1, points.shape[1] + 1, device=labels.device)
-    last = (order * (labels != PADDING)).argmax(1)
-    rows = torch.arange(points.shape[0], device=labels.device)
-    return points[rows, last][:, None], labels[rows, last][:, None]
 
 
 def sam_med3d_b(**overrides: Any) -> SamMed3D:

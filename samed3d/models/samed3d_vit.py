@@ -143,7 +143,7 @@ class Samed3DVit(PromptableModel):
         if prompts.boxes is not None:
             corners, corners_valid = self.prompt_encoder.embed_boxes(prompts.boxes, prompts.box_valid)
             sparse, valid = torch.cat([sparse, corners], 1), torch.cat([valid, corners_valid], 1)
-        dense = self.prompt_encoder.embed_mask(prompts.mask_logits, image.shape[0])
+        dense = self.prompt_encoder.embed_mask(prompts.mask_logits, image.shape[0], prompts.mask_valid)
         positions = self.prompt_encoder.dense_positions()
         maps, iou = self.mask_decoder(image, positions, sparse, dense, self.numbers.maps, sparse_valid=valid, skip=features["skip"])
         return MaskOutput(self.refinement(maps, features["detail"]), iou.sigmoid(), maps[:, :1])

@@ -18,6 +18,7 @@ class PromptBatch:
         boxes: (B, 2, 3) float, half-open low and high corners (voxel edges: low - 0.5 .. high - 0.5 in centre coordinates), or None.
         box_valid: (B,) bool, which boxes are there; None means all of ``boxes``.
         mask_logits: (B, 1, d, h, w) ``MaskOutput.lowres_logits`` of an earlier decode, or None for no mask yet.
+        mask_valid: (B,) bool, which of ``mask_logits`` are there; None means all of them.
     """
 
     points: Tensor
@@ -25,6 +26,7 @@ class PromptBatch:
     boxes: Tensor | None = None
     box_valid: Tensor | None = None
     mask_logits: Tensor | None = None
+    mask_valid: Tensor | None = None
 
     @classmethod
     def empty(cls, batch: int, device: torch.device | str = "cpu") -> PromptBatch:

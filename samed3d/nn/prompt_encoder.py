@@ -107,11 +107,13 @@ class PromptEncoder(nn.Module):
             valid = torch.ones(boxes.shape[0], dtype=torch.bool, device=boxes.device)
         return tokens, valid[:, None].expand(-1, 2)
 
-    def embed_mask(self, mask_logits: Tensor | None, batch: int) -> Tensor:
-        """(B, 1, 4d, 4h, 4w) logits, or None for no mask yet, as features (B, C, d, h, w)."""
+    def embed_mask(self, mask_logits: Tensor | None, batch: int, valid: Tensor | None = None) -> Tensor:
+        """(B, 1, 4d, 4h, 4w) logits, or None for no mask yet, as features (B, C, d, h, w); ``valid`` (B,) bool says whose are there."""
+        none = self.no_mask_embed.weight.reshape(1, -1, 1, 1, 1)
         if mask_logits is None:
-            return self.no_mask_embed.weight.reshape(1, -1, 1, 1, 1).expand(batch, -1, *self.grid)
-        return self.mask_downscaling(mask_logits)
+            return none.expand(batch, -1, *self.grid)
+        features = self.mask_downscaling(mask_logits)
+        return features if valid is None else torch.where(valid[:, None, None, None, None], features, none)
 
     def dense_positions(self) -> Tensor:
         """(1, C, d, h, w) positions of the token grid."""

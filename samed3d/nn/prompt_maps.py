@@ -64,7 +64,8 @@ def mask_map(prompts: PromptBatch, shape: Shape) -> Tensor:
     if tuple(logits.shape[2:]) != shape:
         logits = F.adaptive_avg_pool3d(logits, shape)
     logits = logits[:, 0]
-    return torch.stack([logits.sigmoid(), (logits / 4).clamp(-2, 2), torch.ones_like(logits)], dim=-1)
+    maps = torch.stack([logits.sigmoid(), (logits / 4).clamp(-2, 2), torch.ones_like(logits)], dim=-1)
+    return maps if prompts.mask_valid is None else maps * prompts.mask_valid.to(maps.dtype)[:, None, None, None, None]
 
 
 def prompt_maps(prompts: PromptBatch, stride: int, shape: Shape) -> Tensor:
