@@ -12,6 +12,7 @@ from typing import Any
 
 from samed3d.errors import InputError
 from samed3d.models.base import ModelEntry, PromptableModel
+from samed3d.models.fast_sam3d import fast_sam3d
 from samed3d.models.sam_med3d import sam_med3d_b, sam_med3d_b256, sam_med3d_h, sam_med3d_l
 from samed3d.models.samed3d_unet import samed3d_unet
 from samed3d.models.samed3d_vit import samed3d_base, samed3d_small, samed3d_tiny
@@ -39,6 +40,16 @@ _TINY_SAM = {
     "prompt_dim": 48,
     "decoder_mlp_dim": 32,
 }
+_TINY_STUDENT = {
+    "input_shape": (16, 16, 16),
+    "patch": 8,
+    "dim": 24,
+    "depth": 2,
+    "plain_blocks": 1,
+    "heads": 2,
+    "prompt_dim": 48,
+    "decoder_mlp_dim": 32,
+}
 
 MODELS: dict[str, ModelEntry] = {
     "samed3d_unet": ModelEntry(samed3d_unet, _TINY_UNET),
@@ -49,6 +60,7 @@ MODELS: dict[str, ModelEntry] = {
     "sam_med3d_b256": ModelEntry(sam_med3d_b256, _TINY_SAM),
     "sam_med3d_l": ModelEntry(sam_med3d_l, _TINY_SAM),
     "sam_med3d_h": ModelEntry(sam_med3d_h, _TINY_SAM),
+    "fast_sam3d": ModelEntry(fast_sam3d, _TINY_STUDENT),
 }
 
 

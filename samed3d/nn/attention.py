@@ -114,13 +114,17 @@ class GridAttention(nn.Module):
         )
 
     def _correct_terms(self, q: Tensor) -> _Terms:
-        d, h, w = q.shape[2:5]
-        q = q.flatten(0, 1)
-        return _Terms(
-            first=torch.einsum("nabce,axe->nabcx", q, _by_offset(self.rel_pos_d, d)),
-            second=torch.einsum("nabce,bye->nabcy", q, _by_offset(self.rel_pos_h, h)),
-            third=torch.einsum("nabce,cze->nabcz", q, _by_offset(self.rel_pos_w, w)),
-        )
+        return _Terms(*relative_terms(q.flatten(0, 1), (self.rel_pos_d, self.rel_pos_h, self.rel_pos_w)))
+
+
+def relative_terms(q: Tensor, tables: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Decomposed relative positions: per query (n, d, h, w, e) the bias of each key position along z, y and x, (n, d, h, w, K) each."""
+    d, h, w = q.shape[1:4]
+    return (
+        torch.einsum("nabce,axe->nabcx", q, _by_offset(tables[0], d)),
+        torch.einsum("nabce,bye->nabcy", q, _by_offset(tables[1], h)),
+        torch.einsum("nabce,cze->nabcz", q, _by_offset(tables[2], w)),
+    )
 
 
 def _by_offset(table: Tensor, queries: int) -> Tensor:
