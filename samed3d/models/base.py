@@ -68,15 +68,38 @@ class MaskOutput:
     lowres_logits: Tensor
 
 
+@dataclass(frozen=True)
+class Adaptation:
+    """What an adapted model says of itself, and its weights file of it: the file holds only what was trained, beside a base.
+
+    Attributes:
+        kind: ``"lora"`` or ``"fact"``.
+        rank: Of every adapter.
+        base: Name or file of the weights that it was put on.
+        base_sha256: Of their tensors (``weights.tensors_sha256``); another base is refused.
+    """
+
+    kind: str
+    rank: int
+    base: str
+    base_sha256: str
+
+
 Features = dict[str, Tensor]
 """What ``encode`` returns: named tensors, batch first, to be kept by the caller and given to ``decode`` any number of times."""
 
 
 class PromptableModel(nn.Module, ABC):
-    """Base of all promptable models. ``config`` holds the keyword arguments that rebuild it."""
+    """Base of all promptable models. ``config`` holds the keyword arguments that rebuild it.
+
+    ``encoder_parts`` names the submodules, dotted, that hold every parameter that ``encode`` uses: what "frozen image encoder" means, and
+    where adapters go. ``adaptation`` is set while adapters are on.
+    """
 
     spec: ModelSpec
     config: dict[str, Any]
+    encoder_parts: tuple[str, ...] = ("image_encoder",)
+    adaptation: Adaptation | None = None
 
     @abstractmethod
     def encode(self, image: Tensor) -> Features:

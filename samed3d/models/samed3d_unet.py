@@ -94,6 +94,8 @@ class SamedUNet(PromptableModel):
         similarity_heads: Heads of the click similarity per stride 2, 4, 8; 0 leaves it out there.
     """
 
+    encoder_parts = ("stem", "downs", "stages", "skips")
+
     def __init__(
         self,
         input_shape: IntTriple = (64, 64, 64),

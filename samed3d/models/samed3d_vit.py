@@ -104,6 +104,8 @@ class Samed3DVit(PromptableModel):
         config: Its numbers.
     """
 
+    encoder_parts = ("stem", "image_encoder", "skip", "refinement.from_image")
+
     def __init__(self, name: str, config: Samed3DVitConfig) -> None:
         super().__init__()
         c = config
