@@ -1,8 +1,8 @@
 """How well a mask agrees with a reference: Dice, surface Dice (NSD) and the 95th percentile Hausdorff distance, in millimetres.
 
 Surfaces are sets of voxels: a mask's voxels that touch background by a face, or the border of the array. Distances run from voxel centre
-to voxel centre. Only numpy is needed at import; distances use ``edt`` where it is installed, else SciPy. Not here: metrics over
-several clicks (``evaluation/``).
+to voxel centre. Only numpy is needed at import; distances use ``edt`` where it is installed, else SciPy. Not here: surface elements
+with areas (``elements.py``), metrics over several clicks (``curves.py``).
 
 Rules for empty masks, so that no case drops out of an average unseen:
 
@@ -23,6 +23,9 @@ from numpy.typing import NDArray
 
 from samed3d.geometry import Region, Triple, bounding_region
 
+DISTANCE_SLACK_MM = 1e-5
+"""Distances are single precision: one that equals the tolerance must count as within it."""
+
 
 def dice(pred: NDArray, target: NDArray) -> float:
     """Twice the overlap over the sum of the sizes, in [0, 1].
@@ -37,7 +40,7 @@ def dice(pred: NDArray, target: NDArray) -> float:
     Raises:
         ValueError: if the shapes differ.
     """
-    a, b = _masks(pred, target)
+    a, b = as_masks(pred, target)
     total = int(np.count_nonzero(a)) + int(np.count_nonzero(b))
     return 2.0 * int(np.count_nonzero(a & b)) / total if total else float("nan")
 
@@ -54,19 +57,28 @@ class SurfaceDistances:
     pred_to_target_mm: NDArray[np.float32]
     target_to_pred_mm: NDArray[np.float32]
 
+    def share_within(self, tolerance_mm: float) -> float:
+        """The part of all surface voxels whose distance is at most the tolerance."""
+        both = np.concatenate([self.pred_to_target_mm, self.target_to_pred_mm])
+        return float(np.mean(both <= tolerance_mm + DISTANCE_SLACK_MM))
+
+    def percentile(self, percent: float) -> float:
+        """The larger of the two directed percentiles, in mm."""
+        return float(max(np.percentile(self.pred_to_target_mm, percent), np.percentile(self.target_to_pred_mm, percent)))
+
 
 def surface_distances(pred: NDArray, target: NDArray, spacing_zyx_mm: Triple) -> SurfaceDistances | None:
     """Distances between the surfaces of two (D, H, W) masks, or None where either is empty."""
-    a, b = _masks(pred, target)
+    a, b = as_masks(pred, target)
     region_a, region_b = bounding_region(a), bounding_region(b)
     if region_a.is_empty or region_b.is_empty:
         return None
     # Nothing outside both masks can be a surface; one more voxel keeps the background beside them.
     region = region_a.union(region_b).expand(1)
-    surface_a, surface_b = _surface(_cut(a, region)), _surface(_cut(b, region))
+    surface_a, surface_b = _surface(cut(a, region)), _surface(cut(b, region))
     return SurfaceDistances(
-        pred_to_target_mm=_distance_to(surface_b, spacing_zyx_mm)[surface_a],
-        target_to_pred_mm=_distance_to(surface_a, spacing_zyx_mm)[surface_b],
+        pred_to_target_mm=distance_to(surface_b, spacing_zyx_mm)[surface_a],
+        target_to_pred_mm=distance_to(surface_a, spacing_zyx_mm)[surface_b],
     )
 
 
@@ -94,8 +106,7 @@ def nsd(pred: NDArray, target: NDArray, spacing_zyx_mm: Triple, tolerance_mm: fl
     distances = surface_distances(pred, target, spacing_zyx_mm)
     if distances is None:
         return 0.0 if np.any(pred) or np.any(target) else float("nan")
-    both = np.concatenate([distances.pred_to_target_mm, distances.target_to_pred_mm])
-    return float(np.mean(both <= tolerance_mm + 1e-5))
+    return distances.share_within(tolerance_mm)
 
 
 def hd95(pred: NDArray, target: NDArray, spacing_zyx_mm: Triple) -> float:
@@ -109,18 +120,30 @@ def hd95(pred: NDArray, target: NDArray, spacing_zyx_mm: Triple) -> float:
     """
     distances = surface_distances(pred, target, spacing_zyx_mm)
     if distances is None:
-        diagonal = float(np.linalg.norm(np.multiply(pred.shape, spacing_zyx_mm)))
-        return diagonal if np.any(pred) or np.any(target) else float("nan")
-    return float(max(np.percentile(distances.pred_to_target_mm, 95), np.percentile(distances.target_to_pred_mm, 95)))
+        return image_diagonal_mm(pred.shape, spacing_zyx_mm) if np.any(pred) or np.any(target) else float("nan")
+    return distances.percentile(95)
 
 
-def _masks(pred: NDArray, target: NDArray) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def image_diagonal_mm(shape_zyx: tuple[int, ...], spacing_zyx_mm: Triple) -> float:
+    """The diagonal of a whole array: what HD95 is where one mask is missing."""
+    return float(np.linalg.norm(np.multiply(shape_zyx, spacing_zyx_mm)))
+
+
+def volume_error(pred: NDArray, target: NDArray) -> float:
+    """(Predicted - true) / true volume: -1 for an empty prediction, 0 for the right size, inf or nan without a target."""
+    a, b = as_masks(pred, target)
+    size, wanted = int(np.count_nonzero(a)), int(np.count_nonzero(b))
+    return (size - wanted) / wanted if wanted else float("inf" if size else "nan")
+
+
+def as_masks(pred: NDArray, target: NDArray) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Both as bool, (D, H, W) of one shape."""
     if pred.shape != target.shape or pred.ndim != 3:
         raise ValueError(f"pred and target must be (D, H, W) of one shape, got {pred.shape} and {target.shape}")
     return pred.astype(bool, copy=False), target.astype(bool, copy=False)
 
 
-def _cut(mask: NDArray[np.bool_], region: Region) -> NDArray[np.bool_]:
+def cut(mask: NDArray[np.bool_], region: Region) -> NDArray[np.bool_]:
     """The mask in a region that may reach one voxel outside it, where there is background."""
     inside = region.clip((mask.shape[0], mask.shape[1], mask.shape[2]))
     pad = [(a - o, p - b) for o, p, a, b in zip(region.start_zyx, region.stop_zyx, inside.start_zyx, inside.stop_zyx, strict=True)]
@@ -135,7 +158,7 @@ def _surface(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return mask & ~inner
 
 
-def _distance_to(surface: NDArray[np.bool_], spacing_zyx_mm: Triple) -> NDArray[np.float32]:
+def distance_to(surface: NDArray[np.bool_], spacing_zyx_mm: Triple) -> NDArray[np.float32]:
     """For every voxel, the distance in mm to the nearest True one."""
     try:
         import edt
