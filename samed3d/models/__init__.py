@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from samed3d.errors import InputError
+from samed3d.models.adapter_weights import put_on_base
 from samed3d.models.base import ModelEntry, PromptableModel
 from samed3d.models.fast_sam3d import fast_sam3d
 from samed3d.models.sam_med3d import sam_med3d_b, sam_med3d_b256, sam_med3d_h, sam_med3d_l
 from samed3d.models.samed3d_unet import samed3d_unet
 from samed3d.models.samed3d_vit import samed3d_base, samed3d_small, samed3d_tiny
-from samed3d.models.weights import find_checkpoint, list_checkpoints, load_state_strict, read_weights, spec_from_json
+from samed3d.models.weights import ADAPTER_KEY, find_checkpoint, list_checkpoints, load_state_strict, read_weights, spec_from_json
 
 __all__ = ["MODELS", "create_model", "list_models", "load"]
 
@@ -105,6 +106,8 @@ def load(name_or_path: str | Path) -> PromptableModel:
         raise InputError(f"no checkpoint or file is called {name!r}; nearest names: {near} (all: samed3d models)")
     state, header = read_weights(path)
     model = create_model(header["model"], **header["config"])
+    if ADAPTER_KEY in header:
+        state = put_on_base(model, state, header, path)
     try:
         load_state_strict(model, state)
     except InputError as error:

@@ -28,12 +28,17 @@ from samed3d.models.base import ModelSpec, PromptableModel
 
 HEADER_KEY = "samed3d"
 HEADER_VERSION = 1
+ADAPTER_KEY = "adapter"
+"""Of the header of a file that holds what was trained beside a base, and not a whole model."""
 CHECKPOINT_FOLDER_VARIABLE = "SAMED3D_CHECKPOINTS"
 _MAX_LISTED = 12
 
 
 def save_weights(model: PromptableModel, path: str | Path, metadata: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
     """Write a model to one ``.safetensors`` file, whole or not at all.
+
+    A model with adapters (``model.adaptation``) is written as what was trained alone, with the name and hash of its base in the header;
+    ``models/adapter_weights.py`` puts the two together again.
 
     Args:
         model: Its ``spec`` and ``config`` go to the header.
@@ -46,10 +51,15 @@ def save_weights(model: PromptableModel, path: str | Path, metadata: Mapping[str
     """
     path = Path(path)
     header = {"version": HEADER_VERSION, "model": model.spec.name, "config": model.config, "spec": spec_to_json(model.spec)}
+    state = model.state_dict()
+    if adaptation := getattr(model, "adaptation", None):
+        header[ADAPTER_KEY] = asdict(adaptation)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        state = {name: tensor for name, tensor in state.items() if name in trained}
     if taken := sorted(set(header) & set(metadata)):
         raise InputError(f"metadata must not use the header's own keys, got {', '.join(taken)}; rename them")
     text = json.dumps({**header, **metadata})
-    _write_tensors({name: _to_stored(tensor, dtype) for name, tensor in model.state_dict().items()}, path, text)
+    _write_tensors({name: _to_stored(tensor, dtype) for name, tensor in state.items()}, path, text)
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path, header: str) -> None:
@@ -107,6 +117,30 @@ def read_header(path: str | Path) -> dict[str, Any]:
     return header
 
 
+def tensors_sha256(state: Mapping[str, Tensor]) -> str:
+    """A hash of names, shapes and values (as float32), which does not depend on how a file stores them."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = _to_stored(state[name], torch.float32)
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def amend_header(path: str | Path, facts: Mapping[str, Any]) -> None:
+    """Add fields to the header of a weights file, or replace them, in place.
+
+    Raises:
+        InputError: as ``read_weights``, or if a fact would replace what makes the file loadable.
+    """
+    if taken := sorted({"version", "model", "config", "spec", ADAPTER_KEY} & set(facts)):
+        raise InputError(f"facts must not use the header's own keys, got {', '.join(taken)}; rename them")
+    header = {**read_header(path), **facts}
+    with safe_open(path, framework="pt", device="cpu") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    _write_tensors(tensors, Path(path), json.dumps(header))
+
+
 def load_state_strict(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy a state dict into a model; every key and shape must agree, otherwise nothing is copied.
 
@@ -158,6 +192,21 @@ def import_upstream(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"checkpoint must hold a state dict or one under 'model_state_dict', got neither in {path}")
     return {str(name).removeprefix("module."): _to_float32(tensor) for name, tensor in state.items()}
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of any weights file: ours (``.safetensors``) or a foreign one (``.pth``, read as ``import_upstream`` does).
+
+    A file that is not at ``path`` is looked for under its name in the folder of ``SAMED3D_CHECKPOINTS``.
+
+    Raises:
+        InputError: as ``read_weights`` and ``import_upstream``.
+    """
+    path = Path(path)
+    folder = os.environ.get(CHECKPOINT_FOLDER_VARIABLE)
+    if not path.is_file() and folder and (Path(folder) / path.name).is_file():
+        path = Path(folder) / path.name
+    return read_weights(path)[0] if path.suffix == ".safetensors" else import_upstream(path)
 
 
 def find_checkpoint(name_or_path: str | Path) -> Path | None:
