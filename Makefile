@@ -1,4 +1,4 @@
-# make demo | test | lint | bench. Each makes .venv and installs what it needs, once; only Python >= 3.11, pip and make are assumed.
+# make demo | app | test | lint | bench. Each makes .venv and installs what it needs, once; only Python >= 3.11, pip and make are assumed.
 #   SAMED3D_VENV=DIR   use (or make) that environment instead of .venv
 #   PYTHON=python3.12  make the environment with that interpreter
 #   ARGS="..."         further arguments of the command
@@ -7,6 +7,7 @@ VENV := $(or $(SAMED3D_VENV),.venv)
 PY := $(VENV)/bin/python
 CORE := $(VENV)/.samed3d-core
 DEV := $(VENV)/.samed3d-dev
+SERVE := $(VENV)/.samed3d-serve
 MANIFEST := setup.cfg pyproject.toml constraints-cpu.txt
 
 # Without an NVIDIA GPU every pip call is held to the CPU build of torch: one call without it may bring several GB of CUDA packages.
@@ -17,16 +18,24 @@ CONSTRAINT := $(if $(GPU),,-c constraints-cpu.txt)
 TORCH_INDEX ?=
 
 NEEDED_CORE := samed3d torch numpy scipy SimpleITK einops safetensors edt cc3d typer rich yaml PIL
-NEEDED_DEV := $(NEEDED_CORE) accelerate torchio pydicom highdicom blosc2 joblib distributed timm pytest xdist pytest_timeout hypothesis ruff mypy
+NEEDED_SERVE := $(NEEDED_CORE) fastapi uvicorn multipart blosc2
+NEEDED_DEV := $(NEEDED_SERVE) accelerate torchio pydicom highdicom joblib distributed timm onnx onnxscript onnxruntime huggingface_hub httpx skimage pytest xdist pytest_timeout hypothesis ruff mypy
 # True where an environment that already existed holds all of these packages (-I: do not count this folder itself).
 HAS = $(PY) -I -c "import sys; from importlib.util import find_spec; sys.exit(any(find_spec(n) is None for n in sys.argv[1:]))"
 
-.PHONY: demo test lint bench help
+.PHONY: demo app viewer test lint bench help
 help:
 	@sed -n '1,4s/^# *//p' Makefile
 
 demo: $(CORE)
 	$(PY) -m samed3d demo -o out/demo $(ARGS)
+
+app: $(SERVE) viewer
+	$(PY) -m samed3d app $(ARGS)
+
+# The published build of the web viewer, by npm; needs node once, not at run time.
+viewer: $(CORE)
+	$(PY) -m samed3d.apps.viewer_build
 
 test: $(DEV)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
@@ -60,6 +69,9 @@ endef
 
 $(CORE): $(MANIFEST) | $(PY)
 	$(call install,samed3d and what it runs with,$(NEEDED_CORE),.)
+
+$(SERVE): $(MANIFEST) | $(PY)
+	$(call install,samed3d with its server,$(NEEDED_SERVE),.[serve])
 
 $(DEV): $(MANIFEST) | $(PY)
 	$(call install,samed3d with its training and test tools,$(NEEDED_DEV),.[dev])

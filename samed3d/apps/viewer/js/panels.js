@@ -1,0 +1,129 @@
+// The lists at the side: objects and prompts, made anew from what the server says. No state of their own. Read app.js next.
+import { TOOLS } from "./tools.js";
+
+const ICONS = {
+  navigate: "M12 3v18M3 12h18M12 3l-3 3M12 3l3 3M12 21l-3-3M12 21l3-3M3 12l3-3M3 12l3 3M21 12l-3-3M21 12l-3 3",
+  point: "M12 8v8M8 12h8M12 3a9 9 0 1 0 0 18a9 9 0 1 0 0-18",
+  box: "M4 6h16v12H4z",
+  scribble: "M4 18c3-8 5 2 8-5s4-8 8-7",
+  lasso: "M12 4c5 0 8 2.600 8 6s-3 6-8 6-8-2.600-8-6 3-6 8-6M8 15c0 3-1 4-3 5",
+  eraser: "M8 20h12M5 14l8-9 6 5-8 9H8z",
+};
+
+export function element(tag, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children.filter((c) => c !== null));
+  return made;
+}
+
+export function showTools(nav, current, positive, onTool, onSign) {
+  nav.replaceChildren(
+    ...TOOLS.map((tool) => {
+      const button = element("button", { title: `${tool.name} (${tool.key.toUpperCase()}): ${tool.hint}`, onclick: () => onTool(tool.id) });
+      button.dataset.tool = tool.id;
+      button.setAttribute("aria-pressed", String(tool.id === current));
+      button.innerHTML = `<svg viewBox="0 0 24 24" aria-hidden="true"><path d="${ICONS[tool.id]}"/></svg>`;
+      button.append(tool.name);
+      return button;
+    }),
+    element("button", {
+      id: "sign",
+      className: positive ? "sign" : "sign negative",
+      title: "What a plain click means (T): add to the object or remove from it",
+      textContent: positive ? "+ adds" : "− removes",
+      onclick: onSign,
+    }),
+  );
+}
+
+/** `actions`: choose, edit(id, changes), remove(id). */
+export function showObjects(list, objects, current, actions) {
+  list.replaceChildren(
+    ...objects.map((object) => {
+      const colour = element("input", { type: "color", value: object.colour, title: "Colour", onchange: (e) => actions.edit(object.id, { colour: e.target.value }) });
+      const name = element("span", { className: "name", textContent: object.name, title: "Double-click to rename" });
+      name.ondblclick = () => rename(name, object, actions);
+      const see = toggle(object.visible, "👁", "Show or hide (M)", () => actions.edit(object.id, { visible: !object.visible }));
+      const lock = toggle(object.locked, object.locked ? "🔒" : "🔓", "Lock: nothing may change it", () => actions.edit(object.id, { locked: !object.locked }));
+      const gone = element("button", { textContent: "✕", title: "Remove the object", onclick: () => actions.remove(object.id) });
+      const row = element("li", { className: object.id === current ? "current" : "" }, colour, name, see, lock, gone);
+      row.dataset.object = object.id;
+      row.onclick = (e) => e.target.closest("button, input") || actions.choose(object.id);
+      return row;
+    }),
+  );
+}
+
+function toggle(on, text, title, onclick) {
+  const button = element("button", { textContent: text, title, className: on ? "on" : "", onclick });
+  button.setAttribute("aria-pressed", String(on));
+  if (!on) button.style.opacity = 0.35;
+  return button;
+}
+
+function rename(label, object, actions) {
+  const field = element("input", { value: object.name, className: "name" });
+  const done = () => (field.value.trim() && field.value !== object.name ? actions.edit(object.id, { name: field.value.trim() }) : field.replaceWith(label));
+  field.onblur = done;
+  field.onkeydown = (e) => {
+    e.stopPropagation();
+    if (e.key === "Enter") field.blur();
+    if (e.key === "Escape") field.replaceWith(label);
+  };
+  label.replaceWith(field);
+  field.select();
+}
+
+/** `actions`: jump(prompt), flip(prompt), remove(prompt). */
+export function showPrompts(list, count, prompts, chosen, actions) {
+  count.textContent = prompts.length ? String(prompts.length) : "";
+  list.replaceChildren(
+    ...prompts.map((prompt) => {
+      const positive = prompt.positive !== false;
+      const sign = element("span", { className: positive ? "plus" : "minus", textContent: positive ? "+" : "−" });
+      const text = element("span", { className: "name mono", textContent: describe(prompt) });
+      const flips = "positive" in prompt;
+      const flip = flips ? element("button", { textContent: "±", title: "Turn to the other sign", onclick: () => actions.flip(prompt) }) : null;
+      const gone = element("button", { textContent: "✕", title: "Delete (Del)", onclick: () => actions.remove(prompt) });
+      const row = element("li", { className: prompt.id === chosen ? "current" : "", title: "Go there" }, sign, text, flip, gone);
+      row.dataset.prompt = prompt.id;
+      row.onclick = (e) => e.target.closest("button") || actions.jump(prompt);
+      return row;
+    }),
+  );
+}
+
+export function describe(prompt) {
+  if (prompt.type === "point") return `click ${prompt.at.map(Math.round).join(", ")}`;
+  if (prompt.type === "box") return `box ${prompt.max.map((v, a) => Math.round(v - prompt.min[a]) + 1).join("×")}`;
+  return prompt.type;
+}
+
+/** A file voxel in the middle of a prompt. */
+export function middleOf(prompt) {
+  if (prompt.type === "point") return prompt.at.map(Math.round);
+  if (prompt.type === "box") return prompt.min.map((v, a) => Math.round((v + prompt.max[a]) / 2));
+  const path = prompt.path ?? prompt.outline ?? [];
+  return path.length ? path[Math.floor(path.length / 2)].map(Math.round) : null;
+}
+
+export function showShortcuts(table) {
+  const rows = [
+    ...TOOLS.map((t) => [t.key.toUpperCase(), `${t.name}: ${t.hint}`]),
+    ["T", "switch what a plain click means"],
+    ["Z / Shift+Z", "undo / redo"],
+    ["N", "new object"],
+    ["1 … 9", "choose an object"],
+    ["M", "show or hide the object"],
+    ["Del", "delete the chosen (or last) prompt"],
+    ["G", "go to where the model is least certain"],
+    ["H", "probability heat map"],
+    ["K", "outlines or filled"],
+    ["[ ]", "opacity"],
+    ["W", "next window preset"],
+    ["arrows, PgUp, PgDn", "move one voxel"],
+    ["X", "export"],
+    ["O", "open another volume"],
+  ];
+  table.replaceChildren(...rows.map(([key, text]) => element("tr", {}, element("td", {}, element("kbd", { textContent: key })), element("td", { textContent: text }))));
+}

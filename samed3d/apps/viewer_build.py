@@ -1,0 +1,96 @@
+"""Puts the published build of the volume viewer (NiiVue, pinned in ``viewer/package-lock.json``) into the package.
+
+Runs when the package is built: by ``make``, and by pip and wheel builds through ``BuildWithViewer``. It needs npm and a network once; at
+run time nothing of node is used. Where npm is missing the package is built without it, and ``samed3d app`` says what to do. This file
+imports nothing of the project, because a build loads it alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from setuptools.command.build_py import build_py
+
+VIEWER = Path(__file__).resolve().parent / "viewer"
+BUILT = Path("vendor") / "niivue.js"
+PUBLISHED = Path("node_modules/@niivue/niivue/dist/index.js")
+NOTICE = """NiiVue {version}, https://github.com/niivue/niivue; licence in ../LICENSE.niivue; sha256 of niivue.js:
+{digest}
+"""
+
+NPM_SECONDS = 120
+
+logger = logging.getLogger(__name__)
+
+
+class ViewerError(RuntimeError):
+    """npm is missing or failed; the message says which."""
+
+
+def fetch(into: Path = VIEWER) -> Path:
+    """Install the pinned viewer with npm and copy its build; an existing copy is kept.
+
+    Args:
+        into: The viewer's folder, which gets ``vendor/niivue.js`` and its notice.
+
+    Returns:
+        The file.
+
+    Raises:
+        ViewerError: if npm is not there or fails.
+    """
+    target = into / BUILT
+    if target.is_file():
+        return target
+    npm = shutil.which("npm")
+    if npm is None:
+        raise ViewerError("npm is not on this machine; install node, then run: make viewer")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("package.json", "package-lock.json"):
+            shutil.copy(VIEWER / name, folder)
+        command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1"]
+        try:
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=NPM_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise ViewerError(f"npm did not answer within {NPM_SECONDS} s; check the network, then run: make viewer") from error
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ViewerError(f"npm could not install the viewer ({reason}); check the network, then run: make viewer")
+        body = (Path(folder) / PUBLISHED).read_bytes()
+        version = _version((Path(folder) / "package.json").read_text())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (target.parent / "NOTICE").write_text(NOTICE.format(version=version, digest=hashlib.sha256(body).hexdigest()))
+    partial = target.with_name("niivue.js.part")
+    partial.write_bytes(body)
+    partial.replace(target)
+    return target
+
+
+def _version(package: str) -> str:
+    return str(json.loads(package)["dependencies"]["@niivue/niivue"])
+
+
+class BuildWithViewer(build_py):
+    """``build_py`` that also brings the viewer in, and goes on without it where npm is missing."""
+
+    def run(self) -> None:
+        """Build, then copy the viewer's files."""
+        try:
+            fetch()
+        except ViewerError as error:
+            logger.warning("building without the web viewer: %s", error)
+        super().run()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="samed3d: %(message)s")
+    try:
+        logger.info("viewer in %s", fetch())
+    except ViewerError as error:
+        raise SystemExit(f"samed3d: error: {error}") from None
