@@ -17,6 +17,7 @@ from samed3d.models.fast_sam3d import fast_sam3d
 from samed3d.models.sam_med3d import sam_med3d_b, sam_med3d_b256, sam_med3d_h, sam_med3d_l
 from samed3d.models.samed3d_unet import samed3d_unet
 from samed3d.models.samed3d_vit import samed3d_base, samed3d_small, samed3d_tiny
+from samed3d.models.samu import samu, samu_extended
 from samed3d.models.weights import ADAPTER_KEY, find_checkpoint, list_checkpoints, load_state_strict, read_weights, spec_from_json
 
 __all__ = ["MODELS", "create_model", "list_models", "load"]
@@ -51,6 +52,7 @@ _TINY_STUDENT = {
     "prompt_dim": 48,
     "decoder_mlp_dim": 32,
 }
+_TINY_SAMU = {"input_shape": (16, 16, 16), "widths": (8, 8, 16, 16), "token_dim": 16}
 
 MODELS: dict[str, ModelEntry] = {
     "samed3d_unet": ModelEntry(samed3d_unet, _TINY_UNET),
@@ -62,6 +64,8 @@ MODELS: dict[str, ModelEntry] = {
     "sam_med3d_l": ModelEntry(sam_med3d_l, _TINY_SAM),
     "sam_med3d_h": ModelEntry(sam_med3d_h, _TINY_SAM),
     "fast_sam3d": ModelEntry(fast_sam3d, _TINY_STUDENT),
+    "samu": ModelEntry(samu, _TINY_SAMU),
+    "samu_extended": ModelEntry(samu_extended, _TINY_SAMU),
 }
 
 

@@ -1,10 +1,10 @@
 """FastSAM3D: a student of SAM-Med3D with half the blocks, two of them without attention, and sparse attention in the others if wanted.
 
-The prompt encoder and the mask decoder are SAM-Med3D's own, so the student starts from its teacher's (``from_teacher``) and learns its blocks'
-features (``loss.distill`` of the training config, on ``layer_features``). This is the architecture of the paper and its figures, not a copy
-of the released code, which departs from both: the residual of its MLPs starts from the normalised tokens, so the teacher's weights compute
-something else there; its sparse attention leaves the tokens in scrambled order; its fast decoder swaps heads and channels. The relative
-positions are the correct ones. Read ``nn/dilated.py`` next, or ``sam_med3d.py`` for the teacher.
+The prompt encoder and the mask decoder are SAM-Med3D's own, so the student starts from its teacher's (``from_teacher``) and learns its
+blocks' features (``loss.distill`` of the training config, on ``layer_features``). This is the architecture of the paper and its figures,
+not a copy of the released code, which departs from both: the residual of its MLPs starts from the normalised tokens, so the teacher's
+weights compute something else there; its sparse attention leaves the tokens in scrambled order; its fast decoder swaps heads and channels.
+The relative positions are the correct ones. Read ``nn/dilated.py`` next, or ``sam_med3d.py`` for the teacher.
 """
 
 from __future__ import annotations

@@ -1,0 +1,184 @@
+"""SAMU: a 3D U-Net that is told by prompts at every level of its decoder.
+
+The paper gives the idea, the number of parameters ("12M") and the results, not the widths; these are ours, chosen to meet that number. Its
+encoder sees only the image, so it runs once per crop. ``samu`` is the paper's form: one click, no earlier mask, no box, no learned overlap.
+``samu_extended`` adds what the paper leaves open: several clicks, clicks off the object, boxes and the earlier mask. The controls of its
+ablation are ``prompt_levels``. Read ``nn/prompt_attention.py`` next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from samed3d.errors import InputError
+from samed3d.geometry import IntTriple
+from samed3d.models.base import Features, MaskOutput, ModelSpec, PromptableModel, PromptBatch
+from samed3d.nn.prompt_attention import PromptAttention
+from samed3d.nn.prompt_encoder import RandomFourierPositions
+from samed3d.nn.prompt_maps import mask_map
+from samed3d.nn.released_decode import newest_click
+
+SOURCE = "SAMU (MedAGI 2024, LNCS 15184); widths and blocks are ours, the paper gives none"
+PROMPT_LEVELS = ("all", "decoder", "bottom", "none")
+LOWRES_STRIDE = 4
+MASK_CHANNELS = 3
+
+
+@dataclass(frozen=True)
+class SamuConfig:
+    """Numbers and switches of a SAMU.
+
+    Attributes:
+        input_shape: Crop shape the weights are for; any multiple of ``stride`` works at run time.
+        widths: Channels from the full resolution down, each level half of the one before.
+        token_dim: Channels of the prompt tokens.
+        learned_tokens: Tokens beside the prompts'; at least 1 (see ``nn.prompt_attention``).
+        prompt_levels: Where prompts enter: ``"all"`` levels, the ``"decoder"``'s without the coarsest, only the ``"bottom"``, or ``"none"``
+            (a control that sees the crop alone).
+        click_memory: ``"newest"`` click (the paper's single one) or ``"all"``.
+        boxes: Understand boxes.
+        mask_prior: See the earlier mask at each decoder level.
+    """
+
+    input_shape: IntTriple = (128, 128, 128)
+    widths: tuple[int, ...] = (32, 64, 128, 192, 224)
+    token_dim: int = 256
+    learned_tokens: int = 4
+    prompt_levels: str = "all"
+    click_memory: str = "newest"
+    boxes: bool = False
+    mask_prior: bool = False
+
+    def __post_init__(self) -> None:
+        if self.prompt_levels not in PROMPT_LEVELS:
+            raise InputError(f"prompt_levels must be one of {', '.join(PROMPT_LEVELS)}, got {self.prompt_levels!r}")
+        if self.click_memory not in ("newest", "all"):
+            raise InputError(f"click_memory must be newest or all, got {self.click_memory!r}")
+        shape = tuple(int(n) for n in self.input_shape)
+        if len(shape) != 3 or any(n <= 0 or n % self.stride for n in shape):
+            raise InputError(f"input_shape must be three multiples of {self.stride} for {len(self.widths)} levels, got {shape}")
+        object.__setattr__(self, "input_shape", shape)
+        object.__setattr__(self, "widths", tuple(self.widths))
+
+    @property
+    def stride(self) -> int:
+        """Voxels per edge of the coarsest level's voxel."""
+        return int(2 ** (len(self.widths) - 1))
+
+
+class DoubleConv(nn.Sequential):
+    """Twice a 3x3x3 convolution, instance norm and leaky ReLU."""
+
+    def __init__(self, before: int, after: int) -> None:
+        layers: list[nn.Module] = []
+        for channels in (before, after):
+            layers.append(nn.Conv3d(channels, after, kernel_size=3, padding=1, bias=False))
+            layers += [nn.InstanceNorm3d(after, affine=True), nn.LeakyReLU(0.01)]
+        super().__init__(*layers)
+
+
+class Samu(PromptableModel):
+    """See the file's docstring.
+
+    Args:
+        name: Registry name.
+        config: Numbers and switches.
+    """
+
+    encoder_parts = ("encoder",)
+
+    def __init__(self, name: str, config: SamuConfig) -> None:
+        super().__init__()
+        c = config
+        self.numbers, self.config = c, asdict(c)
+        prompts = {"point"} | ({"box"} if c.boxes else set()) | ({"mask"} if c.mask_prior else set())
+        self.spec = ModelSpec(
+            name, c.input_shape, normalisation="zscore", prompts=frozenset(prompts), click_memory=c.click_memory, source=SOURCE
+        )
+        self.encoder = nn.ModuleList(DoubleConv(a, b) for a, b in zip((1, *c.widths), c.widths, strict=False))
+        pairs = list(zip(c.widths[1:], c.widths, strict=False))
+        self.ups = nn.ModuleList(nn.ConvTranspose3d(below, here, kernel_size=2, stride=2) for below, here in pairs)
+        self.decoder = nn.ModuleList(DoubleConv(2 * here, here) for _, here in pairs)
+        self.head = nn.Conv3d(c.widths[0], 1, kernel_size=1)
+        top = len(c.widths) - 1
+        prompted = {"all": range(top + 1), "decoder": range(top), "bottom": [top], "none": []}[c.prompt_levels]
+        self.attentions = nn.ModuleDict({str(level): PromptAttention(c.widths[level], c.token_dim) for level in prompted})
+        self.positions = RandomFourierPositions(c.token_dim, sin_cos_sin=False, swap_axes=False)
+        if prompted:
+            self.kinds = nn.Embedding(4 if c.boxes else 2, c.token_dim)  # off, on, low corner, high corner
+            self.tokens = nn.Parameter(torch.randn(c.learned_tokens, c.token_dim) * 0.02)
+        self.mask_in = nn.ModuleList(nn.Linear(MASK_CHANNELS, here) for _, here in pairs) if c.mask_prior else None
+
+    def encode(self, image: Tensor) -> Features:
+        """``level0`` (B, widths[0], D, H, W) and the coarser ones, of a (B, 1, D, H, W) crop.
+
+        Raises:
+            InputError: if an axis is not a multiple of the coarsest stride.
+        """
+        stride = self.numbers.stride
+        if any(n % stride for n in image.shape[2:]):
+            raise InputError(f"image shape must be a multiple of {stride} on each axis, got {tuple(image.shape[2:])}")
+        features: Features = {}
+        x = image
+        for level, block in enumerate(self.encoder):
+            x = block(x if level == 0 else F.max_pool3d(x, 2))
+            features[f"level{level}"] = x
+        return features
+
+    def decode(self, features: Features, prompts: PromptBatch) -> MaskOutput:
+        """One mask (B, 1, D, H, W). ``iou`` is not learned: it is the overlap of the probabilities with their own mask."""
+        tokens, valid = self._tokens(prompts, features["level0"].shape) if len(self.attentions) else (None, None)
+        top = len(self.numbers.widths) - 1
+        x = self._told(top, features[f"level{top}"], tokens, valid)
+        for level in range(top - 1, -1, -1):
+            skip = features[f"level{level}"]
+            x = self._told(level, self.ups[level](x), tokens, valid)
+            if self.mask_in is not None:
+                seen = mask_map(prompts, (skip.shape[2], skip.shape[3], skip.shape[4])).to(x.dtype)
+                # The third channel says that there is a mask: without one nothing is added, not even the bias.
+                x = x + (self.mask_in[level](seen) * seen[..., 2:]).permute(0, 4, 1, 2, 3)
+            x = self.decoder[level](torch.cat([skip, x], dim=1))
+        logits = self.head(x).float()
+        return MaskOutput(logits, own_overlap(logits), F.avg_pool3d(logits, LOWRES_STRIDE))
+
+    def _told(self, level: int, x: Tensor, tokens: Tensor | None, valid: Tensor | None) -> Tensor:
+        if tokens is None or valid is None or str(level) not in self.attentions:
+            return x
+        return self.attentions.get_submodule(str(level))(x, tokens, valid, self.positions)
+
+    def _tokens(self, prompts: PromptBatch, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Prompt and learned tokens (B, T, token_dim), and which count (B, T) bool."""
+        points, labels = prompts.points, prompts.point_labels
+        if self.spec.click_memory == "newest":
+            points, labels = newest_click(points, labels)
+        size = points.new_tensor(list(shape[2:]))
+        clicks = self.positions((points + 0.5) / size) + self.kinds(labels.clamp(min=0))
+        learned = self.tokens.expand(points.shape[0], -1, -1)
+        tokens, valid = [learned, clicks], [labels.new_ones(learned.shape[:2], dtype=torch.bool), labels >= 0]
+        if self.numbers.boxes and prompts.boxes is not None:
+            tokens.append(self.positions(prompts.boxes / size) + self.kinds.weight[2:])
+            there = labels.new_ones(points.shape[0], dtype=torch.bool) if prompts.box_valid is None else prompts.box_valid
+            valid.append(there[:, None].expand(-1, 2))
+        return torch.cat(tokens, dim=1), torch.cat(valid, dim=1)
+
+
+def own_overlap(logits: Tensor) -> Tensor:
+    """(B, 1) overlap of a probability map with its own thresholded mask: near 1 where the network is sure, lower where it is not."""
+    prob = logits.detach().sigmoid().flatten(1)
+    mask = (prob > 0.5).to(prob.dtype)
+    return ((prob * mask).sum(1) / torch.maximum(prob, mask).sum(1).clamp(min=1e-6))[:, None]
+
+
+def samu(**overrides: Any) -> Samu:
+    """The paper's form: one click, 128^3 crops, 12,034,342 parameters."""
+    return Samu("samu", replace(SamuConfig(), **overrides))
+
+
+def samu_extended(**overrides: Any) -> Samu:
+    """All clicks, on and off the object, boxes and the earlier mask."""
+    return Samu("samu_extended", replace(SamuConfig(click_memory="all", boxes=True, mask_prior=True), **overrides))
