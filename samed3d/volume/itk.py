@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 
+# There is one stderr: two threads that replaced it at once would put back each other's.
+_STDERR = threading.RLock()
+
 
 @contextmanager
 def silenced(said: list[str]) -> Iterator[None]:
@@ -24,8 +28,8 @@ def silenced(said: list[str]) -> Iterator[None]:
     import SimpleITK as sitk
 
     sitk.ProcessObject.GlobalWarningDisplayOff()
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as caught:
+    with _STDERR, tempfile.TemporaryFile() as caught:
+        saved = os.dup(2)
         os.dup2(caught.fileno(), 2)
         try:
             yield
