@@ -14,6 +14,9 @@ from samed3d.errors import InputError
 from samed3d.models.adapter_weights import put_on_base
 from samed3d.models.base import ModelEntry, PromptableModel
 from samed3d.models.fast_sam3d import fast_sam3d
+from samed3d.models.ma_sam import ma_sam_b, ma_sam_h, ma_sam_l
+from samed3d.models.sam3d import sam3d
+from samed3d.models.sam3d_adapter import sam3d_adapter, sam3d_adapter_auto
 from samed3d.models.sam_med3d import sam_med3d_b, sam_med3d_b256, sam_med3d_h, sam_med3d_l
 from samed3d.models.samed3d_unet import samed3d_unet
 from samed3d.models.samed3d_vit import samed3d_base, samed3d_small, samed3d_tiny
@@ -53,6 +56,9 @@ _TINY_STUDENT = {
     "decoder_mlp_dim": 32,
 }
 _TINY_SAMU = {"input_shape": (16, 16, 16), "widths": (8, 8, 16, 16), "token_dim": 16}
+_TINY_SAM3D = {"input_shape": (6, 32, 32), "class_names": ("a", "b"), "backbone": "sam_vit_tiny", "widths": (8, 8, 8, 8)}
+_TINY_MA_SAM = {"input_shape": (3, 32, 32), "class_names": ("a", "b"), "backbone": "sam_vit_tiny", "rank": 4, "adapter_width": 8}
+_TINY_SAM3D_ADAPTER = {"input_shape": (16, 16, 16), "backbone": "sam_vit_tiny", "window": 2, "taps": (2, 4), "channels": 8}
 
 MODELS: dict[str, ModelEntry] = {
     "samed3d_unet": ModelEntry(samed3d_unet, _TINY_UNET),
@@ -64,6 +70,12 @@ MODELS: dict[str, ModelEntry] = {
     "sam_med3d_l": ModelEntry(sam_med3d_l, _TINY_SAM),
     "sam_med3d_h": ModelEntry(sam_med3d_h, _TINY_SAM),
     "fast_sam3d": ModelEntry(fast_sam3d, _TINY_STUDENT),
+    "sam3d": ModelEntry(sam3d, _TINY_SAM3D),
+    "sam3d_adapter": ModelEntry(sam3d_adapter, _TINY_SAM3D_ADAPTER),
+    "sam3d_adapter_auto": ModelEntry(sam3d_adapter_auto, {**_TINY_SAM3D_ADAPTER, "upsample": 4, "class_names": ("a", "b")}),
+    "ma_sam_b": ModelEntry(ma_sam_b, _TINY_MA_SAM),
+    "ma_sam_l": ModelEntry(ma_sam_l, _TINY_MA_SAM),
+    "ma_sam_h": ModelEntry(ma_sam_h, _TINY_MA_SAM),
     "samu": ModelEntry(samu, _TINY_SAMU),
     "samu_extended": ModelEntry(samu_extended, _TINY_SAMU),
 }

@@ -1,0 +1,277 @@
+"""3DSAM-adapter: SAM's 2D transformer made 3D (depth convolution, depth positions, shifted 3D windows, spatial adapters), with clicks.
+
+Promptable (``sam3d_adapter``) and automatic (``sam3d_adapter_auto``). The encoder is in ``nn/vit2d_to_3d.py``. Clicks are understood as the
+paper has them: the features under positive clicks, without position or sign; a negative click is left out. Written from the paper's and the
+code's facts. Read ``nn/adapters3d.py`` next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from samed3d.errors import InputError
+from samed3d.geometry import IntTriple
+from samed3d.models.base import Features, MaskOutput, ModelSpec, PromptableModel, PromptBatch, SemanticModel
+from samed3d.models.weights import read_state, tensors_sha256
+from samed3d.nn.frozen import FrozenParts, open_encoder
+from samed3d.nn.two_way import TokenAttention
+from samed3d.nn.vit import Mlp
+from samed3d.nn.vit2d import SamEncoder2d
+from samed3d.nn.vit2d_to_3d import LiftedEncoder
+
+SOURCE = "3DSAM-adapter (Gong et al., Medical Image Analysis 2024, arXiv:2306.13465)"
+QUERIES = 10
+POSITIVE = 1
+
+
+@dataclass(frozen=True)
+class Sam3DAdapterConfig:
+    """Numbers and switches of a 3DSAM-adapter.
+
+    Attributes:
+        class_names: What the automatic variant segments, background not listed; unused by the promptable one.
+        input_shape: Crop (D, H, W); after upsampling by ``upsample`` a multiple of the window's extent (8 tokens of 16 voxels).
+        spacing_mm: Isotropic spacing of the crops, or None for any.
+        upsample: How many times finer the encoder sees the crop: 4 for 128^3, 2 for 256^3 (automatic).
+        window: Window edge of attention in tokens; every second block is shifted by half of it.
+        taps: After which blocks features are taken (1-based), the last one being prompted.
+        channels: Channels inside the decoder.
+        backbone: 2D encoder: ``sam_vit_b`` as published.
+        backbone_weights: SAM's checkpoint, or ``""`` for random weights.
+        backbone_sha256: Hash of the encoder's tensors; filled in when the model is built.
+        zero_adapters: Start the spatial adapters at (almost) no change; the released code starts them at random.
+        token_attention: Use the attention from tokens to image, which the released code builds, counts and never calls.
+    """
+
+    class_names: tuple[str, ...] = ("object",)
+    input_shape: IntTriple = (128, 128, 128)
+    spacing_mm: float | None = 1.0
+    upsample: int = 4
+    window: int = 8
+    taps: tuple[int, ...] = (3, 6, 9, 12)
+    channels: int = 128
+    backbone: str = "sam_vit_b"
+    backbone_weights: str = ""
+    backbone_sha256: str = ""
+    zero_adapters: bool = False
+    token_attention: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("class_names", "input_shape", "taps"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if any(n * self.upsample % (16 * self.window) for n in self.input_shape):
+            edge = 16 * self.window // self.upsample
+            raise InputError(f"input_shape must hold multiples of {edge} voxels (a window of tokens), got {self.input_shape}")
+        if not self.class_names:
+            raise InputError("class_names must name at least one class, got none")
+
+    @property
+    def grid(self) -> IntTriple:
+        """Tokens along each axis."""
+        d, h, w = (n * self.upsample // 16 for n in self.input_shape)
+        return (d, h, w)
+
+
+class SamplerBlock(nn.Module):
+    """Sampled features and learned queries attend to each other, then the map attends to the queries.
+
+    Args:
+        dim: Channels.
+        heads: Attention heads.
+        mlp_dim: Hidden channels of the MLP.
+        token_attention: See ``Sam3DAdapterConfig``.
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_dim: int, token_attention: bool) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(0.1 * torch.randn(QUERIES, dim))
+        self.self_attn = TokenAttention(dim, heads)
+        self.norm1 = nn.LayerNorm(dim)
+        self.cross_attn_token_to_image = TokenAttention(dim, heads, downsample=2)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, mlp_dim, nn.ReLU)
+        self.norm3 = nn.LayerNorm(dim)
+        self.cross_attn_image_to_token = TokenAttention(dim, heads, downsample=2)
+        self.norm4 = nn.LayerNorm(dim)
+        self.token_attention = token_attention
+
+    def forward(self, image: Tensor, points: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (B, N, C) and point tokens (B, P, C), of which ``valid`` (B, P) count; both, updated."""
+        own = self.queries[None].expand(image.shape[0], -1, -1)
+        tokens = torch.cat([own, points], 1)
+        tokens = self.norm1(tokens + self.self_attn(tokens, tokens, tokens, F.pad(valid, (QUERIES, 0), value=True)))
+        own, points = tokens[:, :QUERIES], tokens[:, QUERIES:]
+        if self.token_attention:
+            own = self.norm2(own + self.cross_attn_token_to_image(own, image, image))
+        own = self.norm3(own + self.mlp(own))
+        return self.norm4(image + self.cross_attn_image_to_token(image, own, own)), points
+
+
+class VisualSampler(nn.Module):
+    """Prompt encoder: the map's own features at the clicks, spread over the map by two ``SamplerBlock``."""
+
+    def __init__(self, dim: int, heads: int, mlp_dim: int, token_attention: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(SamplerBlock(dim, heads, mlp_dim, token_attention) for _ in range(2))
+
+    def forward(self, image: Tensor, unit: Tensor, valid: Tensor) -> Tensor:
+        """Map (B, C, d, h, w), points (B, P, 3) as zyx in [0, 1] between the crop's faces, ``valid`` (B, P) bool; the map, updated."""
+        at = (2 * unit - 1).flip(-1)[:, :, None, None].to(image.dtype)  # grid_sample takes xyz
+        points = F.grid_sample(image, at, padding_mode="zeros", align_corners=False).flatten(2).transpose(1, 2)
+        flat = image.flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            flat, points = block(flat, points, valid)
+        return flat.transpose(1, 2).unflatten(2, image.shape[2:])
+
+
+class AggregationDecoder(nn.Module):
+    """Multi-layer aggregation: every tap refined and doubled, joined with the image, then classes at twice that size.
+
+    Args:
+        taps: Number of maps.
+        dim: Their channels.
+        channels: Channels inside.
+        classes: Outputs.
+    """
+
+    def __init__(self, taps: int, dim: int, channels: int, classes: int) -> None:
+        super().__init__()
+        self.refine = nn.ModuleList(nn.Sequential(*_conv(dim, channels), *_conv(channels, channels)) for _ in range(taps))
+        self.join = nn.Sequential(*_conv(taps * channels + 1, channels))
+        self.classify = nn.Conv3d(channels, classes, kernel_size=3, padding=1, bias=False)
+
+    def forward(self, maps: list[Tensor], image: Tensor) -> Tensor:
+        """Maps (B, dim, d, h, w) and the crop (B, 1, D, H, W) to logits (B, classes, 2d, 2h, 2w)."""
+        doubled = [F.interpolate(refine(m), scale_factor=2, mode="trilinear") for refine, m in zip(self.refine, maps, strict=True)]
+        small = F.interpolate(image, size=doubled[0].shape[2:], mode="trilinear")
+        return self.classify(self.join(torch.cat([*doubled, small], 1)))
+
+
+def _conv(before: int, after: int) -> list[nn.Module]:
+    return [nn.Conv3d(before, after, kernel_size=3, padding=1, bias=False), nn.InstanceNorm3d(after), nn.ReLU()]
+
+
+class _Lifted(FrozenParts):
+    """What both variants share: the lifted encoder, of which SAM's own tensors are frozen and not stored, and the decoder."""
+
+    def _build(self, config: Sam3DAdapterConfig, classes: int) -> None:
+        c = config
+        encoder, sha256, _ = open_encoder(c.backbone, c.backbone_weights, c.backbone_sha256, read_state, tensors_sha256)
+        if not isinstance(encoder, SamEncoder2d):
+            raise InputError(f"backbone must be one of SAM's encoders, got {c.backbone!r}; use sam_vit_b")
+        self.numbers = replace(c, backbone_sha256=sha256)
+        self.config = asdict(self.numbers)
+        self.image_encoder = LiftedEncoder(encoder, c.grid, c.upsample, c.window, c.taps, c.zero_adapters)
+        self.freeze(f"image_encoder.{name}" for name in self.image_encoder.frozen_names())
+        self.decoder = AggregationDecoder(len(c.taps), encoder.out_dim, c.channels, classes)
+
+    def _check(self, image: Tensor, name: str) -> None:
+        if tuple(image.shape[1:]) != (1, *self.numbers.input_shape):
+            shape = ", ".join(str(n) for n in self.numbers.input_shape)
+            raise InputError(f"image must be (B, 1, {shape}) for {name}, got {tuple(image.shape)}; resample the crop")
+
+
+class Sam3DAdapter(_Lifted, PromptableModel):
+    """3DSAM-adapter with clicks: 25,462,400 trained parameters.
+
+    Raises:
+        InputError: if the backbone is not SAM's, or its file does not hold it.
+
+    Source: section 3 of the paper; where the released code differs from it, as in the code.
+    """
+
+    def __init__(self, config: Sam3DAdapterConfig) -> None:
+        super().__init__()
+        self._build(config, classes=2)
+        self.spec = ModelSpec(
+            name="sam3d_adapter",
+            input_shape_zyx=config.input_shape,
+            spacing_mm=config.spacing_mm,
+            normalisation="zscore",
+            prompts=frozenset({"point"}),
+            source=SOURCE,
+        )
+        dim = self.image_encoder.out_dim
+        self.prompt_encoder = VisualSampler(dim, heads=8, mlp_dim=8 * dim, token_attention=config.token_attention)
+
+    def encode(self, image: Tensor) -> Features:
+        """``{"image": crop, "tap0": (B, C, d, h, w), ...}`` of a (B, 1, *input_shape) crop.
+
+        Raises:
+            InputError: if the crop has another shape.
+        """
+        self._check(image, self.spec.name)
+        maps = self.image_encoder(image)
+        return {"image": image, **{f"tap{i}": m for i, m in enumerate(maps)}}
+
+    def decode(self, features: Features, prompts: PromptBatch) -> MaskOutput:
+        """One mask (B, 1, D, H, W) from the positive clicks; only the last tap is prompted.
+
+        ``iou`` is no head: it is the overlap that the mask's own probabilities promise, sum of p inside over the mask's voxels and the p
+        outside it.
+
+        Raises:
+            InputError: if the prompts hold a box, which this model cannot understand.
+        """
+        if prompts.boxes is not None:
+            raise InputError(f"prompts must be points for {self.spec.name}, got a box; use a samed3d_* model for boxes")
+        image = features["image"]
+        maps = [features[f"tap{i}"] for i in range(len(self.numbers.taps))]
+        unit = (prompts.points + 0.5) / prompts.points.new_tensor(self.numbers.input_shape)
+        maps[-1] = self.prompt_encoder(maps[-1], unit, prompts.point_labels == POSITIVE)
+        two = self.decoder(maps, image)
+        lowres = two[:, 1:] - two[:, :1]  # the logit of the softmax's second class
+        logits = F.interpolate(lowres, size=image.shape[2:], mode="trilinear")
+        return MaskOutput(logits, _promised_overlap(logits), lowres)
+
+
+def _promised_overlap(logits: Tensor) -> Tensor:
+    prob = logits.float().sigmoid().flatten(1)
+    inside = prob > 0.5
+    return ((prob * inside).sum(1) / (inside.sum(1) + (prob * ~inside).sum(1)).clamp(min=1e-6))[:, None]
+
+
+class Sam3DAdapterAuto(_Lifted, SemanticModel):
+    """3DSAM-adapter without prompts: 22,298,240 trained parameters for one class.
+
+    Raises:
+        InputError: as ``Sam3DAdapter``.
+    """
+
+    def __init__(self, config: Sam3DAdapterConfig) -> None:
+        super().__init__()
+        classes = len(config.class_names) + 1
+        self._build(config, classes)
+        self.spec = ModelSpec(
+            name="sam3d_adapter_auto",
+            input_shape_zyx=config.input_shape,
+            spacing_mm=config.spacing_mm,
+            normalisation="zscore_volume",
+            prompts=frozenset(),
+            source=SOURCE,
+            classes=classes,
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits (B, K, D, H, W) of a (B, 1, *input_shape) crop.
+
+        Raises:
+            InputError: if the crop has another shape.
+        """
+        self._check(image, self.spec.name)
+        return F.interpolate(self.decoder(self.image_encoder(image), image), size=image.shape[2:], mode="trilinear")
+
+
+def sam3d_adapter(**overrides: Any) -> Sam3DAdapter:
+    """3DSAM-adapter as published: ViT-B, 128^3 crops at 1 mm seen as 512^3."""
+    return Sam3DAdapter(replace(Sam3DAdapterConfig(), **overrides))
+
+
+def sam3d_adapter_auto(**overrides: Any) -> Sam3DAdapterAuto:
+    """Its automatic variant: 256^3 crops at 1 mm seen as 512^3."""
+    return Sam3DAdapterAuto(replace(Sam3DAdapterConfig(input_shape=(256, 256, 256), upsample=2), **overrides))

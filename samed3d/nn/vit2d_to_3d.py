@@ -1,0 +1,204 @@
+"""SAM's 2D transformer lifted to volumes, as 3DSAM-adapter does: the frozen weights of ``vit2d.py`` inside 3D attention.
+
+Each slice of the upsampled crop goes through SAM's patch convolution, a depthwise convolution along depth gathers slices into tokens, every
+block attends in 3D windows, every second one shifted by half a window, and a ``SpatialAdapter`` stands in front of each. Read
+``models/sam3d_adapter.py`` next.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from samed3d.errors import InputError
+from samed3d.geometry import IntTriple
+from samed3d.nn.adapters3d import SpatialAdapter
+from samed3d.nn.norm import LayerNorm3d
+from samed3d.nn.vit2d import Attention2d, Block2d, SamEncoder2d, relative_table, resampled_positions
+
+FAR = -100.0
+"""Added to the logits of token pairs that a shift made neighbours; enough for softmax, and safe in half precision."""
+
+
+class DepthPatchEmbed(nn.Module):
+    """(B, 1, D, H, W) to (B, d, h, w, C): SAM's frozen patch convolution on slices, then a trained one along depth, per channel.
+
+    The crop is upsampled on the way, a token's thickness of slices at a time; the slices' embeddings are recomputed in the backward pass,
+    as all of them together take 1.6 GB for a crop of 512^3.
+
+    Args:
+        proj: SAM's patch convolution, 3 channels in.
+        upsample: How many times finer than the crop the slices are.
+    """
+
+    def __init__(self, proj: nn.Conv2d, upsample: int) -> None:
+        super().__init__()
+        self.proj, self.upsample = proj, upsample
+        self.patch, dim = int(proj.kernel_size[0]), proj.out_channels
+        self.depth = nn.Conv3d(dim, dim, kernel_size=(self.patch, 1, 1), groups=dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """See the class."""
+        batch, _, *shape = image.shape
+        size = [n * self.upsample for n in shape]
+        # Trilinear interpolation is one matrix along depth, then bilinear slices; so no fine volume is ever held.
+        along = F.interpolate(torch.eye(shape[0], device=image.device)[None], size=size[0], mode="linear", align_corners=False)[0].T
+        tokens = []
+        for rows in along.split(self.patch):
+            args = (image[:, 0], rows.to(image.dtype), size[1:])
+            tokens.append(checkpoint(self._layer, *args, use_reentrant=False) if torch.is_grad_enabled() else self._layer(*args))
+        return torch.stack(tokens, 1)
+
+    def _layer(self, image: Tensor, rows: Tensor, size: list[int]) -> Tensor:
+        """One token's thickness: (B, D, H, W) and interpolation weights (patch, D) to (B, h, w, C)."""
+        slices = torch.einsum("sd,bdhw->bshw", rows, image).flatten(0, 1)[:, None]
+        fine = F.interpolate(slices, size=size, mode="bilinear", align_corners=False)
+        with torch.no_grad():  # three equal channels: the kernel summed over them
+            embedded = F.conv2d(fine, self.proj.weight.sum(1, keepdim=True).to(fine.dtype), self.proj.bias, stride=self.patch)
+        weight = self.depth.weight[:, 0, :, 0, 0].to(embedded.dtype)
+        gathered = torch.einsum("bschw,cs->bhwc", embedded.unflatten(0, (image.shape[0], -1)), weight)
+        return gathered if self.depth.bias is None else gathered + self.depth.bias
+
+
+class WindowAttention3d(nn.Module):
+    """SAM's attention weights in shifted 3D windows, with a relative position table for depth beside SAM's two.
+
+    Args:
+        attention: The 2D layer whose projections and tables are used.
+        grid: Token grid (d, h, w), multiples of ``window``.
+        window: Window edge in tokens.
+        shift: How far the windows are shifted along each axis, 0 for not.
+    """
+
+    mask: Tensor | None
+
+    def __init__(self, attention: Attention2d, grid: IntTriple, window: int, shift: int) -> None:
+        super().__init__()
+        self.heads, self.scale, self.window, self.shift = attention.heads, attention.scale, window, shift
+        self.qkv, self.proj = attention.qkv, attention.proj
+        self.rel_pos_h, self.rel_pos_w = attention.rel_pos_h, attention.rel_pos_w
+        self.rel_pos_d = nn.Parameter(0.5 * (self.rel_pos_h.detach() + self.rel_pos_w.detach()))
+        self.register_buffer("mask", _shift_mask(grid, window, shift) if shift else None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, H, W, C) to the same shape."""
+        batch, *grid, dim = x.shape
+        n, axes = self.window, (1, 2, 3)
+        if self.shift:
+            x = x.roll((-self.shift,) * 3, axes)
+        counts = [size // n for size in grid]
+        x = x.reshape(batch, counts[0], n, counts[1], n, counts[2], n, dim).permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, n, n, n, dim)
+        x = self.proj(self._attend(x, batch))
+        x = x.reshape(batch, *counts, n, n, n, dim).permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(batch, *grid, dim)
+        return x.roll((self.shift,) * 3, axes) if self.shift else x
+
+    def _attend(self, x: Tensor, batch: int) -> Tensor:
+        """(B * windows, n, n, n, C) to the same shape."""
+        n = self.window
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(4, 0, 5, 1, 2, 3, 6)
+        d, h, w = (relative_table(t, n).to(q.dtype) for t in (self.rel_pos_d, self.rel_pos_h, self.rel_pos_w))
+        along_d = torch.einsum("bsxyze,xke->bsxyzk", q, d)[..., :, None, None]
+        along_h = torch.einsum("bsxyze,yke->bsxyzk", q, h)[..., None, :, None]
+        along_w = torch.einsum("bsxyze,zke->bsxyzk", q, w)[..., None, None, :]
+        bias = (along_d + along_h + along_w).reshape(*q.shape[:2], n**3, n**3)
+        if self.mask is not None:
+            bias = (bias.unflatten(0, (batch, -1)) + self.mask[None, :, None].to(bias.dtype)).flatten(0, 1)
+        out = F.scaled_dot_product_attention(q.flatten(2, 4), k.flatten(2, 4), v.flatten(2, 4), attn_mask=bias, scale=self.scale)
+        return out.transpose(1, 2).reshape(x.shape)
+
+
+def _shift_mask(grid: IntTriple, window: int, shift: int) -> Tensor:
+    """(windows, n^3, n^3): 0 between tokens that were neighbours before the shift, ``FAR`` between those that were not."""
+    region = torch.zeros(grid)
+    cuts = [(slice(0, size - window), slice(size - window, size - shift), slice(size - shift, size)) for size in grid]
+    for number, (a, b, c) in enumerate(itertools.product(*cuts)):
+        region[a, b, c] = number
+    d, h, w = (size // window for size in grid)
+    flat = region.reshape(d, window, h, window, w, window).permute(0, 2, 4, 1, 3, 5).reshape(d * h * w, -1)
+    return torch.where(flat[:, :, None] == flat[:, None], 0.0, FAR)
+
+
+class LiftedBlock(nn.Module):
+    """A frozen block in 3D with an adapter before it; its two norms are trained."""
+
+    def __init__(self, block: Block2d, dim: int, grid: IntTriple, window: int, shift: int, zero: bool) -> None:
+        super().__init__()
+        self.adapter = SpatialAdapter(dim, zero)
+        self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, block.mlp
+        self.attn = WindowAttention3d(block.attn, grid, window, shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, H, W, C) to the same shape."""
+        x = self.adapter(x)
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class LiftedEncoder(nn.Module):
+    """3DSAM-adapter's image encoder: (B, 1, D, H, W) to one (B, out_dim, d, h, w) map per tap.
+
+    Args:
+        encoder: SAM's encoder; its tensors are taken over, its neck is not used.
+        grid: Token grid.
+        upsample: See ``DepthPatchEmbed``.
+        window: Window edge in tokens.
+        taps: After which blocks, counted from 1, a map is taken; each has a neck of its own.
+        zero: See ``SpatialAdapter``.
+
+    Raises:
+        InputError: if a tap is no block of the encoder.
+
+    Source: section 3.1 of the paper; windows in SAM's global blocks too, the shift in even blocks and the start of the depth table (ones)
+    as in the code.
+    """
+
+    def __init__(self, encoder: SamEncoder2d, grid: IntTriple, upsample: int, window: int, taps: tuple[int, ...], zero: bool) -> None:
+        super().__init__()
+        dim, self.out_dim, self.taps = encoder.dim, encoder.out_dim, taps
+        if not taps or not all(1 <= t <= len(encoder.blocks) for t in taps):
+            raise InputError(f"taps must be blocks from 1 to {len(encoder.blocks)}, got {taps}")
+        self.patch_embed = DepthPatchEmbed(cast(nn.Conv2d, encoder.patch_embed["proj"]), upsample)
+        self.pos_embed = nn.Parameter(_pooled(encoder.pos_embed.detach(), grid[1], grid[2]))
+        self.depth_embed = nn.Parameter(torch.ones(1, grid[0], dim))
+        self.blocks = nn.ModuleList(
+            LiftedBlock(cast(Block2d, block), dim, grid, window, window // 2 if index % 2 == 0 and min(grid) > window else 0, zero)
+            for index, block in enumerate(encoder.blocks)
+        )
+        self.necks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv3d(dim, self.out_dim, kernel_size=1, bias=False),
+                LayerNorm3d(self.out_dim),
+                nn.Conv3d(self.out_dim, self.out_dim, kernel_size=3, padding=1, bias=False),
+                LayerNorm3d(self.out_dim),
+            )
+            for _ in taps
+        )
+
+    def frozen_names(self) -> list[str]:
+        """Parameters that are SAM's and stay so."""
+        trained = ("adapter.", "norm1.", "norm2.", "rel_pos_d", "depth_embed", "patch_embed.depth.", "necks.")
+        return [name for name, _ in self.named_parameters() if not any(part in name for part in trained)]
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """See the class."""
+        x = self.patch_embed(image)
+        x = x + self.pos_embed[:, None] + self.depth_embed[:, :, None, None]
+        maps: list[Any] = []
+        for number, block in enumerate(self.blocks, start=1):
+            x = block(x)
+            if number in self.taps:
+                maps.append(self.necks[self.taps.index(number)](x.movedim(-1, 1).contiguous()))
+        return maps
+
+
+def _pooled(table: Tensor, height: int, width: int) -> Tensor:
+    """(1, G, G, C) positions averaged down to (1, height, width, C) where the sizes divide, else resampled."""
+    factors = (table.shape[1] // max(1, height), table.shape[2] // max(1, width))
+    if factors[0] >= 1 and factors[1] >= 1 and table.shape[1] == factors[0] * height and table.shape[2] == factors[1] * width:
+        return F.avg_pool2d(table.permute(0, 3, 1, 2), factors).permute(0, 2, 3, 1).contiguous()
+    return resampled_positions(table, height, width).contiguous()
