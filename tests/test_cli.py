@@ -168,10 +168,21 @@ def test_evaluate_passes_its_options(monkeypatch, tmp_path, capsys):
 
 
 def test_models_lists_every_architecture(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr("samed3d.models.list_models", lambda: ["sam_med3d_b", "samu"])
     assert main(["models"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.strip().splitlines()]
+    row = next(line for line in lines if line.startswith("sam_med3d_b"))
+    assert row.split()[1:8] == ["100,509,232", "100,509,232", "92,924,928", "8,668", "7,575,636", "104.7", "1.5"]
+    assert "12,034,342" in next(line for line in lines if line.startswith("samu"))
+    assert lines[-1].startswith("checkpoints:")
+
+
+def test_models_shows_one_models_modules(capsys):
+    assert main(["models", "fast_sam3d"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in MODELS) and "100.5 M" in out and "checkpoints:" in out
+    assert "0 to 1, each PlainBlock 4,723,968" in out and "image_encoder ImageEncoder 45,639,936" in out
+    assert main(["models", "fast_sam"]) == 2
+    assert "unknown model 'fast_sam'; nearest: fast_sam3d" in capsys.readouterr().err
 
 
 def test_import_weights_round_trip(monkeypatch, tmp_path, capsys):

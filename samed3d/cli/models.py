@@ -1,30 +1,44 @@
-"""``samed3d models`` and ``samed3d import-weights``: what there is, and how foreign weights come in."""
+"""``samed3d models``, ``import-weights`` and ``export``: what there is, how foreign weights come in, how ours go out.
+
+Counts are made in ``models/inventory.py``, graphs in ``inference/export.py``.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from samed3d.cli.options import Quiet
 
-
-def models() -> None:
-    """List the architectures and the shipped checkpoints."""
-    from rich.console import Console
+if TYPE_CHECKING:
     from rich.table import Table
+    from rich.tree import Tree
+    from torch import nn
 
-    from samed3d.models import list_models
+    from samed3d.models.base import AnyModel
+
+WIDTH_OF_A_FILE = 320
+"""Columns where the output is no terminal: no row is broken then."""
+
+
+def models(
+    name: Annotated[str | None, typer.Argument(help="An architecture, to see its modules; all are listed without it.")] = None,
+) -> None:
+    """List the architectures and the shipped checkpoints, or the modules of one architecture. Nothing is allocated."""
+    from rich.console import Console
+
     from samed3d.models.weights import list_checkpoints
 
-    table = Table("architecture", "parameters", "crop (zyx)", "spacing", "prompts", "clicks kept", box=None)
-    for name in list_models():
-        parameters, spec = _measure_model(name)
-        spacing = "any" if spec.spacing_mm is None else f"{spec.spacing_mm:g} mm"
-        crop = "x".join(str(n) for n in spec.input_shape_zyx)
-        table.add_row(name, f"{parameters / 1e6:,.1f} M", crop, spacing, ", ".join(sorted(spec.prompts)), spec.click_memory)
-    Console().print(table)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
+    if name is not None:
+        model = _on_meta(name)
+        console.print(_facts(model), _tree(model, f"[bold]{name}[/bold]", _size(model)))
+        return
+    console.print(_table())
     typer.echo(f"checkpoints: {', '.join(list_checkpoints()) or 'none shipped'}")
 
 
@@ -48,12 +62,90 @@ def import_weights(
         typer.echo(f"{len(state)} tensors of {model} written to {output}")
 
 
-def _measure_model(name: str) -> tuple[int, Any]:
-    """Parameter count and spec, without the memory of the weights."""
+def _on_meta(name: str) -> AnyModel:
     import torch
 
     from samed3d.models import create_model
 
     with torch.device("meta"):
-        network = create_model(name)
-    return sum(p.numel() for p in network.parameters()), network.spec
+        return create_model(name)
+
+
+def _table() -> Table:
+    from rich.table import Table
+
+    from samed3d.models import list_models
+    from samed3d.models.inventory import take_inventory
+
+    headings = ("architecture", "parameters", "trained", "encoder", "prompts", "decoder", "GFLOP encode", "GFLOP decode")
+    table = Table(*headings, "crop (zyx)", "spacing", "understands", "clicks", "source", box=None)
+    for column in table.columns[1:8]:
+        column.justify = "right"
+    for name in list_models():
+        model = _on_meta(name)
+        counts = take_inventory(model)
+        numbers = [f"{n:,}" for n in (counts.total, counts.trained, counts.encoder, counts.prompts, counts.decoder)]
+        decode = f"{counts.decode_flops / 1e9:,.1f}" if counts.decode_flops else "-"
+        table.add_row(name, *numbers, f"{counts.encode_flops / 1e9:,.1f}", decode, *_input(model), model.spec.source)
+    return table
+
+
+def _input(model: AnyModel) -> tuple[str, str, str, str]:
+    """Crop, spacing, prompts and memory of clicks, as shown."""
+    spec = model.spec
+    spacing = "any" if spec.spacing_mm is None else f"{spec.spacing_mm:g} mm"
+    understands = f"nothing: {spec.classes} classes" if spec.classes else ", ".join(sorted(spec.prompts))
+    return "x".join(str(n) for n in spec.input_shape_zyx), spacing, understands, "-" if spec.classes else spec.click_memory
+
+
+def _facts(model: AnyModel) -> Table:
+    from rich.table import Table
+
+    from samed3d.models.inventory import take_inventory
+
+    counts, spec = take_inventory(model), model.spec
+    crop, spacing, understands, clicks = _input(model)
+    lines: list[tuple[str, Any]] = [
+        ("source", spec.source),
+        ("parameters", f"{counts.total:,} (encoder {counts.encoder:,}, prompts {counts.prompts:,}, decoder {counts.decoder:,})"),
+        ("trained", f"{counts.trained:,}"),
+        ("operations", f"{counts.encode_flops / 1e9:,.2f} GFLOP to encode a crop, {counts.decode_flops / 1e9:,.2f} to decode a click"),
+        ("input", f"{crop} voxels of {spacing}, {spec.normalisation}"),
+        ("understands", f"{understands}; clicks kept: {clicks}"),
+    ]
+    table = Table.grid(padding=(0, 2))
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def _tree(module: nn.Module, label: str, size: int) -> Tree:
+    """The modules with their parameters; neighbours alike in class and size are one line."""
+    from rich.tree import Tree
+
+    tree = Tree(f"{label} {type(module).__name__} [dim]{size:,}[/dim]")
+    for first, last, child, child_size in _runs(module):
+        name = first if first == last else f"{first} to {last}, each"
+        tree.add(_tree(child, name, child_size))
+    return tree
+
+
+def _runs(module: nn.Module) -> Iterator[tuple[str, str, nn.Module, int]]:
+    """Children that hold parameters: first and last name of each run of equal ones, one of them, its size."""
+    run: tuple[str, str, nn.Module, int] | None = None
+    for name, child in module.named_children():
+        size = _size(child)
+        if not size:
+            continue
+        if run and (type(run[2]), run[3]) == (type(child), size):
+            run = (run[0], name, run[2], size)
+            continue
+        if run:
+            yield run
+        run = (name, name, child, size)
+    if run:
+        yield run
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -93,12 +93,13 @@ class PromptableModel(nn.Module, ABC):
     """Base of all promptable models. ``config`` holds the keyword arguments that rebuild it.
 
     ``encoder_parts`` names the submodules, dotted, that hold every parameter that ``encode`` uses: what "frozen image encoder" means, and
-    where adapters go. ``adaptation`` is set while adapters are on.
+    where adapters go; ``prompt_parts`` those that read prompts. ``adaptation`` is set while adapters are on.
     """
 
     spec: ModelSpec
     config: dict[str, Any]
     encoder_parts: tuple[str, ...] = ("image_encoder",)
+    prompt_parts: tuple[str, ...] = ("prompt_encoder",)
     adaptation: Adaptation | None = None
 
     @abstractmethod

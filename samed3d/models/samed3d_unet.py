@@ -95,6 +95,7 @@ class SamedUNet(PromptableModel):
     """
 
     encoder_parts = ("stem", "downs", "stages", "skips")
+    prompt_parts = ("tokens", "map_in", "similarities")
 
     def __init__(
         self,

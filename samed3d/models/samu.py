@@ -91,6 +91,7 @@ class Samu(PromptableModel):
     """
 
     encoder_parts = ("encoder",)
+    prompt_parts = ("attentions", "kinds", "tokens", "mask_in")
 
     def __init__(self, name: str, config: SamuConfig) -> None:
         super().__init__()
