@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from samed3d.errors import InputError
 from samed3d.geometry import Triple, as_triple, bounding_region, ijk_to_zyx, zyx_to_ijk
-from samed3d.prompts import ObjectPrompts, Point, Prompt, box_in_grid, point_in_grid
+from samed3d.prompts import Box, Lasso, ObjectPrompts, Point, Prompt, Scribble, box_in_grid, path_in_grid, point_in_grid
 from samed3d.volume import Volume
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ OBJECT_COLOURS: tuple[Colour, ...] = (
 
 
 @dataclass(frozen=True)
-class _Plane:
+class Plane:
     """One panel: which canonical axes run down and across, both against the picture, and the letters at its borders."""
 
     name: str
@@ -61,10 +61,10 @@ class _Plane:
 
 
 # Canonical z, y, x run to superior, anterior, right; the picture runs to inferior, posterior and left: every axis is drawn reversed.
-_PLANES = (
-    _Plane("axial", 1, 2, 0, ("R", "L", "A", "P")),
-    _Plane("coronal", 0, 2, 1, ("R", "L", "S", "I")),
-    _Plane("sagittal", 0, 1, 2, ("A", "P", "S", "I")),
+PLANES = (
+    Plane("axial", 1, 2, 0, ("R", "L", "A", "P")),
+    Plane("coronal", 0, 2, 1, ("R", "L", "S", "I")),
+    Plane("sagittal", 0, 1, 2, ("A", "P", "S", "I")),
 )
 
 
@@ -81,24 +81,24 @@ class _Scene:
     tone: tuple[NDArray[np.float64], NDArray[np.float64]]
     pixels_per_mm: float
 
-    def panel_size(self, plane: _Plane) -> tuple[int, int]:
+    def panel_size(self, plane: Plane) -> tuple[int, int]:
         """Width and height of a panel in drawn pixels."""
         across, down = (self.image.shape[a] * self.spacing_zyx_mm[a] * self.pixels_per_mm for a in (plane.across, plane.down))
         return max(1, round(across * _DRAW)), max(1, round(down * _DRAW))
 
-    def to_panel(self, plane: _Plane, zyx: Triple) -> tuple[float, float]:
+    def to_panel(self, plane: Plane, zyx: Triple) -> tuple[float, float]:
         """Drawn x, y pixel of a canonical voxel position."""
         width, height = self.panel_size(plane)
         x = (1 - (zyx[plane.across] + 0.5) / self.image.shape[plane.across]) * width
         return x, (1 - (zyx[plane.down] + 0.5) / self.image.shape[plane.down]) * height
 
-    def cut(self, array: NDArray, plane: _Plane) -> NDArray:
+    def cut(self, array: NDArray, plane: Plane) -> NDArray:
         """The slice of a canonical array through the centre, as the picture shows it."""
         index = min(max(0, round(self.centre_zyx[plane.normal])), array.shape[plane.normal] - 1)
         flat = np.take(array, index, axis=plane.normal)  # keeps the order of the two other axes, down before across
         return flat[::-1, ::-1]
 
-    def is_near(self, plane: _Plane, zyx: Triple) -> bool:
+    def is_near(self, plane: Plane, zyx: Triple) -> bool:
         """Whether a position lies within one and a half voxels of the slice, or nearer to it than a marker's arm is long."""
         off = abs(zyx[plane.normal] - self.centre_zyx[plane.normal])
         return off <= 1.5 or off * self.spacing_zyx_mm[plane.normal] * self.pixels_per_mm <= _MARKER
@@ -147,7 +147,11 @@ def _scene(volume: Volume, mask: NDArray, objects: Sequence[ObjectPrompts]) -> _
             at = view.position_to_canonical(ijk_to_zyx(point_in_grid(prompt, grid)))
             points.append((at, prompt.positive))
             firsts += [at] if prompt.positive else []
-        else:
+        elif isinstance(prompt, Scribble | Lasso):
+            path = [view.position_to_canonical(ijk_to_zyx(at)) for at in path_in_grid(prompt, grid)]
+            points += [(at, prompt.positive) for at in path]
+            firsts += path[len(path) // 2 :][:1] if prompt.positive else []
+        elif isinstance(prompt, Box):
             corners = np.array([view.position_to_canonical(ijk_to_zyx(c)) for c in box_in_grid(prompt, grid)])
             boxes.append((as_triple(corners.min(0)), as_triple(corners.max(0))))
             firsts.append(as_triple(corners.mean(0)))
@@ -159,10 +163,10 @@ def _scene(volume: Volume, mask: NDArray, objects: Sequence[ObjectPrompts]) -> _
         firsts.append(as_triple([(a + b - 1) / 2 for a, b in zip(*ends, strict=True)]))
     d, h, w = np.multiply(image.shape, view.spacing_zyx_mm)
     pixels_per_mm = min((WIDTH - 4 * _MARGIN) / (2 * w + h), _MAX_PANEL_HEIGHT / max(d, h))
-    return _Scene(image, labels, view.spacing_zyx_mm, firsts[0], points, boxes, _tone_curve(image), float(pixels_per_mm))
+    return _Scene(image, labels, view.spacing_zyx_mm, firsts[0], points, boxes, tone_curve(image), float(pixels_per_mm))
 
 
-def _tone_curve(image: NDArray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def tone_curve(image: NDArray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Intensities and their grey in [0, 1]: half linear between robust percentiles, half by rank.
 
     By rank alone would flatten the picture, linear alone would leave CT's soft tissue a few greys between air and bone. The darkest
@@ -184,7 +188,7 @@ def _drawn(scene: _Scene, volume: Volume, mask: NDArray, objects: Sequence[Objec
     """The whole picture: title, panels, legend."""
     from PIL import Image, ImageDraw
 
-    sizes = [scene.panel_size(plane) for plane in _PLANES]
+    sizes = [scene.panel_size(plane) for plane in PLANES]
     legend = _legend(volume, mask, objects)
     margin, row = _MARGIN * _DRAW, 30 * _DRAW
     top = margin + (row + margin // 2 if title else 0)
@@ -197,7 +201,7 @@ def _drawn(scene: _Scene, volume: Volume, mask: NDArray, objects: Sequence[Objec
         draw.text((margin, margin), title, fill=_TEXT, font=_font(24))
     gap = (WIDTH * _DRAW - sum(width for width, _ in sizes)) / 4
     x = gap
-    for plane, (width, panel_height) in zip(_PLANES, sizes, strict=True):
+    for plane, (width, panel_height) in zip(PLANES, sizes, strict=True):
         picture.paste(_panel(scene, plane), (round(x), top + (panels_height - panel_height) // 2))
         x += width + gap
     y = top + panels_height + margin
@@ -243,7 +247,7 @@ def _wrapped(widths: Sequence[float], available: float) -> list[list[int]]:
     return rows
 
 
-def _panel(scene: _Scene, plane: _Plane) -> Image.Image:
+def _panel(scene: _Scene, plane: Plane) -> Image.Image:
     """One slice with everything on it."""
     from PIL import Image, ImageDraw
 
@@ -257,7 +261,7 @@ def _panel(scene: _Scene, plane: _Plane) -> Image.Image:
     draw = ImageDraw.Draw(panel)
     _draw_prompts(draw, scene, plane)
     _draw_letters(draw, size, plane)
-    if plane is _PLANES[0]:
+    if plane is PLANES[0]:
         _draw_scale(draw, size, scene.pixels_per_mm * _DRAW)
     return panel
 
@@ -282,7 +286,7 @@ def _draw_object(panel: Image.Image, mask: NDArray[np.bool_], colour: Colour) ->
     panel.paste(colour, (left, top), mask=ImageChops.subtract(inside, eroded))
 
 
-def _draw_prompts(draw: ImageDraw.ImageDraw, scene: _Scene, plane: _Plane) -> None:
+def _draw_prompts(draw: ImageDraw.ImageDraw, scene: _Scene, plane: Plane) -> None:
     for low, high in scene.boxes:
         if low[plane.normal] - 0.5 <= scene.centre_zyx[plane.normal] <= high[plane.normal] + 0.5:
             corner = scene.to_panel(plane, as_triple([v + 0.5 for v in high]))
@@ -303,7 +307,7 @@ def _draw_marker(draw: ImageDraw.ImageDraw, at: tuple[float, float], positive: b
             draw.line((x + ax * r, y + ay * r, x + bx * r, y + by * r), fill=colour, width=width * _DRAW)
 
 
-def _draw_letters(draw: ImageDraw.ImageDraw, size: tuple[int, int], plane: _Plane) -> None:
+def _draw_letters(draw: ImageDraw.ImageDraw, size: tuple[int, int], plane: Plane) -> None:
     width, height = size
     inset = 6 * _DRAW
     places = [(inset, height / 2, "lm"), (width - inset, height / 2, "rm"), (width / 2, inset, "ma"), (width / 2, height - inset, "md")]
