@@ -11,15 +11,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from samed3d.inference.session import Session
     from samed3d.models import create_model, list_models, load
-    from samed3d.prompts import Box, Point
+    from samed3d.prompts import Box, Lasso, MaskPrior, Point, Scribble
     from samed3d.volume import Volume
 
 __version__ = "0.1.0"
-__all__ = ["Box", "Point", "Session", "Volume", "__version__", "create_model", "list_models", "load"]
+__all__ = [
+    "Box",
+    "Lasso",
+    "MaskPrior",
+    "Point",
+    "Scribble",
+    "Session",
+    "Volume",
+    "__version__",
+    "create_model",
+    "list_models",
+    "load",
+]
 
 _HOME = {
     "Box": "samed3d.prompts",
+    "Lasso": "samed3d.prompts",
+    "MaskPrior": "samed3d.prompts",
     "Point": "samed3d.prompts",
+    "Scribble": "samed3d.prompts",
     "Session": "samed3d.inference.session",
     "Volume": "samed3d.volume",
     "create_model": "samed3d.models",

@@ -28,7 +28,7 @@ class StandIn:
     """Masks one more slice of the clicked organ at each click."""
 
     def __init__(self, volume):
-        self.volume, self.objects, self.clicked = volume, [], []
+        self.volume, self.clicked = volume, []
         self.truth = body(np.random.default_rng(0))[1]
         self.labels = np.zeros(GRID.shape_zyx, np.uint8)
 
@@ -43,6 +43,9 @@ class StandIn:
         self.mask = ((self.truth == object_id) & (np.arange(GRID.shape_zyx[0])[:, None, None] < 1 + 2 * count)).astype(np.uint8)
         self.labels[self.mask > 0] = object_id
         return type("Update", (), {"seconds": 0.5})()
+
+    def objects(self):
+        return []
 
     def save(self, path):
         write_mask(path, self.labels, GRID)

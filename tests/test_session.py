@@ -74,9 +74,9 @@ def test_the_mask_follows_however_the_volume_is_stored(axes, flips):
     update = turned.add(Point(ras, space="ras"))
     np.testing.assert_array_equal(update.mask, turned.mask[update.region.slices])
     assert update.mask.sum() == turned.mask.sum()
-    expected = permuted(Volume(straight.probability, volume.grid, ""), axes, flips).array
-    assert straight.probability.std() > 0
-    np.testing.assert_allclose(turned.probability, expected, atol=1e-5)
+    expected = permuted(Volume(straight.probability(), volume.grid, ""), axes, flips).array
+    assert straight.probability().std() > 0
+    np.testing.assert_allclose(turned.probability(), expected, atol=1e-5)
 
 
 def test_ijk_and_mm_are_the_same_click():
@@ -152,7 +152,7 @@ def test_several_objects_make_one_label_map(tmp_path):
     session.add_all(
         [ObjectPrompts(1, "ball", [Point((13, 15, 11))]), ObjectPrompts(7, "corner", [Box((0, 0, 0), (3, 3, 3)), Point((1, 1, 1))])]
     )
-    assert [o.name for o in session.objects] == ["ball", "corner"]
+    assert [o.name for o in session.objects()] == ["ball", "corner"]
     assert session.labels[11, 15, 13] == 1 and session.labels[1, 1, 1] == 7 and session.labels[20, 2, 2] == 0
     session.save(tmp_path / "labels.nii.gz")
     np.testing.assert_array_equal(read_volume(tmp_path / "labels.nii.gz").array, session.labels)
@@ -183,7 +183,7 @@ def test_prompts_that_cannot_be_used(prompt, message):
     session = Session(volume, BrightnessModel())
     with pytest.raises(InputError, match=message):
         session.add(prompt)
-    assert session.objects == []
+    assert session.objects() == []
     with pytest.raises(InputError, match="has no mask yet"):
         _ = session.mask
 
@@ -196,7 +196,7 @@ def test_a_bad_prompt_leaves_the_session_as_it_was():
     with pytest.raises(InputError, match="point must lie inside"):
         session.add(Point((99, 0, 0)))
     np.testing.assert_array_equal(session.mask, before)
-    assert len(session.objects[0].prompts) == 1
+    assert len(session.objects()[0].prompts) == 1
 
 
 def test_a_model_without_boxes_says_so():

@@ -75,8 +75,8 @@ def run_demo(out: Path, model: str = "default", seed: int = 0, device: str = "au
 
     write_volume(out / "ct.nii.gz", array, grid)
     session.save(out / "masks.nii.gz")
-    dump_prompts(session.objects, out / "prompts.json")
-    write_preview(out / "preview.png", session.volume, session.labels, session.objects, title="samed3d demo: a generated body")
+    dump_prompts(session.objects(), out / "prompts.json")
+    write_preview(out / "preview.png", session.volume, session.labels, session.objects(), title="samed3d demo: a generated body")
     _write_results(out / "results.json", results, session, model, seed)
     if not quiet:
         _print_table(results, out, time.perf_counter() - started)

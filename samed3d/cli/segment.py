@@ -54,7 +54,7 @@ def segment(
     if preview is not None:
         from samed3d.inference.preview import write_preview
 
-        write_preview(preview, session.volume, session.labels, session.objects, title=image.name)
+        write_preview(preview, session.volume, session.labels, session.objects(), title=image.name)
     if report is not None:
         write_json(report, summary)
     if not quiet:

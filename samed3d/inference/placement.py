@@ -37,7 +37,7 @@ MAX_TILES = 27
 class Placed:
     """The state of an object between prompts: the last crop's answer and what is known of the volume so far."""
 
-    crop: CropMask
+    crop: CropMask | None  # None where the mask was given and no crop was looked at
     canvas: Canvas
 
 
@@ -47,7 +47,7 @@ def place(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed 
     Args:
         predictor: The model on the volume.
         prompts: With at least one positive point or a box.
-        previous: What ``place`` returned before the newest prompt, or None.
+        previous: What ``place`` returned before the newest prompt, or a mask that was given, or None.
     """
     relative = predictor.model.spec.spacing_mm is None
     return _zoom(predictor, prompts, previous) if relative else _tile(predictor, prompts, previous)
@@ -71,7 +71,8 @@ def _zoom(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed 
     crop = predictor.decode(frame, prompts, prior)
     canvas = predictor.paste(crop)
     largest = _largest_edge(predictor)
-    while touched_faces(crop) and _edge_mm(predictor, crop.frame) < largest:
+    only_less = previous is not None and not prompts.newest_positive  # a click off the object asks for less: no reason to look further
+    while not only_less and touched_faces(crop) and _edge_mm(predictor, crop.frame) < largest:
         wider = _fitted(predictor, prompts, min(_edge_mm(predictor, crop.frame) * ZOOM_STEP, largest), _middle(crop))
         crop = predictor.decode(wider, prompts, predictor.lowres_of(canvas, wider, crop.lowres_logits))
         canvas = predictor.paste(crop)
@@ -90,47 +91,82 @@ def _largest_edge(predictor: CropPredictor) -> float:
 
 
 def _holds_points(frame: CropFrame, prompts: CanonicalPrompts, factor: float) -> bool:
-    """Whether a crop ``factor`` times as large around the same middle would still hold every click."""
+    """Whether a crop ``factor`` times as large around the same middle would still hold every click, also those off the object."""
     return all(frame.zoomed(factor).contains(at) for at, _ in prompts.points)
 
 
 def _start(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed | None) -> tuple[CropFrame, Tensor | None]:
     """The first crop to look at, and the earlier mask on it."""
-    if previous is not None:
+    reach = prompts.positives + [as_triple(list(corner)) for corner in _inner_corners(prompts.newest_extent)]
+    if previous is not None and previous.crop is not None:
         frame = previous.crop.frame
-        if all(frame.contains(at) for at, _ in prompts.points):
+        if all(frame.contains(at) for at in reach):
             return frame, previous.crop.lowres_logits
-        edge = max(_edge_mm(predictor, frame), _edge_around(predictor, prompts, frame))
+        edge = max(_edge_mm(predictor, frame), _edge_around(predictor, reach, frame))
         frame = _fitted(predictor, prompts, edge, _middle(previous.crop))
         return frame, predictor.lowres_of(previous.canvas, frame, previous.crop.lowres_logits)
-    if prompts.box is None:
-        largest = _largest_edge(predictor)
-        edge = min(max(min(predictor.spacing_zyx_mm) * max(predictor.crop_shape), FIRST_LOOK * largest), largest)
-        return _fitted(predictor, prompts, edge, prompts.points[-1][0]), None
-    low, high = prompts.box
+    if previous is not None:
+        known = _known_region(previous.canvas)
+        low, high = as_triple(list(known.start_zyx)), as_triple(list(known.stop_zyx))
+        frame = _around(predictor, (low, high))
+        if not all(frame.contains(at) for at in reach):
+            edge = max(_edge_mm(predictor, frame), _edge_around(predictor, reach, frame))
+            frame = _fitted(predictor, prompts, edge, as_triple([(a + b - 1) / 2 for a, b in zip(low, high, strict=True)]))
+        return frame, predictor.lowres_of(previous.canvas, frame)
+    ends = prompts.box or prompts.extent
+    if ends is not None:
+        frame = _around(predictor, ends)
+        if not all(frame.contains(at) for at in prompts.positives):
+            edge = max(_edge_mm(predictor, frame), _edge_around(predictor, reach, frame))
+            frame = _fitted(predictor, prompts, edge, as_triple([(a + b) / 2 - 0.5 for a, b in zip(*ends, strict=True)]))
+        return frame, None
+    largest = _largest_edge(predictor)
+    edge = max(min(predictor.spacing_zyx_mm) * max(predictor.crop_shape), FIRST_LOOK * largest, _edge_around(predictor, reach))
+    return _fitted(predictor, prompts, min(edge, largest), prompts.positives[-1]), None
+
+
+def _around(predictor: CropPredictor, ends: tuple[Triple, Triple]) -> CropFrame:
+    """The crop that half-open corners fill to ``BOX_FILL``."""
+    low, high = ends
     size_mm = max((b - a) * s for a, b, s in zip(low, high, predictor.spacing_zyx_mm, strict=True))
-    middle = as_triple([(a + b) / 2 - 0.5 for a, b in zip(low, high, strict=True)])
-    return _frame(predictor, middle, size_mm / BOX_FILL), None
+    return _frame(predictor, as_triple([(a + b) / 2 - 0.5 for a, b in zip(low, high, strict=True)]), size_mm / BOX_FILL)
 
 
-def _edge_around(predictor: CropPredictor, prompts: CanonicalPrompts, frame: CropFrame) -> float:
-    """Edge in mm of a cube around a crop's middle half and every point, with some room."""
+def _inner_corners(ends: tuple[Triple, Triple] | None) -> list[Triple]:
+    """The centres of the two corner voxels of a half-open box."""
+    return [] if ends is None else [ends[0], as_triple([v - 1 for v in ends[1]])]
+
+
+def _known_region(canvas: Canvas) -> Region:
+    """Where a canvas holds mask (its whole region where it holds none)."""
+    tight = bounding_region((canvas.logits > MASK_LOGIT_THRESHOLD).numpy())
+    if tight.is_empty:
+        return canvas.region
+    d, h, w = canvas.region.start_zyx
+    (a, b, c), (e, f, g) = tight.start_zyx, tight.stop_zyx
+    return Region((a + d, b + h, c + w), (e + d, f + h, g + w))
+
+
+def _edge_around(predictor: CropPredictor, reach: list[Triple], frame: CropFrame | None = None) -> float:
+    """Edge in mm of a cube around positions and a crop's middle half, with some room."""
     edge = 0.0
     for axis, spacing in enumerate(predictor.spacing_zyx_mm):
-        origin, extent = frame.origin_zyx_vox[axis], frame.extent_zyx_vox[axis]
-        values = [at[axis] for at, _ in prompts.points] + [origin + extent / 4, origin + extent * 3 / 4]
+        values = [at[axis] for at in reach]
+        if frame is not None:
+            origin, extent = frame.origin_zyx_vox[axis], frame.extent_zyx_vox[axis]
+            values += [origin + extent / 4, origin + extent * 3 / 4]
         edge = max(edge, (max(values) - min(values)) * spacing * 1.25)
     return edge
 
 
 def _fitted(predictor: CropPredictor, prompts: CanonicalPrompts, edge_mm: float, middle: Triple) -> CropFrame:
-    """A cube of that edge around ``middle``, moved so that it wastes little outside the volume and holds every point if it can."""
+    """A cube of that edge around ``middle``, moved so that it wastes little outside the volume and holds every positive point if it can."""
     centre = list(middle)
     for axis, (size, spacing) in enumerate(zip(predictor.shape_zyx, predictor.spacing_zyx_mm, strict=True)):
         half = edge_mm / spacing / 2
         low, high = half - 0.5, size - 0.5 - half
         centre[axis] = (size - 1) / 2 if low >= high else min(max(centre[axis], low), high)
-        for at, _ in prompts.points:  # oldest first: the newest point has the last word
+        for at in prompts.positives:  # oldest first: the newest point has the last word
             reach = max(0.0, half - 1.5 * edge_mm / spacing / max(predictor.crop_shape))
             centre[axis] = min(max(centre[axis], at[axis] - reach), at[axis] + reach)
     return _frame(predictor, as_triple(centre), edge_mm)
@@ -167,16 +203,11 @@ def _tile(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed 
     spacing = predictor.model.spec.spacing_mm
     assert spacing is not None
     steps = as_triple([spacing / s for s in predictor.spacing_zyx_mm])
-    newest = prompts.points[-1][0]
-    if previous is not None and previous.crop.frame.contains(newest, margin_vox=min(predictor.crop_shape) / 8):
-        frame = previous.crop.frame
-        prior: Tensor | None = previous.crop.lowres_logits
-    else:
-        frame = CropFrame.centred(newest, steps, predictor.crop_shape).snapped()
-        prior = None if previous is None else predictor.lowres_of(previous.canvas, frame, previous.crop.lowres_logits)
+    frame, prior = _first_tile(predictor, prompts, previous, steps)
     first = predictor.decode(frame, prompts, prior)
     tiles = {frame: first}
-    waiting = _neighbours(first)
+    only_less = previous is not None and not prompts.newest_positive
+    waiting = [] if only_less else _neighbours(first)
     canvas = _blend(predictor, list(tiles.values()), previous)
     while waiting and len(tiles) < MAX_TILES:
         frame = waiting.pop(0)
@@ -187,6 +218,29 @@ def _tile(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed 
         waiting += _neighbours(tiles[frame])
         canvas = _blend(predictor, list(tiles.values()), previous)
     return Placed(first, canvas)
+
+
+def _first_tile(
+    predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed | None, steps: Triple
+) -> tuple[CropFrame, Tensor | None]:
+    """The last crop again if it holds what is new, else one around that; and the earlier mask on it."""
+    ends = prompts.newest_extent or prompts.box or prompts.extent
+    newest = prompts.points[-1][0] if prompts.points else as_triple([(a + b) / 2 - 0.5 for a, b in zip(*(ends or ()), strict=True)])
+    crop = None if previous is None else previous.crop
+    if previous is not None and crop is not None:
+        # A click off the object where there is no mask changes nothing elsewhere: no crop is moved there.
+        needless = not prompts.newest_positive and not _is_mask(previous.canvas, newest)
+        if needless or crop.frame.contains(newest, margin_vox=min(predictor.crop_shape) / 8):
+            return crop.frame, crop.lowres_logits
+    frame = CropFrame.centred(newest, steps, predictor.crop_shape).snapped()
+    return frame, None if previous is None else predictor.lowres_of(previous.canvas, frame, None if crop is None else crop.lowres_logits)
+
+
+def _is_mask(canvas: Canvas, at: Triple) -> bool:
+    """Whether the voxel at a position belongs to the mask."""
+    index = tuple(round(v) - a for v, a in zip(at, canvas.region.start_zyx, strict=True))
+    within = all(0 <= i < n for i, n in zip(index, canvas.region.shape_zyx, strict=True))
+    return within and bool(canvas.logits[index] > MASK_LOGIT_THRESHOLD)
 
 
 def _neighbours(crop: CropMask) -> list[CropFrame]:

@@ -32,12 +32,23 @@ class CanonicalPrompts:
     """An object's prompts on the canonical volume, oldest first.
 
     Attributes:
-        points: (zyx voxel position, positive) per click.
+        points: (zyx voxel position, positive) per click, and a few per stroke.
         box: Half-open low and high corner in voxel edges, the union of all boxes, or None.
+        extent: As ``box``, of what bounds the object in one slice only: it says where to look and is not given to the model.
+        newest_positive: Whether anything since the last prediction says what belongs to the object.
+        newest_extent: ``box`` or ``extent`` where it was given since the last prediction.
     """
 
     points: list[tuple[Triple, bool]] = field(default_factory=list)
     box: tuple[Triple, Triple] | None = None
+    extent: tuple[Triple, Triple] | None = None
+    newest_positive: bool = True
+    newest_extent: tuple[Triple, Triple] | None = None
+
+    @property
+    def positives(self) -> list[Triple]:
+        """Positions that belong to the object, oldest first. Only these move a crop: a click off the object says nothing of where it is."""
+        return [at for at, positive in self.points if positive]
 
 
 @dataclass
@@ -100,8 +111,12 @@ class CropPredictor:
             logits = logits.permute(2, 1, 0)
         return CropMask(frame, logits.contiguous(), inside, float(output.iou[0, 0]), output.lowres_logits)
 
-    def lowres_of(self, canvas: Canvas, frame: CropFrame, like: Tensor) -> Tensor:
-        """A canvas's logits as the mask prompt of a crop, in the shape of an earlier ``lowres_logits``."""
+    def lowres_of(self, canvas: Canvas, frame: CropFrame, like: Tensor | None = None) -> Tensor:
+        """A canvas's logits as the mask prompt of a crop, in the shape of an earlier ``lowres_logits`` (None asks the model for one)."""
+        if like is None:
+            like = self.decode(
+                frame, CanonicalPrompts([(frame.to_volume(as_triple([n / 2 for n in frame.shape_zyx])), True)])
+            ).lowres_logits
         logits = canvas.on_frame(frame)
         if self.model.spec.tensor_axes == "xyz":
             logits = logits.permute(2, 1, 0)
@@ -112,6 +127,10 @@ class CropPredictor:
         """The crop's logits on the volume's own voxels."""
         region, logits = paste_crop(crop.logits, crop.frame, self.shape_zyx)
         return Canvas(region, logits)
+
+    def clear(self) -> None:
+        """Let go of all kept features."""
+        self._features.clear()
 
     def _encode(self, frame: CropFrame) -> tuple[Features, Tensor]:
         if frame in self._features:

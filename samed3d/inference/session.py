@@ -1,20 +1,17 @@
-"""What a user holds: a volume, objects with prompts, and their masks on the volume's own grid. No ground truth anywhere.
+"""A session: one volume, one model, any number of objects, prompts in and masks on the image's own grid out.
 
-    from samed3d import Session, Point
-    s = Session.open("ct.nii.gz")
-    s.add(Point((120, 88, 40)))
-    s.save("mask.nii.gz")
-
-Positions come in as ijk or RAS mm, masks go out as (D, H, W) arrays in the file's own order; between them everything is canonical. Which
-crops are looked at is decided in ``placement.py``; the contract with models is ``models/base.py``.
+The prompts are the source of truth, the masks follow from them: any prompt can be moved or taken out, everything can be undone and redone,
+and with a journal all of it survives a crash. Not here: where the model looks (``placement.py``), what a prompt becomes (``strokes.py``),
+what an edit does (``edits.py``), files (``journal.py``, ``saving.py``). One thread at a time. Read ``edits.py`` next; the contract with
+models is ``models/base.py``.
 """
 
 from __future__ import annotations
 
 import logging
-import platform
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +20,47 @@ import torch
 from numpy.typing import NDArray
 
 from samed3d.errors import InputError
-from samed3d.geometry import Region, Triple, as_triple, ijk_to_zyx
-from samed3d.inference.placement import Placed, place
-from samed3d.inference.predictor import BACKGROUND_LOGIT, CanonicalPrompts, CropPredictor
+from samed3d.geometry import Region
+from samed3d.inference.edits import REDO, UNDO, Edit, History, applied
+from samed3d.inference.journal import Journal
+from samed3d.inference.predictor import BACKGROUND_LOGIT, Canvas, CropPredictor
+from samed3d.inference.saving import check_colour, describe, identity, read_session, save_session
+from samed3d.inference.scene import Scene, SessionObject, Track, label_map, shown
+from samed3d.inference.steps import Chains
+from samed3d.inference.strokes import read_prior
+from samed3d.inference.uncertainty import least_certain
 from samed3d.models import load
 from samed3d.models.base import PromptableModel
-from samed3d.prompts import MASK_LOGIT_THRESHOLD, Box, ObjectPrompts, Point, Prompt, box_in_grid, point_in_grid
+from samed3d.prompts import ObjectPrompts, PackedMask, Point, Prompt, is_positive
 from samed3d.volume import Volume, read_volume, write_mask, write_volume
 
 logger = logging.getLogger(__name__)
 
-OBEYED_LOGIT = 1.0
-"""A clicked voxel gets at least this much of its click's sign: a click is never contradicted at its own voxel."""
+SESSION_SUFFIX = ".json"
 
 
 @dataclass
 class MaskUpdate:
-    """What one prompt changed: the region (zyx of the stored array), the object's uint8 mask inside it, and the seconds it took."""
+    """What one call changed.
+
+    Attributes:
+        region: Box of the voxels that changed, zyx of the stored array; empty where none did.
+        mask: The object's uint8 mask inside it.
+        seconds: That the call took.
+        object_id: Whose mask.
+        prompt_id: Of the prompt that was added, moved or removed; 0 where no prompt was.
+    """
 
     region: Region
     mask: NDArray[np.uint8]
     seconds: float
+    object_id: int = 1
+    prompt_id: int = 0
 
-
-@dataclass
-class _Object:
-    """An object's prompts as given, as canonical, and its prediction so far."""
-
-    given: ObjectPrompts
-    canonical: CanonicalPrompts = field(default_factory=CanonicalPrompts)
-    placed: Placed | None = None
-    seconds: list[float] = field(default_factory=list)
+    @property
+    def changed(self) -> bool:
+        """Whether any voxel changed."""
+        return not self.region.is_empty
 
 
 class Session:
@@ -62,16 +69,19 @@ class Session:
     Attributes:
         volume: The image as read.
         model_name: What was loaded.
+        device: Where the model runs.
     """
 
     def __init__(self, volume: Volume, model: PromptableModel, device: str = "auto", model_name: str = "") -> None:
         """Use ``Session.open``; this takes parts that are already loaded."""
         self.volume, self.model_name = volume, model_name or model.spec.name
-        view = volume.view
         self.device = pick_device(device)
-        self._predictor = CropPredictor(model.eval(), self.device, view.to_canonical(volume.array), view.spacing_zyx_mm)
-        self._objects: dict[int, _Object] = {}
-        self._current = 1
+        self._predictor = CropPredictor(model.eval(), self.device, volume.view.to_canonical(volume.array), volume.view.spacing_zyx_mm)
+        self._chains = Chains(volume, self._predictor)
+        self._history = History()
+        self._journal: Journal | None = None
+        self._picked: dict[str, Any] = {}
+        self._next_prompt = 1
 
     @classmethod
     def open(
@@ -81,6 +91,7 @@ class Session:
         device: str = "auto",
         channel: int | None = None,
         series: str | int | None = None,
+        journal: str | Path | None = None,
     ) -> Session:
         """Read an image and a model.
 
@@ -90,167 +101,352 @@ class Session:
             device: ``"auto"`` (CUDA where there is one), ``"cpu"`` or ``"cuda"``.
             channel: Channel of a multi-channel image.
             series: Series of a DICOM folder.
+            journal: File that every edit is written to before it is acknowledged; where it exists, the session in it goes on.
 
         Raises:
-            InputError: for an image or model that cannot be used, or a device that is not there.
+            InputError: for an image or model that cannot be used, a device that is not there, or a journal that is damaged, in use, or of
+                another image or model.
         """
         pick_device(device)
         network = model if isinstance(model, PromptableModel) else load(model)
         volume = image if isinstance(image, Volume) else read_volume(image, channel=channel, series=series)
-        return cls(volume, network, device, "" if isinstance(model, PromptableModel) else str(model))
+        session = cls(volume, network, device, "" if isinstance(model, PromptableModel) else str(model))
+        session._picked = {key: value for key, value in (("channel", channel), ("series", series)) if value is not None}
+        if journal is not None:
+            opened = Journal(journal, identity(session))
+            try:
+                session._replay(opened.edits)
+            except BaseException:
+                opened.close()
+                raise
+            session._journal = opened
+        return session
 
-    def add(self, prompt: Prompt, object_id: int = 1, name: str | None = None) -> MaskUpdate:
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        image: str | Path | Volume | None = None,
+        model: str | Path | PromptableModel | None = None,
+        device: str = "auto",
+        journal: str | Path | None = None,
+    ) -> Session:
+        """Go on with a session that ``save`` wrote, undo and redo included.
+
+        Args:
+            path: The session file.
+            image: The image, where it is no longer at the place that the file names.
+            model: The model, where it is not one that can be loaded by its name.
+            device: As for ``open``.
+            journal: As for ``open``; must not exist yet.
+
+        Raises:
+            InputError: if the file is damaged, or the image is not there or another one.
+        """
+        saved = read_session(Path(path))
+        if journal is not None and Path(journal).exists():
+            raise InputError(f"journal must be a new file for a loaded session, got {journal}; open the journal itself instead")
+        source = image if image is not None else saved.image_path(Path(path))
+        session = cls.open(source, model if model is not None else saved.model, device, saved.channel, saved.series)
+        saved.check(identity(session))
+        session._replay(saved.edits)
+        if journal is not None:
+            session._journal = Journal(journal, identity(session))
+            for edit in saved.edits:
+                session._journal.append(edit)
+        return session
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the journal and of what is kept in memory; nothing is lost that a journal holds."""
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+        self._chains.clear()
+        self._predictor.clear()
+
+    def add(self, prompt: Prompt, object_id: int = 1, name: str | None = None, *, predict: bool = True) -> MaskUpdate:
         """Add a prompt to an object and predict it anew.
 
         Args:
-            prompt: A point or a box.
-            object_id: Which object; a new number starts a new object, which becomes the current one.
+            prompt: A point, box, scribble, lasso or mask.
+            object_id: Which object; a new number starts a new object. It becomes the current one.
             name: Of a new object.
+            predict: False leaves the mask as it is until the next prompt or ``predict``.
 
         Raises:
-            InputError: if the prompt lies outside the volume, the model does not understand it, or nothing positive was said yet.
+            InputError: if the prompt lies outside the volume, the model does not understand it, nothing positive was said yet, or the
+                object is locked.
         """
-        return self._add([prompt], object_id, name)
+        track = self._scene.tracks.get(object_id)
+        if not is_positive(prompt) and not any(is_positive(s.prompt) for s in (track.chain if track else []) if s.prompt is not None):
+            raise InputError(f"object {object_id} needs a positive point or a box before a negative point")
+        return self._add(prompt, object_id, name, predict)
 
-    def add_all(self, objects: list[ObjectPrompts]) -> None:
+    def add_all(self, objects: Sequence[ObjectPrompts]) -> None:
         """Add whole objects; prompts of each are given in order, as if clicked one after the other.
 
         Raises:
             InputError: as ``add``; every prompt is checked before anything is predicted.
         """
-        for entry in objects:
+        read = [(entry, [read_prior(prompt, self.volume) for prompt in entry.prompts]) for entry in objects]
+        for entry, prompts in read:
             if not entry.has_positive:
                 raise InputError(f"object {entry.id} ({entry.name}) needs a positive point or a box, got only negative points")
-            for prompt in entry.prompts:
-                self._to_canonical(prompt, CanonicalPrompts())
-        for entry in objects:
-            first_positive = next(i for i, p in enumerate(entry.prompts) if isinstance(p, Box) or p.positive)
-            self._add(entry.prompts[: first_positive + 1], entry.id, entry.name)
-            for prompt in entry.prompts[first_positive + 1 :]:
-                self._add([prompt], entry.id, entry.name)
+            for prompt in prompts:
+                self._chains.check(prompt)
+        for entry, prompts in read:
+            for prompt in prompts:
+                self._add(prompt, entry.id, entry.name, True)
 
-    def _add(self, prompts: list[Prompt], object_id: int, name: str | None) -> MaskUpdate:
-        began = time.perf_counter()
-        known = self._objects.get(object_id)
-        state = known or _Object(ObjectPrompts(object_id, name or f"object {object_id}"))
-        canonical = CanonicalPrompts(list(state.canonical.points), state.canonical.box)
-        for prompt in prompts:
-            self._to_canonical(prompt, canonical)
-        given = [*state.given.prompts, *prompts]
-        if not ObjectPrompts(prompts=given).has_positive:
-            raise InputError(f"object {object_id} needs a positive point or a box before a negative point")
-        before = None if state.placed is None else state.placed.canvas.region
-        state.placed = self._obeyed(place(self._predictor, canonical, state.placed), canonical)
-        state.canonical, state.given.prompts = canonical, given
-        self._objects[object_id], self._current = state, object_id
-        canvas = state.placed.canvas
-        region = canvas.region if before is None else before.union(canvas.region)
-        mask = np.zeros(region.shape_zyx, dtype=np.uint8)  # of the changed part only: a click never costs a pass over the volume
-        mask[canvas.region.slices_in(region)] = (canvas.logits > MASK_LOGIT_THRESHOLD).numpy()
-        stored, mask = self.volume.view.region_to_stored(region), self.volume.view.to_stored(mask)
-        seconds = time.perf_counter() - began
-        state.seconds.append(seconds)
-        return MaskUpdate(stored, np.ascontiguousarray(mask), seconds)
+    def _add(self, prompt: Prompt, object_id: int, name: str | None, predict: bool) -> MaskUpdate:
+        if type(object_id) is not int or not 1 <= object_id < 2**16:
+            raise InputError(f"object id must be a whole number from 1 to 65535, got {object_id!r}")
+        edit: Edit = {"do": "add", "object": object_id, "id": self._next_prompt, "prompt": read_prior(prompt, self.volume)}
+        if name is not None and object_id not in self._scene.tracks:
+            edit["name"] = name
+        if not predict:
+            edit["look"] = False
+        return self._commit(edit, object_id, self._next_prompt)
 
-    def _to_canonical(self, prompt: Prompt, onto: CanonicalPrompts) -> None:
-        """Check a prompt against the volume and the model, and append its canonical form."""
-        spec, grid, view = self._predictor.model.spec, self.volume.grid, self.volume.view
-        kind = "point" if isinstance(prompt, Point) else "box"
-        if kind not in spec.prompts:
-            raise InputError(f"model {spec.name!r} does not understand a {kind}; it takes {', '.join(sorted(spec.prompts - {'mask'}))}")
-        if isinstance(prompt, Point):
-            onto.points.append((view.position_to_canonical(ijk_to_zyx(point_in_grid(prompt, grid))), prompt.positive))
-            return
-        ends = [view.position_to_canonical(ijk_to_zyx(corner)) for corner in box_in_grid(prompt, grid)]
-        low = as_triple([min(a, b) for a, b in zip(*ends, strict=True)])
-        high = as_triple([max(a, b) + 1 for a, b in zip(*ends, strict=True)])  # both corner voxels belong to the box
-        if onto.box is not None:
-            low = as_triple([min(a, b) for a, b in zip(low, onto.box[0], strict=True)])
-            high = as_triple([max(a, b) for a, b in zip(high, onto.box[1], strict=True)])
-        onto.box = (low, high)
+    def remove(self, prompt_id: int) -> MaskUpdate:
+        """Take a prompt out; its object's later prompts are answered again without it.
 
-    def _obeyed(self, placed: Placed, prompts: CanonicalPrompts) -> Placed:
-        """Give every clicked voxel its click's sign."""
-        region, logits = placed.canvas.region, placed.canvas.logits
-        for at, positive in prompts.points:
-            voxel = _voxel(at, self._predictor.shape_zyx)
-            index = tuple(v - a for v, a in zip(voxel, region.start_zyx, strict=True))
-            if all(0 <= i < n for i, n in zip(index, region.shape_zyx, strict=True)):
-                value = float(logits[index])
-                logits[index] = max(value, OBEYED_LOGIT) if positive else min(value, -OBEYED_LOGIT)
-        return placed
+        Raises:
+            InputError: if there is no such prompt, or its object is locked.
+        """
+        return self._commit({"do": "remove", "id": prompt_id}, self._holder(prompt_id), prompt_id)
+
+    def move(self, prompt_id: int, to: Prompt | Sequence[float]) -> MaskUpdate:
+        """Replace a prompt and answer its object's later prompts again.
+
+        Args:
+            prompt_id: Which.
+            to: Another prompt; or, for a point, its new position in the point's own space.
+
+        Raises:
+            InputError: as ``add`` and ``remove``.
+        """
+        holder = self._holder(prompt_id)
+        if not isinstance(to, Prompt):
+            old = self._object(holder).numbered[prompt_id]
+            if not isinstance(old, Point):
+                raise InputError(f"prompt {prompt_id} is a {type(old).__name__.lower()}: move it by giving the new one, got {to!r}")
+            to = Point(tuple(to), old.positive, old.space)  # type: ignore[arg-type]
+        return self._commit({"do": "move", "id": prompt_id, "prompt": read_prior(to, self.volume)}, holder, prompt_id)
+
+    def predict(self, object_id: int | None = None) -> MaskUpdate:
+        """Ask the model again: what was added with ``predict=False``, or the same prompts with the mask so far to start from."""
+        number = self._number(object_id)
+        return self._commit({"do": "look", "object": number}, number, 0)
+
+    def undo(self) -> MaskUpdate | None:
+        """Take back the last edit, of whatever kind; None where there is none. Unlimited, and exact."""
+        return self._step(UNDO)
+
+    def redo(self) -> MaskUpdate | None:
+        """Do again what was undone last; None where there is nothing."""
+        return self._step(REDO)
 
     @property
-    def objects(self) -> list[ObjectPrompts]:
-        """The objects with their prompts as given, by id."""
-        return [state.given for _, state in sorted(self._objects.items())]
+    def can_undo(self) -> bool:
+        """Whether there is an edit to take back."""
+        return bool(self._history.done)
 
-    def logits_of(self, object_id: int) -> NDArray[np.float32]:
-        """An object's logits, (D, H, W) in the file's own order; unseen voxels are strongly negative."""
-        canvas = self._placed(object_id).canvas
-        full = np.full(self._predictor.shape_zyx, BACKGROUND_LOGIT, dtype=np.float32)
-        full[canvas.region.slices] = canvas.logits.numpy()
-        return self.volume.view.to_stored(full)
+    @property
+    def can_redo(self) -> bool:
+        """Whether there is an edit to do again."""
+        return bool(self._history.undone)
+
+    def objects(self) -> list[SessionObject]:
+        """The objects with their prompts as given, by id."""
+        return [shown(track) for _, track in sorted(self._scene.tracks.items())]
+
+    @property
+    def current(self) -> int:
+        """The object that was prompted or made last; 0 before any."""
+        return self._scene.current
+
+    def new_object(self, name: str | None = None) -> int:
+        """Make an object without prompts and return its id, the lowest free one."""
+        number = next(n for n in range(1, 2**16) if n not in self._scene.tracks)
+        self._commit({"do": "object", "object": number, "name": name or f"object {number}"}, number, 0)
+        return number
+
+    def edit_object(
+        self, object_id: int, *, name: str | None = None, colour: str | None = None, visible: bool | None = None, locked: bool | None = None
+    ) -> None:
+        """Change an object's entry in the table; what is None stays. A locked object's mask cannot be changed nor covered in ``labels``.
+
+        Raises:
+            InputError: if there is no such object, or the colour is not ``#rrggbb``.
+        """
+        self._object(object_id)
+        given = {"name": name, "colour": check_colour(colour), "visible": visible, "locked": locked}
+        changes = {key: value for key, value in given.items() if value is not None}
+        if changes:
+            self._commit({"do": "object", "object": object_id, **changes}, object_id, 0)
+
+    def remove_object(self, object_id: int) -> MaskUpdate:
+        """Take an object out with all its prompts.
+
+        Raises:
+            InputError: if there is no such object, or it is locked.
+        """
+        return self._commit({"do": "drop", "object": object_id}, object_id, 0)
+
+    @property
+    def others_are_negative(self) -> bool:
+        """Whether predictions treat the other objects' voxels as background; setting it is an edit and counts from then on."""
+        return self._scene.others_are_negative
+
+    @others_are_negative.setter
+    def others_are_negative(self, value: bool) -> None:
+        if bool(value) != self.others_are_negative:
+            self._commit({"do": "rule", "others_are_negative": bool(value)}, self.current, 0)
 
     def mask_of(self, object_id: int) -> NDArray[np.uint8]:
         """An object's mask, uint8 0 or 1, (D, H, W) on the image's own grid."""
-        canvas = self._placed(object_id).canvas
+        packed = self._packed(self._track(object_id))
         full = np.zeros(self._predictor.shape_zyx, dtype=np.uint8)
-        full[canvas.region.slices] = (canvas.logits > MASK_LOGIT_THRESHOLD).numpy()
+        full[packed.region.slices] = packed.inside()
         return np.ascontiguousarray(self.volume.view.to_stored(full))
 
     @property
     def mask(self) -> NDArray[np.uint8]:
         """The current object's mask (the one prompted last)."""
-        return self.mask_of(self._current)
+        return self.mask_of(self.current)
+
+    def logits_of(self, object_id: int) -> NDArray[np.float32]:
+        """An object's logits, (D, H, W) in the file's own order; unseen voxels are strongly negative."""
+        canvas = self._canvas(self._track(object_id))
+        full = np.full(self._predictor.shape_zyx, BACKGROUND_LOGIT, dtype=np.float32)
+        full[canvas.region.slices] = canvas.logits.numpy()
+        return self.volume.view.to_stored(full)
+
+    def probability(self, object_id: int | None = None) -> NDArray[np.float32]:
+        """An object's probability (the current one's by default), float32 in 0..1, (D, H, W)."""
+        return np.ascontiguousarray(1.0 / (1.0 + np.exp(-self.logits_of(self._number(object_id)))))
 
     @property
-    def probability(self) -> NDArray[np.float32]:
-        """The current object's probability, float32 in 0..1, (D, H, W)."""
-        return np.ascontiguousarray(1.0 / (1.0 + np.exp(-self.logits_of(self._current))))
+    def labels(self) -> NDArray[np.unsignedinteger]:
+        """All objects as one label map of their ids, (D, H, W); where objects overlap a locked one wins, then the more certain one."""
+        labels = label_map(self._scene, self._predictor.shape_zyx, self._canvas)
+        return np.ascontiguousarray(self.volume.view.to_stored(labels))
 
-    @property
-    def labels(self) -> NDArray[np.integer]:
-        """All objects as one label map of their ids, (D, H, W); where objects overlap the more certain one wins."""
-        kind = np.uint8 if max(self._objects, default=0) < 256 else np.uint16
-        labels = np.zeros(self.volume.grid.shape_zyx, dtype=kind)
-        best = np.full(labels.shape, MASK_LOGIT_THRESHOLD, dtype=np.float32)
-        for object_id in sorted(self._objects):
-            logits = self.logits_of(object_id)
-            wins = logits > best
-            labels[wins], best[wins] = object_id, logits[wins]
-        return labels
+    def suggest_click(self, object_id: int | None = None) -> Point:
+        """A click where the model is least certain, near the border of the mask; its sign is what the model would say.
+
+        Raises:
+            InputError: if the object has no mask yet.
+        """
+        track = self._track(self._number(object_id))
+        said = [at for step in track.chain if step.said is not None for at, _ in step.said.points]
+        zyx, positive = least_certain(self._canvas(track), said, self.volume.view.spacing_zyx_mm)
+        i, j, k = self.volume.view.position_to_stored(zyx)[::-1]
+        return Point((i, j, k), positive)
 
     def save(self, path: str | Path) -> None:
-        """Write the mask (one object) or the label map (several) on the image's own grid; the suffix decides the format."""
-        write_mask(Path(path), self.labels if len(self._objects) > 1 else self.mask, self.volume.grid)
+        """Write the mask (one object) or the label map (several) on the image's own grid; or, to a ``.json`` file, the whole session.
+
+        The suffix decides. A session file holds the prompts, the object table, every edit for undo and redo, and where the image lies.
+        """
+        if Path(path).name.lower().endswith(SESSION_SUFFIX):
+            save_session(Path(path), self, self._history.log())
+            return
+        write_mask(Path(path), self.labels if len(self._scene.tracks) > 1 else self.mask, self.volume.grid)
 
     def save_probability(self, path: str | Path) -> None:
         """Write the current object's probability, float32."""
-        write_volume(Path(path), self.probability, self.volume.grid)
+        write_volume(Path(path), self.probability(), self.volume.grid)
 
     def report(self) -> dict[str, Any]:
         """What was done, ready for JSON: versions, device, model, prompts, timings, voxels and volume per object."""
-        from samed3d import __version__
+        return describe(self, {t.id: [s.seconds for s in t.chain] for t in self._scene.tracks.values()})
 
-        voxel_mm3 = float(np.prod(self.volume.grid.spacing_xyz_mm))
-        objects = []
-        for object_id, state in sorted(self._objects.items()):
-            voxels = int(self.mask_of(object_id).sum())
-            prompts = [{"type": type(p).__name__.lower(), **asdict(p)} for p in state.given.prompts]
-            timing = {"seconds": [round(s, 4) for s in state.seconds]}
-            objects.append(
-                {"id": object_id, "name": state.given.name, "voxels": voxels, "mm3": voxels * voxel_mm3, "prompts": prompts, **timing}
-            )
-        versions = {"samed3d": __version__, "torch": torch.__version__, "python": platform.python_version()}
-        image = {"source": self.volume.source, "size_ijk": self.volume.grid.size_ijk, "spacing_mm": self.volume.grid.spacing_xyz_mm}
-        return {"versions": versions, "device": str(self.device), "model": self.model_name, "image": image, "objects": objects}
+    @property
+    def image(self) -> dict[str, Any]:
+        """Where the image was read from: ``source``, and ``channel`` or ``series`` where one was picked."""
+        return {"source": self.volume.source, **self._picked}
 
-    def _placed(self, object_id: int) -> Placed:
-        state = self._objects.get(object_id)
-        if state is None or state.placed is None:
+    @property
+    def network(self) -> PromptableModel:
+        """The model."""
+        return self._predictor.model
+
+    @property
+    def _scene(self) -> Scene:
+        return self._history.scene
+
+    def _commit(self, edit: Edit, object_id: int, prompt_id: int) -> MaskUpdate:
+        """Do an edit: predict, write it to the journal, then let it count."""
+        began, before = time.perf_counter(), self._scene
+        after = applied(before, edit, self._chains)
+        if self._journal is not None:
+            self._journal.append(edit)
+        self._history.push(edit, after)
+        self._next_prompt = max(self._next_prompt, edit.get("id", 0) + 1)
+        return self._update(before, after, object_id, prompt_id, began)
+
+    def _step(self, way: str) -> MaskUpdate | None:
+        began, before = time.perf_counter(), self._scene
+        if not (self.can_undo if way == UNDO else self.can_redo):
+            return None
+        edit = self._history.undo() if way == UNDO else self._history.redo(self._chains)
+        if self._journal is not None:
+            self._journal.append({"do": way})
+        assert edit is not None
+        prompt_id = int(edit.get("id", 0))
+        holders = [track for scene in (before, self._scene) if (track := scene.holding(prompt_id)) is not None]
+        return self._update(before, self._scene, edit.get("object", holders[0].id if holders else self.current), prompt_id, began)
+
+    def _update(self, before: Scene, after: Scene, object_id: int, prompt_id: int, began: float) -> MaskUpdate:
+        shape = self._predictor.shape_zyx
+        old, new = before.mask(object_id, shape), after.mask(object_id, shape)
+        region = old.region.union(new.region)
+        now = new.on(region)
+        change = PackedMask.of_part(now ^ old.on(region), region, shape).region
+        part = now[change.slices_in(region)] if not change.is_empty else np.zeros((0, 0, 0), bool)
+        stored = self.volume.view.region_to_stored(change) if not change.is_empty else change
+        mask = np.ascontiguousarray(self.volume.view.to_stored(part.astype(np.uint8)))
+        return MaskUpdate(stored, mask, time.perf_counter() - began, object_id, prompt_id)
+
+    def _replay(self, edits: Sequence[Edit]) -> None:
+        self._history.replay(edits, self._chains)
+        self._next_prompt = max([self._next_prompt, *(int(edit.get("id", 0)) + 1 for edit in edits)])
+
+    def _number(self, object_id: int | None) -> int:
+        return self.current if object_id is None else object_id
+
+    def _holder(self, prompt_id: int) -> int:
+        track = self._scene.holding(prompt_id)
+        if track is None:
+            raise InputError(f"prompt must be one of the session's, got number {prompt_id!r}; objects() lists them")
+        return track.id
+
+    def _object(self, object_id: int) -> SessionObject:
+        if object_id not in self._scene.tracks:
+            known = ", ".join(map(str, sorted(self._scene.tracks))) or "none"
+            raise InputError(f"object must be one of the session's ({known}), got {object_id!r}")
+        return shown(self._scene.tracks[object_id])
+
+    def _track(self, object_id: int) -> Track:
+        track = self._scene.tracks.get(object_id)
+        if track is None:
             raise InputError(f"object {object_id} has no mask yet: add a prompt first")
-        return state.placed
+        return track
+
+    def _packed(self, track: Track) -> PackedMask:
+        return self._scene.mask(track.id, self._predictor.shape_zyx)
+
+    def _canvas(self, track: Track) -> Canvas:
+        placed = None if track.step is None else self._chains.placed(track.step)
+        return Canvas(Region((0, 0, 0), (0, 0, 0)), torch.zeros(0, 0, 0)) if placed is None else placed.canvas
 
 
 def pick_device(name: str) -> torch.device:
@@ -264,8 +460,3 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda was asked for but this machine has no CUDA GPU that torch can use; leave --device out or say cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _voxel(at: Triple, shape_zyx: tuple[int, int, int]) -> tuple[int, int, int]:
-    z, y, x = (min(max(0, int(np.floor(v + 0.5))), n - 1) for v, n in zip(at, shape_zyx, strict=True))
-    return (z, y, x)

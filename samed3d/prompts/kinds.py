@@ -1,0 +1,242 @@
+"""The kinds of prompt and what each means; positions kept as given, and as voxels of one image.
+
+Not here: their JSON form (``schema.py``), what a model is told of them (``inference/strokes.py``). Read ``inference/session.py`` next.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from samed3d.errors import InputError
+from samed3d.geometry import Grid, Triple, as_triple
+from samed3d.prompts.packed import PackedMask
+
+SPACES = ("ijk", "ras")
+MASK_LOGIT_THRESHOLD = 0.0
+"""The one threshold of the package: a voxel belongs to the mask when its logit is greater (probability greater than one half)."""
+MAX_BRUSH_VOX = 50
+MAX_PATH = 10_000
+
+
+@dataclass(frozen=True)
+class Point:
+    """A click.
+
+    Args:
+        at: Position, three numbers: voxel indices i, j, k (0-based, x first) or RAS millimetres.
+        positive: True marks the object, False marks background.
+        space: ``"ijk"`` or ``"ras"``.
+    """
+
+    at: Triple
+    positive: bool = True
+    space: str = "ijk"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "at", _position(self.at, "point"))
+        _check_space(self.space)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box around the object; both corners belong to it.
+
+    A box that is one voxel thick along exactly one axis is a 2D box: it bounds the object in that slice and says nothing of the others.
+
+    Args:
+        min: Lowest corner, i, j, k or RAS mm.
+        max: Highest corner, same space; ``min <= max`` on each axis.
+        space: ``"ijk"`` or ``"ras"``.
+    """
+
+    min: Triple
+    max: Triple
+    space: str = "ijk"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "min", _position(self.min, "box min"))
+        object.__setattr__(self, "max", _position(self.max, "box max"))
+        _check_space(self.space)
+        if any(a > b for a, b in zip(self.min, self.max, strict=True)):
+            raise InputError(f"box min must not exceed box max on any axis, got min {_show(self.min)} and max {_show(self.max)}; swap them")
+
+
+@dataclass(frozen=True)
+class Scribble:
+    """A stroke of a brush: every voxel under it is labelled.
+
+    Args:
+        path: At least one position; consecutive ones are joined by straight lines. It may leave the slice.
+        positive: True marks the object, False marks background.
+        radius_vox: Of the brush, in voxels of the image; 0 marks the voxels under the line only.
+        space: ``"ijk"`` or ``"ras"``.
+    """
+
+    path: tuple[Triple, ...]
+    positive: bool = True
+    radius_vox: float = 1.0
+    space: str = "ijk"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", _positions(self.path, "scribble", least=1))
+        _check_space(self.space)
+        if not 0 <= self.radius_vox <= MAX_BRUSH_VOX:
+            raise InputError(f"scribble radius must be 0 to {MAX_BRUSH_VOX} voxels, got {self.radius_vox!r}")
+
+
+@dataclass(frozen=True)
+class Lasso:
+    """A closed outline drawn by hand in one slice, of any of the three axes.
+
+    A positive one is drawn around the object's part in that slice: the deeper half of what it holds belongs to the object. Nothing inside
+    a negative one does.
+
+    Args:
+        outline: At least three positions; the last is joined to the first.
+        positive: See above.
+        space: ``"ijk"`` or ``"ras"``.
+    """
+
+    outline: tuple[Triple, ...]
+    positive: bool = True
+    space: str = "ijk"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "outline", _positions(self.outline, "lasso", least=3))
+        _check_space(self.space)
+
+
+@dataclass(frozen=True)
+class MaskPrior:
+    """A mask to start from: the object is this mask until the next prompt corrects it. It replaces what was said before.
+
+    Args:
+        mask: A (D, H, W) array of the image's shape, anything but zero being the object; or the path of a mask file, which is resampled
+            where it lies on another grid. Kept as ``PackedMask`` or path.
+    """
+
+    mask: PackedMask | str
+
+    def __init__(self, mask: PackedMask | NDArray | str | Path) -> None:
+        """Pack an array; keep a path as it is."""
+        if isinstance(mask, np.ndarray):
+            if mask.ndim != 3:
+                raise InputError(f"mask must be 3D (D, H, W), got shape {mask.shape}")
+            mask = PackedMask.of(mask)
+        object.__setattr__(self, "mask", mask if isinstance(mask, PackedMask) else str(mask))
+
+    @property
+    def space(self) -> str:
+        """A mask lies on voxels."""
+        return "ijk"
+
+
+Prompt = Point | Box | Scribble | Lasso | MaskPrior
+
+
+def is_positive(prompt: Prompt) -> bool:
+    """Whether a prompt says where the object is (boxes and masks always do)."""
+    return isinstance(prompt, Box | MaskPrior) or prompt.positive
+
+
+def point_in_grid(point: Point, grid: Grid) -> Triple:
+    """The click's fractional ijk voxel position in ``grid``.
+
+    Raises:
+        InputError: if it lies outside the volume; the message names the bounds.
+    """
+    return _inside(point.at, point.space, grid, "point")
+
+
+def path_in_grid(stroke: Scribble | Lasso, grid: Grid) -> list[Triple]:
+    """The fractional ijk positions of a scribble's path or a lasso's outline in ``grid``.
+
+    Raises:
+        InputError: if one of a scribble's lies outside the volume, or none of a lasso's does not; the message names the bounds.
+    """
+    if isinstance(stroke, Scribble):
+        return [_inside(at, stroke.space, grid, "scribble") for at in stroke.path]
+    path = [at if stroke.space == "ijk" else grid.ras_mm_to_ijk(at) for at in stroke.outline]
+    if not any(grid.contains_ijk(ijk) for ijk in path):
+        _inside(stroke.outline[0], stroke.space, grid, "lasso")
+    return path
+
+
+def _inside(at: Triple, space: str, grid: Grid, what: str) -> Triple:
+    ijk = at if space == "ijk" else grid.ras_mm_to_ijk(at)
+    if not grid.contains_ijk(ijk):
+        where = f"{_show(at)}" + ("" if space == "ijk" else f" mm RAS (= voxel {_show(ijk)})")
+        top = tuple(n - 1 for n in grid.size_ijk)
+        raise InputError(f"{what} must lie inside the volume, ijk (0, 0, 0) to {top}, got {where}; check --space and the axis order")
+    return ijk
+
+
+def box_in_grid(box: Box, grid: Grid) -> tuple[Triple, Triple]:
+    """The box's lowest and highest ijk voxel (inclusive), clipped to the volume.
+
+    A box in RAS becomes the voxel-axis box around its eight corners.
+
+    Raises:
+        InputError: if no voxel of the volume lies inside it.
+    """
+    if box.space == "ijk":
+        low, high = box.min, box.max
+    else:
+        corners = [grid.ras_mm_to_ijk(as_triple(corner)) for corner in itertools.product(*zip(box.min, box.max, strict=True))]
+        low = as_triple([min(c[a] for c in corners) for a in range(3)])
+        high = as_triple([max(c[a] for c in corners) for a in range(3)])
+    top = as_triple([n - 1 for n in grid.size_ijk])
+    if any(h < -0.5 or lo >= t + 0.5 for lo, h, t in zip(low, high, top, strict=True)):
+        shown = tuple(int(t) for t in top)
+        raise InputError(f"box must meet the volume, ijk (0, 0, 0) to {shown}, got {_show(box.min)} to {_show(box.max)} ({box.space})")
+    low, high = (as_triple([min(max(0.0, v), t) for v, t in zip(corner, top, strict=True)]) for corner in (low, high))
+    return low, high
+
+
+@dataclass
+class ObjectPrompts:
+    """The prompts of one object, oldest first."""
+
+    id: int = 1
+    name: str = "object"
+    prompts: list[Prompt] = field(default_factory=list)
+
+    @property
+    def has_positive(self) -> bool:
+        """Whether anything says where the object is (a positive point or stroke, a box, a mask)."""
+        return any(is_positive(p) for p in self.prompts)
+
+
+def _check_space(space: str) -> None:
+    if space not in SPACES:
+        raise InputError(f"space must be one of {', '.join(SPACES)}, got {space!r}")
+
+
+def _position(value: Sequence[float], what: str) -> Triple:
+    try:
+        triple = as_triple(list(value))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what} must be three numbers, got {value!r}") from error
+    if not all(abs(v) < float("inf") for v in triple):
+        raise InputError(f"{what} must be finite, got {value!r}")
+    return triple
+
+
+def _positions(values: Sequence[Sequence[float]], what: str, least: int) -> tuple[Triple, ...]:
+    try:
+        listed = list(values)
+    except TypeError as error:
+        raise InputError(f"{what} must be a list of positions, got {values!r}") from error
+    if not least <= len(listed) <= MAX_PATH:
+        raise InputError(f"{what} must have {least} to {MAX_PATH} positions, got {len(listed)}")
+    return tuple(_position(value, what) for value in listed)
+
+
+def _show(values: Triple) -> str:
+    return "(" + ", ".join(f"{v:g}" for v in values) + ")"

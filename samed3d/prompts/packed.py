@@ -1,0 +1,125 @@
+"""A mask as packed bits of its bounding box: small enough to be kept once per prompt, to be sent, and to be written into JSON.
+
+Not a file format of its own; read ``volume/writing.py`` for those. Used by ``kinds.py`` and ``inference/steps.py``; read ``kinds.py`` next.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from samed3d.errors import InputError
+from samed3d.geometry import IntTriple, Region, bounding_region
+
+_LEVEL = 1  # masks shrink a lot at any level
+_MOST_VOXELS = 2**33
+
+
+@dataclass(frozen=True)
+class PackedMask:
+    """A (D, H, W) mask of which only the bounding box is kept.
+
+    Attributes:
+        shape_zyx: Of the whole mask.
+        region: The bounding box of its voxels; empty for an empty mask.
+        bits: zlib-compressed ``numpy.packbits`` of the box, C order (x fastest).
+    """
+
+    shape_zyx: IntTriple
+    region: Region
+    bits: bytes
+
+    @classmethod
+    def of(cls, mask: NDArray) -> PackedMask:
+        """Pack a whole (D, H, W) mask; what is not zero belongs to it."""
+        d, h, w = mask.shape
+        return cls.of_part(mask, Region((0, 0, 0), (d, h, w)), (d, h, w))
+
+    @classmethod
+    def of_part(cls, part: NDArray, region: Region, shape_zyx: IntTriple) -> PackedMask:
+        """Pack a mask that is known inside ``region`` only and empty elsewhere.
+
+        Args:
+            part: (d, h, w) of the region's shape.
+            region: Where it lies, inside the whole.
+            shape_zyx: Of the whole.
+        """
+        tight = bounding_region(part != 0)
+        inside = np.packbits(part[tight.slices] != 0)
+        if not tight.is_empty:
+            low = region.start_zyx
+            tight = Region(_added(tight.start_zyx, low), _added(tight.stop_zyx, low))
+        return cls(shape_zyx, tight, zlib.compress(inside.tobytes(), _LEVEL))
+
+    def inside(self) -> NDArray[np.bool_]:
+        """The mask within ``region``."""
+        count = int(np.prod(self.region.shape_zyx, dtype=np.int64))
+        packed = np.frombuffer(zlib.decompress(self.bits), dtype=np.uint8)
+        return np.unpackbits(packed, count=count).reshape(self.region.shape_zyx).astype(bool)
+
+    def on(self, region: Region) -> NDArray[np.bool_]:
+        """The mask within any region of the whole."""
+        part = np.zeros(region.shape_zyx, dtype=bool)
+        common = _overlap(self.region, region)
+        if not common.is_empty:
+            part[common.slices_in(region)] = self.inside()[common.slices_in(self.region)]
+        return part
+
+    def full(self) -> NDArray[np.bool_]:
+        """The whole (D, H, W) mask."""
+        mask = np.zeros(self.shape_zyx, dtype=bool)
+        mask[self.region.slices] = self.inside()
+        return mask
+
+    def to_json(self) -> dict[str, Any]:
+        """``size``, ``start`` and ``stop`` as i, j, k, and the bits as base64."""
+        ends = {"size": self.shape_zyx[::-1], "start": self.region.start_zyx[::-1], "stop": self.region.stop_zyx[::-1]}
+        return {**{key: list(value) for key, value in ends.items()}, "bits": base64.b64encode(self.bits).decode()}
+
+    @classmethod
+    def from_json(cls, body: dict[str, Any]) -> PackedMask:
+        """The inverse of ``to_json``.
+
+        Raises:
+            InputError: if the numbers do not describe a box in a volume, or the bits are damaged or not as many as the box has voxels.
+        """
+        shape, start, stop = (_whole(body.get(key), key) for key in ("size", "start", "stop"))
+        if (
+            not all(0 <= a <= b <= n for a, b, n in zip(start, stop, shape, strict=True))
+            or int(np.prod(shape, dtype=object)) > _MOST_VOXELS
+        ):
+            raise InputError(f"mask start and stop must lie in its size, got start {start}, stop {stop}, size {shape} (zyx)")
+        region = Region(start, stop)
+        expected = -(-int(np.prod(region.shape_zyx, dtype=np.int64)) // 8)
+        try:
+            bits = base64.b64decode(body.get("bits", ""), validate=True)
+            stream = zlib.decompressobj()
+            found = len(stream.decompress(bits, expected + 1))  # never more than the box can hold, whatever was sent
+        except (zlib.error, binascii.Error, TypeError, ValueError) as error:
+            raise InputError(f"mask bits are damaged ({error}); write the file again") from error
+        if found != expected or not stream.eof:
+            raise InputError(f"mask bits must hold {expected} bytes for its box, got {found if found <= expected else 'more'}")
+        return cls(shape, region, bits)
+
+
+def _added(a: IntTriple, b: IntTriple) -> IntTriple:
+    return (a[0] + b[0], a[1] + b[1], a[2] + b[2])
+
+
+def _overlap(a: Region, b: Region) -> Region:
+    start = tuple(max(p, q) for p, q in zip(a.start_zyx, b.start_zyx, strict=True))
+    stop = tuple(min(p, q) for p, q in zip(a.stop_zyx, b.stop_zyx, strict=True))
+    return Region(start, stop)  # type: ignore[arg-type]
+
+
+def _whole(values: Any, key: str) -> IntTriple:
+    """Three whole numbers given x first, as zyx."""
+    if not isinstance(values, list) or len(values) != 3 or not all(type(v) is int for v in values):
+        raise InputError(f"mask {key} must be three whole numbers, got {values!r}")
+    return (values[2], values[1], values[0])

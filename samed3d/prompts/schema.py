@@ -1,0 +1,152 @@
+"""The JSON form of prompts: one schema for the API, the command line, the server and files. What each prompt means is in ``kinds.py``.
+
+A prompt file holds objects with their prompts in one space; a journal or a request holds single prompts, each with its space. The schema
+with an example is in ``docs/click.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from samed3d.errors import InputError
+from samed3d.prompts.kinds import SPACES, Box, Lasso, MaskPrior, ObjectPrompts, Point, Prompt, Scribble
+from samed3d.prompts.packed import PackedMask
+
+SCHEMA_VERSION = 1
+KINDS = ("point", "box", "scribble", "lasso", "mask")
+
+
+def parse_numbers(text: str, count: int, flag: str) -> tuple[float, ...]:
+    """``"1,2,3"`` as numbers, for command-line values.
+
+    Raises:
+        InputError: if there are not ``count`` finite numbers.
+    """
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != count or not all(abs(v) < float("inf") for v in values):
+        raise InputError(f"{flag} needs {count} numbers separated by commas, got {text!r}")
+    return values
+
+
+def dump_prompts(objects: Iterable[ObjectPrompts], path: Path) -> None:
+    """Write objects to a prompt file; all positions must be of one space."""
+    listed = list(objects)
+    spaces = {p.space for o in listed for p in o.prompts if not isinstance(p, MaskPrior)}
+    if len(spaces) > 1:
+        raise InputError("prompts of one file must share one space, got both ijk and ras")
+    body = {
+        "version": SCHEMA_VERSION,
+        "space": spaces.pop() if spaces else "ijk",
+        "objects": [{"id": o.id, "name": o.name, "prompts": [prompt_to_json(p) for p in o.prompts]} for o in listed],
+    }
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        partial.write_text(json.dumps(body, indent=1))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_prompts(path: Path) -> list[ObjectPrompts]:
+    """Read a prompt file (the schema is in ``docs/click.md``).
+
+    Raises:
+        InputError: if the file is missing, is not JSON or breaks the schema; the message says where.
+    """
+    try:
+        body = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"prompt file cannot be read: {path} ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(f"prompt file is not JSON: {path} ({error})") from error
+    if not isinstance(body, dict) or body.get("version") != SCHEMA_VERSION:
+        raise InputError(f'prompt file must be an object with "version": {SCHEMA_VERSION}: {path}')
+    space = body.get("space", "ijk")
+    if space not in SPACES:
+        raise InputError(f"space must be one of {', '.join(SPACES)}, got {space!r}: {path}")
+    objects: list[ObjectPrompts] = []
+    for number, entry in enumerate(_listed(body, "objects", str(path)), start=1):
+        where = f"{path}: object {number}"
+        prompts = [_beside(prompt_from_json(p, space, where), path) for p in _listed(entry, "prompts", where)]
+        object_id = entry.get("id", number)
+        if type(object_id) is not int or object_id < 1:
+            raise InputError(f"{where}: id must be a whole number > 0, got {object_id!r}")
+        if any(object_id == o.id for o in objects):
+            raise InputError(f"{where}: id must differ from those of the objects before it, got {object_id} again")
+        objects.append(ObjectPrompts(id=object_id, name=str(entry.get("name", f"object {number}")), prompts=prompts))
+    return objects
+
+
+def prompt_to_json(prompt: Prompt) -> dict[str, Any]:
+    """One prompt as a JSON object, without its space (``prompt.space``)."""
+    if isinstance(prompt, Point):
+        return {"type": "point", "at": list(prompt.at), "positive": prompt.positive}
+    if isinstance(prompt, Box):
+        return {"type": "box", "min": list(prompt.min), "max": list(prompt.max)}
+    if isinstance(prompt, Scribble):
+        body = {"path": [list(at) for at in prompt.path], "positive": prompt.positive, "radius_vox": prompt.radius_vox}
+        return {"type": "scribble", **body}
+    if isinstance(prompt, Lasso):
+        return {"type": "lasso", "outline": [list(at) for at in prompt.outline], "positive": prompt.positive}
+    return {"type": "mask", **({"path": prompt.mask} if isinstance(prompt.mask, str) else prompt.mask.to_json())}
+
+
+def prompt_from_json(entry: Any, space: str = "ijk", where: str = "prompt") -> Prompt:
+    """The prompt of a JSON object.
+
+    Args:
+        entry: What ``prompt_to_json`` returns; its own ``"space"``, where it has one, wins over ``space``.
+        space: Of positions.
+        where: What messages begin with.
+
+    Raises:
+        InputError: if it breaks the schema.
+    """
+    kind = entry.get("type") if isinstance(entry, dict) else None
+    if kind not in KINDS:
+        raise InputError(f"{where}: prompt type must be one of {', '.join(KINDS)}, got {kind!r}")
+    positive, space = entry.get("positive", True), entry.get("space", space)
+    if not isinstance(positive, bool):
+        raise InputError(f"{where}: positive must be true or false, got {positive!r}")
+    if space not in SPACES:
+        raise InputError(f"{where}: space must be one of {', '.join(SPACES)}, got {space!r}")
+    try:
+        if kind == "point":
+            return Point(entry["at"], positive, space)
+        if kind == "box":
+            return Box(entry["min"], entry["max"], space)
+        if kind == "scribble":
+            radius = entry.get("radius_vox", 1.0)
+            if isinstance(radius, bool) or not isinstance(radius, int | float):
+                raise InputError(f"{where}: radius_vox must be a number, got {radius!r}")
+            return Scribble(entry["path"], positive, float(radius), space)
+        if kind == "lasso":
+            return Lasso(entry["outline"], positive, space)
+        return MaskPrior(_path(entry["path"], where) if "path" in entry else PackedMask.from_json(entry))
+    except KeyError as error:
+        raise InputError(f"{where}: a {kind} needs {error.args[0]!r}") from error
+
+
+def _beside(prompt: Prompt, file: Path) -> Prompt:
+    """A mask's path is relative to the prompt file that names it."""
+    return MaskPrior(file.parent / prompt.mask) if isinstance(prompt, MaskPrior) and isinstance(prompt.mask, str) else prompt
+
+
+def _path(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise InputError(f"{where}: the path of a mask must be a file name, got {value!r}")
+    return value
+
+
+def _listed(entry: Any, key: str, where: str) -> list[Any]:
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{where}: {key!r} must be a list that is not empty")
+    return value

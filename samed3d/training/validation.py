@@ -1,0 +1,166 @@
+"""Validation while a run goes on: simulated clicks on whole volumes of subjects that are never trained on.
+
+The protocol is that of ``samed3d evaluate``: native grid, full mask, every click given to a ``Session``, no ground truth but through the
+clicks. The cases are drawn once per run and shared out over the processes. Read ``evaluation/clicking.py`` for the click loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from samed3d.config import TrainConfig
+from samed3d.data.corpus import CaseRecord, Corpus, LabelRecord
+from samed3d.data.sampling import in_validation_part, split_weight
+from samed3d.errors import InputError
+from samed3d.evaluation.clicking import click_through
+from samed3d.geometry import Grid
+from samed3d.inference.session import Session
+from samed3d.models.base import PromptableModel
+from samed3d.volume import Volume
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+MIN_VOXELS = 100
+"""Structures with fewer voxels are not measured: a few voxels more or less would be all that counts."""
+PICTURES = 4
+"""Cases of which a picture is written at each validation."""
+RAS = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
+"""Direction of a corpus's arrays, in LPS."""
+
+
+@dataclass
+class Held:
+    """An image of validation and its structures that are clicked."""
+
+    corpus: Corpus
+    case: CaseRecord
+    labels: list[LabelRecord]
+
+    def read(self) -> Volume:
+        """The whole image, as a volume in canonical axes."""
+        z, y, x = self.case.spacing_zyx_mm
+        return Volume(np.asarray(self.corpus.image(self.case)[:]), Grid(self.case.shape_zyx, (x, y, z), direction_lps=RAS), self.case.id)
+
+
+@dataclass
+class Found:
+    """Mean Dice over structures after each click, how many structures, and the seconds it took."""
+
+    dice: list[float]
+    structures: int
+    seconds: float
+
+
+class Validation:
+    """The held-back volumes of a run.
+
+    Raises:
+        InputError: if the corpus holds no subject back.
+    """
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, folder: Path) -> None:
+        self.config, self.accelerator, self.folder = config, accelerator, folder
+        self.held = held_cases(config)
+
+    def measure(self, model: PromptableModel, step: int, stopped: Callable[[], bool]) -> Found | None:
+        """Click through this process's share of the cases and gather; None if the run was asked to stop meanwhile.
+
+        Args:
+            model: Left in eval mode.
+            step: For the names of the pictures.
+            stopped: Asked between structures.
+        """
+        began = time.monotonic()
+        rows: list[list[float]] = []
+        broken = False
+        for number in range(self.accelerator.process_index, len(self.held), self.accelerator.num_processes):
+            if broken := stopped():
+                break
+            rows += self._click(model, number, step)
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            rows, broken = gather_object(rows), any(gather_object([broken]))
+        if broken or not rows:
+            return None
+        return Found(np.mean(sorted(rows), axis=0).tolist(), len(rows), time.monotonic() - began)
+
+    def _click(self, model: PromptableModel, number: int, step: int) -> list[list[float]]:
+        """Dice by click of each structure of one case."""
+        settings, held = self.config.validation, self.held[number]
+        try:
+            volume = held.read()
+            layers = {layer: np.asarray(held.corpus.labels(held.case, layer)[:]) for layer in {r.layer for r in held.labels}}
+        except (InputError, OSError, RuntimeError, ValueError) as error:
+            logger.warning("validation passes over a damaged case: %s (%s)", held.case.id, error)
+            return []
+        session = Session(volume, model, "cpu" if self.accelerator.device.type == "cpu" else "auto")
+        rows = []
+        for position, label in enumerate(held.labels):
+            rng = np.random.default_rng([settings.seed, number, position])
+            clicked = click_through(session, volume, layers[label.layer] == label.value, settings.clicks, rng, object_id=position + 1)
+            if clicked:
+                rows.append([float(row["dice"]) for row in clicked][-settings.clicks :])
+        if settings.images and number < PICTURES and rows:
+            self._draw(session, volume, held, step, rows[0][-1])
+        return rows
+
+    def _draw(self, session: Session, volume: Volume, held: Held, step: int, dice: float) -> None:
+        try:
+            from samed3d.inference.preview import write_preview
+
+            folder = self.folder / "validation"
+            folder.mkdir(exist_ok=True)
+            name = f"step_{step:06d}_{held.case.id.replace('/', '_')}.png"
+            title = f"{held.case.id}: {held.labels[0].name}, step {step}, Dice {dice:.3f}"
+            write_preview(folder / name, volume, session.mask_of(1), session.objects()[:1], title=title)
+        except (ImportError, InputError) as error:  # a picture is no reason to end a run
+            logger.warning("no picture of a validation case: %s", error)
+
+
+def held_cases(config: TrainConfig) -> list[Held]:
+    """The cases to measure: held-back subjects that have an image, spread over the sources, the same for the same seed.
+
+    Raises:
+        InputError: if there are none.
+    """
+    settings = config.validation
+    by_source: dict[str, list[Held]] = {}
+    for entry in config.data.corpus:
+        corpus = Corpus(Path(split_weight(entry)[0]))
+        for case in corpus.cases:
+            labels = [label for label in case.labels if label.voxels >= MIN_VOXELS]
+            if case.has_image and labels and _is_measured(case, config):
+                by_source.setdefault(case.source, []).append(Held(corpus, case, labels))
+    rng = np.random.default_rng(settings.seed)
+    mixed = [[cases[int(i)] for i in rng.permutation(len(cases))] for _, cases in sorted(by_source.items())]
+    mixed = [mixed[int(i)] for i in rng.permutation(len(mixed))]
+    chosen = [held for layer in zip_longest(*mixed) for held in layer if held is not None][: settings.cases]
+    if not chosen:
+        raise InputError(
+            f"validation.every is {settings.every}, but no labelled image of {', '.join(config.data.corpus) or 'data.corpus (empty)'} is "
+            f"held back; raise data.validation_share ({config.data.validation_share:g}) or set validation.every=0"
+        )
+    for held in chosen:
+        picked = rng.permutation(len(held.labels))[: settings.structures]
+        held.labels = [held.labels[int(i)] for i in sorted(picked)]
+    return chosen
+
+
+def _is_measured(case: CaseRecord, config: TrainConfig) -> bool:
+    if case.split == "test":
+        return False
+    if case.source in config.data.hold_out:
+        return config.validation.hold_out
+    return in_validation_part(case, config.data)
