@@ -218,13 +218,13 @@ def test_generated_samples_need_no_corpus():
 
 
 def test_nothing_left_to_train_on_is_named(corpus):
-    with pytest.raises(InputError, match=r"no labelled image is left for training in .*; check data.hold_out and data.validation_share"):
+    with pytest.raises(InputError, match=r"no labelled image is left for training in .*; check data.hold_out, data.validation_share$"):
         CropDataset(config_of(corpus, hold_out=["a", "b"]), 1, seed=0)
 
 
 def test_a_target_that_is_always_too_small_ends_in_an_error(corpus, monkeypatch):
     monkeypatch.setattr(sampling, "MIN_TARGET_VOXELS", 10**6)
-    with pytest.raises(RuntimeError, match=r"no target of 1000000 voxels in 20 attempts at sample 7"):
+    with pytest.raises(InputError, match=r"no target of 1000000 voxels in 20 attempts at sample 7"):
         CropDataset(config_of(corpus), 5, seed=0, start=5)[2]
 
 

@@ -18,9 +18,10 @@ from samed3d.errors import InputError
 from samed3d.models import create_model, load
 from samed3d.models.base import Features, MaskOutput, ModelSpec, PromptableModel, PromptBatch
 from samed3d.models.weights import read_header
-from samed3d.training import loop
-from samed3d.training.loop import AveragedWeights, learning_rate, parameter_groups, step_seed, train
-from samed3d.training.step import InteractiveStep
+from samed3d.training import loop, start
+from samed3d.training.loop import train
+from samed3d.training.optimiser import AveragedWeights, learning_rate, parameter_groups
+from samed3d.training.step import InteractiveStep, seed_of
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "tiny_cpu.yaml"
 NARROW: dict[str, Any] = {
@@ -216,7 +217,7 @@ def test_loss_is_the_mean_over_turns_of_the_weighted_terms():
 def test_a_few_steps_on_two_samples_learn_them():
     image, target = samples()
     step = InteractiveStep(narrow_model(), ClickConfig(interactions=2, box_probability=0.3, mask_only_probability=0.1), LossConfig())
-    optimiser = torch.optim.AdamW(parameter_groups(step.model, 0.01), lr=1e-2)
+    optimiser = torch.optim.AdamW(parameter_groups(step.model, OptimConfig(weight_decay=0.01)), lr=1e-2)
     history = []
     for number in range(30):
         output = step(image, target, number)
@@ -244,7 +245,7 @@ def test_learning_rate_warms_up_then_follows_half_a_cosine():
 
 def test_norms_biases_and_tokens_do_not_decay():
     model = narrow_model()
-    decayed, kept = parameter_groups(model, 0.3)
+    decayed, kept = parameter_groups(model, OptimConfig(weight_decay=0.3))
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
     name_of = {id(p): n for n, p in model.named_parameters()}
     kept_names = {name_of[id(p)] for p in kept["params"]}
@@ -271,7 +272,7 @@ def test_averaged_weights_follow_slowly_and_start_fast():
 
 
 def test_step_seeds_differ_between_seeds_batches_and_ranks():
-    assert len({step_seed(s, b, r) for s in range(4) for b in range(40) for r in range(4)}) == 4 * 40 * 4
+    assert len({seed_of(s, b, r) for s in range(4) for b in range(40) for r in range(4)}) == 4 * 40 * 4
 
 
 # Whole runs
@@ -352,7 +353,7 @@ def test_a_run_is_not_overwritten_nor_resumed_with_another_config(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_names_the_cases(tmp_path, monkeypatch):
-    monkeypatch.setattr("samed3d.losses.dice_loss", lambda logits, target: logits.sum() * math.nan)
+    monkeypatch.setattr("samed3d.losses.dice_loss", lambda logits, target, smooth: logits.sum() * math.nan)
     with pytest.raises(RuntimeError, match="loss is nan at step 0; cases: generated, generated"):
         train(tiny_config(tmp_path, "optim.steps=2"), quiet=True)
     assert not (tmp_path / "last.pt").exists()
@@ -369,8 +370,8 @@ def test_the_time_limit_saves_and_ends(tmp_path, caplog):
 def test_a_run_starts_from_given_weights(tmp_path):
     train(tiny_config(tmp_path / "first", "optim.steps=1"), quiet=True)
     file = tmp_path / "first" / "model.safetensors"
-    started = loop.start_model(tiny_config(tmp_path / "second", f"model.weights={file}"))
+    started = start.start_model(tiny_config(tmp_path / "second", f"model.weights={file}"))
     saved = load(file).state_dict()
     assert all(torch.equal(v, saved[k]) for k, v in started.state_dict().items())
     with pytest.raises(InputError, match="model.weights must be a checkpoint's name or file, got 'nowhere'"):
-        loop.start_model(tiny_config(tmp_path, "model.weights=nowhere"))
+        start.start_model(tiny_config(tmp_path, "model.weights=nowhere"))

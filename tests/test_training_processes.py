@@ -14,7 +14,7 @@ import torch
 
 from samed3d.config import TrainConfig, load_config
 from samed3d.models import load
-from samed3d.training import loop
+from samed3d.training import start
 from samed3d.training.loop import train
 from tests.two_processes import ACCUMULATE, SMALL
 
@@ -82,25 +82,25 @@ def test_an_optimiser_step_takes_as_many_batches_as_are_accumulated(tmp_path):
     """A run is counted in optimiser steps, so there are never too few batches for one."""
     config = load_config(TrainConfig, None, [*SMALL, f"run.folder={tmp_path / 'run'}", "optim.steps=1", "optim.accumulate=3"])
     torch.manual_seed(config.run.seed)
-    start = loop.start_model(config).state_dict()
+    before = start.start_model(config).state_dict()
     train(config, quiet=True)
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert saved["step"] == 1
-    assert not all(torch.equal(start[k], saved["model"][k]) for k in start)
+    assert not all(torch.equal(before[k], saved["model"][k]) for k in before)
 
 
 def test_the_optimiser_steps_when_data_end_before_the_accumulation(tmp_path, monkeypatch):
     """A loader with two batches under an accumulation of eight still moves the weights, once."""
     config = load_config(TrainConfig, None, [*SMALL, f"run.folder={tmp_path / 'run'}", "optim.steps=1", "optim.accumulate=8"])
 
-    class Short(loop.CropDataset):
+    class Short(start.CropDataset):
         def __len__(self) -> int:
             return 2
 
-    monkeypatch.setattr(loop, "CropDataset", Short)
+    monkeypatch.setattr(start, "CropDataset", Short)
     torch.manual_seed(config.run.seed)
-    start = loop.start_model(config).state_dict()
+    before = start.start_model(config).state_dict()
     train(config, quiet=True)
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert saved["step"] == 1
-    assert not all(torch.equal(start[k], saved["model"][k]) for k in start)
+    assert not all(torch.equal(before[k], saved["model"][k]) for k in before)

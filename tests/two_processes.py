@@ -16,8 +16,9 @@ from torch import Tensor
 
 from samed3d.config import ClickConfig, LossConfig, TrainConfig, load_config
 from samed3d.models import create_model
-from samed3d.training import loop
-from samed3d.training.loop import make_accelerator, train
+from samed3d.training import start
+from samed3d.training.loop import train
+from samed3d.training.start import make_accelerator
 from samed3d.training.step import InteractiveStep
 
 NARROW = {"widths": [8] * 4, "decoder_widths": [8] * 4, "encoder_blocks": [1] * 4, "joint_blocks": 1, "similarity_heads": [0, 2, 2]}
@@ -75,12 +76,12 @@ def main(out: Path) -> None:
     """Run both parts and write what was seen."""
     drawn: list[int] = []
 
-    class Watched(loop.CropDataset):
-        def __getitem__(self, index: int) -> dict[str, Tensor | str]:
+    class Watched(start.CropDataset):
+        def __getitem__(self, index: int) -> dict[str, Tensor | str | int]:
             drawn.append(index)
             return super().__getitem__(index)
 
-    loop.CropDataset = Watched
+    start.CropDataset = Watched
     minutes = 0.02 if os.environ["RANK"] == "0" else 60.0  # as if the other's clock were behind: both must still stop together
     limits = ["optim.steps=100000", f"optim.max_minutes={minutes}", f"optim.accumulate={ACCUMULATE}", "run.ema=0.9"]
     config = load_config(TrainConfig, None, [*SMALL, f"run.folder={out / 'run'}", *limits])

@@ -15,11 +15,11 @@ from torch import Generator, Tensor
 PERMUTE_PROBABILITY = 0.3
 
 
-def orient(volumes: list[Tensor], rng: np.random.Generator) -> list[Tensor]:
-    """Mirror each axis with probability one half, sometimes reorder the axes of a cubic crop; all (D, H, W) tensors alike."""
+def orient(volumes: list[Tensor], rng: np.random.Generator, *, reorder: bool = True) -> list[Tensor]:
+    """Mirror each axis with probability one half, with ``reorder`` sometimes exchange those of a cubic crop; all tensors alike."""
     axes = [axis for axis in range(3) if rng.random() < 0.5]
     cubic = len(set(volumes[0].shape)) == 1
-    order = [int(a) for a in rng.permutation(3)] if cubic and rng.random() < PERMUTE_PROBABILITY else [0, 1, 2]
+    order = [int(a) for a in rng.permutation(3)] if reorder and cubic and rng.random() < PERMUTE_PROBABILITY else [0, 1, 2]
     return [v.flip(axes).permute(order).contiguous() for v in volumes]
 
 

@@ -1,8 +1,8 @@
 """Training samples: one crop and one target per index, the same for the same seed and index whatever the worker or the order.
 
-The crop follows the object, not a fixed spacing: the object fills a drawn share of it, the crop's middle lies anywhere between the object's
-middle and a random voxel of it, so no centre prior can be learned. Generated samples come from ``synthesis.py``, from random shapes or from
-a corpus's label maps. Read ``training/loop.py`` next.
+The crop follows the object: the object fills a drawn share of it, the crop's middle lies anywhere between the object's middle and a random
+voxel of it, so no centre prior can be learned. ``data.spacing_mm`` and ``data.placement`` give crops of one spacing, centred, as SAM-Med3D
+was trained. Generated samples come from ``synthesis.py``, from random shapes or from a corpus's label maps. Read ``training/loop.py`` next.
 """
 
 from __future__ import annotations
@@ -57,11 +57,12 @@ class Weighting:
     size: float = 0.0
 
 
-class CropDataset(Dataset[dict[str, Tensor | str]]):
-    """Index to sample: ``image`` (C, D, H, W) float32 normalised, ``target`` (1, D, H, W) bool, ``case`` its id.
+class CropDataset(Dataset[dict[str, Tensor | str | int]]):
+    """Index to sample: ``image`` (C, D, H, W) float32 normalised and ``target`` (1, D, H, W) bool, on the model's tensor axes; ``case``,
+    its id; ``index``, its number in the run; ``skipped``, the damaged cases met on the way to it, one per line.
 
     The sample depends on seed and index alone, so that ranks, workers and a resumed run draw the same. A case whose file is damaged is
-    reported once, counted in ``bad`` and drawn no more.
+    reported once, kept in ``bad``, and another is drawn in its place.
 
     Args:
         config: What to draw. A corpus may carry a weight, ``folder=3``: it is drawn three times as often as it would be.
@@ -70,9 +71,11 @@ class CropDataset(Dataset[dict[str, Tensor | str]]):
         start: First index.
         normalisation: As in the model's spec.
         weighting: How often sources, categories and sizes come.
+        tensor_axes: As in the model's spec.
+        ct_clamp_hu: As in the model's spec; for cases of modality CT.
 
     Raises:
-        InputError: if a corpus has no case left for training.
+        InputError: if a corpus has no case left for training, or none with a structure large enough at ``data.spacing_mm``.
     """
 
     def __init__(
@@ -83,8 +86,11 @@ class CropDataset(Dataset[dict[str, Tensor | str]]):
         start: int = 0,
         normalisation: str = "zscore_rank",
         weighting: Weighting | None = None,
+        tensor_axes: str = "zyx",
+        ct_clamp_hu: tuple[float, float] | None = None,
     ) -> None:
         self.config, self.length, self.seed, self.start, self.normalisation = config, length, seed, start, normalisation
+        self.tensor_axes, self.ct_clamp_hu = tensor_axes, ct_clamp_hu
         self.bad: dict[str, str] = {}
         real: list[tuple[float, Choice]] = []
         maps: list[tuple[float, Choice]] = []
@@ -92,41 +98,41 @@ class CropDataset(Dataset[dict[str, Tensor | str]]):
             folder, weight = split_weight(entry)
             corpus = Corpus(Path(folder))
             for case in corpus.cases:
-                chosen = [(weight, (corpus, case, label)) for label in case.labels]
-                if not self._is_held_out(case):
+                chosen = [(weight, (corpus, case, label)) for label in case.labels if has_enough_voxels(case, label, config.spacing_mm)]
+                if not is_held_out(case, config):
                     (real if case.has_image else maps).extend(chosen)
         if config.corpus and not real and config.synthetic_share < 1:
             raise InputError(
-                f"no labelled image is left for training in {', '.join(config.corpus)}; check data.hold_out and data.validation_share"
+                f"no labelled image is left for training in {', '.join(config.corpus)}; check data.hold_out, data.validation_share"
+                + (f" and data.spacing_mm, at which a structure needs {MIN_TARGET_VOXELS} voxels" if config.spacing_mm else "")
             )
         self.real, self.real_ends = _weighted(real, weighting or Weighting())
         self.maps, self.map_ends = _weighted(maps, weighting or Weighting())
 
-    def _is_held_out(self, case: CaseRecord) -> bool:
-        # Any member of the group: evaluation, which reads the sources and not the corpus, knows each only by its own name.
-        names = {case.subject, *filter(None, case.split_group.split(GROUP_SEPARATOR))}
-        held = any(in_validation(name, self.config.validation_share, self.config.split_seed) for name in names)
-        return held or case.split == "test" or case.source in self.config.hold_out
-
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> dict[str, Tensor | str]:
+    def __getitem__(self, index: int) -> dict[str, Tensor | str | int]:
         """The sample of one index.
 
         Raises:
-            RuntimeError: if no usable target was found in many attempts.
+            InputError: if no usable target was found in many attempts.
         """
         rng = np.random.default_rng([self.seed, self.start + index])
+        skipped: list[str] = []
         for _ in range(ATTEMPTS):
-            drawn = self._draw(rng)
+            drawn = self._draw(rng, skipped)
             if drawn is not None and int(drawn[1].sum()) >= MIN_TARGET_VOXELS:
-                return {"image": drawn[0], "target": drawn[1][None], "case": drawn[2]}
+                image, target, case = drawn
+                return {"image": image, "target": target[None], "case": case, "index": self.start + index, "skipped": "\n".join(skipped)}
         bad = f"; {len(self.bad)} cases are damaged, the last: {list(self.bad.values())[-1]}" if self.bad else ""
-        raise RuntimeError(f"no target of {MIN_TARGET_VOXELS} voxels in {ATTEMPTS} attempts at sample {self.start + index}{bad}")
+        raise InputError(
+            f"no target of {MIN_TARGET_VOXELS} voxels in {ATTEMPTS} attempts at sample {self.start + index}; "
+            f"prepare the corpus with stricter rules, or use larger crops{bad}"
+        )
 
-    def _draw(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, str] | None:
-        """Image, target and case, or None for a damaged case."""
+    def _draw(self, rng: np.random.Generator, skipped: list[str]) -> tuple[Tensor, Tensor, str] | None:
+        """Image, target and case, or None for a damaged case, which is added to ``skipped``."""
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         painted = rng.random() < self.config.synthetic_share
         choice = None
@@ -143,17 +149,23 @@ class CropDataset(Dataset[dict[str, Tensor | str]]):
         except (InputError, OSError, RuntimeError, ValueError) as error:  # blosc2 and zlib report a damaged chunk in several ways
             if choice is None:
                 raise
-            self._report(choice[1], error)
+            skipped.append(self._reported(choice[1], error))
             return None
-        image, inside, target = orient([image, inside, target], rng)
-        if not painted:
+        full = self.config.augment == "full"
+        image, inside, target = orient([image, inside, target], rng, reorder=full)
+        if full and not painted:
             image = augment_intensity(image, inside, generator)
-        return normalise(image, inside, self.normalisation), target, choice[1].id if choice else "generated"
+        is_ct = choice is not None and choice[1].modality.upper().startswith("CT")
+        image = normalise(image, inside, self.normalisation, self.ct_clamp_hu if is_ct else None)
+        if self.tensor_axes == "xyz":
+            image, target = image.permute(0, 3, 2, 1).contiguous(), target.permute(2, 1, 0).contiguous()
+        return image, target, choice[1].id if choice else "generated"
 
-    def _report(self, case: CaseRecord, error: Exception) -> None:
+    def _reported(self, case: CaseRecord, error: Exception) -> str:
         if case.id not in self.bad:
             self.bad[case.id] = f"{case.id} ({error})"
             logger.warning("skipping a damaged case: %s", self.bad[case.id])
+        return self.bad[case.id]
 
     def _invented(self, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """A sample of random shapes with its exact mask: image, inside, target."""
@@ -184,6 +196,23 @@ class CropDataset(Dataset[dict[str, Tensor | str]]):
         return crop, inside, target
 
 
+def is_held_out(case: CaseRecord, config: DataConfig) -> bool:
+    """Whether a case is never trained on: its subject is in validation or test, or its source is held out."""
+    return in_validation_part(case, config) or case.split == "test" or case.source in config.hold_out
+
+
+def in_validation_part(case: CaseRecord, config: DataConfig) -> bool:
+    """Whether a case's subject, or one that shares an image with it, is on the validation side of the split."""
+    # Any member of the group: evaluation, which reads the sources and not the corpus, knows each only by its own name.
+    names = {case.subject, *filter(None, case.split_group.split(GROUP_SEPARATOR))}
+    return any(in_validation(name, config.validation_share, config.split_seed) for name in names)
+
+
+def has_enough_voxels(case: CaseRecord, label: LabelRecord, spacing_mm: float) -> bool:
+    """Whether a structure has voxels enough for a click at a fixed spacing; at spacing 0 the crop follows it, however small it is."""
+    return not spacing_mm or label.voxels * math.prod(case.spacing_zyx_mm) / spacing_mm**3 >= MIN_TARGET_VOXELS
+
+
 def split_weight(entry: str) -> tuple[str, float]:
     """A corpus entry of the config as folder and weight: ``corpora/a=3`` is drawn three times as often; 1 where none is given.
 
@@ -203,19 +232,28 @@ def split_weight(entry: str) -> tuple[str, float]:
 
 
 def object_frame(case: CaseRecord, label: LabelRecord, config: DataConfig, rng: np.random.Generator) -> CropFrame:
-    """A crop in which the object fills a drawn share (log-uniform in ``config.fill``) of the edge, placed with jitter."""
+    """A crop in which the object fills a drawn share (log-uniform in ``config.fill``) of the edge, placed with jitter.
+
+    With ``config.spacing_mm`` the crop's voxels have that size instead; ``config.placement: centred`` puts the middle of the object's box
+    into the crop's middle.
+    """
     spacing = case.spacing_zyx_mm
-    extent_mm = max(n * s for n, s in zip(label.region.shape_zyx, spacing, strict=True))
-    low, high = config.fill
-    fill = math.exp(rng.uniform(math.log(low), math.log(high)))
-    whole_mm = max(n * s for n, s in zip(case.shape_zyx, spacing, strict=True))
-    step_mm = min(extent_mm / fill, LARGEST_CROP * whole_mm) / max(config.crop)
-    steps = [step_mm / s * math.exp(rng.uniform(-AXIS_JITTER, AXIS_JITTER)) for s in spacing]
+    if config.spacing_mm:
+        steps = [config.spacing_mm / s for s in spacing]
+    else:
+        extent_mm = max(n * s for n, s in zip(label.region.shape_zyx, spacing, strict=True))
+        low, high = config.fill
+        fill = math.exp(rng.uniform(math.log(low), math.log(high)))
+        whole_mm = max(n * s for n, s in zip(case.shape_zyx, spacing, strict=True))
+        step_mm = min(extent_mm / fill, LARGEST_CROP * whole_mm) / max(config.crop)
+        steps = [step_mm / s * math.exp(rng.uniform(-AXIS_JITTER, AXIS_JITTER)) for s in spacing]
+    region = label.region
+    centre = [(a + b - 1) / 2 for a, b in zip(region.start_zyx, region.stop_zyx, strict=True)]
+    if config.placement == "centred":
+        return CropFrame.centred(as_triple(centre), as_triple(steps), config.crop)
     assert label.points is not None
     voxel = label.points[int(rng.integers(len(label.points)))].tolist()
     pull = rng.random()
-    region = label.region
-    centre = [(a + b - 1) / 2 for a, b in zip(region.start_zyx, region.stop_zyx, strict=True)]
     middle = [pull * v + (1 - pull) * c for v, c in zip(voxel, centre, strict=True)]
     jittered = [m + rng.uniform(-0.15, 0.15) * s * n for m, s, n in zip(middle, steps, config.crop, strict=True)]
     return CropFrame.centred(as_triple(jittered), as_triple(steps), config.crop)

@@ -1,7 +1,8 @@
-"""The training run: data, optimiser, checkpoints and logs around ``InteractiveStep``, through Accelerate.
+"""The training run: steps, checkpoints, validation and logs around a training step, through Accelerate.
 
-A run is a number of optimiser steps. All randomness follows from (seed, step, rank), so a resumed run draws the samples and clicks that the
-unbroken one would have drawn. The loss lives in ``step.py``; what is drawn, in ``data/sampling.py``.
+A run is a number of optimiser steps. All randomness follows from (seed, step, sample), so a resumed run draws the samples and clicks that
+the unbroken one would have drawn. What a run starts with is in ``start.py``, what it keeps in ``checkpoints.py``; the loss lives in
+``step.py``; what is drawn, in ``data/sampling.py``.
 """
 
 from __future__ import annotations
@@ -9,35 +10,30 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
-from samed3d.config import OptimConfig, TrainConfig, to_dict
-from samed3d.data.sampling import CropDataset
+from samed3d.config import TrainConfig, to_dict
 from samed3d.errors import InputError
-from samed3d.models import create_model
-from samed3d.models.base import PromptableModel
-from samed3d.models.weights import find_checkpoint, load_state_strict, read_weights, save_weights
+from samed3d.training import checkpoints, environment
+from samed3d.training.checkpoints import Progress
+from samed3d.training.curves import write_curves
+from samed3d.training.optimiser import AveragedWeights, learning_rate, make_optimiser, set_learning_rate
 from samed3d.training.progress import RunLog
-from samed3d.training.step import InteractiveStep, StepOutput
+from samed3d.training.start import data_of, make_accelerator, start_model, step_of, unwrapped
+from samed3d.training.step import StepOutput, seed_of
+from samed3d.training.stopping import StopRequest, ignore_signals, memory_error
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-logger = logging.getLogger(__name__)
+    from samed3d.training.validation import Validation
 
-MAY_CHANGE = (
-    *("optim.steps", "optim.max_minutes", "data.workers"),
-    *("run.folder", "run.precision", "run.log_every", "run.save_every", "run.trackers"),
-)
-"""Config keys that a resumed run may change: its length, the machine it runs on, its folder and how it logs."""
+logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> Path:
@@ -49,242 +45,190 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> 
         quiet: No progress bar.
 
     Returns:
-        The run folder: ``model.safetensors`` (running mean of the weights where ``run.ema`` is on), ``last.pt``, ``config.json``,
-        ``metrics.jsonl``.
+        The run folder: ``model.safetensors`` (running mean of the weights where ``run.ema`` is on), ``best.safetensors`` where there was a
+        validation, ``last.pt``, ``config.json``, ``environment.json``, ``metrics.jsonl``, ``curves.svg``.
 
     Raises:
-        InputError: for an existing run without ``resume``, a changed config on resume, or data that leaves nothing to train on.
+        InputError: for an existing run without ``resume``, a changed config on resume, data that leave nothing to train on, a device that
+            is not there, or memory that ran out.
         RuntimeError: if the loss is not finite; the message names the cases.
     """
     folder = Path(config.run.folder)
+    if not resume:
+        checkpoints.check_new(folder)
     accelerator = make_accelerator(config)
     torch.manual_seed(config.run.seed)  # the weights' start; samples and clicks have their own generators
-    model = start_model(config)
-    step = InteractiveStep(model, config.clicks, config.loss)
-    optimiser = torch.optim.AdamW(
-        parameter_groups(model, config.optim.weight_decay), lr=config.optim.lr, betas=config.optim.betas, foreach=True
-    )
-    average = AveragedWeights(model, config.run.ema)
-    done = _restore(folder, config, model, optimiser, average) if resume else _new_folder(folder, accelerator)
-    accelerator.wait_for_everyone()
-    per_step = config.optim.batch * config.optim.accumulate * accelerator.num_processes
-    dataset = CropDataset(
-        config.data, (config.optim.steps - done) * per_step, config.run.seed, done * per_step, normalisation=model.spec.normalisation
-    )
-    if len(dataset) <= 0:
-        raise InputError(f"optim.steps must be above the {done} steps already done, got {config.optim.steps}")
-    loader: Any = DataLoader(
-        dataset, config.optim.batch, num_workers=config.data.workers, persistent_workers=config.data.workers > 0, worker_init_fn=_one_thread
-    )
-    step, optimiser, loader = accelerator.prepare(step, optimiser, loader)
+    run = _prepared(config, folder, accelerator, resume)
     if accelerator.is_main_process:
-        _write_atomic(folder / "config.json", json.dumps(to_dict(config), indent=1).encode())
-    log = RunLog(folder, config, accelerator, done, quiet)
+        checkpoints.write_text(folder / "config.json", json.dumps(to_dict(run.config), indent=1))
+        environment.write_environment(folder, run.config, accelerator, run.progress.corpora, run.progress.done)
+    run.log = RunLog(folder, run.config, accelerator, run.progress.done, quiet)
     try:
-        done = _run(config, accelerator, step, optimiser, loader, average, log, done)
+        with StopRequest(config.optim.max_minutes) as stop:
+            _run(run, stop)
+            if not stop.reason:
+                _validate(run, stop)
+    except (RuntimeError, MemoryError) as error:
+        if known := memory_error(error, config):
+            raise known from error
+        raise
     finally:
-        log.close()
+        run.log.close()
+    _save(run)
     if accelerator.is_main_process:
-        _save(folder, config, accelerator.unwrap_model(step).model, optimiser, average, done)
+        write_curves(folder)
+    if stop.reason:
+        logger.warning("stopped at step %d of %d: %s; go on with --resume", run.progress.done, run.config.optim.steps, stop.reason)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder
 
 
-def _run(
-    config: TrainConfig,
-    accelerator: Accelerator,
-    step: nn.Module,
-    optimiser: Any,
-    loader: Any,
-    average: AveragedWeights,
-    log: RunLog,
-    done: int,
-) -> int:
-    """The loop itself; returns the number of optimiser steps done in all."""
-    began, batches = time.monotonic(), done * config.optim.accumulate
-    step.train()
-    for batch in loader:
-        with accelerator.accumulate(step):
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(config.optim, done)
-            seed = step_seed(config.run.seed, batches, accelerator.process_index)
-            output: StepOutput = step(batch["image"], batch["target"], seed)
-            if not bool(torch.isfinite(output.loss)):
-                raise RuntimeError(f"loss is {float(output.loss.detach())} at step {done}; cases: {', '.join(batch['case'])}")
-            accelerator.backward(output.loss)
-            if accelerator.sync_gradients and config.optim.grad_clip:
-                accelerator.clip_grad_norm_(step.parameters(), config.optim.grad_clip)
-            optimiser.step()
-            optimiser.zero_grad()
-        batches += 1
-        log.add(output, len(batch["case"]))
-        if not accelerator.sync_gradients:
-            continue
-        done += 1
-        network = accelerator.unwrap_model(step).model
-        average.update(network)
-        log.step(done, learning_rate(config.optim, done))
-        if config.run.save_every and done % config.run.save_every == 0 and accelerator.is_main_process:
-            _save(Path(config.run.folder), config, network, optimiser, average, done)
-        if _time_is_over(config.optim.max_minutes, began, accelerator):
-            logger.info("stopped at step %d: %g minutes are over", done, config.optim.max_minutes)
-            break
-    return done
+@dataclass
+class _Run:
+    """What the parts of a run share; ``config`` has its number of steps worked out."""
+
+    config: TrainConfig
+    folder: Path
+    accelerator: Accelerator
+    step: Any
+    optimiser: Any
+    loader: Any
+    average: AveragedWeights
+    progress: Progress
+    validation: Validation | None
+    log: Any = None
+    validated: int = -1
 
 
-def _time_is_over(max_minutes: float, began: float, accelerator: Accelerator) -> bool:
-    """Whether the limit is reached on any process: all must stop at the same step, or the others wait for ever."""
-    if not max_minutes:
-        return False
-    if time.monotonic() - began > 60 * max_minutes:
-        accelerator.set_trigger()
-    return bool(accelerator.check_trigger())
-
-
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate for this machine, with bf16 where ``run.precision`` says so or, on auto, where it is faster."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state()  # it outlives a run, and another run of this process may want another precision
-    precision = config.run.precision
-    if precision == "auto":
-        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # newer torch only
-        fast = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else capabilities.get("amx_tile", False)
-        precision = "bf16" if fast else "fp32"
-    return Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        gradient_accumulation_steps=config.optim.accumulate,
-        log_with=list(config.run.trackers) or None,
-        project_dir=config.run.folder,
-        # A batch without boxes leaves the box weights without gradient on that rank.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
-
-
-def start_model(config: TrainConfig) -> PromptableModel:
-    """The network at the start of a run: random, or from ``model.weights``."""
-    overrides = dict(config.model.overrides)
-    if config.model.name.startswith("samed3d_") and "input_shape" not in overrides:
-        overrides["input_shape"] = config.data.crop
-    model = create_model(config.model.name, **overrides)
-    model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    if config.model.weights:
-        path = find_checkpoint(config.model.weights)
-        if path is None:
-            raise InputError(f"model.weights must be a checkpoint's name or file, got {config.model.weights!r}")
-        load_state_strict(model, read_weights(path)[0])
-    return model
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay for weight matrices and kernels only; norms, biases, positions, embeddings and learned tokens keep their size."""
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            learned_input = isinstance(module, nn.Embedding) or name.startswith("rel_pos") or name.endswith(("_embed", "_token"))
-            (kept if parameter.ndim < 2 or learned_input else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-
-
-def learning_rate(optim: OptimConfig, done: int) -> float:
-    """The rate of the next optimiser step: linear warm-up, then half a cosine to zero, or flat."""
-    if done < optim.warmup_steps:
-        return optim.lr * (done + 1) / optim.warmup_steps
-    if optim.schedule == "constant":
-        return optim.lr
-    share = (done - optim.warmup_steps) / max(1, optim.steps - optim.warmup_steps)
-    return optim.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-
-
-def step_seed(seed: int, batch: int, rank: int) -> int:
-    """A seed that no other (seed, batch, rank) shares in practice."""
-    return int(np.random.SeedSequence([seed, batch, rank]).generate_state(1)[0])
-
-
-class AveragedWeights:
-    """Exponential running mean of the weights; with decay 0 it is the weights themselves."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay, self.count = decay, 0
-        self.shadow = {k: v.detach().clone() for k, v in model.state_dict().items()} if decay else {}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Take in the current weights; the decay starts low so that the random start is soon forgotten."""
-        self.count += 1
-        decay = min(self.decay, (1 + self.count) / (10 + self.count))
-        state = model.state_dict()
-        for key, mean in self.shadow.items():
-            if mean.is_floating_point():
-                mean.lerp_(state[key].to(mean.device), 1 - decay)
-
-    def state_of(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """The mean, or the model's own weights where there is none."""
-        return self.shadow or model.state_dict()
-
-
-def _one_thread(_worker: int) -> None:
-    torch.set_num_threads(1)
-
-
-def _new_folder(folder: Path, accelerator: Accelerator) -> int:
-    if (folder / "last.pt").exists() or (folder / "metrics.jsonl").exists():
-        raise InputError(f"run.folder already holds a run: {folder}; add --resume to go on, or choose another")
+def _prepared(config: TrainConfig, folder: Path, accelerator: Accelerator, resume: bool) -> _Run:
+    """Model, data and state, on every process alike."""
+    model = start_model(config)
+    step = step_of(config, model)
+    dataset = data_of(config, model.spec)
+    per_step = config.optim.batch * config.optim.accumulate * accelerator.num_processes
+    config = with_steps(config, len(dataset.real), per_step)
+    optimiser: Any = make_optimiser(model, config.optim)
+    average = AveragedWeights(model, config.run.ema)
+    corpora = environment.manifest_hashes(config)
+    progress, scaler = Progress(corpora=corpora), None
+    if resume:
+        progress, scaler = checkpoints.restore(folder, config, model, optimiser, average, corpora)
+    accelerator.wait_for_everyone()  # all have looked before one writes
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-    return 0
+    left = config.optim.steps - progress.done
+    if left <= 0:
+        raise InputError(f"optim.steps must be above the {progress.done} steps already done, got {config.optim.steps}")
+    dataset.start, dataset.length = progress.samples, left * per_step
+    if config.data.corpus and config.data.synthetic_share == 0 and per_step > len(dataset.real) and accelerator.is_main_process:
+        logger.warning("a step takes %d samples of %d structures: some come twice, in other crops", per_step, len(dataset.real))
+    workers = config.data.workers
+    loader: Any = DataLoader(dataset, config.optim.batch, num_workers=workers, persistent_workers=workers > 0, worker_init_fn=_start_worker)
+    validation = _validation(config, accelerator, folder)
+    step, optimiser, loader = accelerator.prepare(step, optimiser, loader)
+    if scaler is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(scaler)
+    return _Run(config, folder, accelerator, step, optimiser, loader, average, progress, validation)
 
 
-def _restore(folder: Path, config: TrainConfig, model: nn.Module, optimiser: Any, average: AveragedWeights) -> int:
-    path = folder / "last.pt"
-    if not path.exists():
-        raise InputError(f"nothing to resume: {path} does not exist")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    changed = _differences(json.loads(saved["config"]), to_dict(config))
-    if changed:
-        raise InputError(f"a resumed run must keep its config; changed: {'; '.join(changed)}")
-    load_state_strict(model, saved["model"])
-    optimiser.load_state_dict(saved["optimiser"])
-    average.shadow, average.count = saved["average"], saved["average_count"]
-    return int(saved["step"])
+def _validation(config: TrainConfig, accelerator: Accelerator, folder: Path) -> Validation | None:
+    if not config.validation.every:
+        return None
+    from samed3d.training.validation import Validation  # needs more than training does on a bare GPU machine
+
+    return Validation(config, accelerator, folder)
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    found: list[str] = []
-    for key in sorted({*old, *new}):
-        name = f"{prefix}{key}"
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after, f"{name}.")
-        elif before != after and name not in MAY_CHANGE:
-            found.append(f"{name} {before!r} -> {after!r}")
-    return found
+def with_steps(config: TrainConfig, structures: int, per_step: int) -> TrainConfig:
+    """The config with ``optim.steps`` worked out from ``optim.epochs`` where that is given.
+
+    Raises:
+        InputError: if there is no corpus to pass over, or the warm-up is longer than the run.
+    """
+    if not config.optim.epochs:
+        return config
+    if not structures:
+        raise InputError(f"optim.epochs must be 0 without a corpus to pass over, got {config.optim.epochs:g}; set optim.steps instead")
+    steps = max(1, math.ceil(config.optim.epochs * structures / per_step))
+    if config.optim.warmup_steps > steps:
+        raise InputError(f"optim.warmup_steps must be at most the {steps} steps of the run, got {config.optim.warmup_steps}")
+    return replace(config, optim=replace(config.optim, steps=steps))
 
 
-def _save(folder: Path, config: TrainConfig, model: PromptableModel, optimiser: Any, average: AveragedWeights, done: int) -> None:
-    state = {
-        "model": model.state_dict(),
-        "optimiser": optimiser.state_dict(),
-        "average": average.shadow,
-        "average_count": average.count,
-        "step": done,
-        "config": json.dumps(to_dict(config)),
-    }
-    temporary = folder / "last.pt.part"
-    torch.save(state, temporary)
-    os.replace(temporary, folder / "last.pt")
-    live = {k: v.clone() for k, v in model.state_dict().items()}
-    model.load_state_dict(average.state_of(model))
+def _run(run: _Run, stop: StopRequest) -> None:
+    """The loop itself."""
+    config, accelerator, progress = run.config, run.accelerator, run.progress
+    batches = progress.done * config.optim.accumulate
+    run.step.train()
+    for batch in _batches(run.loader):
+        with accelerator.accumulate(run.step):
+            set_learning_rate(run.optimiser, config.optim, progress.done)
+            seed = seed_of(config.run.seed, batches)
+            torch.manual_seed(seed_of(seed, accelerator.process_index))  # for dropout and the like
+            output: StepOutput = run.step(batch["image"], batch["target"], seed, batch["index"])
+            if not bool(torch.isfinite(output.loss)):
+                _give_up(run, output, batch, seed)
+            accelerator.backward(output.loss)
+            if accelerator.sync_gradients and config.optim.grad_clip:
+                accelerator.clip_grad_norm_(run.step.parameters(), config.optim.grad_clip)
+            run.optimiser.step()
+            run.optimiser.zero_grad()
+        batches += 1
+        progress.samples += len(batch["case"]) * accelerator.num_processes
+        run.log.add(output, batch)
+        if not accelerator.sync_gradients:
+            continue
+        progress.done += 1
+        run.average.update(unwrapped(accelerator, run.step))
+        run.log.step(progress.done, learning_rate(config.optim, progress.done))
+        if config.validation.every and progress.done % config.validation.every == 0:
+            _validate(run, stop)
+        if stop.on_any(accelerator):
+            return
+        if config.run.save_every and progress.done % config.run.save_every == 0:
+            _save(run)
+
+
+def _batches(loader: Any) -> Any:
+    """The loader's batches; a user's error from a loader process keeps its one line."""
     try:
-        save_weights(model, folder / "model.safetensors", {"step": done, "training": to_dict(config)})
-    finally:
-        model.load_state_dict(live)
+        yield from loader
+    except InputError as error:
+        raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from error
 
 
-def _write_atomic(path: Path, body: bytes) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(body)
-    os.replace(temporary, path)
+def _give_up(run: _Run, output: StepOutput, batch: dict[str, Any], seed: int) -> None:
+    loss, done = float(output.loss.detach()), run.progress.done
+    path = environment.write_nonfinite(run.folder, done, loss, batch, seed, run.config, run.accelerator.process_index)
+    raise RuntimeError(f"loss is {loss} at step {done}; cases: {', '.join(batch['case'])}; what is needed to draw them again is in {path}")
+
+
+def _validate(run: _Run, stop: StopRequest) -> None:
+    """Click through the validation volumes with the running mean of the weights; keep it if it is the best so far."""
+    if run.validation is None or run.validated == run.progress.done:
+        return
+    network = unwrapped(run.accelerator, run.step)
+    with run.average.applied(network):
+        found = run.validation.measure(network, run.progress.done, lambda: stop.asked)
+    run.step.train()
+    if found is None:
+        return
+    run.validated = run.progress.done
+    run.log.validated(run.progress.done, found.dice, found.structures, found.seconds)
+    if run.progress.best is None or found.dice[-1] > run.progress.best:
+        run.progress.best = found.dice[-1]
+        if run.accelerator.is_main_process:
+            checkpoints.save_average(run.folder / "best.safetensors", run.config, network, run.average, run.progress)
+
+
+def _save(run: _Run) -> None:
+    if run.accelerator.is_main_process:
+        network = unwrapped(run.accelerator, run.step)
+        checkpoints.save(run.folder, run.config, network, run.optimiser, run.average, run.progress, run.accelerator.scaler)
+    run.accelerator.wait_for_everyone()
+
+
+def _start_worker(_worker: int) -> None:
+    torch.set_num_threads(1)
+    ignore_signals()

@@ -1,22 +1,29 @@
 """One training step as ONE module: encode once, click, decode, correct, sum the losses.
 
 Accelerate wraps this module, not the network inside it, so that a data-parallel run synchronises gradients: everything that needs a
-gradient happens inside ``InteractiveStep.forward``. No optimiser, no data, no logging here. Read ``clicks.py`` next, then a model.
+gradient happens inside ``InteractiveStep.forward``. What is drawn for a sample follows from the step's seed and the sample's number alone,
+so that a batch spread over processes is clicked as it would be on one. No optimiser, no data, no logging here. Read ``clicks.py`` next,
+then a model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from samed3d import losses
 from samed3d.clicks import jittered_boxes, policy_clicks
 from samed3d.config import ClickConfig, LossConfig
-from samed3d.models.base import PromptableModel, PromptBatch
+from samed3d.models.base import Features, PromptableModel, PromptBatch
+from samed3d.training.distill import Teacher, check_layers
 
 BOX_JITTER = 0.1
+FIRST_RANDOM_TURN = 2
+"""From 0: the turn without a click that ``clicks.mask_only_turns`` draws is never one of the first two (SAM-Med3D)."""
 
 
 @dataclass
@@ -24,7 +31,7 @@ class StepOutput:
     """What one forward returns.
 
     Attributes:
-        loss: Scalar, mean over interactions.
+        loss: Scalar, over all interactions.
         dice: (B, K) hard Dice after each of the K interactions, detached; the last columns are later clicks.
     """
 
@@ -39,50 +46,97 @@ class InteractiveStep(nn.Module):
         model: The network that is trained.
         clicks: How the simulated user behaves.
         weights: Weights of the loss's terms.
+        teacher: A frozen model to learn from, or None.
+        compiled: Whether the encoder goes through torch.compile.
+
+    Raises:
+        InputError: if there is a teacher and the model has no ``layer_features``.
     """
 
-    def __init__(self, model: PromptableModel, clicks: ClickConfig, weights: LossConfig) -> None:
+    def __init__(
+        self, model: PromptableModel, clicks: ClickConfig, weights: LossConfig, teacher: Teacher | None = None, compiled: bool = False
+    ) -> None:
         super().__init__()
-        self.model, self.clicks, self.weights = model, clicks, weights
+        self.model, self.clicks, self.weights, self.teacher = model, clicks, weights, teacher
         self.keep_all = (model.spec.click_memory if clicks.memory == "spec" else clicks.memory) == "all"
+        if teacher is not None:
+            check_layers(model, "model.name with loss.distill")
+        encode = model.encode if teacher is None else self._encode_layers
+        self._encode: Callable[[Tensor], tuple[Features, list[Tensor]] | Features] = torch.compile(encode) if compiled else encode
 
-    def forward(self, image: Tensor, target: Tensor, seed: int) -> StepOutput:
+    def forward(self, image: Tensor, target: Tensor, seed: int, samples: Tensor | None = None) -> StepOutput:
         """Run the session.
 
         Args:
-            image: (B, 1, D, H, W) normalised crops.
+            image: (B, C, D, H, W) normalised crops.
             target: (B, 1, D, H, W) bool.
-            seed: Of this step's clicks; the same seed gives the same clicks on a CPU.
+            seed: Of this step, the same on every process.
+            samples: (B,) number of each sample within the run; None counts from 0. Same seed and number, same clicks (on a CPU).
         """
-        generator = torch.Generator(device=target.device).manual_seed(seed)
-        features = self.model.encode(image)
+        numbers = range(image.shape[0]) if samples is None else samples.tolist()
+        generators = [torch.Generator(device=target.device).manual_seed(seed_of(seed, number)) for number in numbers]
+        mask_only = self._mask_only_turns(torch.Generator().manual_seed(seed))
+        features, distance = self._features(image)
         history = PromptBatch.empty(image.shape[0], image.device)
         if "box" in self.model.spec.prompts:
-            history.boxes, history.box_valid = self._boxes(target, generator)
+            history.boxes, history.box_valid = self._boxes(target, generators)
         mask = torch.zeros_like(target)
         total, dices = image.new_zeros(()), []
         for turn in range(self.clicks.interactions):
-            prompts = self._prompts(history, mask, target, turn, generator)
+            prompts = self._prompts(history, mask, target, turn, turn in mask_only, generators)
             output = self.model.decode(features, prompts)
             total = total + self._loss(output.logits, output.iou, target)
             mask = output.logits.detach() > self.model.spec.click_logit_threshold
             history.mask_logits = output.lowres_logits.detach() if self.clicks.detach else output.lowres_logits
             dices.append(losses.hard_overlap(output.logits.detach(), target)[0])
-        return StepOutput(total / self.clicks.interactions, torch.stack(dices, dim=1))
+        if self.weights.turns == "mean":
+            total = total / self.clicks.interactions
+        return StepOutput(total if distance is None else total + self.weights.distill * distance, torch.stack(dices, dim=1))
 
-    def _boxes(self, target: Tensor, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
+    def _features(self, image: Tensor) -> tuple[Features, Tensor | None]:
+        """What is decoded, and the distance to the teacher's features where there is one."""
+        encoded = self._encode(image)
+        if self.teacher is None or isinstance(encoded, dict):
+            assert isinstance(encoded, dict)
+            return encoded, None
+        return encoded[0], self.teacher.distance(encoded[1], image)
+
+    def _encode_layers(self, image: Tensor) -> tuple[Features, list[Tensor]]:
+        """Features from the last of the layers, so that the encoder runs once."""
+        layers: list[Tensor] = self.model.layer_features(image)  # type: ignore[operator]
+        return {"image": layers[-1].movedim(-1, 1)}, layers
+
+    def _mask_only_turns(self, generator: torch.Generator) -> set[int]:
+        """The turns of this batch, from 0, that bring the previous mask and no new click."""
+        count = self.clicks.interactions
+        chance = torch.rand(count, generator=generator) < self.clicks.mask_only_probability
+        turns = {turn for turn in range(1, count) if bool(chance[turn])}
+        if "random" in self.clicks.mask_only_turns and count > FIRST_RANDOM_TURN:
+            end = max(FIRST_RANDOM_TURN + 1, count - 2)
+            turns.add(int(torch.randint(FIRST_RANDOM_TURN, end, (1,), generator=generator)))
+        if "last" in self.clicks.mask_only_turns and count > 1:
+            turns.add(count - 1)
+        return turns
+
+    def _boxes(self, target: Tensor, generators: list[torch.Generator]) -> tuple[Tensor | None, Tensor | None]:
         """Boxes for the samples whose user draws one, or None when nobody does."""
-        drawn = torch.rand(target.shape[0], generator=generator, device=target.device) < self.clicks.box_probability
-        drawn &= target.flatten(1).any(dim=1)
-        return (jittered_boxes(target, BOX_JITTER, generator), drawn) if bool(drawn.any()) else (None, None)
+        chance = torch.cat([torch.rand(1, generator=generator, device=target.device) for generator in generators])
+        drawn = (chance < self.clicks.box_probability) & target.flatten(1).any(dim=1)
+        if not bool(drawn.any()):
+            return None, None
+        boxes = [jittered_boxes(one[None], BOX_JITTER, generator) for one, generator in zip(target, generators, strict=True)]
+        return torch.cat(boxes), drawn
 
-    def _prompts(self, history: PromptBatch, mask: Tensor, target: Tensor, turn: int, generator: torch.Generator) -> PromptBatch:
+    def _prompts(
+        self, history: PromptBatch, mask: Tensor, target: Tensor, turn: int, mask_only: bool, generators: list[torch.Generator]
+    ) -> PromptBatch:
         """Add this turn's click to the history and return what the model is given."""
-        alone = torch.rand(1, generator=generator, device=target.device) < self.clicks.mask_only_probability
-        if turn > 0 and bool(alone):
+        if mask_only:
             shown = history if self.keep_all else PromptBatch.empty(target.shape[0], target.device)
         else:
-            points, labels = policy_clicks(mask, target, self.clicks.policy, generator)
+            pairs = zip(mask, target, generators, strict=True)
+            clicked = [policy_clicks(m[None], t[None], self.clicks.policy, generator) for m, t, generator in pairs]
+            points, labels = torch.cat([p for p, _ in clicked]), torch.cat([label for _, label in clicked])
             if turn == 0 and history.box_valid is not None:  # a box is the first prompt: no click beside it
                 labels = torch.where(history.box_valid[:, None], torch.full_like(labels, -1), labels)
             history.points = torch.cat([history.points, points], dim=1)
@@ -92,7 +146,12 @@ class InteractiveStep(nn.Module):
 
     def _loss(self, logits: Tensor, iou: Tensor, target: Tensor) -> Tensor:
         terms = self.weights
-        loss = terms.dice * losses.dice_loss(logits, target) + terms.ce * losses.cross_entropy(logits, target)
+        loss = terms.dice * losses.dice_loss(logits, target, terms.dice_smooth) + terms.ce * losses.cross_entropy(logits, target)
         if terms.iou:
             loss = loss + terms.iou * losses.iou_loss(iou, losses.hard_overlap(logits.detach(), target)[1])
         return loss
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed that no other tuple of numbers shares in practice."""
+    return int(np.random.SeedSequence([int(n) for n in numbers]).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,114 @@
+"""AdamW's parameter groups, the course of the learning rate, and the running mean of the weights.
+
+No loop and no file here; read ``training/loop.py`` next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from samed3d.config import OptimConfig
+from samed3d.errors import InputError
+
+
+def make_optimiser(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over every parameter that learns.
+
+    Raises:
+        InputError: if nothing learns, or ``optim.lr_scale`` names a part that the model does not have.
+    """
+    groups = parameter_groups(model, optim)
+    if not any(group["params"] for group in groups):
+        raise InputError("model.train leaves no parameter that learns; choose another value, or train all")
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, foreach=True)
+
+
+def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """The parameters that learn, by weight decay and by ``scale``, the factor on their rate.
+
+    Weight matrices and kernels decay; norms, biases, positions, embeddings and learned tokens keep their size, unless ``decay_all``.
+
+    Raises:
+        InputError: if ``optim.lr_scale`` names a part that the model does not have.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    unused = set(optim.lr_scale)
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            parts = [p for p in optim.lr_scale if f"{module_name}.{name}".lstrip(".").startswith(p)]
+            unused.difference_update(parts)
+            if not parameter.requires_grad:
+                continue
+            learned_input = isinstance(module, nn.Embedding) or name.startswith("rel_pos") or name.endswith(("_embed", "_token"))
+            decays = optim.decay_all or not (parameter.ndim < 2 or learned_input)
+            scale = float(optim.lr_scale[max(parts, key=len)]) if parts else 1.0
+            groups.setdefault((scale, decays), []).append(parameter)
+    if unused:
+        known = sorted({name.split(".")[0] for name, _ in model.named_parameters()})
+        raise InputError(f"optim.lr_scale must name parts of the model, got {', '.join(sorted(unused))}; it has {', '.join(known)}")
+    found = [
+        {"params": parameters, "weight_decay": optim.weight_decay if decays else 0.0, "scale": scale}
+        for (scale, decays), parameters in groups.items()
+    ]
+    return [group for group in found if group["params"] or group["scale"] == 1.0]
+
+
+def set_learning_rate(optimiser: Any, optim: OptimConfig, done: int) -> None:
+    """Give every group the rate of the next optimiser step."""
+    rate = learning_rate(optim, done)
+    for group in optimiser.param_groups:
+        group["lr"] = rate * group.get("scale", 1.0)
+
+
+def learning_rate(optim: OptimConfig, done: int) -> float:
+    """The rate of the next optimiser step: linear warm-up, then as ``optim.schedule`` says, ``optim.cycles`` times over."""
+    if done < optim.warmup_steps:
+        return optim.lr * (done + 1) / optim.warmup_steps
+    if optim.schedule == "constant":
+        return optim.lr
+    share = (done - optim.warmup_steps) / max(1, optim.steps - optim.warmup_steps)
+    position = share * optim.cycles % 1.0 if share < 1 else 1.0
+    if optim.schedule == "multistep":
+        return optim.lr * optim.gamma ** sum(position >= milestone for milestone in optim.milestones)
+    return optim.lr * 0.5 * (1 + math.cos(math.pi * position))
+
+
+class AveragedWeights:
+    """Exponential running mean of the weights; with decay 0 it is the weights themselves."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.count = decay, 0
+        self.shadow = {k: v.detach().clone() for k, v in model.state_dict().items()} if decay else {}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the current weights; the decay starts low so that the random start is soon forgotten."""
+        self.count += 1
+        decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        state = model.state_dict()
+        for key, mean in self.shadow.items():
+            if mean.is_floating_point():
+                mean.lerp_(state[key].to(mean.device), 1 - decay)
+
+    def state_of(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The mean, or the model's own weights where there is none."""
+        return self.shadow or model.state_dict()
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """The model holds the mean within the block, and its own weights again after it."""
+        if not self.shadow:
+            yield
+            return
+        live = {k: v.clone() for k, v in model.state_dict().items()}
+        model.load_state_dict(self.shadow)
+        try:
+            yield
+        finally:
+            model.load_state_dict(live)

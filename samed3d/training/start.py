@@ -1,0 +1,121 @@
+"""What a run starts with: the process group, the network, the training step and its data.
+
+``step_of`` and ``data_of`` are the seam between kinds of models: a promptable one is trained with clicks, a semantic one with all classes
+at once. Read ``loop.py`` next.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from samed3d.config import TrainConfig
+from samed3d.data.sampling import CropDataset
+from samed3d.errors import InputError
+from samed3d.models import create_model, load
+from samed3d.models.base import AnyModel, ModelSpec, PromptableModel
+from samed3d.models.weights import find_checkpoint, load_state_strict, read_header, read_weights
+from samed3d.training.distill import Teacher
+from samed3d.training.step import InteractiveStep
+from samed3d.training.trainable import choose_trainable
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate for this machine, with bf16 where ``run.precision`` says so or, on auto, where it is faster.
+
+    Raises:
+        InputError: if ``run.device`` is cuda and there is none, or the precision needs a GPU.
+    """
+    if config.run.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("run.device cuda was asked for but this machine has no CUDA GPU that torch can use; set run.device=cpu or auto")
+    on_gpu = config.run.device != "cpu" and torch.cuda.is_available()
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # it outlives a run, and another run of this process may want another precision
+    precision = config.run.precision
+    if precision == "auto":
+        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # newer torch only
+        fast = torch.cuda.is_bf16_supported() if on_gpu else capabilities.get("amx_tile", False)
+        precision = "bf16" if fast else "fp32"
+    if precision == "fp16" and not on_gpu:
+        raise InputError("run.precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    return Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision,
+        cpu=config.run.device == "cpu",
+        gradient_accumulation_steps=config.optim.accumulate,
+        log_with=list(config.run.trackers) or None,
+        project_dir=config.run.folder,
+        # A batch without boxes leaves the box weights without gradient on that rank.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def start_model(config: TrainConfig) -> AnyModel:
+    """The network at the start of a run: random, or from ``model.weights``, whose numbers it takes where ``model.overrides`` is empty.
+
+    Raises:
+        InputError: if the weights are not there or of another model.
+    """
+    overrides, path = dict(config.model.overrides), None
+    if config.model.weights:
+        path = find_checkpoint(config.model.weights)
+        if path is None:
+            raise InputError(f"model.weights must be a checkpoint's name or file, got {config.model.weights!r}")
+        header = read_header(path)
+        if header["model"] != config.model.name:
+            remedy = f"set model.name={header['model']}"
+            raise InputError(f"model.weights must hold a {config.model.name!r}, got a {header['model']!r} in {path}; {remedy}")
+        overrides = overrides or dict(header["config"])
+    if config.model.name.startswith("samed3d_") and "input_shape" not in config.model.overrides:
+        overrides["input_shape"] = config.data.crop
+    model = create_model(config.model.name, **overrides)
+    model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    if path is not None:
+        load_state_strict(model, read_weights(path)[0])
+    choose_trainable(model, config.model)
+    if config.run.activation_checkpointing:
+        checkpoint_activations(model)
+    return model
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Have every part that can do so forget its activations.
+
+    Raises:
+        InputError: if no part can.
+    """
+    parts = [module for module in model.modules() if hasattr(module, "checkpoint_blocks")]
+    if not parts:
+        raise InputError(f"run.activation_checkpointing must be false for {type(model).__name__}, which has no transformer encoder")
+    for part in parts:
+        part.checkpoint_blocks = True  # type: ignore[assignment]
+
+
+def step_of(config: TrainConfig, model: AnyModel) -> nn.Module:
+    """The training step of a model: ``forward(image, target, seed, samples) -> StepOutput``, the module that Accelerate wraps.
+
+    Raises:
+        InputError: if the loss asks for a teacher that is not there.
+    """
+    if not isinstance(model, PromptableModel):
+        raise InputError(f"model.name must be a promptable model, got {config.model.name!r}")
+    teacher = Teacher(load(config.loss.teacher), config.loss.distill_layers) if config.loss.distill else None
+    return InteractiveStep(model, config.clicks, config.loss, teacher, config.run.compile)
+
+
+def data_of(config: TrainConfig, spec: ModelSpec) -> CropDataset:
+    """The training samples of a model, of length 0: the loop sets ``start`` and ``length`` once it knows how far the run is."""
+    return CropDataset(
+        config.data, 0, config.run.seed, normalisation=spec.normalisation, tensor_axes=spec.tensor_axes, ct_clamp_hu=spec.ct_clamp_hu
+    )
+
+
+def unwrapped(accelerator: Accelerator, step: Any) -> Any:
+    """The network inside the prepared step."""
+    return accelerator.unwrap_model(step).model
