@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from samed3d.evaluation.statistics import area_under, clicks_to, holm, mean_with_interval, paired_difference, wilcoxon
+from samed3d.evaluation.statistics import holm, mean_with_interval, paired_difference, wilcoxon
 
 
 def test_the_mean_weighs_measurements_and_the_interval_spans_the_subjects():
@@ -128,18 +128,3 @@ def test_holm_corrects_from_the_smallest_on():
     assert holm([0.6, 0.7]) == [1.0, 1.0]
     with_nan = holm([math.nan, 0.02])
     assert math.isnan(with_nan[0]) and with_nan[1] == 0.02
-
-
-def test_the_area_under_a_curve():
-    assert area_under([1, 3, 5], [0.2, 0.6, 0.8]) == pytest.approx((0.8 + 1.4) / 4)
-    assert area_under([1, 2, 10], [0.0, 1.0, 1.0]) == pytest.approx(8.5 / 9)
-    assert area_under([1], [0.4]) == 0.4
-    with pytest.raises(ValueError, match="clicks must ascend"):
-        area_under([1, 1], [0.1, 0.2])
-    with pytest.raises(ValueError, match="0 clicks"):
-        area_under([], [])
-
-
-def test_clicks_to_a_quality():
-    assert clicks_to([1, 3, 5], [0.5, 0.9, 0.85], 0.85) == 3
-    assert clicks_to([1, 3, 5], [0.5, 0.6, 0.7], 0.8) == math.inf

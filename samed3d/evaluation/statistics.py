@@ -157,30 +157,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def area_under(clicks: Sequence[float], scores: Sequence[float]) -> float:
-    """Area under a click curve by the trapezoid rule, divided by its width: a score in the scores' own unit.
-
-    Args:
-        clicks: Ascending click numbers.
-        scores: The score after each; nan makes the area nan.
-
-    Returns:
-        The area; with one click, its score.
-
-    Raises:
-        ValueError: if there is no click, or the clicks do not ascend.
-    """
-    x, y = np.asarray(clicks, dtype=float), np.asarray(scores, dtype=float)
-    if len(x) != len(y) or len(x) == 0 or np.any(np.diff(x) <= 0):
-        raise ValueError(f"clicks must ascend and have one score each, got {len(x)} clicks and {len(y)} scores")
-    return float(np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2) / (x[-1] - x[0])) if len(x) > 1 else float(y[0])
-
-
-def clicks_to(clicks: Sequence[float], scores: Sequence[float], quality: float) -> float:
-    """The first click after which the score is at least ``quality``; infinity where none is."""
-    return next((float(c) for c, s in zip(clicks, scores, strict=True) if s >= quality), math.inf)
-
-
 def _per_subject(values: Sequence[float] | NDArray, subjects: Sequence[Hashable]) -> tuple[NDArray, NDArray, int]:
     """Sum and number of each subject's values, and how many values were nan."""
     if len(values) != len(subjects):

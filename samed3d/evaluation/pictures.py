@@ -1,0 +1,145 @@
+"""The ten worst and ten typical cases of a run as pictures: the saved prompts are given to the model again, in bounded time.
+
+Which cases is decided from ``cases.csv`` alone; the prompts come from ``prompts.jsonl``, image and label from the files it names. What
+cannot be made again (a file that is gone, a protocol that does not look at the whole volume, time that is up) is said in a line. The Dice
+of the mask that is drawn is compared with the saved one, and told where the two differ. Read ``case_drawing.py`` for the drawing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from samed3d.errors import InputError
+from samed3d.evaluation.case_drawing import case_png, data_uri
+from samed3d.evaluation.page import paragraph
+from samed3d.evaluation.replay import REPLAYED, Answers, Replayed, replay
+from samed3d.evaluation.rows import Row
+from samed3d.evaluation.saved import SavedRun, curves_of
+from samed3d.evaluation.summaries import untrained
+from samed3d.metrics import dice
+
+logger = logging.getLogger(__name__)
+
+CASES = 10
+PER_IMAGE = 2
+_SAME_DICE = 0.005
+_INTRO = f"""Blue: the label. Orange: the prediction. Green plus: a click on the object, red cross: off it; faint marks lie in other slices.
+Each structure once, with its worst seed; at most {PER_IMAGE} of one image in each list."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One structure of one model: its first row and its Dice after each click."""
+
+    row: Row
+    scores: tuple[float, ...]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What finds its line of ``prompts.jsonl``."""
+        return line_key(self.row)
+
+
+def line_key(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """Model, way, structure and seed of a row or of a line of ``prompts.jsonl``."""
+    return tuple(entry.get(k) for k in ("model", "protocol", "policy", "prompt", "source", "case", "label", "seed"))
+
+
+def worst_and_typical(rows: Sequence[Row], count: int = CASES) -> tuple[list[Chosen], list[Chosen]]:
+    """The structures with the lowest Dice after the last click, and those nearest to the median.
+
+    Args:
+        rows: Of one model and one way of clicking.
+        count: How many of each; a structure appears once, with its worst seed, an image at most twice among the worst and among the others.
+    """
+    curves = [Chosen(first, tuple(scores)) for first, _, scores in curves_of(rows, "dice") if not math.isnan(scores[-1])]
+    ordered = sorted(curves, key=lambda c: (c.scores[-1], str(c.key)))
+    worst = _spread(ordered, count)
+    median = float(np.median([c.scores[-1] for c in curves])) if curves else math.nan
+    taken = {_structure(c) for c in worst}
+    rest = [c for c in ordered if _structure(c) not in taken]
+    return worst, _spread(sorted(rest, key=lambda c: abs(c.scores[-1] - median)), count)
+
+
+def picture_section(run: SavedRun, seconds: float) -> str:
+    """The section of a report with both kinds of cases, of the run's first model and first way of clicking.
+
+    Args:
+        run: The results.
+        seconds: When this much time is up, no further picture is begun.
+    """
+    model, way = run.models[0], run.ways[0]
+    rows = [r for r in untrained(run.of(way)) if r["model"] == model]
+    lines = {line_key(line): line for line in run.turns()}
+    if not lines:
+        return paragraph("No pictures: the run has no prompts.jsonl to make the masks from.", "faint")
+    if way.protocol not in REPLAYED:
+        told = f"No pictures: protocol {way.protocol} does not answer on the whole volume; pictures are made for {', '.join(REPLAYED)}."
+        return paragraph(told, "faint")
+    worst, typical = worst_and_typical(rows)
+    made, left_out = _pictures([*worst, *typical], lines, time.monotonic() + seconds)
+    parts = [paragraph(f"Model {model}, {way}: after the last click. {_INTRO}", "faint")]
+    for title, chosen in ((f"The {len(worst)} worst", worst), (f"{len(typical)} typical, nearest to the median", typical)):
+        figures = "".join(made[c.key] for c in chosen if c.key in made)
+        parts.append(f'<h3>{title}</h3><div class="cases">{figures}</div>')
+    parts += [paragraph(f"Not shown: {told} ({n})", "faint") for told, n in Counter(left_out).items()]
+    return "".join(parts)
+
+
+def _pictures(chosen: Sequence[Chosen], lines: dict[tuple[Any, ...], dict[str, Any]], until: float) -> tuple[dict[tuple, str], list[str]]:
+    """A figure for each case that could be drawn, and why not for the others; cases of one image are drawn together."""
+    made: dict[tuple, str] = {}
+    left_out: list[str] = []
+    answers = Answers()
+    for one in sorted(chosen, key=lambda c: str(lines.get(c.key, {}).get("image", ""))):
+        line = lines.get(one.key)
+        if line is None:
+            left_out.append("prompts.jsonl has no line for it")
+        elif time.monotonic() > until:
+            left_out.append("the time for pictures was up")
+        else:
+            try:
+                made[one.key] = _figure(one, replay(line, answers))
+            except (InputError, OSError) as error:
+                left_out.append(str(error))
+    return made, left_out
+
+
+def _figure(one: Chosen, again: Replayed) -> str:
+    png = case_png(again.volume, again.truth, again.mask, again.prompts)
+    row, drawn = one.row, dice(again.mask, again.truth)
+    name = str(row["name"]) or f"label {row['label']}"
+    path = " \u2192 ".join(f"{s:.2f}" for s in one.scores)
+    size = "" if row.get("volume_ml") is None else f", {row['volume_ml']:.3g} ml"
+    note = "" if abs(drawn - one.scores[-1]) <= _SAME_DICE else f" Not made again exactly: the mask drawn here has Dice {drawn:.2f}."
+    where = escape(f"{row['source']} / {row['case']}{size}, seed {row['seed']}.{note}")
+    alt = escape(f"{name} of {row['case']}: three planes with label, prediction and prompts", quote=True)
+    caption = f"<b>{escape(name)}</b>, Dice {path}<br><span>{where}</span>"
+    return f'<figure><img alt="{alt}" src="{data_uri(png)}"><figcaption>{caption}</figcaption></figure>'
+
+
+def _spread(ordered: Sequence[Chosen], count: int) -> list[Chosen]:
+    """The first so many, a structure once and an image at most ``PER_IMAGE`` times."""
+    images: Counter = Counter()
+    structures: set = set()
+    found: list[Chosen] = []
+    for one in ordered:
+        image, structure = _structure(one)[:2], _structure(one)
+        if structure not in structures and images[image] < PER_IMAGE and len(found) < count:
+            found.append(one)
+            structures.add(structure)
+            images[image] += 1
+    return found
+
+
+def _structure(one: Chosen) -> tuple[Any, ...]:
+    return (one.row["source"], one.row["case"], one.row["label"])
