@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from samed3d.geometry import IntTriple
 from samed3d.nn.attention import GridAttention
@@ -77,6 +78,9 @@ class ImageEncoder(nn.Module):
         misbroadcast_relpos: See ``GridAttention``.
         pad_sink: See ``GridAttention``.
 
+    Attributes:
+        checkpoint_blocks: Forget each block's activations and compute them again in the backward: less memory, the same gradients.
+
     Source: ViT with windowed and global blocks as in SAM (ViTDet), in 3D as in SAM-Med3D.
     """
 
@@ -95,6 +99,7 @@ class ImageEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_embed = patch_embed
+        self.checkpoint_blocks = False
         self.pos_embed = nn.Parameter(torch.zeros(1, *grid, dim))
         self.blocks = nn.ModuleList(
             Block(dim, heads, grid, 0 if index in global_blocks else window, misbroadcast_relpos, pad_sink) for index in range(depth)
@@ -112,7 +117,10 @@ class ImageEncoder(nn.Module):
             x = self.patch_embed(x)
         x = x + self.pos_embed
         for block in self.blocks:
-            x = block(x)
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         x = x.movedim(-1, 1)
         for layer in self.neck:
             x = layer(x.contiguous())  # a channels-last input would have the convolution reorder its weights at every call

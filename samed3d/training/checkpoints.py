@@ -169,5 +169,5 @@ def _keep_copy(folder: Path, done: int, keep: int) -> None:
         except OSError:
             write_whole(copy, lambda path: shutil.copyfile(folder / "last.pt", path))
         copies = sorted({*copies, copy})
-    for old in copies[: len(copies) - keep]:
+    for old in copies[: max(0, len(copies) - keep)]:
         old.unlink()
