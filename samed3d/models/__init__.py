@@ -10,6 +10,9 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from samed3d.crops import image_channels
 from samed3d.errors import InputError
 from samed3d.models.adapter_weights import put_on_base
 from samed3d.models.base import ModelEntry, PromptableModel
@@ -18,6 +21,7 @@ from samed3d.models.ma_sam import ma_sam_b, ma_sam_h, ma_sam_l
 from samed3d.models.sam3d import sam3d
 from samed3d.models.sam3d_adapter import sam3d_adapter, sam3d_adapter_auto
 from samed3d.models.sam_med3d import sam_med3d_b, sam_med3d_b256, sam_med3d_h, sam_med3d_l
+from samed3d.models.sam_med3d_moe import MixtureOfExperts, coarsest_feature
 from samed3d.models.samed3d_unet import samed3d_unet
 from samed3d.models.samed3d_vit import samed3d_base, samed3d_small, samed3d_tiny
 from samed3d.models.samu import samu, samu_extended
@@ -60,6 +64,37 @@ _TINY_SAM3D = {"input_shape": (6, 32, 32), "class_names": ("a", "b"), "backbone"
 _TINY_MA_SAM = {"input_shape": (3, 32, 32), "class_names": ("a", "b"), "backbone": "sam_vit_tiny", "rank": 4, "adapter_width": 8}
 _TINY_SAM3D_ADAPTER = {"input_shape": (16, 16, 16), "backbone": "sam_vit_tiny", "window": 2, "taps": (2, 4), "channels": 8}
 
+
+def sam_med3d_moe(
+    base: str = "sam_med3d_b",
+    base_config: dict[str, Any] | None = None,
+    experts: dict[str, list[str]] | None = None,
+    threshold: float = 0.5,
+    hidden: int = 64,
+) -> MixtureOfExperts:
+    """A mixture of decoders over any promptable model (see ``sam_med3d_moe.py``); ``training/moe.py`` fills it from checkpoints.
+
+    Args:
+        base: Architecture of the general model and of every expert.
+        base_config: Its keyword arguments.
+        experts: Name of each expert to the tensors that are its own; None gives two with all tensors outside the encoder.
+        threshold: Least probability of an expert for it to be chosen.
+        hidden: Hidden channels of the gate.
+    """
+    numbers = dict(base_config or {})
+    general = create_model(base, **numbers)
+    if not isinstance(general, PromptableModel):
+        raise InputError(f"base must be a promptable model, got {base!r}")
+    if experts is None:
+        encoder = tuple(f"{part}." for part in general.encoder_parts)
+        own = [name for name, _ in general.named_parameters() if not name.startswith(encoder)]
+        experts = {"first": own, "second": own}
+    with torch.device("meta"):
+        feature, channels = coarsest_feature(create_model(base, **numbers), image_channels(general.spec.normalisation))
+    config = {"base": base, "base_config": numbers, "experts": experts, "threshold": threshold, "hidden": hidden}
+    return MixtureOfExperts(general, feature, channels, experts, threshold, hidden, config)
+
+
 MODELS: dict[str, ModelEntry] = {
     "samed3d_unet": ModelEntry(samed3d_unet, _TINY_UNET),
     "samed3d_tiny": ModelEntry(samed3d_tiny, _TINY_VIT),
@@ -76,6 +111,7 @@ MODELS: dict[str, ModelEntry] = {
     "ma_sam_b": ModelEntry(ma_sam_b, _TINY_MA_SAM),
     "ma_sam_l": ModelEntry(ma_sam_l, _TINY_MA_SAM),
     "ma_sam_h": ModelEntry(ma_sam_h, _TINY_MA_SAM),
+    "sam_med3d_moe": ModelEntry(sam_med3d_moe, {"base": "samed3d_unet", "base_config": _TINY_UNET}),
     "samu": ModelEntry(samu, _TINY_SAMU),
     "samu_extended": ModelEntry(samu_extended, _TINY_SAMU),
 }
