@@ -105,7 +105,7 @@ def _prepared(config: TrainConfig, folder: Path, accelerator: Accelerator, resum
     """Model, data and state, on every process alike."""
     model = start_model(config)
     step = step_of(config, model)
-    dataset = data_of(config, model.spec)
+    dataset = data_of(config, model)
     per_step = config.optim.batch * config.optim.accumulate * accelerator.num_processes
     config = with_steps(config, len(dataset.real), per_step)
     optimiser: Any = make_optimiser(model, config.optim)

@@ -13,11 +13,15 @@ from torch import nn
 
 from samed3d.config import TrainConfig
 from samed3d.data.sampling import CropDataset
+from samed3d.data.semantic import SemanticDataset
 from samed3d.errors import InputError
 from samed3d.models import create_model, load
-from samed3d.models.base import AnyModel, ModelSpec, PromptableModel
+from samed3d.models.base import AnyModel, SemanticModel
+from samed3d.models.sam_med3d_moe import MixtureOfExperts
 from samed3d.models.weights import find_checkpoint, load_state_strict, read_header, read_weights
 from samed3d.training.distill import Teacher
+from samed3d.training.moe import GateStep
+from samed3d.training.semantic import SemanticStep, semantic_data, semantic_overrides
 from samed3d.training.step import InteractiveStep
 from samed3d.training.trainable import choose_trainable
 
@@ -74,8 +78,10 @@ def start_model(config: TrainConfig) -> AnyModel:
         overrides = overrides or dict(header["config"])
     if config.model.name.startswith("samed3d_") and "input_shape" not in config.model.overrides:
         overrides["input_shape"] = config.data.crop
-    model = create_model(config.model.name, **overrides)
-    model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    model: AnyModel = create_model(config.model.name, **semantic_overrides(config, overrides))
+    for module in model.modules():  # not the whole model at once, which may hold 2D kernels too
+        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+            module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     if path is not None:
         load_state_strict(model, read_weights(path)[0])
     choose_trainable(model, config.model)
@@ -103,14 +109,19 @@ def step_of(config: TrainConfig, model: AnyModel) -> nn.Module:
     Raises:
         InputError: if the loss asks for a teacher that is not there.
     """
-    if not isinstance(model, PromptableModel):
-        raise InputError(f"model.name must be a promptable model, got {config.model.name!r}")
+    if isinstance(model, MixtureOfExperts):
+        return GateStep(model, config.clicks)
+    if isinstance(model, SemanticModel):
+        return SemanticStep(model, config.loss)
     teacher = Teacher(load(config.loss.teacher), config.loss.distill_layers) if config.loss.distill else None
     return InteractiveStep(model, config.clicks, config.loss, teacher, config.run.compile)
 
 
-def data_of(config: TrainConfig, spec: ModelSpec) -> CropDataset:
+def data_of(config: TrainConfig, model: AnyModel) -> CropDataset | SemanticDataset:
     """The training samples of a model, of length 0: the loop sets ``start`` and ``length`` once it knows how far the run is."""
+    if isinstance(model, SemanticModel):
+        return semantic_data(config, model)
+    spec = model.spec
     return CropDataset(
         config.data, 0, config.run.seed, normalisation=spec.normalisation, tensor_axes=spec.tensor_axes, ct_clamp_hu=spec.ct_clamp_hu
     )

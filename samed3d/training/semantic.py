@@ -1,0 +1,120 @@
+"""One training step of an automatic model as ONE module: all classes of a crop, Dice and cross-entropy on every supervised output.
+
+The counterpart of ``step.py`` for models without prompts; the loop does not know which of the two it runs. What such a model is told of the
+corpus (its classes, its spacing) is worked out here too. Read ``data/semantic.py`` next.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from samed3d.config import LossConfig, TrainConfig
+from samed3d.data.semantic import SemanticDataset, class_names, median_spacing_mm, target_spacing
+from samed3d.errors import InputError
+from samed3d.models import create_model
+from samed3d.models.base import SemanticModel
+from samed3d.training.step import StepOutput
+
+SMOOTH = 1e-5
+
+
+class SemanticStep(nn.Module):
+    """Loss and Dice of a batch of crops.
+
+    Args:
+        model: The network that is trained.
+        weights: Weights of Dice and cross-entropy; the other terms do not apply.
+    """
+
+    def __init__(self, model: SemanticModel, weights: LossConfig) -> None:
+        super().__init__()
+        self.model, self.weights = model, weights
+
+    def forward(self, image: Tensor, target: Tensor, seed: int, samples: Tensor | None = None) -> StepOutput:
+        """Run the model once.
+
+        Args:
+            image: (B, C, D, H, W) normalised crops.
+            target: (B, 1, D, H, W) class numbers, 0 is background.
+            seed: Not used: nothing is drawn here.
+            samples: Not used.
+
+        Returns:
+            The weighted loss over the supervised outputs, and the hard Dice of each class but the background, (B, K - 1).
+        """
+        outputs = self.model.forward_supervised(image)
+        total = image.new_zeros((), dtype=torch.float32)
+        for weight, logits in outputs:
+            numbers = resized_numbers(target, logits)
+            loss = self.weights.dice * soft_dice_loss(logits, numbers) + self.weights.ce * F.cross_entropy(logits.float(), numbers)
+            total = total + weight * loss
+        finest = outputs[0][1].detach()
+        return StepOutput(total, class_dice(finest.argmax(1), resized_numbers(target, finest), finest.shape[1]))
+
+
+def resized_numbers(target: Tensor, like: Tensor) -> Tensor:
+    """(B, 1, D, H, W) class numbers as (B, d, h, w) int64 on the grid of ``like``, by nearest neighbour."""
+    if target.shape[2:] != like.shape[2:]:
+        target = F.interpolate(target.float(), size=like.shape[2:], mode="nearest-exact")
+    return target[:, 0].long()
+
+
+def soft_dice_loss(logits: Tensor, numbers: Tensor) -> Tensor:
+    """1 - soft Dice of the softmax, mean over samples and classes without the background.
+
+    A class that a crop does not hold costs what is predicted of it, and nothing where that is nothing.
+
+    Shape:
+        logits (B, K, D, H, W), numbers (B, D, H, W) -> scalar.
+
+    Source: SAM3D's training code (after nnU-Net): background left out, smooth 1e-5, not squared.
+    """
+    prob = logits.float().softmax(1)[:, 1:].flatten(2)
+    truth = F.one_hot(numbers, logits.shape[1]).movedim(-1, 1)[:, 1:].flatten(2).to(prob.dtype)
+    overlap = 2 * (prob * truth).sum(2) + SMOOTH
+    return (1 - overlap / (prob.sum(2) + truth.sum(2) + SMOOTH)).mean()
+
+
+def class_dice(predicted: Tensor, numbers: Tensor, classes: int) -> Tensor:
+    """Hard Dice (B, classes - 1) of class numbers (B, D, H, W); 1 where a class is in neither."""
+    columns = []
+    for number in range(1, classes):
+        mask, truth = (predicted == number).flatten(1), (numbers == number).flatten(1)
+        both, total = (mask & truth).sum(1).float(), mask.sum(1) + truth.sum(1)
+        columns.append(torch.where(total == 0, 1.0, 2 * both / total.clamp(min=1)))
+    return torch.stack(columns, 1)
+
+
+def semantic_overrides(config: TrainConfig, overrides: dict[str, Any]) -> dict[str, Any]:
+    """What an automatic model is told of the corpus unless ``overrides`` says it: its classes and, where it has one, its spacing.
+
+    Returns:
+        Keyword arguments for the builder, ``overrides`` included; those alone for a promptable model.
+
+    Raises:
+        InputError: if there is no corpus.
+    """
+    with torch.device("meta"):
+        probe = create_model(config.model.name, **overrides)
+    if not isinstance(probe, SemanticModel):
+        return overrides
+    if not config.data.corpus or config.data.synthetic_share:
+        raise InputError(f"{config.model.name} is trained on a corpus alone; name one in data.corpus and set data.synthetic_share=0")
+    overrides = dict(overrides)
+    if "class_names" not in overrides:
+        overrides["class_names"] = class_names(config.data)
+    if "spacing_zyx_mm" in probe.config and "spacing_zyx_mm" not in overrides:
+        edge = config.data.spacing_mm
+        overrides["spacing_zyx_mm"] = (edge, edge, edge) if edge else median_spacing_mm(config.data)
+    return overrides
+
+
+def semantic_data(config: TrainConfig, model: SemanticModel) -> SemanticDataset:
+    """The training samples of an automatic model, of length 0: the loop sets ``start`` and ``length``."""
+    names = tuple(model.config["class_names"])
+    spec = model.spec
+    return SemanticDataset(config.data, names, spec.input_shape_zyx, target_spacing(model), spec.in_channels, config.run.seed)
