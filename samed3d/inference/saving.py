@@ -14,7 +14,7 @@ import platform
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,17 +22,34 @@ import torch
 from samed3d.errors import InputError
 from samed3d.inference.edits import Edit, edit_from_json, edit_to_json
 from samed3d.inference.journal import check_same
+from samed3d.inference.scene import SessionObject
+from samed3d.models.base import PromptableModel
 from samed3d.prompts import MaskPrior, Prompt, prompt_to_json
 from samed3d.volume import Volume
-
-if TYPE_CHECKING:
-    from samed3d.inference.session import Session
-    from samed3d.models.base import PromptableModel
 
 VERSION = 1
 
 
-def identity(session: Session) -> dict[str, Any]:
+class Described(Protocol):
+    """What this file reads of a session."""
+
+    volume: Volume
+    model_name: str
+    device: torch.device
+
+    @property
+    def image(self) -> dict[str, Any]:
+        """Where the image was read from."""
+
+    @property
+    def network(self) -> PromptableModel:
+        """The model."""
+
+    def objects(self) -> list[SessionObject]:
+        """The objects."""
+
+
+def identity(session: Described) -> dict[str, Any]:
     """What prompts belong to: the image's place and hash, the model's name and the hash of its weights."""
     grid = session.volume.grid
     image = {
@@ -108,7 +125,7 @@ class SavedSession:
         check_same(self.header, header, f"session {self.path}")
 
 
-def save_session(path: Path, session: Session, edits: list[Edit]) -> None:
+def save_session(path: Path, session: Described, edits: list[Edit]) -> None:
     """Write a session file, whole or not at all.
 
     Raises:
@@ -170,7 +187,7 @@ def check_colour(colour: str | None) -> str | None:
     return colour.lower() if colour is not None else None
 
 
-def describe(session: Session, seconds: dict[int, list[float]]) -> dict[str, Any]:
+def describe(session: Described, seconds: dict[int, list[float]]) -> dict[str, Any]:
     """What was done, ready for JSON: versions, device, model, prompts, timings, voxels and volume per object."""
     from samed3d import __version__
 
