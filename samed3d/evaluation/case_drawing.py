@@ -56,7 +56,7 @@ def case_png(volume: Volume, truth: NDArray[np.bool_], prediction: NDArray[np.bo
         drawn = _draw(panel, image, target, answer, marks, tone)
         picture.paste(drawn.reduce(_FINE), (number * (EDGE + _GAP), 0))
     data = io.BytesIO()
-    picture.quantize(160, method=Image.Quantize.MEDIANCUT).save(data, "PNG", optimize=True)
+    picture.save(data, "PNG", optimize=True)
     return data.getvalue()
 
 
@@ -105,7 +105,7 @@ def _draw(
     drawn = Image.fromarray((grey.clip(0, 1) * 255).astype(np.uint8)).convert("RGB")
     for mask, colour in ((target, TRUTH), (answer, PREDICTION)):
         if mask is not None:
-            _contour(drawn, panel.sample(mask), colour)
+            _contour(drawn, panel.sample(mask), colour, 0.4 * panel.size * min(panel.spacing) / panel.edge_mm)
     draw = ImageDraw.Draw(drawn)
     for kind, at in marks:
         _mark(draw, panel, kind, at)
@@ -113,11 +113,12 @@ def _draw(
     return drawn
 
 
-def _contour(drawn: Image.Image, soft: NDArray[np.float32], colour: tuple[int, int, int]) -> None:
-    """The half level of an interpolated mask, on a dark rim."""
+def _contour(drawn: Image.Image, soft: NDArray[np.float32], colour: tuple[int, int, int], blur: float) -> None:
+    """The half level of an interpolated mask, freed of its voxel steps by a blur (in pixels), on a dark rim."""
     from PIL import Image, ImageChops, ImageFilter
 
-    inside = Image.fromarray((soft >= 0.5).astype(np.uint8) * 255).filter(ImageFilter.MedianFilter(5))
+    smooth = Image.fromarray((255 * soft).astype(np.uint8)).filter(ImageFilter.GaussianBlur(blur))
+    inside = smooth.point(lambda v: 255 if v > 127 else 0)
     for ink, width in (((0, 0, 0), 7), (colour, 5)):
         rim = ImageChops.subtract(inside.filter(ImageFilter.MaxFilter(3)), inside.filter(ImageFilter.MinFilter(width)))
         drawn.paste(ink, (0, 0), mask=rim)
@@ -152,10 +153,10 @@ def _mark(draw: ImageDraw.ImageDraw, panel: _Panel, kind: str, at: NDArray[np.fl
         draw.line([panel.place(p) for p in at], fill=_POSITIVE if near else _faint(_POSITIVE), width=2 * _FINE)
         return
     x, y = panel.place(at[0])
-    reach = (6 if near else 3.5) * _FINE
+    reach = (7 if near else 4.5) * _FINE
     colour = _POSITIVE if kind == "positive" else _NEGATIVE
     arms = [(1, 0), (0, 1)] if kind == "positive" else [(0.7, 0.7), (0.7, -0.7)]
-    for ink, width, more in (((0, 0, 0), 3.5, _FINE), (colour if near else _faint(colour), 1.5, 0)):
+    for ink, width, more in (((0, 0, 0), 4.5, _FINE), (colour if near else _faint(colour), 2.5, 0)):
         for a, b in arms:
             r = reach + more
             draw.line((x - a * r, y - b * r, x + a * r, y + b * r), fill=ink, width=round(width * _FINE))
@@ -165,15 +166,15 @@ def _scale(draw: ImageDraw.ImageDraw, panel: _Panel) -> None:
     """A bar of a round length in the first panel, the name of the plane in each."""
     from PIL import ImageFont
 
-    font = ImageFont.load_default(11 * _FINE)
-    draw.text((5 * _FINE, 4 * _FINE), panel.plane.name, fill=(210, 213, 218), font=font, stroke_width=_FINE, stroke_fill=(0, 0, 0))
+    font = ImageFont.load_default(12 * _FINE)
+    draw.text((5 * _FINE, 4 * _FINE), panel.plane.name, fill=(210, 213, 218), font=font, stroke_width=1, stroke_fill=(0, 0, 0))
     if panel.plane is PLANES[0]:
         power = 10.0 ** np.floor(np.log10(panel.edge_mm / 3))
         length = next(m * power for m in (5, 2, 1) if m * power <= panel.edge_mm / 3)
         x, y = 6 * _FINE, panel.size - 8 * _FINE
         draw.rectangle((x, y, x + length / panel.edge_mm * panel.size, y + 2 * _FINE), fill=(235, 235, 235), outline=(0, 0, 0))
         told = f"{length:g} mm"
-        draw.text((x, y - 3 * _FINE), told, anchor="ld", fill=(235, 235, 235), font=font, stroke_width=_FINE, stroke_fill=(0, 0, 0))
+        draw.text((x, y - 3 * _FINE), told, anchor="ld", fill=(235, 235, 235), font=font, stroke_width=1, stroke_fill=(0, 0, 0))
 
 
 def _window(target: NDArray, answer: NDArray | None, spacing: Triple) -> tuple[Triple, float]:

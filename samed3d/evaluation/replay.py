@@ -15,11 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.errors import InputError
-from samed3d.evaluation.baselines import BASELINES, RegionGrowing
-from samed3d.evaluation.clicking import Clickable
-from samed3d.inference.session import Session
-from samed3d.models import load
-from samed3d.models.base import PromptableModel
+from samed3d.evaluation.contenders import RANDOM_WEIGHTS, Clickable, Contender, contender_of
 from samed3d.prompts import Prompt, prompt_from_json
 from samed3d.volume import Volume, read_volume
 from samed3d.volume.label_maps import read_label_map
@@ -39,9 +35,9 @@ class Replayed:
 
 @dataclass
 class Answers:
-    """What is kept between lines: loaded networks, and the latest image with who answers on it."""
+    """What is kept between lines: loaded models, and the latest image with who answers on it."""
 
-    networks: dict[str, PromptableModel] = field(default_factory=dict)
+    contenders: dict[str, Contender] = field(default_factory=dict)
     image: tuple[str, str] | None = None
     volume: Volume | None = None
     labels: NDArray | None = None
@@ -62,15 +58,16 @@ class Answers:
             self.image = (image, labels)
         return self.volume, self.labels
 
-    def subject(self, model: str, volume: Volume) -> Clickable:
-        """Who answers for that model on the latest image."""
-        if model not in self.subjects:
-            if model in BASELINES:
-                self.subjects[model] = RegionGrowing(volume)
-            else:
-                if model not in self.networks:
-                    self.networks[model] = load(model)
-                self.subjects[model] = Session(volume, self.networks[model])
+    def subject(self, model: str, volume: Volume, truth: NDArray[np.bool_]) -> Clickable:
+        """Who answers for that model on the latest image; a bound, which is told the truth, begins anew for each structure.
+
+        Raises:
+            InputError: if there is no such model any more.
+        """
+        if model not in self.contenders:
+            self.contenders[model] = contender_of(model.removesuffix(RANDOM_WEIGHTS))
+        if model not in self.subjects or self.contenders[model].knows_truth:
+            self.subjects[model] = self.contenders[model].open(volume, truth)
         return self.subjects[model]
 
 
@@ -85,11 +82,12 @@ def replay(line: dict[str, Any], answers: Answers) -> Replayed:
         InputError: if the image, the label or the model is not there any more, or there was no prompt.
     """
     volume, labels = answers.read(line["image"], line["labels_file"])
-    subject, number = answers.subject(line["model"], volume), next(answers.objects)
+    truth = labels == int(line["label"])
+    subject, number = answers.subject(line["model"], volume, truth), next(answers.objects)
     prompts = [prompt_from_json(entry) for turn in line["turns"] for entry in turn["prompts"]]
     if not prompts:
         raise InputError("no prompt was given")
     for prompt in prompts:
         subject.add(prompt, object_id=number)
     mask = subject.mask_of(number).astype(bool)
-    return Replayed(volume, labels == int(line["label"]), mask, prompts)
+    return Replayed(volume, truth, mask, prompts)
