@@ -1,8 +1,8 @@
 """Arrays as nnInteractive's clients send and expect them, with every declared size checked before anything is allocated.
 
-The layout (little-endian): ``NNIA``, version 1, codec, number of axes, length of the type's name, the name, one int64 per axis, the number of
-chunks, then per chunk its plain length, its packed length and a blosc2 frame. Source: observed from ``nninteractive-client`` 2.6.0. The
-routes are in ``nninteractive.py``; what the prompts become is in ``nninteractive_prompts.py``.
+The layout (little-endian): ``NNIA``, version 1, codec, number of axes, length of the type's name, the name, one int64 per axis, the
+number of chunks, then per chunk its plain length, its packed length and a blosc2 frame. Source: observed from ``nninteractive-client``
+2.6.0. The routes are in ``nninteractive.py``; what the prompts become is in ``nninteractive_prompts.py``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def pack_array(array: NDArray) -> bytes:
     import blosc2
 
     array = np.ascontiguousarray(array)
-    name, raw = array.dtype.name.encode(), memoryview(array.reshape(-1).view(np.uint8))
+    name, raw = array.dtype.name.encode(), array.reshape(-1).view(np.uint8).data
     starts = range(0, len(raw), _LARGEST_CHUNK)
     parts = [_HEAD.pack(_MAGIC, _VERSION, _ZSTD, array.ndim, len(name)), name, struct.pack(f"<{array.ndim}q", *array.shape)]
     parts.append(struct.pack("<I", len(starts)))
@@ -57,7 +57,7 @@ def unpack_array(body: bytes, largest_voxels: int) -> NDArray:
         raise InputError(f"an array must have at most {largest_voxels} voxels here, got {' x '.join(map(str, shape))}")
     chunks, at = _number(body, at)
     out = np.empty(count, dtype)
-    plain = memoryview(out.view(np.uint8)) if count else memoryview(b"")
+    plain = out.view(np.uint8).data
     done = 0
     for _ in range(chunks):
         if at + _CHUNK.size > len(body):

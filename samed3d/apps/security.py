@@ -56,7 +56,9 @@ def check_binding(host: str, token: str) -> None:
         InputError: in those two cases.
     """
     if token and (len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token):
-        raise InputError(f"the token must be at least {SHORTEST_TOKEN} ASCII characters without spaces, got {len(token)}; make a longer one")
+        raise InputError(
+            f"the token must be at least {SHORTEST_TOKEN} ASCII characters without spaces, got {len(token)}; make a longer one"
+        )
     if not token and not _is_loopback(host):
         raise InputError(f"--host {host} can be reached by others, so a token is needed: put one into SAMED3D_TOKEN or --token-file")
 

@@ -1,9 +1,9 @@
 """The sessions of a server: few awake in memory, all of them on disk, so that none of a user's work ends with a time limit or a crash.
 
-Each session has a folder: ``session.json`` (which image, which model), ``journal.jsonl`` (every prompt, written by ``Session`` before it is
-acknowledged) and the image where it was uploaded. A session that has not been used for a while, or whose client fell silent, is put to
-sleep: its memory is freed, and the next request wakes it from its journal, as after a restart of the server. All work on sessions runs on the
-one thread of ``fair_queue.py``. Read ``inference/session.py`` for what a session does, ``server.py`` for the routes.
+Each session has a folder: ``session.json`` (which image, which model), ``journal.jsonl`` (every prompt, written by ``Session`` before it
+is acknowledged) and the image where it was uploaded. A session that has not been used for a while, or whose client fell silent, is put to
+sleep: its memory is freed, and the next request wakes it from its journal, as after a restart of the server. All work on sessions runs on
+the one thread of ``fair_queue.py``. Read ``inference/session.py`` for what a session does, ``server.py`` for the routes.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Registry:
         def with_session() -> T:
             session = self._awake(entry)
             if revision is not None and revision != entry.revision:
-                raise ApiError(409, f"the session changed elsewhere (revision {entry.revision}, got {revision}); read it again, then repeat")
+                raise ApiError(409, f"the session changed elsewhere (revision {entry.revision}, got {revision}); read it again")
             try:
                 return job(session)
             finally:
@@ -170,7 +170,7 @@ class Registry:
 
     def delete(self, entry: Entry) -> None:
         """Forget a session and its files."""
-        self._sleep(entry)
+        self.sleep(entry)
         self._entries.pop(entry.id, None)
         shutil.rmtree(entry.folder, ignore_errors=True)
 
@@ -238,7 +238,7 @@ class Registry:
             unused = self._replaceable(new)
             if unused is None:
                 raise _full(self.limits.awake)
-            self._sleep(unused)
+            self.sleep(unused)
 
     def _replaceable(self, new: Entry | None) -> Entry | None:
         """The awake session that was used longest ago, if it is in nobody's hands."""
@@ -248,9 +248,10 @@ class Registry:
 
     def _sleep_if_unused(self, entry: Entry) -> None:
         if self.queue.depth(entry.id) <= 1:  # this job alone
-            self._sleep(entry)
+            self.sleep(entry)
 
-    def _sleep(self, entry: Entry) -> None:
+    def sleep(self, entry: Entry) -> None:
+        """Free a session's memory; on the worker thread only."""
         if entry.session is not None:
             entry.session.close()
             entry.session = None

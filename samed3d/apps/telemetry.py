@@ -1,4 +1,4 @@
-"""What the server counts, as Prometheus text: requests, durations, sessions, waiting jobs, memory. Needs nothing beyond the standard library."""
+"""What the server counts, as Prometheus text: requests, durations, sessions, waiting jobs, memory. No library is needed for it."""
 
 from __future__ import annotations
 
