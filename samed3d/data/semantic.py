@@ -4,7 +4,8 @@ Unlike ``sampling.py``, crops have the model's own spacing and shape and lie any
 a class, as nnU-Net does. Intensities are scaled by the whole image's statistics, not the crop's, so that a crop of air stays air: the same
 functions serve ``inference/sliding_window.py``. Read ``training/semantic.py`` next.
 
-A structure that a source does not label counts as background there: train one model on sources that label the same things.
+A structure that a source does not label counts as background there, and so does one that preparation dropped: train one model on sources
+that label the same things, prepared with ``--rules lenient``.
 """
 
 from __future__ import annotations
@@ -93,12 +94,14 @@ def training_cases(config: DataConfig) -> list[tuple[float, SemanticCase]]:
 
 
 def class_names(config: DataConfig) -> tuple[str, ...]:
-    """The categories of everything that may be trained on, sorted.
+    """What is labelled in everything that may be trained on, sorted: a single source's own names, the categories of several sources.
 
     Raises:
         InputError: if there is nothing.
     """
-    names = {_name(label) for _, case in training_cases(config) for label in case.about.labels}
+    cases = training_cases(config)
+    one_source = len({case.about.source for _, case in cases}) == 1
+    names = {label.name if one_source else label.category or label.name for _, case in cases for label in case.about.labels}
     if not names:
         raise InputError(f"data.corpus must hold labelled images for an automatic model, got {config.corpus or 'none'}")
     return tuple(sorted(names))
@@ -119,8 +122,9 @@ def target_spacing(model: SemanticModel) -> Triple | None:
     return None if edge is None else (edge, edge, edge)
 
 
-def _name(label: LabelRecord) -> str:
-    return label.category or label.name
+def class_number(label: LabelRecord, numbers: dict[str, int]) -> int:
+    """The class of a structure, by the source's name for it or by its category; 0 for none."""
+    return numbers.get(label.name) or numbers.get(label.category) or 0
 
 
 class SemanticDataset(Dataset[dict[str, Tensor | str | int]]):
@@ -158,7 +162,7 @@ class SemanticDataset(Dataset[dict[str, Tensor | str | int]]):
         self.bad: dict[str, str] = {}
         self._statistics: dict[str, Intensities] = {}
         self._numbers = {name: number for number, name in enumerate(classes, start=1)}
-        labelled = [(w, c) for w, c in training_cases(config) if any(_name(label) in self._numbers for label in c.about.labels)]
+        labelled = [(w, c) for w, c in training_cases(config) if any(class_number(label, self._numbers) for label in c.about.labels)]
         if not labelled:
             corpora = ", ".join(config.corpus) or "no corpus (data.corpus is empty)"
             raise InputError(
@@ -169,6 +173,7 @@ class SemanticDataset(Dataset[dict[str, Tensor | str | int]]):
             counts = sorted({len(c.images) for _, c in labelled})
             raise InputError(f"in_channels must be the number of images per case, got {channels}; the corpus has {counts}")
         self.real = [case for _, case in chosen]
+        self._warn_of_dropped()
         self._ends = np.cumsum([w for w, _ in chosen]) / sum(w for w, _ in chosen)
 
     def __len__(self) -> int:
@@ -193,6 +198,17 @@ class SemanticDataset(Dataset[dict[str, Tensor | str | int]]):
                 continue
             return {"image": image, "target": target[None], "case": case.about.id, "index": number, "skipped": "\n".join(skipped)}
         raise InputError(f"no readable case in {ATTEMPTS} attempts at sample {number}; the last: {skipped[-1]}")
+
+    def _warn_of_dropped(self) -> None:
+        """Say how many structures of these classes are missing from the label maps."""
+        for corpus in {id(case.corpus): case.corpus for case in self.real}.values():
+            rows = corpus.label_table.where(case=[case.about.case for case in self.real if case.corpus is corpus], kept="0")
+            dropped = sum(
+                name in self._numbers or group in self._numbers for name, group in zip(rows["name"], rows["category"], strict=True)
+            )
+            if dropped:
+                rule = "count as background; prepare the corpus with --rules lenient"
+                logger.warning("%d structures of these classes were dropped when %s was prepared and %s", dropped, corpus.folder, rule)
 
     def _reported(self, case: CaseRecord, error: Exception) -> str:
         if case.id not in self.bad:
@@ -224,7 +240,7 @@ class SemanticDataset(Dataset[dict[str, Tensor | str | int]]):
         scale = rng.uniform(*SCALES) if self.config.augment == "full" and rng.random() < SCALE_PROBABILITY else 1.0
         steps = [scale * t / s for t, s in zip(target, about.spacing_zyx_mm, strict=True)]
         centre = [rng.uniform(-0.5, n - 0.5) for n in about.shape_zyx]
-        known = [label for label in about.labels if _name(label) in self._numbers and label.points is not None]
+        known = [label for label in about.labels if class_number(label, self._numbers) and label.points is not None]
         if known and rng.random() < FOREGROUND_SHARE:
             label = known[int(rng.integers(len(known)))]
             assert label.points is not None
@@ -253,6 +269,6 @@ def class_map(case: SemanticCase, numbers: dict[str, int], frame: CropFrame) -> 
     for layer in sorted({label.layer for label in case.about.labels}):
         values = np.asarray(case.corpus.labels(case.about, layer)[tuple(part)])[np.ix_(*index)]
         for label in case.about.labels:
-            if label.layer == layer and _name(label) in numbers:
-                result[(values == label.value) & inside] = numbers[_name(label)]
+            if label.layer == layer and (number := class_number(label, numbers)):
+                result[(values == label.value) & inside] = number
     return result
