@@ -1,7 +1,8 @@
 """Validation while a run goes on: simulated clicks on whole volumes of subjects that are never trained on.
 
-The protocol is that of ``samed3d evaluate``: native grid, full mask, every click given to a ``Session``, no ground truth but through the
-clicks. The cases are drawn once per run and shared out over the processes. Read ``evaluation/clicking.py`` for the click loop.
+The rule is that of ``samed3d evaluate`` with protocol ``samed3d`` and its user ``centre``: native grid, full mask, the first click uniform
+in the structure, each next one in the middle of the largest error, no ground truth but through the clicks. The cases are drawn once per run
+and shared out over the processes. Read ``evaluation/protocols/samed3d.py`` for other users.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
+from samed3d.clicks import next_click
 from samed3d.config import TrainConfig
 from samed3d.data.corpus import CaseRecord, Corpus, LabelRecord
 from samed3d.data.sampling import in_validation_part, split_weight
 from samed3d.errors import InputError
-from samed3d.evaluation.clicking import click_through
-from samed3d.geometry import Grid
+from samed3d.geometry import Grid, as_triple, zyx_to_ijk
 from samed3d.inference.session import Session
+from samed3d.metrics import dice
 from samed3d.models.base import PromptableModel
+from samed3d.prompts import Point
 from samed3d.volume import Volume
 
 if TYPE_CHECKING:
@@ -109,9 +113,7 @@ class Validation:
         rows = []
         for position, label in enumerate(held.labels):
             rng = np.random.default_rng([settings.seed, number, position])
-            clicked = click_through(session, volume, layers[label.layer] == label.value, settings.clicks, rng, object_id=position + 1)
-            if clicked:
-                rows.append([float(row["dice"]) for row in clicked][-settings.clicks :])
+            rows.append(click_through(session, layers[label.layer] == label.value, settings.clicks, rng, position + 1))
         if settings.images and number < PICTURES and rows:
             self._draw(session, volume, held, step, rows[0][-1])
         return rows
@@ -127,6 +129,27 @@ class Validation:
             write_preview(folder / name, volume, session.mask_of(1), session.objects()[:1], title=title)
         except (ImportError, InputError) as error:  # a picture is no reason to end a run
             logger.warning("no picture of a validation case: %s", error)
+
+
+def click_through(session: Session, target: NDArray[np.bool_], clicks: int, rng: np.random.Generator, object_id: int) -> list[float]:
+    """Dice of a structure's mask on the whole volume after each click; a perfect mask needs no further click and keeps its Dice.
+
+    Args:
+        session: On the volume.
+        target: (D, H, W) bool, on the volume's grid; not empty.
+        clicks: How many.
+        rng: Of the first click.
+        object_id: Not used before on ``session``.
+    """
+    mask = np.zeros(target.shape, dtype=bool)
+    found: list[float] = []
+    for turn in range(clicks):
+        click = next_click(mask, target, "uniform" if turn == 0 else "centre", rng)
+        if click is not None:
+            session.add(Point(zyx_to_ijk(as_triple(list(click[0]))), click[1]), object_id=object_id)
+            mask = session.mask_of(object_id).astype(bool)
+        found.append(dice(mask, target))
+    return found
 
 
 def held_cases(config: TrainConfig) -> list[Held]:
