@@ -109,3 +109,36 @@ def test_a_canvas_is_background_where_nothing_was_seen():
     canvas = Canvas(Region((4, 4, 4), (8, 8, 8)), torch.ones(4, 4, 4))
     crop = canvas.on_frame(CropFrame((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (12, 12, 12)))
     assert float(crop[5, 5, 5]) == 1.0 and float(crop[0, 0, 0]) < -5 and float(crop[9, 5, 5]) < -5
+
+
+@pytest.mark.parametrize("spacing_mm", [None, 1.0])
+def test_a_far_click_off_the_object_moves_no_crop(spacing_mm):
+    """It used to make the crop grow until it held the click, at the cost of the object's resolution."""
+    array = bar(shape=(60, 60, 60), span=(20, 28))
+    model = BrightnessModel((16, 16, 16), spacing_mm=spacing_mm)
+    session = predictor(array, model)
+    first = place(session, CanonicalPrompts([((24.0, 10.0, 10.0), True)]), None)
+    encoded = model.encoded
+    far = CanonicalPrompts([((24.0, 10.0, 10.0), True), ((55.0, 55.0, 55.0), False)], newest_positive=False)
+    second = place(session, far, first)
+    assert not first.crop.frame.contains((55.0, 55.0, 55.0))
+    assert second.crop.frame == first.crop.frame and model.encoded == encoded
+    third = place(session, CanonicalPrompts([*far.points, ((26.0, 10.0, 10.0), True)]), second)
+    assert third.crop.frame == first.crop.frame
+
+
+def test_a_click_off_a_mask_of_many_tiles_is_looked_at_where_it_is():
+    array = bar()
+    model = BrightnessModel((16, 16, 16), spacing_mm=1.0)
+    session = predictor(array, model)
+    first = place(session, CanonicalPrompts([((30.0, 10.0, 10.0), True)]), None)
+    assert not first.crop.frame.contains((50.0, 10.0, 10.0))
+    off = CanonicalPrompts([((30.0, 10.0, 10.0), True), ((50.0, 10.0, 10.0), False)], newest_positive=False)
+    assert place(session, off, first).crop.frame.contains((50.0, 10.0, 10.0))
+
+
+def test_a_box_alone_is_enough_for_a_model_of_fixed_spacing():
+    array = bar(span=(26, 34))
+    model = BrightnessModel((32, 32, 32), spacing_mm=1.0)
+    placed = place(predictor(array, model), CanonicalPrompts(box=((26.0, 7.0, 7.0), (34.0, 13.0, 13.0))), None)
+    assert dice(full_mask(placed.canvas, array.shape), array > 0.5) > 0.95

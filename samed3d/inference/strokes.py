@@ -130,7 +130,8 @@ def _canonical(ijk: Triple, volume: Volume) -> Triple:
 
 def _voxels(positions: Sequence[Triple] | NDArray, volume: Volume) -> NDArray[np.intp]:
     """The voxels that positions fall into, each once."""
-    rounded = np.floor(np.asarray(positions, dtype=np.float64).reshape(-1, 3) + 0.5).astype(np.intp)
+    exact = np.asarray(positions, dtype=np.float64).reshape(-1, 3).round(6)  # a half that came from mm rounds as one given in voxels
+    rounded = np.floor(exact + 0.5).astype(np.intp)
     return np.unique(np.clip(rounded, 0, np.array(volume.view.shape_zyx) - 1), axis=0)
 
 
@@ -150,7 +151,7 @@ def _box(box: Box, flat: int | None, volume: Volume) -> Said:
 
 
 def _scribble(scribble: Scribble, volume: Volume) -> Said:
-    path = np.array([_canonical(ijk, volume) for ijk in path_in_grid(scribble, volume.grid)])
+    path = np.array([_canonical(ijk, volume) for ijk in path_in_grid(scribble, volume.grid)]).round(6)
     steps = np.abs(np.diff(path, axis=0)).max(1)
     counts = np.maximum(1, np.ceil(2 * steps).astype(int))  # no voxel under the line is missed by much at half a voxel
     if counts.sum() > MAX_STROKE_SAMPLES:
@@ -177,7 +178,7 @@ def _brush(radius_vox: float, spacing_zyx_mm: Triple) -> NDArray[np.intp]:
 
 
 def _lasso(lasso: Lasso, volume: Volume) -> Said:
-    path = np.array([_canonical(ijk, volume) for ijk in path_in_grid(lasso, volume.grid)])
+    path = np.array([_canonical(ijk, volume) for ijk in path_in_grid(lasso, volume.grid)]).round(6)
     axis = int(np.argmin(np.ptp(path, axis=0)))
     if np.ptp(path[:, axis]) > 1.0:
         raise InputError(

@@ -1,0 +1,161 @@
+"""All classes of a whole volume by an automatic model: overlapping windows, weighted towards their middles, on any volume.
+
+Windows have the model's shape and spacing and are sampled from the volume one at a time, so the volume is never resampled as a whole;
+answers are pasted back on the volume's own voxels before they are averaged. Rows of windows go along the volume's first canonical axis, and
+only the slices that a later row can still change are held. For clicks, see ``session.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from samed3d.crops import paste_crop, sample_crop
+from samed3d.data.semantic import Intensities, target_spacing
+from samed3d.errors import InputError
+from samed3d.geometry import CropFrame, IntTriple, Region, Triple, as_triple
+from samed3d.models.base import SemanticModel
+from samed3d.volume import Volume
+
+logger = logging.getLogger(__name__)
+
+OVERLAP = 0.5
+SIGMA = 1 / 8
+"""Deviation of a window's weight as a share of its edge (nnU-Net)."""
+LEAST_WEIGHT = 1e-3
+MIRRORS = tuple(itertools.product((False, True), repeat=3))
+
+
+def segment_volume(
+    volume: Volume | Sequence[Volume],
+    model: nn.Module,
+    *,
+    device: torch.device | str = "cpu",
+    overlap: float = OVERLAP,
+    mirror: bool = False,
+) -> NDArray[np.uint8]:
+    """Class numbers of a volume, in the order of ``model.config["class_names"]`` from 1; 0 is background.
+
+    Args:
+        volume: One image, or one per channel of the model, all on one grid.
+        model: A ``SemanticModel``; moved to ``device`` and put in eval mode.
+        device: Where it runs.
+        overlap: Share of a window's edge by which neighbours overlap, 0 to below 1. MA-SAM's stacks slide by one slice: 0.8 of five.
+        mirror: Average over the eight mirrorings of each window; eight times as slow.
+
+    Returns:
+        (D, H, W) in the image's own grid and order.
+
+    Raises:
+        InputError: if the model needs prompts, the number of volumes or their shapes do not fit, or ``overlap`` is out of range.
+    """
+    volumes = [volume] if isinstance(volume, Volume) else list(volume)
+    if not isinstance(model, SemanticModel):
+        raise InputError(f"model must be an automatic one, got {type(model).__name__}, which needs prompts; give --point or --box")
+    if not 0 <= overlap < 1:
+        raise InputError(f"overlap must be from 0 to below 1, got {overlap}")
+    if len(volumes) != model.spec.in_channels:
+        raise InputError(f"{model.spec.name} takes {model.spec.in_channels} images per case, got {len(volumes)}")
+    if len({v.grid.shape_zyx for v in volumes}) > 1:
+        raise InputError(f"images of one case must have one shape, got {[v.grid.shape_zyx for v in volumes]}; register and resample them")
+    view = volumes[0].view
+    arrays = [v.view.to_canonical(v.array) for v in volumes]
+    labels = segment_array(arrays, view.spacing_zyx_mm, model, torch.device(device), overlap, mirror)
+    return np.ascontiguousarray(view.to_stored(labels))
+
+
+@torch.inference_mode()
+def segment_array(
+    arrays: Sequence[NDArray], spacing_zyx_mm: Triple, model: SemanticModel, device: torch.device, overlap: float, mirror: bool
+) -> NDArray[np.uint8]:
+    """As ``segment_volume`` on canonical (D, H, W) arrays, one per channel."""
+    model = model.to(device).eval()
+    shape: IntTriple = (arrays[0].shape[0], arrays[0].shape[1], arrays[0].shape[2])
+    statistics = [Intensities.of(array) for array in arrays]
+    wanted = target_spacing(model) or spacing_zyx_mm
+    frames = window_frames(
+        shape, as_triple([w / s for w, s in zip(wanted, spacing_zyx_mm, strict=True)]), model.spec.input_shape_zyx, overlap
+    )
+    logger.info("%d windows of %s voxels", sum(len(row) for row in frames), " x ".join(map(str, model.spec.input_shape_zyx)))
+    weight = gaussian_weight(model.spec.input_shape_zyx)
+
+    def answer(frame: CropFrame) -> Tensor:
+        pairs = [sample_crop(array, frame) for array in arrays]
+        image = torch.stack([s.scale(crop, inside) for s, (crop, inside) in zip(statistics, pairs, strict=True)])
+        return _probabilities(model, image[None].to(device), mirror)[0].float().cpu() * weight
+
+    return _merged(frames, shape, model.spec.classes, answer)
+
+
+def window_frames(shape_zyx: IntTriple, step_zyx_vox: Triple, window_zyx: IntTriple, overlap: float) -> list[list[CropFrame]]:
+    """Windows that cover a volume, in rows of one place along z, from low to high.
+
+    A volume that is smaller than a window gets one in its middle; otherwise the first and the last end at the volume's faces.
+    """
+    places: list[list[float]] = []
+    for size, step, count in zip(shape_zyx, step_zyx_vox, window_zyx, strict=True):
+        extent = step * count
+        if extent >= size:
+            places.append([(size - extent) / 2])
+            continue
+        number = 1 + math.ceil((size - extent) / (extent * (1 - overlap)) - 1e-9)
+        places.append([i * (size - extent) / (number - 1) for i in range(number)])
+    rows = []
+    for z in places[0]:
+        row = [CropFrame((z, y, x), step_zyx_vox, window_zyx).snapped() for y, x in itertools.product(places[1], places[2])]
+        rows.append(row)
+    return rows
+
+
+def gaussian_weight(shape_zyx: IntTriple) -> Tensor:
+    """(D, H, W) weight of a window's voxels, 1 in the middle, never below ``LEAST_WEIGHT``."""
+    axes = []
+    for count in shape_zyx:
+        at = (torch.arange(count) - (count - 1) / 2) / max(1e-6, SIGMA * count)
+        axes.append(torch.exp(-0.5 * at.square()))
+    return (axes[0][:, None, None] * axes[1][:, None] * axes[2]).clamp(min=LEAST_WEIGHT)
+
+
+def _probabilities(model: SemanticModel, image: Tensor, mirror: bool) -> Tensor:
+    """(1, K, D, H, W) softmax, averaged over mirrorings where asked."""
+    if not mirror:
+        return model(image).softmax(1)
+    total: Tensor | None = None
+    for flags in MIRRORS:
+        axes = [axis for axis, flag in zip((2, 3, 4), flags, strict=True) if flag]
+        one = model(image.flip(axes)).softmax(1).flip(axes)
+        total = one if total is None else total + one
+    assert total is not None
+    return total / len(MIRRORS)
+
+
+def _merged(rows: list[list[CropFrame]], shape: IntTriple, classes: int, answer: Callable[[CropFrame], Tensor]) -> NDArray[np.uint8]:
+    """Sum weighted probabilities on the volume's voxels slab by slab and take the greatest.
+
+    The weights' own sum is the same for all classes of a voxel, so it is never needed.
+    """
+    labels = np.zeros(shape, np.uint8)
+    held, start = torch.zeros(classes, 0, shape[1], shape[2]), 0
+    for row, following in _with_next(rows):
+        stop = max(frame.region().clip(shape).stop_zyx[0] for frame in row)
+        held = torch.cat([held, torch.zeros(classes, max(0, stop - start - held.shape[1]), shape[1], shape[2])], 1)
+        slab = Region((start, 0, 0), (start + held.shape[1], shape[1], shape[2]))
+        for frame in row:
+            region, values = paste_crop(answer(frame), frame, shape)
+            if not region.is_empty:
+                held[(slice(None), *region.slices_in(slab))] += values
+        done = shape[0] if following is None else min(frame.region().clip(shape).start_zyx[0] for frame in following)
+        labels[start:done] = held[:, : done - start].argmax(0).numpy()
+        held, start = held[:, done - start :].clone(), done
+    return labels
+
+
+def _with_next(rows: list[list[CropFrame]]) -> Iterator[tuple[list[CropFrame], list[CropFrame] | None]]:
+    yield from itertools.zip_longest(rows, rows[1:])
