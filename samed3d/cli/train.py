@@ -1,23 +1,61 @@
-"""``samed3d train``: its options. The work is in ``training/loop.py``."""
+"""``samed3d train``: its options. The work is in ``training/loop.py`` and ``training/finetune.py``."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from samed3d.cli.options import Quiet
+from samed3d.errors import InputError
+
+_FINETUNE = "Fine-tuning"
 
 
 def train(
-    config: Annotated[Path | None, typer.Option(help="YAML file; without it, the defaults of samed3d/config.py.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file; without it, the defaults of samed3d/config.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. optim.lr=1e-4.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of run.folder.")] = False,
+    finetune: Annotated[
+        str | None, typer.Option(metavar="MODEL", rich_help_panel=_FINETUNE, help="Start from this checkpoint; needs --data.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(rich_help_panel=_FINETUNE, help="Folder of labelled volumes or corpus; repeatable.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", rich_help_panel=_FINETUNE, help="Run folder.")] = None,
+    train_: Annotated[
+        str | None, typer.Option("--train", rich_help_panel=_FINETUNE, help="What learns: all (default), decoder or adapters.")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(rich_help_panel=_FINETUNE, help="lora (default with --train adapters) or fact.")] = None,
+    rank: Annotated[int | None, typer.Option(rich_help_panel=_FINETUNE, help="Rank of the adapter; 8 without it.")] = None,
+    steps: Annotated[int | None, typer.Option(rich_help_panel=_FINETUNE, help="Optimiser steps; by the data without it.")] = None,
+    minutes: Annotated[float | None, typer.Option(rich_help_panel=_FINETUNE, help="As many steps as fit, instead of --steps.")] = None,
+    structures: Annotated[int | None, typer.Option(rich_help_panel=_FINETUNE, help="Clicked before and after; 24 without it.")] = None,
+    seeds: Annotated[int | None, typer.Option(rich_help_panel=_FINETUNE, help="Of those clicks; 3 without it.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train a promptable model with simulated clicks."""
+    """Train a promptable model with simulated clicks, or fine-tune one on a folder of labelled volumes."""
+    said = {
+        "train": train_,
+        "adapter": adapter,
+        "rank": rank,
+        "steps": steps,
+        "minutes": minutes,
+        "structures": structures,
+        "seeds": seeds,
+    }
+    given = {name: value for name, value in said.items() if value is not None}
+    if finetune is not None:
+        if config is not None or resume:
+            remedy = "use --set, or train with --config configs/finetune.yaml on a prepared corpus"
+            raise InputError(f"--finetune has its own recipe and cannot be joined with {'--config' if config else '--resume'}; {remedy}")
+        _finetune(finetune, data or [], output, given, tuple(set_ or ()), quiet)
+        return
+    if extra := [*given, *(["data"] if data else []), *(["output"] if output else [])]:
+        raise InputError(f"--{extra[0]} goes with --finetune MODEL; a config says {_CONFIG_KEYS.get(extra[0], 'model.* and optim.*')}")
     from samed3d.config import TrainConfig, load_config
 
     settings = load_config(TrainConfig, config, set_ or [])
@@ -26,3 +64,42 @@ def train(
     folder = run(settings, resume=resume, quiet=quiet)
     if not quiet and os.environ.get("RANK", "0") == "0":
         typer.echo(f"run in {folder}")
+
+
+_CONFIG_KEYS = {
+    "train": "model.train",
+    "adapter": "model.adapter",
+    "rank": "model.rank",
+    "steps": "optim.steps",
+    "minutes": "optim.max_minutes",
+    "structures": "validation.structures",
+    "seeds": "validation.seed",
+    "data": "data.corpus",
+    "output": "run.folder",
+}
+
+
+def _finetune(base: str, data: list[Path], output: Path | None, given: dict[str, Any], changes: tuple[str, ...], quiet: bool) -> None:
+    if not data:
+        raise InputError("--finetune needs --data FOLDER, a folder of labelled volumes")
+    if "adapter" in given:
+        given.setdefault("train", "adapters")
+    if given.get("train") == "adapters":
+        given.setdefault("adapter", "lora")
+    if "rank" in given and given.get("train") != "adapters":
+        raise InputError(f"--rank goes with --train adapters, got --train {given.get('train', 'all')}")
+    from samed3d.training.finetune import FinetuneOptions, check_output, load_base
+    from samed3d.training.finetune import finetune as run
+
+    options = FinetuneOptions(**given, changes=changes)
+    folder = output or Path("runs") / f"finetune_{data[0].resolve().name}"
+    check_output(folder)
+    load_base(base)  # a wrong name is said before the data are prepared
+    from data_prep.cached import cached_corpus
+
+    shown = not quiet and sys.stderr.isatty()
+    corpora = [cached_corpus(one, jobs=os.cpu_count() or 1, progress=shown) for one in data]
+    result = run(base, corpora, folder, options, quiet=quiet)
+    if not quiet and result.table:
+        typer.echo(result.table)
+        typer.echo(f"model in {folder / 'model.safetensors'}; use it with: samed3d segment IMAGE --model {folder / 'model.safetensors'}")

@@ -1,0 +1,331 @@
+"""Fine-tuning in one call: keep subjects back, measure with clicks, train with a recipe for small data, measure again, say what changed.
+
+The recipe is ``RECIPE``, a few keys of the training config; ``configs/finetune.yaml`` is the same for a corpus that is prepared already.
+Not here: finding and preparing the data (``data_prep/cached.py``), the loop (``loop.py``), what is frozen (``trainable.py``). Read
+``before_after.py`` next.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from samed3d.config import TrainConfig, load_config
+from samed3d.data.corpus import GROUP_SEPARATOR, CaseRecord, Corpus, in_validation
+from samed3d.errors import InputError
+from samed3d.models import load
+from samed3d.models.base import PromptableModel
+from samed3d.models.weights import ADAPTER_KEY, amend_header, find_checkpoint, read_header, read_weights, tensors_sha256
+from samed3d.training.before_after import Change, Score, choose_targets, compare, measure, to_markdown
+
+logger = logging.getLogger(__name__)
+
+RECIPE: dict[str, Any] = {
+    "data.synthetic_share": 0.0,
+    "data.fill": [0.12, 1.8],
+    "clicks.interactions": 4,
+    "clicks.box_probability": 0.2,
+    "clicks.mask_only_probability": 0.1,
+    "loss.iou": 1.0,
+    "optim.weight_decay": 0.05,
+    "optim.batch": 4,
+    "run.ema": 0.99,
+    "run.log_every": 20,
+    "run.save_every": 100,
+}
+RATES = {"all": 2e-4, "decoder": 3e-4, "adapters": 5e-4}
+"""Peak rate by what is trained: the fewer parameters, the more each may move."""
+WARMUP_SHARE = 0.05
+LEAST_STEPS, MOST_STEPS = 200, 1000
+STEPS_PER_STRUCTURE = 2
+TIMED_STEPS = 4
+KEPT_BACK = 0.2
+"""Share of subjects that are measured and never trained on; at least one."""
+KNOWLEDGE = ("trained on", "unknown", "kept back", "never")
+"""What a model may have been told of a subject, worst first."""
+_SPLIT_SEEDS = 20_000
+_OURS = ("model.", "data.corpus", "data.split_seed", "data.validation_share", "data.hold_out", "run.folder")
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """What a user may say about a fine-tuning.
+
+    Attributes:
+        train: As ``ModelConfig.train``.
+        adapter: As ``ModelConfig.adapter``.
+        rank: As ``ModelConfig.rank``.
+        steps: Optimiser steps; 0 takes a number that grows with the data.
+        minutes: Instead of steps: as many as fit, by a short measurement on this machine; 0 is off.
+        structures: Structures that are clicked before and after.
+        seeds: Repetitions of their clicks.
+        seed: Of everything else that is drawn.
+        changes: ``key=value`` of the training config, on top of the recipe.
+    """
+
+    train: str = "all"
+    adapter: str = "none"
+    rank: int = 8
+    steps: int = 0
+    minutes: float = 0.0
+    structures: int = 24
+    seeds: int = 3
+    seed: int = 0
+    changes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.train not in RATES:
+            raise InputError(f"--train must be one of {', '.join(RATES)}, got {self.train!r}")
+        if self.adapter not in ("none", "lora", "fact"):
+            raise InputError(f"--adapter must be lora or fact, got {self.adapter!r}")
+        if (self.adapter == "none") == (self.train == "adapters"):
+            raise InputError(f"--adapter goes with --train adapters, got --train {self.train} and --adapter {self.adapter}")
+        if self.rank < 1:
+            raise InputError(f"--rank must be 1 or more, got {self.rank}")
+        if self.steps and self.minutes:
+            raise InputError(f"--steps and --minutes exclude each other, got {self.steps} and {self.minutes:g}; give one")
+        if self.steps < 0 or not 0 <= self.minutes < math.inf:
+            raise InputError(f"--steps and --minutes must be 0 (a number by the data) or more, got {self.steps} and {self.minutes:g}")
+        if min(self.structures, self.seeds) < 1:
+            raise InputError(f"--structures and --seeds must be 1 or more, got {self.structures} and {self.seeds}")
+        for change in self.changes:
+            if change.strip().startswith(_OURS):
+                raise InputError(
+                    f"--set {change.split('=')[0].strip()} is chosen by --finetune, --data, --train and --output, got {change!r}"
+                )
+
+
+@dataclass(frozen=True)
+class Split:
+    """Who is kept back: the subjects that ``in_validation`` picks with this share and seed."""
+
+    share: float
+    seed: int
+    kept: list[tuple[Corpus, CaseRecord]]
+    trained: list[tuple[Corpus, CaseRecord]]
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What came out: the run folder (``model.safetensors``, ``table.md``, ``table.json``, ``scores.csv``), the lines, and the table."""
+
+    folder: Path
+    changes: list[Change]
+    table: str
+
+
+def finetune(base: str, corpora: Sequence[Path], out: Path, options: FinetuneOptions | None = None, *, quiet: bool = False) -> Finetuned:
+    """Fine-tune a promptable model.
+
+    Args:
+        base: Checkpoint name or file.
+        corpora: Prepared corpora.
+        out: Run folder, new or empty.
+        options: See ``FinetuneOptions``.
+        quiet: No progress bar.
+
+    Raises:
+        InputError: for a base that is not promptable or is an adapter, data of fewer than two subjects, a folder that is not empty.
+    """
+    from samed3d.training.loop import train
+
+    options = options or FinetuneOptions()
+    check_output(out)
+    model, path, header = load_base(base)
+    split = split_subjects(corpora, options.seed)
+    targets = choose_targets(split.kept, options.structures, options.seed)
+    config = recipe(model, base, header, corpora, out, split, options)
+    if options.minutes:
+        config = _fitted_to(config, options.minutes)
+    sides = [len({case.subject for _, case in side}) for side in (split.trained, split.kept)]
+    logger.info("%d subjects learn, %d are kept back; %s", *sides, _length(config))
+    logger.info("measuring %r: %d structures, %d seeds of the clicks", base, len(targets), options.seeds)
+    scores = {"before": measure(model, targets, options.seeds)} if _is_main() else {}
+    train(config, quiet=quiet)
+    if not _is_main():
+        return Finetuned(out, [], "")
+    logger.info("measuring the result")
+    scores["after"] = measure(load(out / "model.safetensors"), targets, options.seeds)
+    changes = compare(scores["before"], scores["after"])
+    known = [(t.case.subject, seen_by(header, t.case.source, t.case.subject)) for t in targets]
+    table = to_markdown(changes, scores["before"], base, known)
+    _write_results(out, changes, table, scores)
+    trained_on = {name: sorted({c.subject for _, c in split.trained if c.source == name}) for name in {c.source for _, c in split.trained}}
+    facts = {"base": {"name": base, "sha256": tensors_sha256(read_weights(path)[0]), "history": _history(header)}}
+    amend_header(out / "model.safetensors", {**facts, "trained_on": trained_on, "before_after": [asdict(c) for c in changes]})
+    return Finetuned(out, changes, table)
+
+
+def check_output(out: Path) -> None:
+    """That the run folder is new or empty.
+
+    Raises:
+        InputError: if it is not.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--output must be a new or empty folder, got {out}; choose another")
+
+
+def load_base(base: str) -> tuple[PromptableModel, Path, dict[str, Any]]:
+    """The model to start from, its file and its header.
+
+    Raises:
+        InputError: if there is none, it is not promptable, or it is an adapter.
+    """
+    model = load(base)
+    path = find_checkpoint(base)
+    assert path is not None  # else load had refused
+    header = read_header(path)
+    if not isinstance(model, PromptableModel):
+        raise InputError(f"--finetune needs a model that takes prompts, got {base!r}, a {header['model']!r}, which is automatic")
+    if ADAPTER_KEY in header:
+        raise InputError(f"--finetune needs a whole model, got {base!r}, an adapter of {header[ADAPTER_KEY]['base']!r}; merge it first")
+    return model, path, header
+
+
+def split_subjects(corpora: Sequence[Path], seed: int) -> Split:
+    """Keep a fifth of the subjects back, at least one; found as the first seed of ``in_validation`` that gives that number.
+
+    Raises:
+        InputError: if fewer than two subjects have a labelled image.
+    """
+    cases = [(corpus, case) for corpus in map(Corpus, corpora) for case in corpus.cases if _usable(case)]
+    groups = {case.split_group or case.subject for _, case in cases}
+    if len(groups) < 2:
+        where = ", ".join(map(str, corpora))
+        raise InputError(
+            f"data must have labelled images of at least 2 subjects, one to learn from, one to measure on, got {len(groups)}: {where}"
+        )
+    wanted = max(1, round(KEPT_BACK * len(groups)))
+    share = wanted / len(groups)
+    offset = seed * _SPLIT_SEEDS
+    for candidate in range(offset, offset + _SPLIT_SEEDS):
+        kept = {group for group in groups if _is_kept(group, share, candidate)}
+        if abs(len(kept) - wanted) <= wanted // 10:
+            sides: tuple[list, list] = ([], [])
+            for corpus, case in cases:
+                sides[(case.split_group or case.subject) not in kept].append((corpus, case))
+            return Split(share, candidate, *sides)
+    raise InputError(f"no split of {len(groups)} groups of subjects keeps {wanted} back; join fewer images by subject")
+
+
+def _usable(case: CaseRecord) -> bool:
+    return case.has_image and bool(case.labels) and case.split != "test"
+
+
+def _is_kept(group: str, share: float, seed: int) -> bool:
+    """As the sampling decides it: any member keeps the whole group back."""
+    return any(in_validation(name, share, seed) for name in group.split(GROUP_SEPARATOR))
+
+
+def recipe(
+    model: PromptableModel,
+    base: str,
+    header: Mapping[str, Any],
+    corpora: Sequence[Path],
+    out: Path,
+    split: Split,
+    options: FinetuneOptions,
+) -> TrainConfig:
+    """The training config: ``RECIPE``, what follows from base and data, then the user's changes.
+
+    Raises:
+        InputError: for a change that the config refuses.
+    """
+    spec = model.spec
+    structures = sum(len(case.labels) for _, case in split.trained)
+    steps = options.steps or min(MOST_STEPS, max(LEAST_STEPS, STEPS_PER_STRUCTURE * structures))
+    values: dict[str, Any] = {
+        **RECIPE,
+        "model.name": header["model"],
+        "model.overrides": header["config"],
+        "model.weights": base,
+        "model.train": options.train,
+        "model.adapter": options.adapter,
+        "model.rank": options.rank,
+        "data.corpus": [str(Path(folder).resolve()) for folder in corpora],
+        "data.crop": list(spec.input_shape_zyx),
+        "data.spacing_mm": spec.spacing_mm or 0.0,
+        "data.split_seed": split.seed,
+        "data.validation_share": split.share,
+        "optim.lr": RATES[options.train],
+        "optim.steps": steps,
+        "optim.warmup_steps": max(1, round(WARMUP_SHARE * steps)),
+        "run.folder": str(out),
+        "run.seed": options.seed,
+    }
+    return load_config(TrainConfig, None, [*(f"{key}={json.dumps(value)}" for key, value in values.items()), *options.changes])
+
+
+def _fitted_to(config: TrainConfig, minutes: float) -> TrainConfig:
+    """The config with as many steps as fit into the minutes, by the rate of a few steps."""
+    from samed3d.training.loop import train
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError(f"--minutes is for one process, got {os.environ['WORLD_SIZE']}; give --steps")
+    logger.info("timing %d steps", TIMED_STEPS)
+    with tempfile.TemporaryDirectory() as folder:
+        run = replace(config.run, folder=str(Path(folder) / "run"), log_every=1, save_every=0, trackers=[])
+        train(replace(config, run=run, optim=replace(config.optim, steps=TIMED_STEPS, warmup_steps=0)), quiet=True)
+        rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = sorted(row["samples_per_s"] for row in rows if "samples_per_s" in row)
+    steps = max(1, int(60 * minutes * rates[len(rates) // 2] / (config.optim.batch * config.optim.accumulate)))
+    return replace(config, optim=replace(config.optim, steps=steps, warmup_steps=max(1, round(WARMUP_SHARE * steps))))
+
+
+def seen_by(header: Mapping[str, Any], source: str, subject: str) -> str:
+    """What a model's training knew of a subject: ``"trained on"``, ``"unknown"``, ``"kept back"`` or ``"never"``; the worst of its history.
+
+    A header names the sources that were held out and how subjects were split. Where it names neither its subjects (``trained_on``, of a
+    fine-tuned model) nor its ``sources``, a subject on the training side may be known or not.
+    """
+    data, sources = header.get("training", {}).get("data"), header.get("sources")
+    if subject in header.get("trained_on", {}).get(source, ()):
+        known = "trained on"
+    elif not data:
+        known = "unknown"
+    elif source in data.get("hold_out", ()) or "trained_on" in header or (sources is not None and source not in sources):
+        known = "never"
+    elif in_validation(subject, data["validation_share"], data["split_seed"]):
+        known = "kept back"
+    else:
+        known = "unknown" if sources is None else "trained on"
+    earlier = header.get("base", {}).get("history")
+    return known if earlier is None else min(known, seen_by(earlier, source, subject), key=KNOWLEDGE.index)
+
+
+def _history(header: Mapping[str, Any]) -> dict[str, Any]:
+    """What the header of a fine-tuned model keeps of its base's."""
+    return {key: header[key] for key in ("training", "trained_on", "base") if key in header}
+
+
+def _write_results(out: Path, changes: list[Change], table: str, scores: Mapping[str, list[Score]]) -> None:
+    """``table.md``, ``table.json`` and ``scores.csv``, each whole or not at all."""
+    rows = [{"model": name, **asdict(score)} for name, some in scores.items() for score in some]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    body = [{**asdict(c), "change": c.change, "beyond_noise": c.beyond_noise} for c in changes]
+    for name, content in {"scores.csv": text.getvalue(), "table.json": json.dumps(body, indent=1) + "\n", "table.md": table}.items():
+        partial = out / f".{name}.part"
+        partial.write_text(content, encoding="utf-8")
+        os.replace(partial, out / name)
+
+
+def _length(config: TrainConfig) -> str:
+    samples = config.optim.steps * config.optim.batch * config.optim.accumulate
+    return f"{config.optim.steps} steps of {config.optim.batch}, {samples:,} samples"
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"

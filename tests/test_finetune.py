@@ -1,0 +1,341 @@
+"""Fine-tuning in one command: who is kept back, what is measured, what is written, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.cached import cached_corpus
+from samed3d.cli import main
+from samed3d.config import TrainConfig, load_config
+from samed3d.data.corpus import Corpus
+from samed3d.data.sampling import CropDataset
+from samed3d.errors import InputError
+from samed3d.models import create_model, load
+from samed3d.models.weights import find_checkpoint, read_header, read_weights, save_weights
+from samed3d.nn.adapters import adapter_names
+from samed3d.training.before_after import Score, choose_targets, compare, measure, to_markdown
+from samed3d.training.finetune import RATES, RECIPE, FinetuneOptions, finetune, recipe, seen_by, split_subjects
+from samed3d.training.trainable import encoder_parameters
+from tests import dataset_trees
+from tests.corpus_sources import case_arrays, make_source, write_case
+from tests.test_training import NARROW
+
+QUICK = ["--steps", "2", "--structures", "2", "--seeds", "2", "--set", "run.precision=fp32"]
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "finetune.yaml"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path / "base.safetensors"
+    save_weights(create_model("samed3d_unet", **NARROW), path, {})
+    return path
+
+
+@pytest.fixture
+def five(tmp_path) -> Path:
+    return make_source(tmp_path / "five", cases=5)
+
+
+def command(base: Path, data: Path, out: Path, *more: str) -> int:
+    return main(["train", "--finetune", str(base), "--data", str(data), "-o", str(out), *QUICK, *more])
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_five_cases_in_one_command(base, five, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert command(base, five, out) == 0
+    shown = capsys.readouterr().out
+    assert "2 structures of 1 kept-back subject, 2 seeds of the clicks" in shown
+    assert (out / "table.md").read_text() in shown
+    lines = json.loads((out / "table.json").read_text())
+    assert [line["click"] for line in lines] == [1, 3, 5]
+    for line in lines:
+        assert line["change"] == pytest.approx(line["after"] - line["before"])
+    rows = (out / "scores.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 2 * 2 * 5  # models, structures, seeds, clicks
+    header = read_header(out / "model.safetensors")
+    assert header["base"]["name"] == str(base) and len(header["before_after"]) == 3
+    kept = {row.split(",")[2] for row in rows[1:]}
+    trained = set(header["trained_on"]["five"])
+    assert len(kept) == 1 and len(trained) == 4 and not kept & trained
+    assert not load(out / "model.safetensors").training
+    assert not list(out.glob(".*.part"))
+
+
+def test_the_training_draws_nobody_who_is_measured(base, five, tmp_path):
+    out = tmp_path / "run"
+    command(base, five, out, "--quiet")
+    config = load_config(TrainConfig, out / "config.json")
+    drawn = {CropDataset(config.data, 12, seed=0)[i]["case"] for i in range(12)}
+    kept = {row.split(",")[2] for row in (out / "scores.csv").read_text().splitlines()[1:]}
+    assert len(drawn) == 4 and not {case.rpartition("/")[2] for case in map(str, drawn)} & kept
+
+
+@pytest.mark.parametrize(("train", "adapter"), [("all", None), ("decoder", None), ("adapters", None), ("adapters", "fact")])
+def test_what_learns_is_what_was_asked_for(base, five, tmp_path, train, adapter):
+    out = tmp_path / "run"
+    more = ["--rank", "2", *(["--adapter", adapter] if adapter else [])] if train == "adapters" else []
+    assert command(base, five, out, "--train", train, *more, "--quiet") == 0
+    before, after = load(base).state_dict(), load(out / "model.safetensors").state_dict()
+    encoder = encoder_parameters(load(base))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert bool(changed & encoder) == (train == "all") and changed - encoder
+    stored = set(read_weights(out / "model.safetensors")[0])
+    assert (stored == set(before)) == (train != "adapters")
+    if train == "adapters":
+        assert read_header(out / "model.safetensors")["adapter"]["kind"] == (adapter or "lora")
+        assert set(adapter_names(load(out / "model.safetensors"))) < stored and not stored & encoder
+
+
+def test_segment_takes_an_adapter_file(base, five, tmp_path):
+    out = tmp_path / "run"
+    assert command(base, five, out, "--adapter", "lora", "--quiet") == 0
+    image = five / "imagesTr" / "case0_0000.nii.gz"
+    mask = tmp_path / "mask.nii.gz"
+    assert main(["segment", str(image), "--point", "14,12,5", "--model", str(out / "model.safetensors"), "-o", str(mask), "--quiet"]) == 0
+    assert mask.is_file()
+
+
+def test_a_fine_tuned_model_can_be_tuned_again_and_remembers_whom_it_knows(base, five, tmp_path, capsys):
+    assert command(base, five, tmp_path / "one", "--quiet") == 0
+    assert command(tmp_path / "one" / "model.safetensors", five, tmp_path / "two", "--set", "run.seed=5") == 0
+    header = read_header(tmp_path / "two" / "model.safetensors")
+    assert header["base"]["history"]["trained_on"] == read_header(tmp_path / "one" / "model.safetensors")["trained_on"]
+    known = header["trained_on"]["five"][0]
+    assert seen_by(header, "five", known) == "trained on"
+    assert "its Dice before is not that" not in capsys.readouterr().out  # the same split: nobody measured was learned from
+
+
+@pytest.mark.parametrize("layout", ["msd", "plain", "nnunet"])
+def test_raw_folders_of_several_layouts_are_recognised(layout, base, tmp_path):
+    folder = tmp_path / layout
+    for number in range(2):
+        image, labels = case_arrays(number)
+        if layout == "nnunet":
+            make_source(folder, cases=2)
+        elif layout == "plain":
+            dataset_trees.put(folder / "images" / f"p{number}.nii.gz", image)
+            dataset_trees.put(folder / "labels" / f"p{number}.nii.gz", labels)
+        else:
+            dataset_trees.put(folder / "imagesTr" / f"p{number}.nii.gz", image)
+            dataset_trees.put(folder / "labelsTr" / f"p{number}.nii.gz", labels)
+    if layout == "msd":
+        pairs = [{"image": f"./imagesTr/p{n}.nii.gz", "label": f"./labelsTr/p{n}.nii.gz"} for n in range(2)]
+        body = {"name": "x", "modality": {"0": "CT"}, "labels": {"0": "background", "1": "a", "2": "b"}, "training": pairs}
+        (folder / "dataset.json").write_text(json.dumps(body))
+    assert command(base, folder, tmp_path / "run", "--quiet") == 0
+
+
+def test_minutes_become_steps_by_a_measurement(base, five, tmp_path):
+    quick = [a for a in QUICK if a not in ("--steps",)][1:]
+    arguments = ["train", "--finetune", str(base), "--data", str(five), "-o", str(tmp_path / "run"), *quick, "--minutes", "0.02", "-q"]
+    assert main(arguments) == 0
+    steps = json.loads((tmp_path / "run" / "config.json").read_text())["optim"]["steps"]
+    done = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert steps >= 1 and done == steps
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--train", "everything"], "--train must be one of all, decoder, adapters, got 'everything'"),
+        (["--adapter", "dora"], "--adapter must be lora or fact, got 'dora'"),
+        (["--train", "decoder", "--adapter", "lora"], "--adapter goes with --train adapters, got --train decoder and --adapter lora"),
+        (["--adapter", "lora", "--rank", "0"], "--rank must be 1 or more, got 0"),
+        (["--rank", "4"], "--rank goes with --train adapters, got --train all"),
+        (["--minutes", "1"], "--steps and --minutes exclude each other"),
+        (["--structures", "0"], "--structures and --seeds must be 1 or more, got 0 and 2"),
+        (["--set", "model.weights=x"], "--set model.weights is chosen by --finetune, --data, --train and --output"),
+        (["--set", "optim.rate=1"], "unknown config key 'optim.rate'"),
+        (["--config", "configs/finetune.yaml"], "--finetune has its own recipe and cannot be joined with --config"),
+        (["--resume"], "--finetune has its own recipe and cannot be joined with --resume"),
+    ],
+)
+def test_options_that_cannot_be_used_are_one_line_and_leave_nothing(arguments, said, base, five, tmp_path, capsys):
+    assert command(base, five, tmp_path / "run", *arguments) == 2
+    error = error_of(capsys)
+    assert said in error and error.startswith("samed3d: error: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_output_is_refused_before_anything_is_prepared(base, five, tmp_path, cache, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("x")
+    assert command(base, five, tmp_path / "run") == 2
+    assert "--output must be a new or empty folder" in error_of(capsys) and not cache.exists()
+
+
+def test_a_base_that_is_not_there_is_refused_before_anything_is_prepared(five, tmp_path, cache, capsys):
+    assert command(Path("nowhere"), five, tmp_path / "run") == 2
+    assert "no checkpoint or file is called 'nowhere'" in error_of(capsys) and not cache.exists()
+
+
+def test_an_adapter_as_base_is_refused_with_the_remedy(base, five, tmp_path, capsys):
+    command(base, five, tmp_path / "run", "--adapter", "lora", "--quiet")
+    assert command(tmp_path / "run" / "model.safetensors", five, tmp_path / "again") == 2
+    assert "--finetune needs a whole model" in error_of(capsys)
+
+
+def test_an_automatic_model_as_base_is_refused(base, five, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("samed3d.training.finetune.load", lambda name: torch.nn.Linear(1, 1))
+    assert command(base, five, tmp_path / "run") == 2
+    assert "--finetune needs a model that takes prompts" in error_of(capsys)
+
+
+def test_one_subject_is_not_enough(base, tmp_path, capsys):
+    assert command(base, make_source(tmp_path / "one", cases=1), tmp_path / "run") == 2
+    assert "labelled images of at least 2 subjects, one to learn from, one to measure on, got 1" in error_of(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_without_labels_or_without_data_are_refused(base, tmp_path, capsys):
+    folder = make_source(tmp_path / "empty", cases=0)
+    for name in ("a", "b"):
+        image, labels = case_arrays(0)
+        write_case(folder, name, image, np.zeros_like(labels))
+    assert command(base, folder, tmp_path / "run") == 2
+    assert "data must hold labelled structures" in error_of(capsys)
+    (tmp_path / "nothing").mkdir()
+    assert command(base, tmp_path / "nothing", tmp_path / "run") == 2
+    assert "no data set recognised" in error_of(capsys)
+    assert command(base, tmp_path / "absent", tmp_path / "run") == 2
+    assert "data must be a folder of labelled volumes, got nothing there" in error_of(capsys)
+    assert main(["train", "--finetune", str(base)]) == 2
+    assert "--finetune needs --data FOLDER" in error_of(capsys)
+
+
+def test_fine_tuning_options_without_finetune_name_the_config_key(capsys):
+    assert main(["train", "--train", "decoder"]) == 2
+    assert "--train goes with --finetune MODEL; a config says model.train" in error_of(capsys)
+
+
+def test_the_cache_is_found_again_and_a_changed_folder_is_another(five, cache):
+    first = cached_corpus(five)
+    stamp = (first / "corpus.json").stat().st_mtime_ns
+    assert cached_corpus(five) == first and first.is_relative_to(cache)
+    assert cached_corpus(first) == first, "a corpus is taken as it is"
+    arrays = next((first / "arrays").rglob("*.b2nd")).stat().st_mtime_ns
+    assert cached_corpus(five) == first and next((first / "arrays").rglob("*.b2nd")).stat().st_mtime_ns == arrays
+    write_case(five, "case9", *case_arrays(9))
+    second = cached_corpus(five)
+    assert second != first and len(Corpus(second).cases) == 6 and len(Corpus(first).cases) == 5
+    assert stamp <= (first / "corpus.json").stat().st_mtime_ns
+
+
+def test_the_split_keeps_a_fifth_and_at_least_one_by_subject(tmp_path):
+    for cases, kept in ((2, 1), (5, 1), (9, 2)):
+        corpus = cached_corpus(make_source(tmp_path / f"set{cases}", cases=cases, first_seed=100 * cases))
+        split = split_subjects([corpus], seed=0)
+        assert len({c.subject for _, c in split.kept}) == kept
+        assert {c.subject for _, c in split.kept} & {c.subject for _, c in split.trained} == set()
+        assert len(split.kept) + len(split.trained) == cases
+    assert split_subjects([corpus], seed=1).seed != split.seed
+
+
+def test_targets_are_spread_over_subjects(tmp_path):
+    corpus = Corpus(cached_corpus(make_source(tmp_path / "set", cases=3)))
+    cases = [(corpus, case) for case in corpus.cases]
+    assert [len({t.case.subject for t in choose_targets(cases, n, 0)}) for n in (1, 2, 3)] == [1, 2, 3]
+    every = choose_targets(cases, 100, 0)
+    assert len(every) == 6 == len({(t.case.id, t.label.value) for t in every})
+    assert [t.label.value for t in every] != [t.label.value for t in choose_targets(cases, 100, 3)]
+
+
+def test_the_same_model_measured_twice_does_not_change(base, five):
+    corpus = Corpus(cached_corpus(five))
+    targets = choose_targets([(corpus, corpus.cases[0])], 2, 0)
+    first, second = (measure(load(base), targets, seeds=2, clicks=3) for _ in range(2))
+    assert first == second and len(first) == 2 * 2 * 3
+    assert [c.change for c in compare(first, second)] == [0.0, 0.0]
+    assert not any(c.beyond_noise for c in compare(first, second))
+
+
+def scores(values: dict[tuple[str, int], float]) -> list[Score]:
+    return [Score(f"case of {who}", who, "0/1 a", seed, 1, dice) for (who, seed), dice in values.items()]
+
+
+def test_the_table_compares_with_the_chance_of_the_clicks():
+    before = scores({("p", 0): 0.4, ("p", 1): 0.5, ("q", 0): 0.2, ("q", 1): 0.3})
+    [line] = compare(before, [replace(s, dice=s.dice + 0.3) for s in before])
+    assert line.before == pytest.approx(0.35) and line.after == pytest.approx(0.65) and line.improved == 1.0
+    assert line.noise == pytest.approx(math.sqrt(2 * 0.005))  # seeds' means 0.3 and 0.4 in both
+    assert line.beyond_noise and line.low == pytest.approx(0.3) and line.high == pytest.approx(0.3)
+    [small] = compare(before, [replace(s, dice=s.dice + 0.1) for s in before])
+    assert not small.beyond_noise
+    text = to_markdown([line, small], before, "default", [("p", "trained on"), ("q", "never")])
+    assert "2 structures of 2 kept-back subjects, 2 seeds of the clicks" in text
+    assert "| 1 | 0.350 | 0.650 | +0.300 | +0.300 to +0.300 | ± 0.200 | yes | 100% |" in text
+    assert "`default` was trained on p: its Dice before is not that of an unseen subject" in text and "q" not in text.split("trained on")[1]
+
+
+def test_one_seed_and_one_subject_claim_nothing():
+    before = scores({("p", 0): 0.4})
+    [line] = compare(before, [replace(s, dice=0.9) for s in before])
+    assert math.isnan(line.noise) and math.isnan(line.low) and not line.beyond_noise
+    text = to_markdown([line], before, "default", [("p", "unknown")])
+    assert "one subject | one seed | unknown" in text and "Whether `default` was trained on p is unknown" in text
+
+
+def test_what_the_default_knew_of_a_subject():
+    path = find_checkpoint("default")
+    assert path is not None
+    header = read_header(path)
+    assert seen_by(header, header["training"]["data"]["hold_out"][0], "anyone") == "never"
+    answers = {seen_by(header, "another", f"s{n}") for n in range(40)}
+    assert answers == {"kept back", "unknown"}
+    tuned = {"trained_on": {"another": ["s1"]}, "training": header["training"], "base": {"history": header}}
+    assert seen_by(tuned, "another", "s1") == "trained on"
+    assert seen_by({}, "another", "s1") == "unknown"
+    told = {**header, "sources": ["known"]}
+    assert {seen_by(told, "another", f"s{n}") for n in range(40)} == {"never"}
+    assert {seen_by(told, "known", f"s{n}") for n in range(40)} == {"kept back", "trained on"}
+
+
+def test_the_recipe_is_the_one_in_configs(base, five, tmp_path):
+    corpus = cached_corpus(five)
+    split = split_subjects([corpus], 0)
+    made = recipe(load(base), str(base), read_header(base), [corpus], tmp_path / "run", split, FinetuneOptions())
+    written = load_config(TrainConfig, CONFIG)
+    for key, value in {**RECIPE, "optim.lr": RATES[written.model.train]}.items():
+        section, name = key.split(".")
+        expected = tuple(value) if isinstance(value, list) else value
+        assert getattr(getattr(written, section), name) == getattr(getattr(made, section), name) == expected, key
+    assert made.data.crop == (16, 16, 16) and made.model.overrides["widths"] == [8, 8, 8, 8]
+
+
+def test_more_data_get_more_steps_up_to_a_limit(base, tmp_path, monkeypatch):
+    corpus = cached_corpus(make_source(tmp_path / "set", cases=5))
+    split = split_subjects([corpus], 0)
+
+    def steps(options: FinetuneOptions) -> int:
+        return recipe(load(base), str(base), read_header(base), [corpus], tmp_path / "run", split, options).optim.steps
+
+    assert steps(FinetuneOptions()) == 200 and steps(FinetuneOptions(steps=7)) == 7
+    monkeypatch.setattr("samed3d.training.finetune.STEPS_PER_STRUCTURE", 60)
+    assert steps(FinetuneOptions()) == 8 * 60
+    monkeypatch.setattr("samed3d.training.finetune.STEPS_PER_STRUCTURE", 600)
+    assert steps(FinetuneOptions()) == 1000
+
+
+def test_options_from_python_are_checked_too():
+    with pytest.raises(InputError, match="must be 0 .* or more, got 0 and nan"):
+        FinetuneOptions(minutes=math.nan)
+    with pytest.raises(InputError, match="--output must be a new or empty folder"):
+        finetune("default", [], Path(__file__))
