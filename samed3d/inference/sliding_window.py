@@ -103,15 +103,13 @@ def window_frames(shape_zyx: IntTriple, step_zyx_vox: Triple, window_zyx: IntTri
     for size, step, count in zip(shape_zyx, step_zyx_vox, window_zyx, strict=True):
         extent = step * count
         if extent >= size:
-            places.append([(size - extent) / 2])
-            continue
-        number = 1 + math.ceil((size - extent) / (extent * (1 - overlap)) - 1e-9)
-        places.append([i * (size - extent) / (number - 1) for i in range(number)])
-    rows = []
-    for z in places[0]:
-        row = [CropFrame((z, y, x), step_zyx_vox, window_zyx).snapped() for y, x in itertools.product(places[1], places[2])]
-        rows.append(row)
-    return rows
+            starts = [(size - extent) / 2]
+        else:
+            number = 1 + math.ceil((size - extent) / (extent * (1 - overlap)) - 1e-9)
+            starts = [i * (size - extent) / (number - 1) for i in range(number)]
+        # Whole voxels at step 1: nothing is interpolated. Elsewhere a move could leave the last voxels out.
+        places.append([float(math.floor(s + 0.5)) if step == 1 else s for s in starts])
+    return [[CropFrame((z, y, x), step_zyx_vox, window_zyx) for y, x in itertools.product(places[1], places[2])] for z in places[0]]
 
 
 def gaussian_weight(shape_zyx: IntTriple) -> Tensor:
