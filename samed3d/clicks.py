@@ -1,7 +1,8 @@
 """Simulated users: where the next click falls, given what is wrong. Every rule takes its generator.
 
-Two forms: ``next_click`` for one full volume (evaluation, demo; numpy) and ``error_clicks`` for a batch of crops (training; torch, on
-any device). A perfect mask or an empty target gives no click, never an error.
+Two forms: ``next_click``, ``noisy_click``, ``user_box`` and ``user_stroke`` for one full volume (evaluation, demo; numpy) and
+``error_clicks``, ``jittered_boxes`` for a batch of crops (training; torch, on any device). A perfect mask or an empty target gives no
+click, never an error.
 """
 
 from __future__ import annotations
@@ -93,6 +94,76 @@ def _ritm_candidates(pred: NDArray[np.bool_], target: NDArray[np.bool_]) -> NDAr
     missed, surplus = distance_inside(target & ~pred), distance_inside(pred & ~target)
     depth = missed if missed.max() >= surplus.max() else surplus
     return depth > depth.max() / 2
+
+
+def noisy_click(
+    pred_mask: NDArray[np.bool_],
+    target_mask: NDArray[np.bool_],
+    spacing_zyx_mm: tuple[float, float, float],
+    sigma_mm: float,
+    rng: np.random.Generator,
+) -> tuple[IntTriple, bool] | None:
+    """A person's click: meant for the middle of the largest wrong component, landing beside it.
+
+    The sign is the one that was meant, even where the click lands on the wrong side of a border.
+
+    Args:
+        pred_mask: As in ``next_click``.
+        target_mask: As in ``next_click``.
+        spacing_zyx_mm: Voxel edges.
+        sigma_mm: Standard deviation of the error along each axis, in mm; clicks stay inside the volume.
+        rng: Of the error.
+
+    Returns:
+        As ``next_click``.
+    """
+    meant = next_click(pred_mask, target_mask, "centre")
+    if meant is None:
+        return None
+    offsets = rng.normal(0.0, sigma_mm, 3) / np.asarray(spacing_zyx_mm)
+    z, y, x = (int(np.clip(round(v + o), 0, n - 1)) for v, o, n in zip(meant[0], offsets, target_mask.shape, strict=True))
+    return (z, y, x), meant[1]
+
+
+def user_box(target_mask: NDArray[np.bool_], jitter: float, rng: np.random.Generator) -> tuple[IntTriple, IntTriple] | None:
+    """A person's 3D box: the tight one with each face moved by up to ``jitter`` of the edge, half-open zyx; None for an empty target.
+
+    The box stays in the volume and keeps at least one voxel per axis. ``jittered_boxes`` is the same for a batch in training.
+    """
+    tight = bounding_region(target_mask)
+    if tight.is_empty:
+        return None
+    low, high = [], []
+    for a, b, size, moves in zip(tight.start_zyx, tight.stop_zyx, target_mask.shape, rng.uniform(-jitter, jitter, (3, 2)), strict=True):
+        start = min(max(0, round(a + moves[0] * (b - a))), size - 1)
+        low.append(start)
+        high.append(max(min(size, round(b + moves[1] * (b - a))), start + 1))
+    return (low[0], low[1], low[2]), (high[0], high[1], high[2])
+
+
+def user_stroke(target_mask: NDArray[np.bool_], rng: np.random.Generator) -> list[IntTriple]:
+    """A person's stroke: along the middle of the structure in one of its larger slices, zyx voxels inside it; empty for an empty target.
+
+    The slice (of the array's first axis) is drawn among those with at least half the largest slice's area; there the largest component
+    is followed along its longer side from middle to middle of its runs, and a fifth is left out at either end.
+    """
+    areas = target_mask.sum(axis=(1, 2))
+    if not areas.any():
+        return []
+    z = int(rng.choice(np.flatnonzero(2 * areas >= areas.max())))
+    part = largest_component(target_mask[z : z + 1])[0]
+    turned = part if part.any(axis=1).sum() >= part.any(axis=0).sum() else part.T
+    middles = [(int(row), _middle_of_longest_run(turned[row])) for row in np.flatnonzero(turned.any(axis=1))]
+    margin = len(middles) // 5
+    kept = middles[margin : len(middles) - margin]
+    return [(z, a, b) if turned is part else (z, b, a) for a, b in kept]
+
+
+def _middle_of_longest_run(line: NDArray[np.bool_]) -> int:
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], line.astype(np.int8), [0]])))
+    starts, stops = edges[::2], edges[1::2]
+    longest = int(np.argmax(stops - starts))
+    return int(starts[longest] + stops[longest] - 1) // 2
 
 
 def error_clicks(pred_mask: Tensor, target_mask: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

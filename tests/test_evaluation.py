@@ -16,14 +16,17 @@ from samed3d.errors import InputError
 from samed3d.evaluation import run
 from samed3d.evaluation.baselines import RegionGrowing
 from samed3d.evaluation.cases import Split, find_cases
-from samed3d.evaluation.clicking import click_through
-from samed3d.evaluation.run import FIELDS, evaluate, summarise
+from samed3d.evaluation.contenders import contender_of
+from samed3d.evaluation.rows import FIELDS
+from samed3d.evaluation.run import evaluate
+from samed3d.evaluation.summary import summarise
 from samed3d.geometry import Grid
 from samed3d.metrics import dice
 from samed3d.models import MODELS, create_model
 from samed3d.models.weights import save_weights
-from samed3d.prompts import Box, Point
+from samed3d.prompts import Box, Point, prompt_from_json
 from samed3d.volume import Volume, write_volume
+from tests.measured_subjects import Fake, Scripted, measured
 from tests.nnunet_tree import RAS, scene, write_set
 
 SEEN = next(f"s{i}" for i in range(99) if not in_validation(f"s{i}", 0.2))
@@ -44,6 +47,10 @@ def two_sets(folder: Path) -> Path:
     return folder
 
 
+def without_cost(row: dict[str, str]) -> dict[str, str]:
+    return {k: v for k, v in row.items() if k not in ("seconds", "encode_seconds", "peak_mib")}
+
+
 def tiny_checkpoint(path: Path, **training: Any) -> Path:
     """Random weights of the tiny network, with the header of a training run."""
     with torch.random.fork_rng():
@@ -54,63 +61,70 @@ def tiny_checkpoint(path: Path, **training: Any) -> Path:
     return path
 
 
-class Perfect:
-    """Gives the target from the ``late``-th click on, nothing before."""
-
-    def __init__(self, target: np.ndarray, late: int = 1) -> None:
-        self.target, self.late = target, late
-        self.clicks: list[Point] = []
-
-    def add(self, prompt: Point, object_id: int = 1) -> None:
-        self.clicks.append(prompt)
-
-    def mask_of(self, object_id: int) -> np.ndarray:
-        return (self.target if len(self.clicks) >= self.late else np.zeros_like(self.target)).astype(np.uint8)
-
-
 # One structure
 
 
-def test_a_perfect_mask_gets_no_further_click_and_repeats_its_row(rng):
+def one_label() -> tuple[Volume, np.ndarray]:
     image, labels = scene(0)
-    target = labels == 1
-    subject = Perfect(target)
-    rows = click_through(subject, Volume(image, RAS, "memory"), target, 5, rng, object_id=1)
-    assert len(subject.clicks) == 1 and [r["click"] for r in rows] == [1, 2, 3, 4, 5]
-    assert all(r["dice"] == 1 and r["obeyed"] == 1 for r in rows) and [r["seconds"] for r in rows[1:]] == [0.0] * 4
+    return Volume(image, RAS, "memory"), np.where(labels == 1, 1, 0)
 
 
-def test_clicks_are_in_ijk_first_inside_then_at_the_centre_of_the_error(rng):
-    image, labels = scene(0)
-    target = labels == 1
-    subject = Perfect(target, late=3)
-    rows = click_through(subject, Volume(image, RAS, "memory"), target, 4, rng, object_id=1)
+def test_a_perfect_mask_gets_no_further_click_and_repeats_its_row():
+    volume, labels = one_label()
+    contender = Fake(lambda *_: Scripted(labels == 1))
+    rows = measured(contender, volume, labels, clicks=5).rows
+    assert len(contender.opened[0].prompts) == 1 and [r["click"] for r in rows] == [1, 2, 3, 4, 5]
+    assert all(r["dice"] == 1 and r["obeyed"] == 1 and r["hd95_mm"] == 0 for r in rows)
+    assert [r["seconds"] for r in rows[1:]] == [0.0] * 4 and [r["added_voxels"] for r in rows] == [int(labels.sum()), 0, 0, 0, 0]
+
+
+def test_clicks_are_in_ijk_first_inside_then_at_the_centre_of_the_error():
+    volume, labels = one_label()
+    target, nothing = labels == 1, np.zeros(labels.shape, bool)
+    contender = Fake(lambda *_: Scripted(nothing, nothing, target))
+    rows = measured(contender, volume, labels, clicks=4).rows
+    given = contender.opened[0].prompts
     assert [r["dice"] for r in rows] == [0, 0, 1, 1] and [r["obeyed"] for r in rows] == [0, 0, 1, 1]
-    assert all(p.positive and p.space == "ijk" for p in subject.clicks) and len(subject.clicks) == 3
-    (i, j, k), centre = subject.clicks[0].at, subject.clicks[1].at
+    assert all(p.positive and p.space == "ijk" for p in given) and len(given) == 3
+    (i, j, k), centre = given[0].at, given[1].at
     assert target[int(k), int(j), int(i)]
     found = np.argwhere(target)[:, ::-1]
-    assert np.abs(np.array(centre) - found.mean(axis=0)).max() <= 1.5 and subject.clicks[2].at == centre
+    assert np.abs(np.array(centre) - found.mean(axis=0)).max() <= 1.5 and given[2].at == centre
+    diagonal = float(np.linalg.norm(np.multiply(labels.shape, RAS.spacing_zyx_mm)))
+    assert rows[0]["hd95_mm"] == pytest.approx(diagonal, abs=1e-4) and rows[0]["nsd"] == 0 and rows[0]["volume_error"] == -1
 
 
-def test_surplus_voxels_get_a_negative_click(rng):
-    image, labels = scene(0)
-    target = labels == 1
-
-    class Everything(Perfect):
-        def mask_of(self, object_id: int) -> np.ndarray:
-            return np.ones(target.shape, np.uint8)
-
-    subject = Everything(target)
-    rows = click_through(subject, Volume(image, RAS, "memory"), target, 2, rng, object_id=1)
-    assert [p.positive for p in subject.clicks] == [True, False] and [r["obeyed"] for r in rows] == [1, 0]
-    assert rows[0]["dice"] == pytest.approx(dice(np.ones(target.shape, bool), target), abs=1e-5)
+def test_surplus_voxels_get_a_negative_click():
+    volume, labels = one_label()
+    contender = Fake(lambda *_: Scripted(np.ones(labels.shape, bool)))
+    rows = measured(contender, volume, labels, clicks=2).rows
+    assert [p.positive for p in contender.opened[0].prompts] == [True, False] and [r["obeyed"] for r in rows] == [1, 0]
+    assert [r["positive"] for r in rows] == [1, 0]
+    assert rows[0]["dice"] == pytest.approx(dice(np.ones(labels.shape, bool), labels == 1), abs=1e-5)
 
 
-def test_an_empty_target_gives_no_rows(rng):
-    image, labels = scene(0)
-    nothing = np.zeros_like(labels, bool)
-    assert click_through(Perfect(nothing), Volume(image, RAS, "memory"), nothing, 3, rng, object_id=1) == []
+def test_small_structures_are_passed_over():
+    volume, labels = one_label()
+    assert measured(Fake(lambda *_: Scripted(labels)), volume, labels, min_voxels=int(labels.sum()) + 1).rows == []
+
+
+def test_a_mask_of_another_shape_is_refused():
+    volume, labels = one_label()
+    with pytest.raises(InputError, match=r"mask of 'fake' must have the image's shape \(20, 24, 28\) \(D, H, W\), got \(3, 3, 3\)"):
+        measured(Fake(lambda *_: Scripted(np.ones((3, 3, 3)))), volume, labels)
+
+
+def test_every_prompt_can_be_given_again():
+    """``prompts.jsonl`` leads to the same masks."""
+    volume, labels = one_label()
+    part = measured(contender_of("region_growing"), volume, labels, clicks=3)
+    (line,) = part.lines
+    again = RegionGrowing(volume)
+    for row, turn in zip(part.rows, line["turns"], strict=False):
+        for entry in turn["prompts"]:
+            again.add(prompt_from_json(entry))
+        assert row["dice"] == round(dice(again.mask_of(1), labels == 1), 5)
+    assert line["label"] == 1 and line["image"] == "image" and [t["click"] for t in line["turns"]] == [1, 2, 3]
 
 
 # Region growing
@@ -196,30 +210,22 @@ def test_rows_are_complete_for_a_network_and_a_baseline(tmp_path):
     assert all(0 <= float(r["dice"]) <= 1 for r in rows)
     body = json.loads((out / "results.json").read_text())
     assert body["settings"]["kept_from"] == {"validation_share": 0.2, "seed": 0, "hold_out": ["two"]}
-    assert body["settings"]["clicks"] == [1, 3] and {line["click"] for line in body["summary"]} == {1, 3}
+    assert (
+        body["settings"]["clicks"] == [1, 3]
+        and len(body["settings"]["hash"]) == 16
+        and {line["click"] for line in body["summary"]} == {1, 3}
+    )
     grown = [float(r["dice"]) for r in rows if r["model"] == "region_growing" and r["source"] == "one" and r["click"] == "3"]
     (line,) = [s for s in body["summary"] if (s["model"], s["by"], s["value"], s["click"]) == ("region_growing", "source", "one", 3)]
     assert line["dice"] == pytest.approx(np.mean(grown), abs=1e-4) and (line["subjects"], line["measurements"]) == (1, 4)
-    assert not list(out.glob("*.part"))
-
-
-def test_dice_of_the_rows_is_that_of_the_masks(tmp_path):
-    write_set(tmp_path / "set", {"a": 0})
-    out = evaluate([tmp_path / "set"], ["region_growing"], tmp_path / "out", clicks=(2,), split="all")
-    image, labels = scene(0)
-    for number, value in enumerate((1, 2)):
-        grown, rng = RegionGrowing(Volume(image, RAS, "memory")), np.random.default_rng([0, number])
-        steps = click_through(grown, Volume(image, RAS, "memory"), labels == value, 2, rng, object_id=1)
-        given = [float(r["dice"]) for r in rows_of(out) if r["label"] == str(value)]
-        assert given == [s["dice"] for s in steps]
-        assert given[-1] == pytest.approx(dice(grown.mask_of(1).astype(bool), labels == value), abs=1e-5)
+    assert sorted(p.name for p in out.iterdir()) == ["cases.csv", "prompts.jsonl", "results.json"]
 
 
 def test_the_same_seed_gives_the_same_rows(tmp_path):
     write_set(tmp_path / "set", {"a": 0})
     weights = tiny_checkpoint(tmp_path / "tiny.safetensors")
     outs = [evaluate([tmp_path / "set"], [str(weights)], tmp_path / name, clicks=(3,), split="all") for name in ("x", "y")]
-    one, other = ([{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(out)] for out in outs)
+    one, other = ([without_cost(row) for row in rows_of(out)] for out in outs)
     assert one == other and len(one) == 6
 
 
@@ -231,13 +237,20 @@ def test_limits_choose_structures_the_same_way_each_time(tmp_path):
     assert chosen[0] == chosen[1] and [case for case, _ in chosen[0]] == ["a", "b"]
 
 
-def test_older_results_are_kept(tmp_path):
+def test_results_of_another_configuration_are_kept(tmp_path):
     write_set(tmp_path / "set", {"a": 0})
-    evaluate([tmp_path / "set"], ["region_growing"], tmp_path / "out", clicks=(1,), split="all")
-    before = (tmp_path / "out" / "cases.csv").read_bytes()
-    with pytest.raises(InputError, match="output folder already holds results: .*out; choose another"):
-        evaluate([tmp_path / "set"], ["region_growing"], tmp_path / "out", clicks=(1,), split="all")
-    assert (tmp_path / "out" / "cases.csv").read_bytes() == before
+    data, out = [tmp_path / "set"], tmp_path / "out"
+    evaluate(data, ["region_growing"], out, clicks=(1,), split="all")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(InputError, match=r"holds results of another configuration \(other clicks, ask\): .*out; choose another"):
+        evaluate(data, ["region_growing"], out, clicks=(2,), split="all")
+    with pytest.raises(InputError, match=r"another configuration \(other models\)"):
+        evaluate(data, ["dilated_ball"], out, clicks=(1,), split="all")
+    assert evaluate(data, ["region_growing"], out, clicks=(1,), split="all") == out, "the same again: nothing to do"
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / "results.json").unlink()
+    with pytest.raises(InputError, match=r"another configuration \(other .*\)"):
+        evaluate(data, ["region_growing"], out, clicks=(1,), split="all")
 
 
 def test_a_failed_run_leaves_nothing_that_looks_like_results(tmp_path):
@@ -254,6 +267,7 @@ def test_a_failed_run_leaves_nothing_that_looks_like_results(tmp_path):
 
 def row(subject: str, value: float, *, click: int = 1, source: str = "x", seconds: float = 1.0) -> dict[str, Any]:
     found = {"model": "m", "group": "unseen subject", "source": source, "subject": subject, "click": click}
+    found |= {"protocol": "samed3d", "policy": "centre", "prompt": "click"}
     return found | {"dice": value, "obeyed": int(value > 0.5), "seconds": seconds}
 
 
@@ -266,7 +280,8 @@ def test_summary_by_hand():
     assert (whole["dice"], whole["subjects"], whole["measurements"]) == (0.6, 2, 3)
     assert whole["obeyed"] == pytest.approx(2 / 3, abs=1e-4) and whole["median_seconds"] == 1.0
     assert whole["interval"] == [0.4, 1.0], "all draws of p alone to all draws of q alone"
-    assert lines["source", "x", 1]["interval"] == [0.4, 0.4] and lines[*group, 2]["dice"] == 0.9
+    assert lines["source", "x", 1]["interval"] is None, "one subject says nothing of others"
+    assert lines[*group, 2]["dice"] == 0.9
 
 
 def test_intervals_are_over_subjects_not_over_structures():

@@ -1,20 +1,28 @@
-"""Labelled volumes to measure on, straight from nnU-Net folders, with who was trained on what."""
+"""Labelled volumes to measure on, with who was trained on what: nnU-Net folders, a prepared corpus, files of the CVPR 2025 challenge.
+
+Nothing is read until a case is measured. Read ``measuring.py`` next.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from numpy.typing import NDArray
 
-from samed3d.data.corpus import in_validation
+from samed3d.data.corpus import Corpus, in_validation
 from samed3d.errors import InputError
+from samed3d.evaluation.challenge_npz import ChallengeBox, members, read_array, read_boxes, read_spacing
+from samed3d.geometry import Grid, Triple
 from samed3d.volume import Volume, read_volume
-from samed3d.volume.label_maps import grid_difference, read_label_map
+from samed3d.volume.label_maps import EmptyLabelError, grid_difference, read_label_map, whole_numbers
 
 SPLITS = ("val", "train", "all")
+_RAS = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,21 @@ class Split:
         return "unseen subject" if in_validation(subject, self.validation_share, self.seed) else "trained on"
 
 
+@dataclass
+class Loaded:
+    """A case in memory: the image, its (D, H, W) labels, and for a challenge file its boxes and spacing as the file orders it."""
+
+    volume: Volume
+    labels: NDArray
+    boxes: list[ChallengeBox] | None = None
+    challenge_spacing: Triple | None = None
+
+    @property
+    def is_challenge_file(self) -> bool:
+        """Whether the case is an npz of the challenge, whose missing boxes mean that no box is given."""
+        return self.challenge_spacing is not None
+
+
 @dataclass(frozen=True)
 class LabelledCase:
     """One image with its label map, not read yet."""
@@ -50,47 +73,77 @@ class LabelledCase:
     image_path: Path
     label_path: Path
     names: dict[int, str]
+    load: Callable[[], Loaded] | None = field(default=None, compare=False, repr=False)
 
-    def read(self) -> tuple[Volume, NDArray]:
-        """The image, and the label map (D, H, W) in the file's own order.
+    def loaded(self) -> Loaded:
+        """The case in memory.
 
         Raises:
-            InputError: if the two do not share one grid, or the label map is not one.
+            InputError: if image and labels do not share one grid, or the label map is not one.
             EmptyLabelError: if nothing is labelled.
         """
+        if self.load is not None:
+            return self.load()
         image = read_volume(self.image_path)
         labels, grid = read_label_map(self.label_path)
         if difference := grid_difference(image.grid, grid):
             raise InputError(f"image and label must share one grid ({difference}): {self.image_path} and {self.label_path}")
-        return image, labels
+        return Loaded(image, labels)
+
+    def read(self) -> tuple[Volume, NDArray]:
+        """The image, and the label map (D, H, W) in the file's own order; raises as ``loaded``."""
+        found = self.loaded()
+        return found.volume, found.labels
 
 
 def find_cases(folders: list[Path], split: Split, which: str, limit: int | None = None) -> list[LabelledCase]:
-    """Cases of nnU-Net folders (or folders of them) on one side of the split, first image channel only.
+    """Cases on one side of the split.
 
     Args:
-        folders: Each with ``dataset.json``, or holding folders that have one; label-only sets are passed over.
+        folders: Each an nnU-Net folder (first image channel only), a corpus, a folder of challenge npz files, or a folder of these;
+            label-only sets are passed over.
         split: What the model was kept from.
         which: ``"val"`` (unseen subjects and held-out sources), ``"train"`` or ``"all"``.
         limit: Cases per source.
 
     Raises:
-        InputError: for another ``which``, or when nothing is found.
+        InputError: for another ``which``, when nothing is found, or when two cases have one name.
     """
     if which not in SPLITS:
         raise InputError(f"split must be one of {', '.join(SPLITS)}, got {which!r}")
     found: list[LabelledCase] = []
     for folder in folders:
-        datasets = [folder] if (folder / "dataset.json").exists() else sorted(p.parent for p in folder.glob("*/dataset.json"))
+        datasets = [folder] if _kind(folder) else sorted(p for p in folder.iterdir() if p.is_dir() and _kind(p))
         for dataset in datasets:
-            chosen = [c for c in _cases_of(dataset, split) if which == "all" or (c.group == "trained on") == (which == "train")]
-            found += chosen[:limit]
+            by_source: dict[str, list[LabelledCase]] = {}
+            for case in _READERS[_kind(dataset)](dataset, split):
+                if which == "all" or (case.group == "trained on") == (which == "train"):
+                    by_source.setdefault(case.source, []).append(case)
+            found += [case for cases in by_source.values() for case in cases[:limit]]
     if not found:
         raise InputError(f"no labelled case on side {which!r} of the split in {', '.join(map(str, folders))}")
+    seen: dict[tuple[str, str], LabelledCase] = {}
+    for case in found:
+        if (other := seen.setdefault((case.source, case.case), case)) is not case:
+            where = f"{other.image_path} and {case.image_path}"
+            raise InputError(
+                f"case ids must be unique within a source, got {case.case!r} of {case.source!r} twice: {where}; give each once"
+            )
     return found
 
 
-def _cases_of(dataset: Path, split: Split) -> Iterator[LabelledCase]:
+def _kind(folder: Path) -> str:
+    if not folder.is_dir():
+        return ""
+    if (folder / "corpus.json").exists():
+        return "corpus"
+    if (folder / "dataset.json").exists():
+        return "nnunet"
+    first = next(iter(sorted(folder.glob("*.npz"))), None)
+    return "npz" if first is not None and "imgs" in members(first) else ""
+
+
+def _nnunet_cases(dataset: Path, split: Split) -> Iterator[LabelledCase]:
     about = json.loads((dataset / "dataset.json").read_text())
     subjects = {c["case"]: c.get("subject", c["case"]) for c in about.get("cases", [])}
     names = {int(v): k for k, v in about.get("labels", {}).items() if isinstance(v, int)}
@@ -101,3 +154,65 @@ def _cases_of(dataset: Path, split: Split) -> Iterator[LabelledCase]:
             subject = subjects.get(case, case)
             group = split.group(dataset.name, subject)
             yield LabelledCase(dataset.name, case, subject, str(about.get("modality", "")), group, image_path, label_path, names)
+
+
+def _corpus_cases(folder: Path, split: Split) -> Iterator[LabelledCase]:
+    corpus = Corpus(folder)
+    for record in corpus.cases:
+        if record.has_image and record.labels:
+            names = {label.value: label.name for label in record.labels if label.layer == 0}
+            load = functools.partial(_load_from_corpus, folder, record.id)
+            people = (record.split_group or record.subject).split("|")
+            groups = [split.group(record.source, person) for person in people]
+            group = next((g for g in groups if g != "trained on"), "trained on")
+            yield LabelledCase(record.source, record.id, record.subject, record.modality, group, folder, folder, names, load)
+
+
+def _load_from_corpus(folder: Path, case_id: str) -> Loaded:
+    corpus = Corpus(folder)
+    record = next(r for r in corpus.cases if r.id == case_id)
+    z, y, x = record.spacing_zyx_mm
+    grid = Grid(record.shape_zyx, (x, y, z), (0.0, 0.0, 0.0), _RAS)
+    everything = (slice(None), slice(None), slice(None))
+    labels = np.asarray(corpus.labels(record)[everything])
+    kept = [label.value for label in record.labels if label.layer == 0]
+    if not kept:
+        raise EmptyLabelError(f"no structure was kept: {case_id}")
+    return Loaded(
+        Volume(np.asarray(corpus.image(record)[everything]), grid, f"{folder}:{case_id}"), np.where(np.isin(labels, kept), labels, 0)
+    )
+
+
+def _npz_cases(folder: Path, split: Split) -> Iterator[LabelledCase]:
+    for path in sorted(folder.glob("*.npz")):
+        load, modality = functools.partial(_load_from_npz, path), path.name.split("_")[0]
+        yield LabelledCase(
+            folder.name, path.stem, path.stem, modality, split.group(folder.name, path.stem), path, _truth_beside(path), {}, load
+        )
+
+
+def _truth_beside(path: Path) -> Path:
+    """Where the labels of a challenge file are: in itself, or in a folder ``gts`` beside it under the same name."""
+    return path if "gts" in members(path) else path.parent / "gts" / path.name
+
+
+def _load_from_npz(path: Path) -> Loaded:
+    truth = _truth_beside(path)
+    if not truth.exists():
+        raise InputError(f"npz must hold gts, or have it in {truth}: {path}")
+    image, labels = read_array(path, "imgs"), read_array(truth, "gts")
+    if image.ndim != 3 or labels.shape != image.shape:
+        raise InputError(f"imgs and gts must be 3D of one shape, got {image.shape} and {labels.shape}: {path}")
+    if not np.isfinite(image).all() or image.min() == image.max():
+        raise InputError(f"imgs must be finite and not constant: {path}")
+    spacing = read_spacing(path)
+    # The challenge wrote SimpleITK's spacing, x first, beside z-first arrays.
+    grid = Grid((image.shape[0], image.shape[1], image.shape[2]), spacing, (0.0, 0.0, 0.0), _RAS)
+    return Loaded(Volume(image, grid, str(path)), whole_numbers(labels, str(truth)), read_boxes(path), spacing)
+
+
+_READERS: dict[str, Callable[[Path, Split], Iterator[LabelledCase]]] = {
+    "nnunet": _nnunet_cases,
+    "corpus": _corpus_cases,
+    "npz": _npz_cases,
+}

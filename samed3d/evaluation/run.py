@@ -1,17 +1,21 @@
-"""``samed3d evaluate``: the click loop on whole volumes at their native grid, no ground truth in the crop, no best-of-clicks.
+"""``samed3d evaluate``: every case by every model under every protocol, in as many processes as asked, picked up again where it stopped.
 
-First click uniform in the structure, each next one at the centre of the largest error component of the full mask. Every click of every
-structure is a row of ``cases.csv``; ``results.json`` holds means with bootstrap intervals over subjects. Read ``clicks.py`` for the rules.
+Each finished case is a file in ``parts/`` until all are there; then they become ``cases.csv``, ``prompts.jsonl`` and ``results.json``
+(``rows.py`` says what is in them). A folder holds one configuration: its hash covers the models' weights, the protocols, the settings and
+the cases. Read ``measuring.py`` for what happens to a case.
 """
 
 from __future__ import annotations
 
-import csv
+import hashlib
 import json
 import logging
 import os
 import platform
-from collections.abc import Iterable
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,152 +23,215 @@ from typing import Any
 import numpy as np
 import torch
 
+import samed3d
 from samed3d.errors import InputError
-from samed3d.evaluation.baselines import BASELINES, RegionGrowing
+from samed3d.evaluation.baselines import BASELINES
 from samed3d.evaluation.cases import LabelledCase, Split, find_cases
-from samed3d.evaluation.clicking import Clickable, click_through
-from samed3d.inference.session import Session
-from samed3d.models import load
-from samed3d.models.base import PromptableModel
+from samed3d.evaluation.contenders import Contender, contender_of
+from samed3d.evaluation.measuring import Ask, check_measurable
+from samed3d.evaluation.protocols import PROTOCOLS, protocol_of
+from samed3d.evaluation.protocols.samed3d import POLICIES, PROMPTS
+from samed3d.evaluation.rows import CASES_CSV, FIELDS, PROMPTS_JSONL, RESULTS_JSON, write_lines, write_rows
+from samed3d.evaluation.summary import score_series, summarise
+from samed3d.evaluation.workers import Job, measure_cases
 from samed3d.models.weights import find_checkpoint, read_header
-from samed3d.volume.label_maps import EmptyLabelError
 
 logger = logging.getLogger(__name__)
 
-FIELDS = tuple("model group source case subject modality label name voxels seed click dice obeyed seconds".split())
-MIN_VOXELS = 100
-BOOTSTRAP = 1000
+QUICK_CASES = 6
+PARTS, SETTINGS_JSON = "parts", "settings.json"
+
+__all__ = ["FIELDS", "evaluate", "summarise"]
 
 
 def evaluate(
-    data: list[Path],
-    models: list[str],
+    data: Sequence[Path],
+    models: Sequence[str | Contender],
     out: Path,
     *,
-    clicks: tuple[int, ...] = (1, 3, 5),
+    clicks: Sequence[int] = (1, 3, 5),
     seeds: int = 1,
     split: str = "val",
     limit: int | None = None,
     labels_per_case: int | None = None,
+    protocols: Sequence[str] = ("samed3d",),
+    policies: Sequence[str] = ("centre",),
+    prompts: Sequence[str] = ("click",),
+    processes: int = 1,
+    device: str = "auto",
+    tolerance_mm: float = 2.0,
+    surfaces: bool = True,
+    quick: bool = False,
     progress: bool = False,
 ) -> Path:
     """Measure models on labelled volumes.
 
     Args:
-        data: nnU-Net folders, or folders of them.
-        models: Checkpoint names or files, or baselines (``"region_growing"``).
-        out: Folder for ``results.json`` and ``cases.csv``; must not hold results yet.
-        clicks: Click counts to report.
+        data: nnU-Net folders, corpora, folders of challenge npz files, or folders of these.
+        models: What ``contender_of`` understands, ``"baselines"`` for all of them, or contenders of your own (one process only).
+        out: Folder for the results; one that holds a part of this very configuration is continued.
+        clicks: Click counts to report; the largest is how many are given where the protocol does not say.
         seeds: Repetitions with other clicks.
         split: ``"val"``, ``"train"`` or ``"all"``; the split is the one stored in the first checkpoint that has one.
         limit: Cases per source.
-        labels_per_case: Structures per case, drawn with the seed; None takes all.
+        labels_per_case: Structures per case, drawn with a fixed seed; None takes all.
+        protocols: Names of ``PROTOCOLS``, or ``"all"``.
+        policies: Users of the ``samed3d`` protocol, or ``"all"``.
+        prompts: First prompts of the ``samed3d`` protocol, or ``"all"``.
+        processes: How many at once; GPUs are given to them in turn.
+        device: Of networks.
+        tolerance_mm: Of the surface Dice.
+        surfaces: Whether surface Dice and HD95 are measured.
+        quick: The smallest cases of six sources, one structure each.
         progress: Show a progress bar.
 
     Returns:
         ``out``.
 
     Raises:
-        InputError: if nothing can be measured, or ``out`` already holds results.
+        InputError: if nothing can be measured, or ``out`` holds results of another configuration.
     """
-    if (out / "cases.csv").exists():
-        raise InputError(f"output folder already holds results: {out}; choose another")
-    networks: dict[str, PromptableModel | None] = {name: None if name in BASELINES else load(name) for name in models}
-    kept_from = _split_of(models)
-    cases = find_cases(data, kept_from, split, limit)
-    out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    partial = out / "cases.csv.part"
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        for case in _shown(cases, progress):
-            fresh = _measure_case(case, networks, max(clicks), seeds, labels_per_case)
-            writer.writerows(fresh)
-            file.flush()
-            rows += fresh
-    os.replace(partial, out / "cases.csv")
-    settings = {"models": models, "clicks": clicks, "seeds": seeds, "split": split, "limit": limit, "labels_per_case": labels_per_case}
-    body = {
-        "settings": settings | {"kept_from": asdict(kept_from)},
-        "environment": {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()},
-        "summary": summarise(rows, clicks),
+    names = [n for name in models for n in (BASELINES if name == "baselines" else [name])]
+    if doubled := {str(n) for n in names if names.count(n) > 1}:
+        raise InputError(f"models must be given once each, got {', '.join(sorted(doubled))} twice")
+    used = list(PROTOCOLS) if "all" in protocols else list(dict.fromkeys(protocols))
+    chosen = [protocol_of(name) for name in used]
+    ways = (tuple(POLICIES) if "all" in policies else tuple(policies), tuple(PROMPTS) if "all" in prompts else tuple(prompts))
+    ask = Ask(max(clicks), seeds, *ways, 1 if quick else labels_per_case, tolerance_mm=tolerance_mm, surfaces=surfaces)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    contenders = [contender_of(name, device) if isinstance(name, str) else name for name in names]
+    for protocol in chosen:
+        check_measurable(contenders, protocol, ask)
+    kept_from = _split_of([name for name in names if isinstance(name, str)])
+    cases = find_cases(list(data), kept_from, split, limit)
+    if quick:
+        cases = _smallest(cases)
+    settings = {
+        "models": {c.name: c.fingerprint for c in contenders},
+        "protocols": used,
+        "clicks": list(clicks),
+        "ask": asdict(ask),
+        "split": split,
+        "kept_from": asdict(kept_from),
+        "cases": [f"{c.source}/{c.case}" for c in cases],
     }
-    (out / "results.json").write_text(json.dumps(body, indent=1))
+    settings["hash"] = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    if _is_finished(out, settings):
+        logger.info("already measured with these settings: %s", out)
+        return out
+    job = Job(tuple(cases), tuple(contenders), tuple(names), tuple(used), ask, out / PARTS, device)
+    measure_cases(job, processes, progress)
+    _merge(job, settings, clicks, processes)
     return out
 
 
-def _measure_case(
-    case: LabelledCase, networks: dict[str, PromptableModel | None], clicks: int, seeds: int, labels_per_case: int | None
-) -> list[dict[str, Any]]:
-    try:
-        volume, labels = case.read()
-    except EmptyLabelError as error:
-        logger.warning("passed over %s: %s", case.case, error)
-        return []
-    counts = {int(v): int(n) for v, n in zip(*np.unique(labels, return_counts=True), strict=True) if v != 0 and n >= MIN_VOXELS}
-    values = sorted(counts)
-    if labels_per_case is not None and len(values) > labels_per_case:
-        values = sorted(int(v) for v in np.random.default_rng(0).permutation(values)[:labels_per_case])
-    about = {"group": case.group, "source": case.source, "case": case.case, "subject": case.subject, "modality": case.modality}
-    rows = []
-    for name, network in networks.items():
-        subject: Clickable = RegionGrowing(volume) if network is None else Session(volume, network)
-        for number, value in enumerate(values):
-            target = labels == value
-            structure = {"label": value, "name": case.names.get(value, ""), "voxels": counts[value]}
-            for seed in range(seeds):
-                rng = np.random.default_rng([seed, number])
-                clicked = click_through(subject, volume, target, clicks, rng, object_id=1 + seed + seeds * number)
-                rows += [{"model": name, **about, **structure, "seed": seed, **row} for row in clicked]
-    return rows
+def _smallest(cases: list[LabelledCase]) -> list[LabelledCase]:
+    """The smallest image of each of the ``QUICK_CASES`` sources whose smallest image is smallest."""
+    size = {id(c): c.image_path.stat().st_size for c in cases}
+    per_source: dict[str, LabelledCase] = {}
+    for case in sorted(cases, key=lambda c: size[id(c)]):
+        per_source.setdefault(case.source, case)
+    return list(per_source.values())[:QUICK_CASES]
 
 
-def summarise(rows: list[dict[str, Any]], clicks: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Mean Dice per model, group and click, and per source; with 95 % bootstrap intervals over subjects, structures weighted equally."""
-    lines = []
-    for model in dict.fromkeys(r["model"] for r in rows):
-        mine = [r for r in rows if r["model"] == model]
-        for key in ("group", "source"):
-            for value in sorted({r[key] for r in mine}):
-                for click in clicks:
-                    chosen = [r for r in mine if r[key] == value and r["click"] == click]
-                    if chosen:
-                        lines.append({"model": model, "by": key, "value": value, "click": click, **_mean_with_interval(chosen)})
-    return lines
+def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
+    """Whether ``out`` holds the results of these very settings; begins a folder that holds none.
+
+    Raises:
+        InputError: if it holds those of others.
+    """
+    results, begun = out / RESULTS_JSON, out / PARTS / SETTINGS_JSON
+    stored: dict[str, Any] | None = None
+    for path in (begun, results):
+        if path.exists():
+            try:
+                body = json.loads(path.read_text(encoding="utf-8"))
+                stored = body.get("settings", body)
+            except ValueError:
+                stored = {}
+            break
+    if stored is None and (out / CASES_CSV).exists():
+        stored = {}
+    if stored is None:
+        begun.parent.mkdir(parents=True, exist_ok=True)
+        partial = begun.with_name(f".{begun.name}.{os.getpid()}.part")
+        partial.write_text(json.dumps(settings, indent=1))
+        os.replace(partial, begun)
+        return False
+    if stored.get("hash") != settings["hash"]:
+        differs = ", ".join(k for k in settings if k != "hash" and json.dumps(stored.get(k)) != json.dumps(settings[k]))
+        raise InputError(
+            f"output folder already holds results of another configuration (other {differs or 'version'}): {out}; choose another"
+        )
+    return not begun.exists()
 
 
-def _mean_with_interval(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    by_subject: dict[str, list[float]] = {}
-    for row in rows:
-        by_subject.setdefault(row["subject"], []).append(row["dice"])
-    sums = np.array([[sum(v), len(v)] for v in by_subject.values()])
-    draws = np.random.default_rng(0).integers(len(sums), size=(BOOTSTRAP, len(sums)))
-    means = sums[draws].sum(axis=1)
-    low, high = np.percentile(means[:, 0] / means[:, 1], [2.5, 97.5])
+def _merge(job: Job, settings: dict[str, Any], clicks: Sequence[int], processes: int) -> None:
+    """Parts in the order of the cases to the three files of the results; ``results.json`` last, then the parts go."""
+    parts = [json.loads(path.read_text(encoding="utf-8")) for path in job.part_files()]
+    rows = [row for part in parts for row in part["rows"]]
+    if not rows:
+        raise InputError(f"nothing could be measured: no structure of at least {job.ask.min_voxels} voxels in {len(job.cases)} cases")
+    out = job.parts.parent
+    write_rows(out / CASES_CSV, rows)
+    write_lines(out / PROMPTS_JSONL, [line for part in parts for line in part["lines"]])
+    body = {
+        "settings": settings,
+        "environment": _environment(processes),
+        "command": " ".join(["samed3d", *sys.argv[1:]]),
+        "revision": _revision(),
+        "protocols": {name: {"title": PROTOCOLS[name].title, "flattering": PROTOCOLS[name].flattering} for name in job.protocols},
+        "summary": summarise(rows, clicks),
+        "scores": score_series(rows),
+    }
+    partial = out / f".{RESULTS_JSON}.{os.getpid()}.part"
+    partial.write_text(json.dumps(body, indent=1))
+    os.replace(partial, out / RESULTS_JSON)
+    shutil.rmtree(job.parts)
+
+
+def _environment(processes: int) -> dict[str, Any]:
     return {
-        "dice": round(float(sums[:, 0].sum() / sums[:, 1].sum()), 4),
-        "interval": [round(float(low), 4), round(float(high), 4)],
-        "subjects": len(sums),
-        "measurements": int(sums[:, 1].sum()),
-        "obeyed": round(float(np.mean([r["obeyed"] for r in rows])), 4),
-        "median_seconds": round(float(np.median([r["seconds"] for r in rows])), 3),
+        "samed3d": samed3d.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "processes": processes,
     }
 
 
-def _split_of(models: list[str]) -> Split:
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _revision() -> str | None:
+    """The commit of the source tree, with ``+`` where it has changes; None where there is no tree."""
+    root = Path(samed3d.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+"], cwd=root, capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
+def _split_of(models: Sequence[str]) -> Split:
     """The split stored in the first checkpoint that was trained by this project; the default split where there is none."""
     for name in models:
-        path = find_checkpoint(name)
+        path = find_checkpoint(name.rpartition(":")[2])
         stored = read_header(path).get("training", {}).get("data") if path else None
         if stored:
             return Split(stored["validation_share"], stored["split_seed"], tuple(stored["hold_out"]))
     return Split()
-
-
-def _shown(cases: list[LabelledCase], progress: bool) -> Iterable[LabelledCase]:
-    if not progress:
-        return cases
-    from rich.progress import track
-
-    return track(cases, description="measuring")

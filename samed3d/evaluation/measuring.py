@@ -1,0 +1,214 @@
+"""One case, one contender, one protocol: walk its structures and turn every prompt into a row and a line that can be replayed.
+
+Read ``rows.py`` for the columns, ``protocols/base.py`` for who is walking, ``run.py`` next.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from samed3d.errors import InputError
+from samed3d.evaluation.cases import LabelledCase, Loaded
+from samed3d.evaluation.contenders import Contender
+from samed3d.evaluation.protocols import AnyProtocol
+from samed3d.evaluation.protocols.base import FIRST, CaseProtocol, StructureProtocol, Task, Turn, Way
+from samed3d.evaluation.rows import Row
+from samed3d.metrics import dice, surface_scores, volume_error
+from samed3d.prompts import prompt_to_json
+from samed3d.volume.label_maps import EmptyLabelError
+
+logger = logging.getLogger(__name__)
+
+MIN_VOXELS = 100
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What every case is measured with.
+
+    Attributes:
+        clicks: How many, where the protocol does not say.
+        seeds: Repetitions.
+        policies: Of the ``samed3d`` protocol.
+        prompts: Of the ``samed3d`` protocol: what comes first.
+        labels_per_case: Structures per case, drawn with a fixed seed; None takes all.
+        min_voxels: Smaller structures are passed over.
+        tolerance_mm: Of the surface Dice, where the protocol does not say.
+        surfaces: Whether surface Dice and HD95 are measured; they take longer than small models do.
+    """
+
+    clicks: int
+    seeds: int = 1
+    policies: tuple[str, ...] = ("centre",)
+    prompts: tuple[str, ...] = ("click",)
+    labels_per_case: int | None = None
+    min_voxels: int = MIN_VOXELS
+    tolerance_mm: float = 2.0
+    surfaces: bool = True
+
+
+@dataclass
+class Part:
+    """What one case left: rows of ``cases.csv`` and lines of ``prompts.jsonl``."""
+
+    rows: list[Row] = field(default_factory=list)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+
+def usable_ways(contender: Contender, protocol: AnyProtocol, ask: Ask) -> list[Way]:
+    """The ways of a protocol whose first prompt the contender takes.
+
+    Raises:
+        InputError: if there is none.
+    """
+    ways = protocol.ways(ask.policies, ask.prompts)
+    if isinstance(protocol, CaseProtocol):  # what cannot take its box begins with its clicks
+        fit = ways if {"box", "point"} & contender.takes else []
+    else:
+        fit = [way for way in ways if FIRST[way.prompt] in contender.takes]
+    if not fit:
+        given = ", ".join(dict.fromkeys(FIRST[way.prompt] for way in ways))
+        needs = " or ".join(sorted(contender.takes))
+        raise InputError(f"model {contender.name!r} needs a {needs} first; protocol {protocol.name!r} gives it only: {given}")
+    return fit
+
+
+def measure(case: LabelledCase, contender: Contender, protocol: AnyProtocol, ask: Ask, loaded: Loaded | None = None) -> Part:
+    """Measure a contender on all structures of a case.
+
+    Args:
+        case: The case.
+        contender: What is measured.
+        protocol: Who clicks.
+        ask: How often and how much.
+        loaded: The case where it is in memory already.
+
+    Raises:
+        InputError: if the case or an answer cannot be used.
+    """
+    part = Part()
+    try:
+        loaded = loaded or case.loaded()
+    except EmptyLabelError as error:
+        logger.warning("passed over %s: %s", case.case, error)
+        return part
+    values = _structures(loaded, ask)
+    if not values:
+        logger.warning("passed over %s: no structure of at least %d voxels", case.case, ask.min_voxels)
+        return part
+    turns = _structure_turns if isinstance(protocol, StructureProtocol) else _case_turns
+    for value, seed, way, series in turns(contender, protocol, loaded, values, ask):  # type: ignore[arg-type]
+        _note(part, case, loaded, contender, protocol, ask, (value, seed, way), series)
+    return part
+
+
+def _structures(loaded: Loaded, ask: Ask) -> list[int]:
+    found = zip(*np.unique(loaded.labels, return_counts=True), strict=True)
+    values = sorted(int(v) for v, n in found if v != 0 and n >= ask.min_voxels)
+    if ask.labels_per_case is not None and len(values) > ask.labels_per_case:
+        values = sorted(int(v) for v in np.random.default_rng(0).permutation(values)[: ask.labels_per_case])
+    return values
+
+
+Series = Iterator[Turn] | list[Turn]
+_Found = Iterator[tuple[int, int, Way, Series]]
+
+
+def _structure_turns(contender: Contender, protocol: StructureProtocol, loaded: Loaded, values: list[int], ask: Ask) -> _Found:
+    clicks = protocol.fixed_clicks or ask.clicks
+    for number, value in enumerate(values):
+        target = loaded.labels == value
+        for seed in range(ask.seeds):
+            for way in usable_ways(contender, protocol, ask):
+                task = Task(loaded.volume, target, protocol.rng(seed, number), clicks, way)
+                yield value, seed, way, protocol.walk(contender, task)
+
+
+def _case_turns(contender: Contender, protocol: CaseProtocol, loaded: Loaded, values: list[int], ask: Ask) -> _Found:
+    clicks = protocol.fixed_clicks or ask.clicks
+    for seed in range(ask.seeds):
+        for way in usable_ways(contender, protocol, ask):
+            series: list[list[Turn]] = [[] for _ in values]
+            for turns in protocol.walk_case(contender, loaded, values, clicks, seed):
+                for number, turn in enumerate(turns):
+                    series[number].append(turn)
+            for value, own in zip(values, series, strict=True):
+                yield value, seed, way, own
+
+
+def _note(
+    part: Part,
+    case: LabelledCase,
+    loaded: Loaded,
+    contender: Contender,
+    protocol: AnyProtocol,
+    ask: Ask,
+    which: tuple[int, int, Way],
+    series: Series,
+) -> None:
+    """Score a series of turns; a series that ends early repeats its last row."""
+    value, seed, way = which
+    target = loaded.labels == value
+    voxels = int(np.count_nonzero(target))
+    about: Row = {"model": contender.name, "protocol": protocol.name, "group": case.group, "source": case.source, "case": case.case}
+    about |= {"subject": case.subject, "modality": case.modality, "label": value, "name": case.names.get(value, ""), "voxels": voxels}
+    about["volume_ml"] = round(voxels * float(np.prod(loaded.volume.grid.spacing_xyz_mm)) / 1000, 4)
+    about |= {"seed": seed, "policy": way.policy, "prompt": way.prompt}
+    scorer = _Scorer(target, loaded, protocol, ask)
+    rows, turns = [], []
+    for turn in series:
+        rows.append(about | {"click": turn.click} | scorer.score(turn))
+        turns.append({"click": turn.click, "prompts": [prompt_to_json(p) for p in turn.prompts]})
+    clicks = protocol.fixed_clicks or ask.clicks
+    for click in range(rows[-1]["click"] + 1 if rows else clicks + 1, clicks + 1):
+        rows.append(rows[-1] | {"click": click, "seconds": 0.0, "encode_seconds": 0.0, "added_voxels": 0})
+    part.rows += rows
+    about = {key: about[key] for key in ("model", "protocol", "source", "case", "label", "seed", "policy", "prompt")}
+    part.lines.append(about | {"image": str(case.image_path), "labels_file": str(case.label_path), "turns": turns})
+
+
+class _Scorer:
+    """Scores the turns of one structure in order."""
+
+    def __init__(self, target: NDArray[np.bool_], loaded: Loaded, protocol: AnyProtocol, ask: Ask) -> None:
+        self._target, self._spacing = target, loaded.volume.grid.spacing_zyx_mm
+        if loaded.challenge_spacing is not None and isinstance(protocol, CaseProtocol):
+            self._spacing = loaded.challenge_spacing  # the challenge's evaluator takes the numbers in the order of the file
+        self._tolerance = protocol.tolerance_mm if protocol.tolerance_mm is not None else ask.tolerance_mm
+        self._surfaces, self._before = ask.surfaces, 0
+
+    def score(self, turn: Turn) -> Row:
+        target = self._target if turn.target is None else turn.target
+        spacing = turn.spacing_zyx_mm or self._spacing
+        size = int(np.count_nonzero(turn.mask))
+        row: Row = {"dice": round(dice(turn.mask, target), 5)}
+        if self._surfaces:
+            row |= {key: round(value, 5) for key, value in surface_scores(turn.mask, target, spacing, self._tolerance).items()}
+        row["volume_error"] = round(volume_error(turn.mask, target), 5)
+        if turn.clicked is not None:
+            at, positive = turn.clicked
+            row |= {"obeyed": int(bool(turn.mask[at]) == positive), "positive": int(positive)}
+        row["added_voxels"], self._before = size - self._before, size
+        row["seconds"] = round(turn.cost.seconds, 4)
+        row["encode_seconds"] = None if turn.cost.encode_seconds is None else round(turn.cost.encode_seconds, 4)
+        row["peak_mib"] = None if turn.cost.peak_mib is None else round(turn.cost.peak_mib, 1)
+        return row
+
+
+def check_measurable(contenders: Sequence[Contender], protocol: AnyProtocol, ask: Ask) -> None:
+    """That every contender takes a prompt that the protocol gives; ways that one of them cannot be clicked in are named in the log.
+
+    Raises:
+        InputError: if one cannot be clicked at all.
+    """
+    asked = protocol.ways(ask.policies, ask.prompts)
+    for contender in contenders:
+        fit = usable_ways(contender, protocol, ask)
+        if missing := dict.fromkeys(way.prompt for way in asked if way not in fit):
+            logger.warning("%s does not take a %s first and is left out there", contender.name, " or a ".join(missing))

@@ -1,0 +1,87 @@
+"""What a prompt costs: seconds, the encoder's part of them, and peak memory. Read ``subject.py`` for who is metered."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+@dataclass
+class Cost:
+    """Of one prompt; ``encode_seconds`` is None where there is no encoder."""
+
+    seconds: float = 0.0
+    encode_seconds: float | None = None
+    peak_mib: float | None = None
+
+
+class Meter:
+    """Measures what runs inside ``running``; the encoder's time comes from the model's own ``encode``, which it wraps."""
+
+    def __init__(self, model: Any = None) -> None:
+        """For a model with ``encode``, or None."""
+        self._has_encoder = model is not None and callable(getattr(model, "encode", None))
+        self._encoding = 0.0
+        if self._has_encoder:
+            setattr(model, "encode", self._timed(model.encode))  # noqa: B010  a method of an instance is replaced on purpose
+
+    @contextmanager
+    def running(self) -> Iterator[Cost]:
+        """Fills the cost when the block ends."""
+        cost = Cost()
+        self._encoding = 0.0
+        _reset_peak()
+        began = time.perf_counter()
+        yield cost
+        _wait_for_gpu()
+        cost.seconds = time.perf_counter() - began
+        cost.encode_seconds = self._encoding if self._has_encoder else None
+        cost.peak_mib = _peak_mib()
+
+    def _timed(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            _wait_for_gpu()
+            began = time.perf_counter()
+            features = encode(*args, **kwargs)
+            _wait_for_gpu()
+            self._encoding += time.perf_counter() - began
+            return features
+
+        return timed
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    try:
+        _CLEAR.write_text("5")  # Linux: the peak of the resident set is now what it is
+    except OSError:
+        return
+
+
+def _peak_mib() -> float:
+    """Peak since the last reset; where the system cannot reset it, since the process began."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 1024
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**20 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,108 @@
+"""VISTA3D's iterative point protocol, without and with the two choices that flatter.
+
+First click: the target eroded by 3 x 3 x 3, its largest component, the voxel nearest that component's mean. Each next one: missed and
+surplus voxels eroded alike, the largest component of each; the missed one where it is at least as large; a random voxel in it. Where
+nothing is left after eroding, before the tenth click once more with a kernel that is flat across slices, then none. All clicks are kept.
+
+``vista3d-points-flattering`` does as the released script: surplus voxels in slices without any target are deleted before scoring **and**
+before the next click, and the score is the best so far. Ours differs from the script in that the model looks where it wants (the script:
+a sliding window), in 26-connected components, and in falling back to the whole target where eroding leaves nothing of it.
+
+Source: ``val_multigpu_point_iterative.py`` of Project-MONAI/VISTA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from samed3d.clicks import largest_component
+from samed3d.evaluation.contenders import Contender
+from samed3d.evaluation.protocols.base import Click, StructureProtocol, Subject, Task, Turn, point_at
+from samed3d.geometry import IntTriple, bounding_region
+from samed3d.metrics import dice
+
+CUBE, FLAT = (3, 3, 3), (1, 3, 3)
+FLAT_UNTIL = 10
+
+
+class Vista3dPoints(StructureProtocol):
+    """The rule, scored as a user would."""
+
+    name = "vista3d-points"
+    title = "VISTA3D's point rule, scored on the whole mask after each click"
+
+    def walk(self, contender: Contender, task: Task) -> Iterator[Turn]:
+        """Click and look."""
+        subject = Subject(contender, task.volume, task.target)
+        click: Click | None = (first_click(task.target), True)
+        for number in range(1, task.clicks + 1):
+            if click is None:
+                return
+            mask, cost = subject.give([point_at(click)])
+            mask = self.seen(mask, task.target)
+            yield Turn(number, [point_at(click)], mask, cost, click)
+            click = further_click(mask, task.target, number, task.rng)
+
+    def seen(self, mask: NDArray[np.bool_], target: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """What is scored and clicked on."""
+        return mask
+
+
+class Vista3dPointsFlattering(Vista3dPoints):
+    """As released: surplus outside the target's slices is forgiven, and the best score so far counts."""
+
+    name = "vista3d-points-flattering"
+    title = "VISTA3D's point rule as released: surplus in slices without target deleted, best so far"
+    flattering = "surplus in slices without target is deleted by the truth; the best score so far counts"
+    leaks_truth = True
+
+    def walk(self, contender: Contender, task: Task) -> Iterator[Turn]:
+        """The same turns with the best mask so far."""
+        best: NDArray[np.bool_] | None = None
+        for turn in super().walk(contender, task):
+            current = turn.mask
+            if best is None or dice(current, task.target) >= dice(best, task.target):
+                best = current
+            yield Turn(turn.click, turn.prompts, best, turn.cost, turn.clicked)
+
+    def seen(self, mask: NDArray[np.bool_], target: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Without surplus where no target is in the slice."""
+        slices = np.asarray(target.any(axis=(1, 2)))
+        return mask & slices[:, None, None]
+
+
+def first_click(target: NDArray[np.bool_]) -> IntTriple:
+    """The voxel of the eroded target's largest component that is nearest its mean."""
+    region = bounding_region(target)
+    inner = target[region.slices]
+    eroded = _eroded(inner, CUBE)
+    found = np.argwhere(largest_component(eroded if eroded.any() else inner))
+    nearest = found[int(((found - found.mean(axis=0)) ** 2).sum(axis=1).argmin())]
+    z, y, x = (int(v) + a for v, a in zip(nearest, region.start_zyx, strict=True))
+    return (z, y, x)
+
+
+def further_click(pred: NDArray[np.bool_], target: NDArray[np.bool_], number: int, rng: np.random.Generator) -> Click | None:
+    """The click after the ``number``-th, or None where eroding leaves nothing wrong."""
+    region = bounding_region(pred ^ target)
+    if region.is_empty:
+        return None
+    pred, target = pred[region.slices], target[region.slices]
+    for kernel in (CUBE, FLAT) if number < FLAT_UNTIL else (CUBE,):
+        missed, surplus = (largest_component(_eroded(m, kernel)) for m in (target & ~pred, pred & ~target))
+        chosen = missed if np.count_nonzero(missed) >= np.count_nonzero(surplus) else surplus
+        where = np.argwhere(chosen)
+        if len(where):
+            at = where[int(rng.integers(len(where)))]
+            z, y, x = (int(v) + a for v, a in zip(at, region.start_zyx, strict=True))
+            return (z, y, x), chosen is missed
+    return None
+
+
+def _eroded(mask: NDArray[np.bool_], kernel: IntTriple) -> NDArray[np.bool_]:
+    from scipy.ndimage import binary_erosion
+
+    return binary_erosion(mask, np.ones(kernel, bool))

@@ -1,0 +1,45 @@
+"""What the geodesic baseline needs of SimpleITK: how long a front takes from some voxels to all others, and how hard it goes.
+
+Region growing is in ``itk.py``. Read ``evaluation/baselines/regions.py`` for how they are clicked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from samed3d.geometry import IntTriple, Triple
+
+
+def travel_time(speed: NDArray[np.floating], spacing_zyx_mm: Triple, seeds_zyx: Sequence[IntTriple]) -> NDArray[np.float32]:
+    """ITK's fast marching: when a front that leaves the seeds at time 0 reaches each voxel.
+
+    Args:
+        speed: (D, H, W) of the front in mm per unit of time, > 0.
+        spacing_zyx_mm: Voxel edges.
+        seeds_zyx: Where it starts; at least one.
+
+    Returns:
+        (D, H, W) float32 times.
+    """
+    import SimpleITK as sitk
+
+    image = sitk.GetImageFromArray(speed.astype(np.float32, copy=False))
+    image.SetSpacing(spacing_zyx_mm[::-1])
+    trials = [(int(x), int(y), int(z)) for z, y, x in seeds_zyx]
+    return sitk.GetArrayFromImage(sitk.FastMarching(image, trials, normalizationFactor=1.0, stoppingValue=1e6)).astype(np.float32)
+
+
+def smoothed_gradient(array: NDArray, spacing_zyx_mm: Triple, sigma_mm: float) -> NDArray[np.float32]:
+    """The magnitude of the gradient per mm after smoothing with a Gaussian of ``sigma_mm``, (D, H, W) float32."""
+    import SimpleITK as sitk
+
+    image = sitk.GetImageFromArray(array.astype(np.float32, copy=False))
+    image.SetSpacing(spacing_zyx_mm[::-1])
+    if min(image.GetSize()) < 4:  # ITK's recursive filter needs four voxels along each axis
+        image = sitk.GradientMagnitude(image)
+    else:
+        image = sitk.GradientMagnitudeRecursiveGaussian(image, sigma_mm)
+    return sitk.GetArrayFromImage(image).astype(np.float32)
