@@ -13,6 +13,7 @@ import torch
 
 from data_prep.cached import cached_corpus
 from samed3d.cli import main
+from samed3d.cli.train import _weights_of
 from samed3d.config import TrainConfig, load_config
 from samed3d.data.corpus import Corpus
 from samed3d.data.sampling import CropDataset
@@ -224,6 +225,20 @@ def test_data_without_labels_or_without_data_are_refused(base, tmp_path, capsys)
 def test_fine_tuning_options_without_finetune_name_the_config_key(capsys):
     assert main(["train", "--train", "decoder"]) == 2
     assert "--train goes with --finetune MODEL; a config says model.train" in error_of(capsys)
+
+
+def test_a_run_starts_from_another_by_one_flag(base, tmp_path, capsys):
+    (tmp_path / "stage1").mkdir()
+    assert main(["train", "--from", str(tmp_path / "stage1")]) == 2
+    assert "--from needs a run folder with model.safetensors, or a checkpoint" in error_of(capsys)
+    (tmp_path / "stage1" / "model.safetensors").write_bytes(base.read_bytes())
+    numbers = ["data.crop=[16,16,16]", "clicks.interactions=1", "optim.steps=1", "run.precision=fp32", f"run.folder={tmp_path / 'stage2'}"]
+    changes = [part for number in numbers for part in ("--set", number)]
+    assert main(["train", "--from", str(tmp_path / "stage1"), "--model", "samed3d_unet", *changes, "-q"]) == 0
+    config = json.loads((tmp_path / "stage2" / "config.json").read_text())
+    assert config["model"]["weights"] == str(tmp_path / "stage1" / "model.safetensors")
+    (tmp_path / "stage1" / "best.safetensors").write_bytes(base.read_bytes())
+    assert _weights_of(tmp_path / "stage1").name == "best.safetensors" and _weights_of(base) == base
 
 
 def test_the_cache_is_found_again_and_a_changed_folder_is_another(five, cache):

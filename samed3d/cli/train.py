@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,13 @@ _FINETUNE = "Fine-tuning"
 def train(
     config: Annotated[Path | None, typer.Option(help="YAML file; without it, the defaults of samed3d/config.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. optim.lr=1e-4.")] = None,
+    model: Annotated[str | None, typer.Option(help="Architecture; the same as --set model.name=NAME.")] = None,
+    from_: Annotated[
+        Path | None, typer.Option("--from", metavar="RUN", help="Start from a run's model, e.g. stage 2 from stage 1; or a checkpoint.")
+    ] = None,
+    moe: Annotated[
+        list[str] | None, typer.Option(metavar="EXPERT", help="Train the gate of a mixture of these decoders of one base; repeatable.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of run.folder.")] = False,
     finetune: Annotated[
         str | None, typer.Option(metavar="MODEL", rich_help_panel=_FINETUNE, help="Start from this checkpoint; needs --data.")
@@ -49,21 +57,38 @@ def train(
     }
     given = {name: value for name, value in said.items() if value is not None}
     if finetune is not None:
-        if config is not None or resume:
+        others = {"--config": config, "--resume": resume, "--model": model, "--from": from_, "--moe": moe}
+        if joined := next((name for name, value in others.items() if value), None):
             remedy = "use --set, or train with --config configs/finetune.yaml on a prepared corpus"
-            raise InputError(f"--finetune has its own recipe and cannot be joined with {'--config' if config else '--resume'}; {remedy}")
+            raise InputError(f"--finetune has its own recipe and cannot be joined with {joined}; {remedy}")
         _finetune(finetune, data or [], output, given, tuple(set_ or ()), quiet)
         return
     if extra := [*given, *(["data"] if data else []), *(["output"] if output else [])]:
         raise InputError(f"--{extra[0]} goes with --finetune MODEL; a config says {_CONFIG_KEYS.get(extra[0], 'model.* and optim.*')}")
     from samed3d.config import TrainConfig, load_config
 
-    settings = load_config(TrainConfig, config, set_ or [])
-    from samed3d.training.loop import train as run
+    short = [*([f"model.name={model}"] if model else []), *([f"model.weights={json.dumps(str(_weights_of(from_)))}"] if from_ else [])]
+    settings = load_config(TrainConfig, config, [*short, *(set_ or [])])
+    if moe:
+        from samed3d.training.moe import train_gate
 
-    folder = run(settings, resume=resume, quiet=quiet)
+        folder = train_gate(settings.model.weights or "default", moe, settings, resume=resume, quiet=quiet)
+    else:
+        from samed3d.training.loop import train as run
+
+        folder = run(settings, resume=resume, quiet=quiet)
     if not quiet and os.environ.get("RANK", "0") == "0":
         typer.echo(f"run in {folder}")
+
+
+def _weights_of(run: Path) -> Path:
+    """A run folder's best model where there was a validation, else its last; a file as it is."""
+    if not run.is_dir():
+        return run
+    for name in ("best.safetensors", "model.safetensors"):
+        if (run / name).is_file():
+            return run / name
+    raise InputError(f"--from needs a run folder with model.safetensors, or a checkpoint, got {run}")
 
 
 _CONFIG_KEYS = {
