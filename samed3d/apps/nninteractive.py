@@ -109,7 +109,6 @@ class _Leases:
                 raise
             after = replace(before, steps=(*before.steps, len(updates)))
             self.write(entry, after)
-            entry.revision += len(updates)
             if predict:
                 self.service.telemetry.prediction(sum(u.seconds for u in updates))
             return (_together(session, updates, before.object_id) if predict else None), after
@@ -268,7 +267,6 @@ def _add_interactions(routes: APIRouter, leases: _Leases) -> None:
                 return None, lease.target
             update = session.predict(lease.object_id)
             leases.write(entry, replace(lease, steps=(*lease.steps[:-1], lease.steps[-1] + 1)))
-            entry.revision += 1
             service.telemetry.prediction(update.seconds)
             return update, lease.target
 
@@ -285,7 +283,6 @@ def _add_interactions(routes: APIRouter, leases: _Leases) -> None:
                 return None, lease.target
             updates = [u for u in (session.undo() for _ in range(lease.steps[-1])) if u is not None]
             leases.write(entry, replace(lease, steps=lease.steps[:-1]))
-            entry.revision += len(updates)
             return _together(session, updates, lease.object_id), lease.target
 
         update, target = await service.registry.use(entry, job, request.is_disconnected)

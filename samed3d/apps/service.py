@@ -126,9 +126,8 @@ class Service:
 
         def job(session: Session) -> dict[str, Any]:
             updates = [u for u in change(session) if u is not None]
-            entry.revision += 1
-            for update in updates:
-                if update.prompt_id:
+            if not request.url.path.endswith(("/undo", "/redo")):
+                for update in updates:
                     self.telemetry.prediction(update.seconds)
             return edit_to_json(entry, session, updates)
 

@@ -77,9 +77,16 @@ class Entry:
     folder: Path
     about: About | None
     session: Session | None = None
-    revision: int = 0
     used: float = field(default_factory=time.monotonic)
     seen: float = field(default_factory=time.monotonic)
+
+    @property
+    def revision(self) -> int:
+        """Grows with every edit, over restarts too: the length of the journal, to which edits are only ever added."""
+        try:
+            return (self.folder / JOURNAL).stat().st_size
+        except FileNotFoundError:
+            return 0
 
 
 class Registry:
@@ -222,11 +229,8 @@ class Registry:
             raise ApiError(409, "the session has no image yet; send one first")
         self._make_room(entry)
         journal = entry.folder / JOURNAL
-        session = Session.open(
-            about.image, self.model(about.model), self.device, channel=about.channel, series=about.series, journal=journal
-        )
-        entry.session, entry.revision = session, max(entry.revision, _lines(journal))
-        return session
+        entry.session = Session.open(about.image, self.model(about.model), self.device, about.channel, about.series, journal)
+        return entry.session
 
     def _check_room(self) -> None:
         """That a session could be opened now, without touching any."""
@@ -282,14 +286,6 @@ def read_about(folder: Path) -> About | None:
 def timestamp() -> str:
     """Now, in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _lines(journal: Path) -> int:
-    """Lines of an append-only file: a number that only grows, over restarts too."""
-    try:
-        return journal.read_bytes().count(b"\n")
-    except FileNotFoundError:
-        return 0
 
 
 def _locked(folder: Path) -> IO[str]:
