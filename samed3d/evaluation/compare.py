@@ -90,7 +90,7 @@ def differences_of_settings(runs: dict[str, SavedRun]) -> list[str]:
         ("ways of clicking", lambda run: ", ".join(sorted(map(str, run.ways)))),
         ("split", lambda run: str(run.settings.get("split", "not stated"))),
         ("subjects kept from training", lambda run: _kept(run)),
-        ("tolerance of NSD in mm", lambda run: str(run.settings.get("tolerance_mm", "not stated"))),
+        ("tolerance of NSD in mm", lambda run: str(run.settings.get("ask", {}).get("tolerance_mm", "not stated"))),
     ):
         values = {short: value_of(run) for short, run in runs.items()}
         if len(set(values.values())) > 1:

@@ -110,7 +110,8 @@ def pairs(entries: Sequence[tuple[str, str]]) -> str:
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """A paragraph of plain text."""
+    """A paragraph of plain text; its line breaks are spaces."""
+    text = " ".join(text.split())
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 

@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.errors import InputError
+from samed3d.evaluation.cases import Split, find_cases
 from samed3d.evaluation.contenders import RANDOM_WEIGHTS, Clickable, Contender, contender_of
 from samed3d.prompts import Prompt, prompt_from_json
 from samed3d.volume import Volume, read_volume
 from samed3d.volume.label_maps import read_label_map
 
-REPLAYED = ("samed3d",)
+REPLAYED = ("samed3d", "radioactive-3d", "vista3d-points")
 
 
 @dataclass(frozen=True)
@@ -38,24 +39,22 @@ class Answers:
     """What is kept between lines: loaded models, and the latest image with who answers on it."""
 
     contenders: dict[str, Contender] = field(default_factory=dict)
-    image: tuple[str, str] | None = None
+    case: tuple[str, str] | None = None
     volume: Volume | None = None
     labels: NDArray | None = None
     subjects: dict[str, Clickable] = field(default_factory=dict)
     objects: itertools.count = field(default_factory=lambda: itertools.count(1))
 
-    def read(self, image: str, labels: str) -> tuple[Volume, NDArray]:
-        """The image and its label map, kept until another one is asked for.
+    def read(self, line: dict[str, Any]) -> tuple[Volume, NDArray]:
+        """The image and the label map of a line, kept until another case is asked for.
 
         Raises:
             InputError: if either is not there any more.
         """
-        if self.image != (image, labels) or self.volume is None or self.labels is None:
-            for path in (image, labels):
-                if not Path(path).exists():
-                    raise InputError(f"the file is not there any more: {path}")
-            self.volume, self.labels, self.subjects = read_volume(image), read_label_map(Path(labels))[0], {}
-            self.image = (image, labels)
+        case = (line["image"], line["case"])
+        if self.case != case or self.volume is None or self.labels is None:
+            self.volume, self.labels = _read(line)
+            self.case, self.subjects = case, {}
         return self.volume, self.labels
 
     def subject(self, model: str, volume: Volume, truth: NDArray[np.bool_]) -> Clickable:
@@ -81,7 +80,7 @@ def replay(line: dict[str, Any], answers: Answers) -> Replayed:
     Raises:
         InputError: if the image, the label or the model is not there any more, or there was no prompt.
     """
-    volume, labels = answers.read(line["image"], line["labels_file"])
+    volume, labels = answers.read(line)
     truth = labels == int(line["label"])
     subject, number = answers.subject(line["model"], volume, truth), next(answers.objects)
     prompts = [prompt_from_json(entry) for turn in line["turns"] for entry in turn["prompts"]]
@@ -91,3 +90,18 @@ def replay(line: dict[str, Any], answers: Answers) -> Replayed:
         subject.add(prompt, object_id=number)
     mask = subject.mask_of(number).astype(bool)
     return Replayed(volume, truth, mask, prompts)
+
+
+def _read(line: dict[str, Any]) -> tuple[Volume, NDArray]:
+    """Image and labels of an nnU-Net folder by their files, of a corpus or a challenge folder by the case's name."""
+    image, labels = Path(line["image"]), Path(line["labels_file"])
+    for path in (image, labels):
+        if not path.exists():
+            raise InputError(f"the file is not there any more: {path}")
+    if image.is_file() and image.suffix != ".npz":
+        return read_volume(image), read_label_map(labels)[0]
+    folder = image if image.is_dir() else image.parent
+    for case in find_cases([folder], Split(), "all"):
+        if (case.source, case.case) == (line["source"], line["case"]):
+            return case.read()
+    raise InputError(f"the case is not there any more: {line['case']} in {folder}")

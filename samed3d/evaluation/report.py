@@ -21,19 +21,20 @@ from samed3d.evaluation.rows import Row
 from samed3d.evaluation.saved import SavedRun, Way, modality_class, read_run, score, size_class, size_order
 from samed3d.evaluation.statistics import Estimate
 from samed3d.evaluation.summaries import TRAINED_ON, by_model, click_curve, differences, grouped, untrained
-from samed3d.evaluation.tables import curve_table, difference_figure, difference_table, score_tables
+from samed3d.evaluation.tables import curve_table, difference_figure, difference_table, own_scores, score_tables
 
 REPORT_HTML = "report.html"
 PICTURE_SECONDS = 120.0
 _FEW_LINES = 3
+_IN_THE_TABLES = ("area", "clicks to", "failures at", "monotone")
 _PERCENTILES = (5, 25, 50, 75, 95)
 _NAVIGATION = """<nav><a href="#scores">Scores</a><a href="#curves">Click curves</a><a href="#differences">Differences</a>
 <a href="#cases">Cases</a><a href="#time">Time</a><a href="#how">How this was measured</a></nav>"""
 _SCORES_NOTE = """Dice after each number of clicks: mean over structures, below it the 95 % bootstrap interval over subjects (none for a
 single subject). The score after n clicks is the score after n clicks, never the best so far. Area: under the click curve, divided by
 its width. NSD and HD95 after the last click; a missing mask has the image's diagonal as its HD95. Clicks to 0.80: mean, structures that
-never get there counted with the most clicks given, and their share. Obeyed: the clicked voxel has the click's sign. Lowered: clicks
-after which Dice fell by more than 0.01. First and later: median time per prompt."""
+never get there counted with one click more than were given, and their share. Obeyed: the clicked voxel has the click's sign. Lowered:
+clicks after which Dice fell by more than 0.01. First and later: median time per prompt."""
 _TESTS_NOTE = """Dice of the first model minus Dice of the second on the same structure, seed and number of clicks. Intervals and both
 tests take subjects, not structures, as the unit: a bootstrap over subjects, and a Wilcoxon signed-rank test on the subjects' mean
 differences, corrected after Holm for all tests in the table. Fewer than six subjects cannot give a Wilcoxon p under 0.05."""
@@ -79,7 +80,7 @@ def report_body(run: SavedRun, pictures: str = "") -> str:
     ways = run.ways
     parts = [_title(run), *(paragraph(w, "warn") for w in _warnings(run)), *_in_short(run, ways[0])]
     parts.append(_NAVIGATION)
-    scores = [_way_heading(way, ways) + score_tables(run.of(way)) for way in ways]
+    scores = [_way_heading(way, ways) + _about(run, way) + score_tables(run.of(way)) + own_scores(_own(run, way)) for way in ways]
     parts.append('<h2 id="scores">Scores</h2>' + paragraph(_SCORES_NOTE, "faint") + "".join(scores))
     curves = [_curves(run, way) for way in ways]
     shown = curves[0] + "".join(folded(f"Click curves: {way}", html) for way, html in zip(ways[1:], curves[1:], strict=True))
@@ -225,6 +226,24 @@ def flattened(entry: Any, prefix: str = "") -> list[tuple[str, str]]:
     if entry is None or entry == []:
         return []
     return [(prefix, ", ".join(map(str, entry)) if isinstance(entry, list | tuple) else str(entry))]
+
+
+def _about(run: SavedRun, way: Way) -> str:
+    """What the protocol is, and what flatters in it."""
+    about = run.results.get("protocols", {}).get(way.protocol, {})
+    title, flattering = about.get("title", ""), about.get("flattering", "")
+    warned = paragraph(f"These scores flatter: {flattering}.", "warn") if flattering else ""
+    return (paragraph(f"{way.protocol}: {title}.", "faint") if title else "") + warned
+
+
+def _own(run: SavedRun, way: Way) -> list[dict[str, Any]]:
+    """The protocol's own figures, which only ``results.json`` has."""
+    return [
+        line
+        for line in run.results.get("scores", [])
+        if (line.get("protocol"), line.get("policy"), line.get("prompt")) == (way.protocol, way.policy, way.prompt)
+        and not line.get("score", "").startswith(_IN_THE_TABLES)
+    ]
 
 
 def _way_heading(way: Way, ways: Sequence[Way]) -> str:

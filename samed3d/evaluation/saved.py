@@ -39,7 +39,7 @@ class Way:
 
     Attributes:
         protocol: As in ``cases.csv``.
-        policy: Where clicks fall.
+        policy: Where clicks fall; ``own`` is the protocol's only rule.
         prompt: What came first.
     """
 
@@ -49,7 +49,8 @@ class Way:
 
     def __str__(self) -> str:
         first = {"click": "", "": ""}.get(self.prompt, f"a {self.prompt} first")
-        return ", ".join(part for part in (self.protocol, f"{self.policy} clicks" if self.policy else "", first) if part)
+        policy = "" if self.policy in ("", "own") else f"{self.policy} clicks"
+        return ", ".join(part for part in (self.protocol, policy, first) if part)
 
 
 @dataclass(frozen=True)

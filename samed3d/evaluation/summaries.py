@@ -19,6 +19,8 @@ from samed3d.metrics.curves import area_under_curve, clicks_to
 
 QUALITIES = (0.8, 0.85, 0.9)
 TRAINED_ON = "trained on"
+FALL = 0.01
+"""By more than this a click is said to have lowered the Dice."""
 ALL_PAIRS = 4
 """Up to this many models are compared each with each, more only with the first."""
 
@@ -29,7 +31,7 @@ class Effort:
 
     Attributes:
         quality: The Dice.
-        clicks: Mean number of clicks, the most clicks given where it was not reached.
+        clicks: Mean number of clicks; one more than were given where it was not reached.
         failed: Share of curves that did not reach it.
     """
 
@@ -116,7 +118,7 @@ def headline(rows: Sequence[Row], model: str) -> Headline:
         hd95_mm=estimate(final, "hd95_mm"),
         efforts=tuple(_effort(curves, who, quality) for quality in QUALITIES),
         obeyed=_mean([score(r, "obeyed") for r in rows]),
-        lowered=_mean([float(step < -0.01) for step in steps if not math.isnan(step)]),
+        lowered=_mean([float(step < -FALL - 1e-9) for step in steps if not math.isnan(step)]),
         first_seconds=_median([r for r in rows if r["click"] == begins]),
         later_seconds=_median([r for r in rows if r["click"] != begins]),
     )
@@ -164,13 +166,15 @@ def _share_a_number(first: dict, second: dict) -> bool:
 
 def _effort(curves: Sequence[tuple[Row, list[int], list[float]]], who: Sequence[Hashable], quality: float) -> Effort:
     needed = [clicks_to(scores, quality, clicks[0]) for _, clicks, scores in curves]
-    capped = [float(clicks[-1] if n is None else n) for n, (_, clicks, _) in zip(needed, curves, strict=True)]
+    capped = [float(clicks[-1] + 1 if n is None else n) for n, (_, clicks, _) in zip(needed, curves, strict=True)]
     return Effort(quality, mean_with_interval(capped, who), _mean([float(n is None) for n in needed]))
 
 
 def _area(clicks: Sequence[int], scores: Sequence[float]) -> float:
-    """Mean height of the curve; nan where a click between is missing, since the rest would weigh more."""
-    return area_under_curve(scores) if clicks[-1] - clicks[0] == len(clicks) - 1 else math.nan
+    """Mean height of the curve from the first click on; nan where a click between is missing, since the rest would weigh more."""
+    clicked = [s for c, s in zip(clicks, scores, strict=True) if c > 0]
+    whole = clicks[-1] - clicks[0] == len(clicks) - 1
+    return area_under_curve(clicked) if clicked and whole else math.nan
 
 
 def _mean(values: Sequence[float]) -> float:

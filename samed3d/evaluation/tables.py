@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 from samed3d.evaluation import figures
 from samed3d.evaluation.page import table
@@ -35,6 +36,19 @@ def score_tables(rows: Sequence[Row]) -> str:
             efforts.append([*who, *(_effort(h, n) for n in range(3)), *[_percent(h.obeyed)] * has["obeyed"], _percent(h.lowered)])
             efforts[-1] += [_seconds(h.first_seconds), _seconds(h.later_seconds)]
     return table(head, scores, left=2) + table(effort_head, efforts, left=2)
+
+
+def own_scores(lines: Sequence[dict[str, Any]]) -> str:
+    """A protocol's own figures as ``results.json`` has them, a column per figure; nothing where there are none."""
+    names = list(dict.fromkeys(line["score"] for line in lines))
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for line in lines:
+        low, high = line.get("interval") or (math.nan, math.nan)
+        value = math.nan if line.get("value") is None else float(line["value"])
+        e = Estimate(value, low, high, int(line.get("subjects", 0)), int(line.get("measurements", 0)))
+        rows.setdefault((str(line.get("group", "")), str(line["model"])), {})[line["score"]] = cell(e, 3)
+    cells = [[escape(group), escape(model), *(found.get(n, "") for n in names)] for (group, model), found in rows.items()]
+    return table(["group", "model", *names], cells, left=2) if cells else ""
 
 
 def curve_table(split: dict[str, list[Row]]) -> str:
