@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from samed3d.clicks import next_click
 from samed3d.config import TrainConfig
 from samed3d.data.corpus import CaseRecord, Corpus, LabelRecord
 from samed3d.data.sampling import in_validation_part, split_weight
+from samed3d.data.semantic import class_number
 from samed3d.errors import InputError
 from samed3d.geometry import Grid, as_triple, zyx_to_ijk
 from samed3d.inference.session import Session
+from samed3d.inference.sliding_window import segment_volume
 from samed3d.metrics import dice
-from samed3d.models.base import PromptableModel
+from samed3d.models.base import AnyModel, SemanticModel
 from samed3d.prompts import Point
 from samed3d.volume import Volume
 
@@ -77,8 +80,10 @@ class Validation:
         self.config, self.accelerator, self.folder = config, accelerator, folder
         self.held = held_cases(config)
 
-    def measure(self, model: PromptableModel, step: int, stopped: Callable[[], bool]) -> Found | None:
+    def measure(self, model: AnyModel, step: int, stopped: Callable[[], bool]) -> Found | None:
         """Click through this process's share of the cases and gather; None if the run was asked to stop meanwhile.
+
+        An automatic model is not clicked: its one Dice per structure stands where the clicks would.
 
         Args:
             model: Left in eval mode.
@@ -100,7 +105,7 @@ class Validation:
             return None
         return Found(np.mean(sorted(rows), axis=0).tolist(), len(rows), time.monotonic() - began)
 
-    def _click(self, model: PromptableModel, number: int, step: int) -> list[list[float]]:
+    def _click(self, model: AnyModel, number: int, step: int) -> list[list[float]]:
         """Dice by click of each structure of one case."""
         settings, held = self.config.validation, self.held[number]
         try:
@@ -109,6 +114,8 @@ class Validation:
         except (InputError, OSError, RuntimeError, ValueError) as error:
             logger.warning("validation passes over a damaged case: %s (%s)", held.case.id, error)
             return []
+        if isinstance(model, SemanticModel):
+            return automatic_dice(model, volume, layers, held.labels, self.accelerator.device)
         session = Session(volume, model, "cpu" if self.accelerator.device.type == "cpu" else "auto")
         rows = []
         for position, label in enumerate(held.labels):
@@ -129,6 +136,18 @@ class Validation:
             write_preview(folder / name, volume, session.mask_of(1), session.objects()[:1], title=title)
         except (ImportError, InputError) as error:  # a picture is no reason to end a run
             logger.warning("no picture of a validation case: %s", error)
+
+
+def automatic_dice(
+    model: SemanticModel, volume: Volume, layers: dict[int, NDArray], labels: list[LabelRecord], device: torch.device
+) -> list[list[float]]:
+    """Dice, alone in a list, of each structure that is one of the model's classes."""
+    numbers = {name: number for number, name in enumerate(model.config["class_names"], start=1)}
+    known = [(class_number(label, numbers), label) for label in labels if class_number(label, numbers)]
+    if not known:
+        return []
+    predicted = segment_volume(volume, model, device=device)
+    return [[dice(predicted == number, layers[label.layer] == label.value)] for number, label in known]
 
 
 def click_through(session: Session, target: NDArray[np.bool_], clicks: int, rng: np.random.Generator, object_id: int) -> list[float]:
