@@ -80,6 +80,7 @@ def test_what_was_acknowledged_survives_a_kill(image, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_what_was_acknowledged_survives_fifty_kills(image, tmp_path):
     total = 0
     for seed in range(100, 150):

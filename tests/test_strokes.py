@@ -151,7 +151,7 @@ def test_strokes_in_millimetres_are_those_in_voxels():
         said = [understood(make(p, s), volume, ClickedModel().spec) for s, p in (("ijk", path), ("ras", tuple(ras(at) for at in path)))]
         np.testing.assert_array_equal(said[0].voxels, said[1].voxels)
         np.testing.assert_allclose([at for at, _ in said[0].points], [at for at, _ in said[1].points], atol=1e-6)
-        assert len(said[0].voxels) > 10 and len(said[0].points) > 0
+        assert len(said[0].voxels) > 5 and len(said[0].points) > 0
 
 
 @pytest.mark.parametrize("part", [np.zeros((0, 0, 0), bool), np.zeros((3, 4, 5), bool), np.ones((3, 4, 5), bool)])

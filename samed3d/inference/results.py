@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from samed3d.errors import InputError
 from samed3d.geometry import CanonicalView, Region
 from samed3d.inference.edits import History
+from samed3d.inference.mask_files import LABEL_MAP_FORMATS, checked_format, export_segments, segments_of
 from samed3d.inference.predictor import BACKGROUND_LOGIT, Canvas, CropPredictor
 from samed3d.inference.saving import describe, save_session
 from samed3d.inference.scene import Scene, SessionObject, Track, label_map, shown
@@ -121,14 +122,32 @@ class Results:
         return Point((i, j, k), positive)
 
     def save(self, path: str | Path) -> None:
-        """Write the mask (one object) or the label map (several) on the image's own grid; or, to a ``.json`` file, the whole session.
+        """Write the masks, or to a ``.json`` file the whole session; the suffix decides.
 
-        The suffix decides. A session file holds the prompts, the object table, every edit for undo and redo, and where the image lies.
+        One object is written as its mask, several as a label map. A session file holds the prompts, the object table, every edit for undo
+        and redo, and where the image lies.
         """
         if Path(path).name.lower().endswith(SESSION_SUFFIX):
             save_session(Path(path), self, self._history.log())
             return
-        write_mask(Path(path), self.labels if len(self._scene.tracks) > 1 else self.mask, self.volume.grid)
+        self.export(path)
+
+    def export(self, path: str | Path, format: str | None = None) -> None:
+        """Write the masks in a format of ``mask_files.FORMATS``: nifti, nrrd, mha, seg.nrrd, dicom-seg or rtstruct.
+
+        Args:
+            path: The file.
+            format: None goes by the suffix: ``.seg.nrrd`` is a 3D Slicer segmentation, ``.dcm`` a DICOM-SEG.
+
+        Raises:
+            InputError: if format and suffix disagree, there is nothing to write, the file cannot be written, or DICOM is asked for and the
+                image was not read from a DICOM series.
+        """
+        kind = checked_format(path, format)
+        if kind in LABEL_MAP_FORMATS:
+            write_mask(Path(path), self.labels if len(self._scene.tracks) > 1 else self.mask, self.volume.grid)
+            return
+        export_segments(Path(path), kind, segments_of(self._scene, self.volume), self.volume, self._picked.get("series"))
 
     def save_probability(self, path: str | Path) -> None:
         """Write the current object's probability, float32."""

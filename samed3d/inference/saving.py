@@ -1,7 +1,7 @@
 """Session files, and what a session says of itself: image, model, objects, timings.
 
 A session file is JSON: ``image`` (where it lies and its hash), ``model``, ``objects`` (the prompts as in a prompt file, with the table) and
-``edits`` (what undo and redo need; masks follow from it). Not here: the journal (``journal.py``), masks as files (``exporting.py``).
+``edits`` (what undo and redo need; masks follow from it). Not here: the journal (``journal.py``), masks as files (``mask_files.py``).
 Used by ``session.py``; read that next.
 """
 

@@ -1,7 +1,8 @@
-"""Planar contours to voxels: a voxel belongs to the structure if its centre lies inside by the even-odd rule. Numpy only.
+"""Planar contours to voxels and back: a voxel belongs to a structure if its centre lies inside by the even-odd rule. Numpy only.
 
 The rule is the one of radiotherapy contours: a contour inside another cuts a hole, one inside that an island, and the two sides of a
-"keyhole" channel cancel. A polygon may be given in any direction. Used by ``volume/dicom_labels.py``.
+"keyhole" channel cancel. A polygon may be given in any direction. Used by ``volume/dicom_labels.py`` and
+``volume/dicom_writing.py``.
 """
 
 from __future__ import annotations
@@ -76,3 +77,46 @@ def toggle_polygon(plane: NDArray[np.bool_], points_ij: NDArray) -> None:
         if rows.size:
             crossing = i0 + (rows - j0) * ((i1 - i0) / (j1 - j0))
             plane[rows, np.clip(np.ceil(crossing), 0, last).astype(np.intp)] ^= True
+
+
+# Directions of travel in (row, column) along the cracks between pixels, with the inside on the right hand (rows run down), clockwise.
+_TURNS = ((0, 1), (1, 0), (0, -1), (-1, 0))
+
+
+def trace_contours(plane: NDArray[np.bool_]) -> list[NDArray[np.float64]]:
+    """Closed outlines of a mask, half-way between the pixels inside and those outside; filling them gives exactly the mask back.
+
+    Args:
+        plane: (H, W) mask.
+
+    Returns:
+        (N, 2) corners in voxel indices (column i, row j) per outline, holes included; pixels that touch at a corner only are apart.
+    """
+    padded = np.pad(plane, 1).astype(np.int8)
+    down, right = np.diff(padded, axis=0), np.diff(padded, axis=1)
+    # Each crack as (corner row, corner column, direction): corner (r, c) is the upper left corner of padded pixel (r, c).
+    cracks: set[tuple[int, int, int]] = set()
+    for where, steps in ((np.argwhere(down > 0) + [1, 0], 0), (np.argwhere(right < 0) + [0, 1], 1)):
+        cracks |= {(int(r), int(c), steps) for r, c in where}
+    for where, steps in ((np.argwhere(down < 0) + [1, 1], 2), (np.argwhere(right > 0) + [1, 1], 3)):
+        cracks |= {(int(r), int(c), steps) for r, c in where}
+    outlines = []
+    while cracks:
+        row, column, way = next(iter(cracks))
+        corners = []
+        while (row, column, way) in cracks:
+            cracks.remove((row, column, way))
+            step = _TURNS[way]
+            corners.append((column + step[1] / 2 - 1.5, row + step[0] / 2 - 1.5))  # the middle of the crack, in unpadded pixel centres
+            row, column = row + step[0], column + step[1]
+            # Turning towards the inside first keeps pixels that touch at a corner apart.
+            way = next((w % 4 for w in (way + 1, way, way + 3) if (row, column, w % 4) in cracks), way)
+        outlines.append(_without_straight(np.array(corners)))
+    return outlines
+
+
+def _without_straight(corners: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A closed polygon without the corners at which it goes straight on."""
+    before, after = corners - np.roll(corners, 1, axis=0), np.roll(corners, -1, axis=0) - corners
+    turns = np.abs(before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0]) > 1e-9
+    return corners[turns]

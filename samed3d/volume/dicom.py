@@ -27,17 +27,12 @@ def read_dicom(folder: Path, series: str | int | None, channel: int | None) -> s
     """
     import SimpleITK as sitk
 
-    with silenced([]):
-        uids = sorted(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
-        files = {uid: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid) for uid in uids}
-    if not uids:
-        raise InputError(f"no DICOM series in folder: {folder}; give the folder that holds the slices")
-    uid = _picked_series(files, series, folder)
-    if len(files[uid]) == 1:  # a multi-frame file holds the whole volume
-        return execute(sitk.ImageFileReader(), Path(files[uid][0]), channel)
-    logger.info("reading %d slices of series %s", len(files[uid]), uid)
+    uid, names = _files_of(folder, series)
+    if len(names) == 1:  # a multi-frame file holds the whole volume
+        return execute(sitk.ImageFileReader(), Path(names[0]), channel)
+    logger.info("reading %d slices of series %s", len(names), uid)
     reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(files[uid])
+    reader.SetFileNames(names)
     reader.MetaDataDictionaryArrayUpdateOn()
     said: list[str] = []
     try:
@@ -47,9 +42,31 @@ def read_dicom(folder: Path, series: str | int | None, channel: int | None) -> s
         raise InputError(f"DICOM series is damaged or mixed: {folder} ({itk_reason(error, said)})") from error
     check_dimensions(image.GetSize(), image.GetSpacing(), folder)
     tag = "0020|0032"
-    positions = [reader.GetMetaData(n, tag) for n in range(len(files[uid])) if reader.HasMetaDataKey(n, tag)]
+    positions = [reader.GetMetaData(n, tag) for n in range(len(names)) if reader.HasMetaDataKey(n, tag)]
     _check_slice_positions(positions, image.GetDirection(), folder)
     return one_channel(image, channel, folder)
+
+
+def slice_files(folder: Path, series: str | int | None) -> list[Path]:
+    """The files of the picked series in the order of the slices that ``read_dicom`` makes of them.
+
+    Raises:
+        InputError: as ``read_volume``.
+    """
+    return [Path(name) for name in _files_of(folder, series)[1]]
+
+
+def _files_of(folder: Path, series: str | int | None) -> tuple[str, Sequence[str]]:
+    """The UID of the picked series and its files, the first slice first."""
+    import SimpleITK as sitk
+
+    with silenced([]):
+        uids = sorted(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
+        files = {uid: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid) for uid in uids}
+    if not uids:
+        raise InputError(f"no DICOM series in folder: {folder}; give the folder that holds the slices")
+    uid = _picked_series(files, series, folder)
+    return uid, files[uid]
 
 
 def _picked_series(files: dict[str, Sequence[str]], series: str | int | None, folder: Path) -> str:

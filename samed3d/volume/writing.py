@@ -12,7 +12,8 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,25 +126,53 @@ def _write_nifti(path: Path, array: NDArray, grid: Grid, *, compress: bool) -> N
                 stream.write(array.data)
 
 
-def _write_nrrd(path: Path, array: NDArray, grid: Grid) -> None:
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place when the block ends without an error, and vanishes otherwise.
+
+    Raises:
+        InputError: if the file system refuses.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def nrrd_header(kind: np.dtype, grid: Grid, layers: int = 1) -> list[str]:
+    """The lines of an NRRD header with gzip-compressed voxels.
+
+    Args:
+        kind: Of the voxels.
+        grid: Where they are.
+        layers: Values per voxel; more than one become a first (fastest) axis.
+    """
     kinds = {"u1": "uint8", "i1": "int8", "u2": "uint16", "i2": "int16", "u4": "uint32", "i4": "int32", "u8": "uint64", "i8": "int64"}
     kinds |= {"f4": "float"}
     direction = np.array(grid.direction_lps).reshape(3, 3)
     vectors = [_double_axis(direction[:, axis], grid.spacing_xyz_mm[axis]) for axis in range(3)]
-    lines = [
+    first = layers > 1
+    return [
         "NRRD0004",
-        f"type: {kinds[array.dtype.str[1:]]}",
-        "dimension: 3",
+        f"type: {kinds[kind.str[1:]]}",
+        f"dimension: {3 + first}",
         "space: left-posterior-superior",
-        f"sizes: {' '.join(map(str, grid.size_ijk))}",
-        f"space directions: {' '.join(_vector(v) for v in vectors)}",
-        "kinds: domain domain domain",
+        f"sizes: {f'{layers} ' * first}{' '.join(map(str, grid.size_ijk))}",
+        f"space directions: {'none ' * first}{' '.join(_vector(v) for v in vectors)}",
+        f"kinds: {'list ' * first}domain domain domain",
         f"endian: {'little' if np.little_endian else 'big'}",
         "encoding: gzip",
         f"space origin: {_vector(grid.origin_lps_mm)}",
     ]
+
+
+def _write_nrrd(path: Path, array: NDArray, grid: Grid) -> None:
     with path.open("wb") as file:
-        file.write(("\n".join(lines) + "\n\n").encode())
+        file.write(("\n".join(nrrd_header(array.dtype, grid)) + "\n\n").encode())
         with gzip.GzipFile("", "wb", _COMPRESSION, file, mtime=0) as stream:
             stream.write(array.data)
 
