@@ -22,7 +22,8 @@ from samed3d.models import create_model, load
 from samed3d.models.weights import find_checkpoint, read_header, read_weights, save_weights
 from samed3d.nn.adapters import adapter_names
 from samed3d.training.before_after import Score, choose_targets, compare, measure, to_markdown
-from samed3d.training.finetune import RATES, RECIPE, FinetuneOptions, finetune, recipe, seen_by, split_subjects
+from samed3d.training.finetune import RATES, RECIPE, FinetuneOptions, finetune, recipe
+from samed3d.training.subjects import seen_by, split_subjects
 from samed3d.training.trainable import encoder_parameters
 from tests import dataset_trees
 from tests.corpus_sources import case_arrays, make_source, write_case
@@ -65,7 +66,7 @@ def test_five_cases_in_one_command(base, five, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "2 structures of 1 kept-back subject, 2 seeds of the clicks" in shown
     assert (out / "table.md").read_text() in shown
-    lines = json.loads((out / "table.json").read_text())
+    lines = json.loads((out / "table.json").read_text())["here"]
     assert [line["click"] for line in lines] == [1, 3, 5]
     for line in lines:
         assert line["change"] == pytest.approx(line["after"] - line["before"])
@@ -73,7 +74,7 @@ def test_five_cases_in_one_command(base, five, tmp_path, capsys):
     assert len(rows) == 1 + 2 * 2 * 2 * 5  # models, structures, seeds, clicks
     header = read_header(out / "model.safetensors")
     assert header["base"]["name"] == str(base) and len(header["before_after"]) == 3
-    kept = {row.split(",")[2] for row in rows[1:]}
+    kept = {row.split(",")[3] for row in rows[1:]}
     trained = set(header["trained_on"]["five"])
     assert len(kept) == 1 and len(trained) == 4 and not kept & trained
     assert not load(out / "model.safetensors").training
@@ -85,7 +86,7 @@ def test_the_training_draws_nobody_who_is_measured(base, five, tmp_path):
     command(base, five, out, "--quiet")
     config = load_config(TrainConfig, out / "config.json")
     drawn = {CropDataset(config.data, 12, seed=0)[i]["case"] for i in range(12)}
-    kept = {row.split(",")[2] for row in (out / "scores.csv").read_text().splitlines()[1:]}
+    kept = {row.split(",")[3] for row in (out / "scores.csv").read_text().splitlines()[1:]}
     assert len(drawn) == 4 and not {case.rpartition("/")[2] for case in map(str, drawn)} & kept
 
 
@@ -103,6 +104,17 @@ def test_what_learns_is_what_was_asked_for(base, five, tmp_path, train, adapter)
     if train == "adapters":
         assert read_header(out / "model.safetensors")["adapter"]["kind"] == (adapter or "lora")
         assert set(adapter_names(load(out / "model.safetensors"))) < stored and not stored & encoder
+
+
+def test_what_is_forgotten_elsewhere_is_measured_and_not_trained_on(base, five, tmp_path, capsys):
+    other = make_source(tmp_path / "other", cases=1, first_seed=50)
+    out = tmp_path / "run"
+    assert command(base, five, out, "--elsewhere", str(other)) == 0
+    assert "Elsewhere, on structures that were not trained on. Mean Dice" in capsys.readouterr().out
+    assert set(json.loads((out / "table.json").read_text())) == {"here", "elsewhere"}
+    rows = [row.split(",") for row in (out / "scores.csv").read_text().splitlines()[1:]]
+    assert {row[2] for row in rows if row[1] == "elsewhere"} == {Corpus(cached_corpus(other)).cases[0].id}
+    assert set(read_header(out / "model.safetensors")["trained_on"]) == {"five"}
 
 
 def test_segment_takes_an_adapter_file(base, five, tmp_path):

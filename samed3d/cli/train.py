@@ -33,6 +33,9 @@ def train(
     data: Annotated[
         list[Path] | None, typer.Option(rich_help_panel=_FINETUNE, help="Folder of labelled volumes or corpus; repeatable.")
     ] = None,
+    elsewhere: Annotated[
+        list[Path] | None, typer.Option(rich_help_panel=_FINETUNE, help="Measured as well, not trained on: what is forgotten; repeatable.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", rich_help_panel=_FINETUNE, help="Run folder.")] = None,
     train_: Annotated[
         str | None, typer.Option("--train", rich_help_panel=_FINETUNE, help="What learns: all (default), decoder or adapters.")
@@ -61,9 +64,9 @@ def train(
         if joined := next((name for name, value in others.items() if value), None):
             remedy = "use --set, or train with --config configs/finetune.yaml on a prepared corpus"
             raise InputError(f"--finetune has its own recipe and cannot be joined with {joined}; {remedy}")
-        _finetune(finetune, data or [], output, given, tuple(set_ or ()), quiet)
+        _finetune(finetune, data or [], elsewhere or [], output, given, tuple(set_ or ()), quiet)
         return
-    if extra := [*given, *(["data"] if data else []), *(["output"] if output else [])]:
+    if extra := [*given, *(name for name, value in {"data": data, "elsewhere": elsewhere, "output": output}.items() if value)]:
         raise InputError(f"--{extra[0]} goes with --finetune MODEL; a config says {_CONFIG_KEYS.get(extra[0], 'model.* and optim.*')}")
     from samed3d.config import TrainConfig, load_config
 
@@ -99,12 +102,21 @@ _CONFIG_KEYS = {
     "minutes": "optim.max_minutes",
     "structures": "validation.structures",
     "seeds": "validation.seed",
+    "elsewhere": "validation.hold_out",
     "data": "data.corpus",
     "output": "run.folder",
 }
 
 
-def _finetune(base: str, data: list[Path], output: Path | None, given: dict[str, Any], changes: tuple[str, ...], quiet: bool) -> None:
+def _finetune(
+    base: str,
+    data: list[Path],
+    elsewhere: list[Path],
+    output: Path | None,
+    given: dict[str, Any],
+    changes: tuple[str, ...],
+    quiet: bool,
+) -> None:
     if not data:
         raise InputError("--finetune needs --data FOLDER, a folder of labelled volumes")
     if "adapter" in given:
@@ -123,8 +135,8 @@ def _finetune(base: str, data: list[Path], output: Path | None, given: dict[str,
     from data_prep.cached import cached_corpus
 
     shown = not quiet and sys.stderr.isatty()
-    corpora = [cached_corpus(one, jobs=os.cpu_count() or 1, progress=shown) for one in data]
-    result = run(base, corpora, folder, options, quiet=quiet)
+    corpora, others = ([cached_corpus(one, jobs=os.cpu_count() or 1, progress=shown) for one in folders] for folders in (data, elsewhere))
+    result = run(base, corpora, folder, options, elsewhere=others, quiet=quiet)
     if not quiet and result.table:
         typer.echo(result.table)
         typer.echo(f"model in {folder / 'model.safetensors'}; use it with: samed3d segment IMAGE --model {folder / 'model.safetensors'}")

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from samed3d.config import TrainConfig, load_config
-from samed3d.data.corpus import GROUP_SEPARATOR, CaseRecord, Corpus, in_validation
+from samed3d.data.corpus import Corpus
 from samed3d.errors import InputError
 from samed3d.models import load
 from samed3d.models.base import PromptableModel
 from samed3d.models.weights import ADAPTER_KEY, amend_header, find_checkpoint, read_header, read_weights, tensors_sha256
-from samed3d.training.before_after import Change, Score, choose_targets, compare, measure, to_markdown
+from samed3d.training.before_after import Change, Score, Target, choose_targets, compare, measure, to_markdown
+from samed3d.training.subjects import Split, history_of, seen_by, split_subjects
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +49,6 @@ WARMUP_SHARE = 0.05
 LEAST_STEPS, MOST_STEPS = 200, 1000
 STEPS_PER_STRUCTURE = 2
 TIMED_STEPS = 4
-KEPT_BACK = 0.2
-"""Share of subjects that are measured and never trained on; at least one."""
-KNOWLEDGE = ("trained on", "unknown", "kept back", "never")
-"""What a model may have been told of a subject, worst first."""
-_SPLIT_SEEDS = 20_000
 _OURS = ("model.", "data.corpus", "data.split_seed", "data.validation_share", "data.hold_out", "run.folder")
 
 
@@ -105,16 +101,6 @@ class FinetuneOptions:
 
 
 @dataclass(frozen=True)
-class Split:
-    """Who is kept back: the subjects that ``in_validation`` picks with this share and seed."""
-
-    share: float
-    seed: int
-    kept: list[tuple[Corpus, CaseRecord]]
-    trained: list[tuple[Corpus, CaseRecord]]
-
-
-@dataclass(frozen=True)
 class Finetuned:
     """What came out: the run folder (``model.safetensors``, ``table.md``, ``table.json``, ``scores.csv``), the lines, and the table."""
 
@@ -123,7 +109,15 @@ class Finetuned:
     table: str
 
 
-def finetune(base: str, corpora: Sequence[Path], out: Path, options: FinetuneOptions | None = None, *, quiet: bool = False) -> Finetuned:
+def finetune(
+    base: str,
+    corpora: Sequence[Path],
+    out: Path,
+    options: FinetuneOptions | None = None,
+    *,
+    elsewhere: Sequence[Path] = (),
+    quiet: bool = False,
+) -> Finetuned:
     """Fine-tune a promptable model.
 
     Args:
@@ -131,6 +125,7 @@ def finetune(base: str, corpora: Sequence[Path], out: Path, options: FinetuneOpt
         corpora: Prepared corpora.
         out: Run folder, new or empty.
         options: See ``FinetuneOptions``.
+        elsewhere: Corpora of other structures, measured before and after but not trained on: what was forgotten.
         quiet: No progress bar.
 
     Raises:
@@ -141,28 +136,43 @@ def finetune(base: str, corpora: Sequence[Path], out: Path, options: FinetuneOpt
     options = options or FinetuneOptions()
     check_output(out)
     model, path, header = load_base(base)
+    base = str(path.resolve()) if Path(base).is_file() else base  # an adapter finds its base from anywhere
     split = split_subjects(corpora, options.seed)
-    targets = choose_targets(split.kept, options.structures, options.seed)
+    measured = {"here": choose_targets(split.kept, options.structures, options.seed)}
+    others = [(corpus, case) for corpus in map(Corpus, elsewhere) for case in corpus.cases if case.has_image]
+    if others:
+        measured["elsewhere"] = choose_targets(others, options.structures, options.seed)
     config = recipe(model, base, header, corpora, out, split, options)
     if options.minutes:
         config = _fitted_to(config, options.minutes)
     sides = [len({case.subject for _, case in side}) for side in (split.trained, split.kept)]
     logger.info("%d subjects learn, %d are kept back; %s", *sides, _length(config))
-    logger.info("measuring %r: %d structures, %d seeds of the clicks", base, len(targets), options.seeds)
-    scores = {"before": measure(model, targets, options.seeds)} if _is_main() else {}
+    before = _measure_all(model, measured, options.seeds, f"measuring {base}")
     train(config, quiet=quiet)
-    if not _is_main():
+    if not before:
         return Finetuned(out, [], "")
-    logger.info("measuring the result")
-    scores["after"] = measure(load(out / "model.safetensors"), targets, options.seeds)
-    changes = compare(scores["before"], scores["after"])
-    known = [(t.case.subject, seen_by(header, t.case.source, t.case.subject)) for t in targets]
-    table = to_markdown(changes, scores["before"], base, known)
-    _write_results(out, changes, table, scores)
+    after = _measure_all(load(out / "model.safetensors"), measured, options.seeds, "measuring the result")
+    changes = {place: compare(before[place], after[place]) for place in measured}
+    tables = [
+        to_markdown(
+            changes[place], before[place], base, [(t.case.subject, seen_by(header, t.case.source, t.case.subject)) for t in targets]
+        )
+        for place, targets in measured.items()
+    ]
+    table = "\nElsewhere, on structures that were not trained on. ".join(tables)
+    _write_results(out, changes, table, {"before": before, "after": after})
     trained_on = {name: sorted({c.subject for _, c in split.trained if c.source == name}) for name in {c.source for _, c in split.trained}}
-    facts = {"base": {"name": base, "sha256": tensors_sha256(read_weights(path)[0]), "history": _history(header)}}
-    amend_header(out / "model.safetensors", {**facts, "trained_on": trained_on, "before_after": [asdict(c) for c in changes]})
-    return Finetuned(out, changes, table)
+    facts = {"base": {"name": base, "sha256": tensors_sha256(read_weights(path)[0]), "history": history_of(header)}}
+    amend_header(out / "model.safetensors", {**facts, "trained_on": trained_on, "before_after": [asdict(c) for c in changes["here"]]})
+    return Finetuned(out, changes["here"], table)
+
+
+def _measure_all(model: PromptableModel, measured: Mapping[str, Sequence[Target]], seeds: int, what: str) -> dict[str, list[Score]]:
+    """Scores by place; empty on all processes but the first, which speaks for all."""
+    if os.environ.get("RANK", "0") != "0":
+        return {}
+    logger.info("%s: %d structures, %d seeds of the clicks", what, sum(map(len, measured.values())), seeds)
+    return {place: measure(model, targets, seeds) for place, targets in measured.items()}
 
 
 def check_output(out: Path) -> None:
@@ -190,41 +200,6 @@ def load_base(base: str) -> tuple[PromptableModel, Path, dict[str, Any]]:
     if ADAPTER_KEY in header:
         raise InputError(f"--finetune needs a whole model, got {base!r}, an adapter of {header[ADAPTER_KEY]['base']!r}; merge it first")
     return model, path, header
-
-
-def split_subjects(corpora: Sequence[Path], seed: int) -> Split:
-    """Keep a fifth of the subjects back, at least one; found as the first seed of ``in_validation`` that gives that number.
-
-    Raises:
-        InputError: if fewer than two subjects have a labelled image.
-    """
-    cases = [(corpus, case) for corpus in map(Corpus, corpora) for case in corpus.cases if _usable(case)]
-    groups = {case.split_group or case.subject for _, case in cases}
-    if len(groups) < 2:
-        where = ", ".join(map(str, corpora))
-        raise InputError(
-            f"data must have labelled images of at least 2 subjects, one to learn from, one to measure on, got {len(groups)}: {where}"
-        )
-    wanted = max(1, round(KEPT_BACK * len(groups)))
-    share = wanted / len(groups)
-    offset = seed * _SPLIT_SEEDS
-    for candidate in range(offset, offset + _SPLIT_SEEDS):
-        kept = {group for group in groups if _is_kept(group, share, candidate)}
-        if abs(len(kept) - wanted) <= wanted // 10:
-            sides: tuple[list, list] = ([], [])
-            for corpus, case in cases:
-                sides[(case.split_group or case.subject) not in kept].append((corpus, case))
-            return Split(share, candidate, *sides)
-    raise InputError(f"no split of {len(groups)} groups of subjects keeps {wanted} back; join fewer images by subject")
-
-
-def _usable(case: CaseRecord) -> bool:
-    return case.has_image and bool(case.labels) and case.split != "test"
-
-
-def _is_kept(group: str, share: float, seed: int) -> bool:
-    """As the sampling decides it: any member keeps the whole group back."""
-    return any(in_validation(name, share, seed) for name in group.split(GROUP_SEPARATOR))
 
 
 def recipe(
@@ -282,40 +257,19 @@ def _fitted_to(config: TrainConfig, minutes: float) -> TrainConfig:
     return replace(config, optim=replace(config.optim, steps=steps, warmup_steps=max(1, round(WARMUP_SHARE * steps))))
 
 
-def seen_by(header: Mapping[str, Any], source: str, subject: str) -> str:
-    """What a model's training knew of a subject: ``"trained on"``, ``"unknown"``, ``"kept back"`` or ``"never"``; the worst of its history.
-
-    A header names the sources that were held out and how subjects were split. Where it names neither its subjects (``trained_on``, of a
-    fine-tuned model) nor its ``sources``, a subject on the training side may be known or not.
-    """
-    data, sources = header.get("training", {}).get("data"), header.get("sources")
-    if subject in header.get("trained_on", {}).get(source, ()):
-        known = "trained on"
-    elif not data:
-        known = "unknown"
-    elif source in data.get("hold_out", ()) or "trained_on" in header or (sources is not None and source not in sources):
-        known = "never"
-    elif in_validation(subject, data["validation_share"], data["split_seed"]):
-        known = "kept back"
-    else:
-        known = "unknown" if sources is None else "trained on"
-    earlier = header.get("base", {}).get("history")
-    return known if earlier is None else min(known, seen_by(earlier, source, subject), key=KNOWLEDGE.index)
-
-
-def _history(header: Mapping[str, Any]) -> dict[str, Any]:
-    """What the header of a fine-tuned model keeps of its base's."""
-    return {key: header[key] for key in ("training", "trained_on", "base") if key in header}
-
-
-def _write_results(out: Path, changes: list[Change], table: str, scores: Mapping[str, list[Score]]) -> None:
+def _write_results(out: Path, changes: Mapping[str, list[Change]], table: str, scores: Mapping[str, Mapping[str, list[Score]]]) -> None:
     """``table.md``, ``table.json`` and ``scores.csv``, each whole or not at all."""
-    rows = [{"model": name, **asdict(score)} for name, some in scores.items() for score in some]
+    rows = [
+        {"model": name, "place": place, **asdict(score)}
+        for name, places in scores.items()
+        for place, some in places.items()
+        for score in some
+    ]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    body = [{**asdict(c), "change": c.change, "beyond_noise": c.beyond_noise} for c in changes]
+    body = {place: [{**asdict(c), "change": c.change, "beyond_noise": c.beyond_noise} for c in lines] for place, lines in changes.items()}
     for name, content in {"scores.csv": text.getvalue(), "table.json": json.dumps(body, indent=1) + "\n", "table.md": table}.items():
         partial = out / f".{name}.part"
         partial.write_text(content, encoding="utf-8")
@@ -325,7 +279,3 @@ def _write_results(out: Path, changes: list[Change], table: str, scores: Mapping
 def _length(config: TrainConfig) -> str:
     samples = config.optim.steps * config.optim.batch * config.optim.accumulate
     return f"{config.optim.steps} steps of {config.optim.batch}, {samples:,} samples"
-
-
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
