@@ -43,7 +43,6 @@ class MaSamConfig:
         fact_dropout: After FacT's core.
         adapter_width: Channels inside the 3D adapters.
         zero_adapters: Start the adapters at zero, so that the encoder starts as SAM's; released code starts them at random.
-        checkpoint_blocks: Recompute the encoder's blocks in the backward pass, for memory.
     """
 
     class_names: tuple[str, ...] = tuple(f"class {i}" for i in range(1, 13))
@@ -56,7 +55,6 @@ class MaSamConfig:
     fact_dropout: float = 0.1
     adapter_width: int = 384
     zero_adapters: bool = True
-    checkpoint_blocks: bool = False
 
     def __post_init__(self) -> None:
         for name in ("class_names", "input_shape", "spacing_zyx_mm"):
@@ -81,6 +79,9 @@ class MaSam(FrozenParts, SemanticModel):
     Source: section 3 of the paper; where the released code differs from it, as in the code.
     """
 
+    encoder_parts = ("image_encoder", "fact", "adapters")
+    prompt_parts = ("prompt_encoder",)
+
     def __init__(self, name: str, config: MaSamConfig) -> None:
         super().__init__()
         c = config
@@ -98,6 +99,7 @@ class MaSam(FrozenParts, SemanticModel):
             classes=len(c.class_names) + 1,
         )
         dim, out_dim = encoder.dim, encoder.out_dim
+        self.checkpoint_blocks = False  # recompute blocks in the backward pass, for memory (run.activation_checkpointing)
         self.image_encoder = encoder
         self.freeze(f"image_encoder.{n}" for n, _ in encoder.named_parameters())
         self.fact = FactShared(dim, c.rank)
@@ -142,7 +144,7 @@ class MaSam(FrozenParts, SemanticModel):
         depth = image.shape[2]
         x = self.image_encoder.tokens(image.transpose(1, 2).flatten(0, 1).expand(-1, 3, -1, -1))
         for block, adapter in zip(self.image_encoder.blocks, self.adapters, strict=True):
-            if self.numbers.checkpoint_blocks and self.training:
+            if self.checkpoint_blocks and self.training:
                 x = checkpoint(_adapted, block, adapter, x, depth, use_reentrant=False)
             else:
                 x = _adapted(block, adapter, x, depth)

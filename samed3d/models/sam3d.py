@@ -104,6 +104,8 @@ class Sam3D(FrozenParts, SemanticModel):
     Source: the paper's section 2; what it calls skip connections are the residual branches inside the decoder blocks, as in the code.
     """
 
+    encoder_parts = ("image_encoder",)
+
     def __init__(self, config: Sam3DConfig, feature_cache: str | Path | None = None) -> None:
         super().__init__()
         c = config

@@ -243,6 +243,8 @@ class Sam3DAdapterAuto(_Lifted, SemanticModel):
         InputError: as ``Sam3DAdapter``.
     """
 
+    encoder_parts = ("image_encoder",)
+
     def __init__(self, config: Sam3DAdapterConfig) -> None:
         super().__init__()
         classes = len(config.class_names) + 1

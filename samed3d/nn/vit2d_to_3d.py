@@ -160,6 +160,7 @@ class LiftedEncoder(nn.Module):
     def __init__(self, encoder: SamEncoder2d, grid: IntTriple, upsample: int, window: int, taps: tuple[int, ...], zero: bool) -> None:
         super().__init__()
         dim, self.out_dim, self.taps = encoder.dim, encoder.out_dim, taps
+        self.checkpoint_blocks = False  # recompute blocks in the backward pass, for memory
         if not taps or not all(1 <= t <= len(encoder.blocks) for t in taps):
             raise InputError(f"taps must be blocks from 1 to {len(encoder.blocks)}, got {taps}")
         self.patch_embed = DepthPatchEmbed(cast(nn.Conv2d, encoder.patch_embed["proj"]), upsample)
@@ -190,7 +191,7 @@ class LiftedEncoder(nn.Module):
         x = x + self.pos_embed[:, None] + self.depth_embed[:, :, None, None]
         maps: list[Any] = []
         for number, block in enumerate(self.blocks, start=1):
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpoint_blocks and torch.is_grad_enabled() else block(x)
             if number in self.taps:
                 maps.append(self.necks[self.taps.index(number)](x.movedim(-1, 1).contiguous()))
         return maps
