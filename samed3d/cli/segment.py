@@ -3,62 +3,105 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from samed3d.cli.options import Device, Model, Quiet, check_distinct, write_json
+from samed3d.cli.batch import segment_list
+from samed3d.cli.options import Device, Model, Quiet, check_distinct, check_exists, write_json
 from samed3d.errors import InputError
-from samed3d.prompts import Box, ObjectPrompts, Point, load_prompts, parse_numbers
+from samed3d.geometry import Triple, as_triple
+from samed3d.prompts import Box, MaskPrior, ObjectPrompts, Point, Scribble, load_prompts, parse_numbers
 
 
 def segment(
-    image: Annotated[Path, typer.Argument(help="Volume: .nii .nii.gz .nrrd .mha .mhd, or a folder of DICOM files.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Mask to write, in the image's own grid (same suffixes).")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Mask to write, in the image's own grid (same suffixes, .seg.nrrd, .dcm); batch: a folder."),
+    ],
+    image: Annotated[Path | None, typer.Argument(help="Volume: .nii .nii.gz .nrrd .mha .mhd, or a folder of DICOM files.")] = None,
     point: Annotated[list[str] | None, typer.Option(metavar="I,J,K", help="A click on the object; repeatable.")] = None,
     negative_point: Annotated[list[str] | None, typer.Option(metavar="I,J,K", help="A click off the object; repeatable.")] = None,
     box: Annotated[list[str] | None, typer.Option(metavar="I0,J0,K0,I1,J1,K1", help="Lowest and highest corner, both inside.")] = None,
+    scribble: Annotated[list[str] | None, typer.Option(metavar="I,J,K;I,J,K;...", help="A stroke on the object; repeatable.")] = None,
+    negative_scribble: Annotated[list[str] | None, typer.Option(metavar="I,J,K;...", help="A stroke off the object; repeatable.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="A mask to start from, which the other prompts correct.")] = None,
     space: Annotated[str, typer.Option(help="What the numbers are: ijk (voxels, x first, from 0) or ras (mm).")] = "ijk",
     prompts: Annotated[Path | None, typer.Option(help="Prompt file (JSON) instead of the options above; several objects.")] = None,
+    batch: Annotated[Path | None, typer.Option(help="Instead of IMAGE, a CSV with a line per image; -o is then a folder.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="nifti, nrrd, mha, seg.nrrd, dicom-seg or rtstruct; by default the suffix says.")
+    ] = None,
     model: Model = "default",
     probability: Annotated[Path | None, typer.Option(help="Also write the probability, float32.")] = None,
     preview: Annotated[Path | None, typer.Option(help="Also write a PNG: three slices with contour and prompts.")] = None,
     report: Annotated[Path | None, typer.Option(help="Also write a JSON: versions, prompts, timings, volume.")] = None,
+    session: Annotated[Path | None, typer.Option(help="Also write the session (JSON), which Session.load and the app go on with.")] = None,
     device: Device = "auto",
     channel: Annotated[int | None, typer.Option(help="Which channel or frame of a 4D or RGB image, from 0.")] = None,
     series: Annotated[str | None, typer.Option(help="Which DICOM series of the folder (its UID or number).")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """A mask from clicks and boxes on one image.
+    """A mask from clicks, boxes and strokes on one image, or on every image of a list.
 
-    Boxes come first, then positive points, then negative points, each in the order given; a prompt file keeps its own order.
+    A mask to start from comes first, then boxes, then positive points and strokes, then negative ones, each in the order given; a prompt
+    file keeps its own order.
     """
-    objects = _gather_prompts(point or [], negative_point or [], box or [], space, prompts)
-    check_distinct({"the image": image, "--output": output, "--probability": probability, "--preview": preview, "--report": report})
+    given = (point or [], negative_point or [], box or [])
+    strokes = (scribble or [], negative_scribble or [], mask)
+    if batch is not None:
+        _segment_batch(batch, output, image, any((*given, *strokes, prompts, probability, preview, report, session, channel, series)))
+        segment_list(batch, output, model, device, format, space, quiet=quiet)
+        return
+    objects = _gather_prompts(*given, space, prompts, *strokes)
+    if image is None:
+        raise InputError("segment needs an image: samed3d segment IMAGE --point I,J,K -o MASK")
+    also = {"--probability": probability, "--preview": preview, "--report": report, "--session": session}
+    check_distinct({"the image": image, "--output": output, **also})
+    from samed3d.inference.mask_files import checked_format
     from samed3d.volume import SUFFIXES, check_output
 
-    for path, suffixes in ((output, SUFFIXES), (probability, SUFFIXES), (preview, (".png",)), (report, (".json",))):
+    checked_format(output, format)
+    for path, suffixes in ((probability, SUFFIXES), (preview, (".png",)), (report, (".json",)), (session, (".json",))):
         if path is not None:
             check_output(path, suffixes=suffixes)
     from samed3d.inference.session import Session
 
     started = time.perf_counter()
-    session = Session.open(image, model=model, device=device, channel=channel, series=series)
-    session.add_all(objects)
-    summary = {**session.report(), "seconds": round(time.perf_counter() - started, 3)}
+    opened = Session.open(image, model=model, device=device, channel=channel, series=series)
+    opened.add_all(objects)
+    summary = {**opened.report(), "seconds": round(time.perf_counter() - started, 3)}
 
-    session.save(output)
+    opened.export(output, format)
     if probability is not None:
-        session.save_probability(probability)
+        opened.save_probability(probability)
     if preview is not None:
         from samed3d.inference.preview import write_preview
 
-        write_preview(preview, session.volume, session.labels, session.objects(), title=image.name)
+        write_preview(preview, opened.volume, opened.labels, opened.objects(), title=image.name)
     if report is not None:
         write_json(report, summary)
+    if session is not None:
+        opened.save(session)
     if not quiet:
         _print_segment_summary(summary, output)
+
+
+def _segment_batch(batch: Path, output: Path, image: Path | None, others: bool) -> None:
+    """Refuse what has no meaning for a list.
+
+    Raises:
+        InputError: for an image or options of one image beside the list, or an output that is a file.
+    """
+    if image is not None or others:
+        raise InputError(
+            "--batch takes images and prompts from its list; give only --output, --format, --space, --model, --device beside it"
+        )
+    if output.is_file():
+        raise InputError(f"--output must be a folder with --batch, got a file: {output}")
+    check_exists(batch, "batch list")
 
 
 def demo(
@@ -74,23 +117,38 @@ def demo(
     run_demo(output, model=model, seed=seed, device=device, quiet=quiet)
 
 
-def _gather_prompts(points: list[str], negatives: list[str], boxes: list[str], space: str, file: Path | None) -> list[ObjectPrompts]:
+def _gather_prompts(
+    points: list[str],
+    negatives: list[str],
+    boxes: list[str],
+    space: str,
+    file: Path | None,
+    scribbles: Sequence[str] = (),
+    negative_scribbles: Sequence[str] = (),
+    mask: Path | None = None,
+) -> list[ObjectPrompts]:
     """The objects to segment, each with something positive.
 
     Raises:
         InputError: for no prompt, none positive, numbers that do not parse, or a file beside the options.
     """
     if file is not None:
-        if points or negatives or boxes:
-            raise InputError("--prompts cannot be combined with --point, --negative-point or --box; put them all in the file")
+        if points or negatives or boxes or scribbles or negative_scribbles or mask:
+            raise InputError(
+                "--prompts cannot be combined with --point, --negative-point, --box, --scribble or --mask; put all in the file"
+            )
         objects = load_prompts(file)
     else:
-        one = ObjectPrompts()
+        one = ObjectPrompts(prompts=[] if mask is None else [MaskPrior(mask)])
         for text in boxes:
             numbers = parse_numbers(text, 6, "--box")
             one.prompts.append(Box(numbers[:3], numbers[3:], space))  # type: ignore[arg-type]
-        for texts, positive, flag in ((points, True, "--point"), (negatives, False, "--negative-point")):
-            one.prompts.extend(Point(parse_numbers(t, 3, flag), positive, space) for t in texts)  # type: ignore[arg-type]
+        for texts, strokes, positive, flag in (
+            (points, scribbles, True, ("--point", "--scribble")),
+            (negatives, negative_scribbles, False, ("--negative-point", "--negative-scribble")),
+        ):
+            one.prompts.extend(Point(parse_numbers(t, 3, flag[0]), positive, space) for t in texts)  # type: ignore[arg-type]
+            one.prompts.extend(Scribble(_path(t, flag[1]), positive, space=space) for t in strokes)
         if not one.prompts:
             raise InputError("segment needs at least one prompt; give --point I,J,K, --box I0,J0,K0,I1,J1,K1 or --prompts FILE")
         objects = [one]
@@ -100,6 +158,11 @@ def _gather_prompts(points: list[str], negatives: list[str], boxes: list[str], s
             where = f"object {entry.id} ({entry.name}) of {file}" if file else "the object"
             raise InputError(f"{where} needs a positive point or a box, got {count} negative only; add --point I,J,K on the object")
     return objects
+
+
+def _path(text: str, flag: str) -> tuple[Triple, ...]:
+    """``"1,2,3;4,5,6"`` as positions."""
+    return tuple(as_triple(parse_numbers(part, 3, flag)) for part in text.split(";") if part)
 
 
 def _print_segment_summary(summary: dict[str, Any], output: Path) -> None:

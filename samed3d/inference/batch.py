@@ -1,0 +1,226 @@
+"""Many images from a list, one after the other: what to do is checked before anything is done, and a run that stopped goes on.
+
+The list is a CSV with a header: ``image``, and ``prompts`` (a prompt file) or ``point``, ``negative_point`` and ``box`` (several separated
+by semicolons); and, where wanted, ``output``, ``channel`` and ``series``. Paths are relative to the list. Not here: the options
+(``cli/batch.py``), one image (``session.py``).
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from samed3d.errors import InputError
+from samed3d.inference.mask_files import FORMATS
+from samed3d.inference.saving import weights_hash
+from samed3d.inference.session import Session
+from samed3d.models.base import PromptableModel
+from samed3d.prompts import Box, ObjectPrompts, Point, load_prompts, parse_numbers, prompt_to_json
+from samed3d.volume import SUFFIXES
+from samed3d.volume.writing import check_output, replaced
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("image", "prompts", "point", "negative_point", "box", "output", "channel", "series")
+DONE = "done.jsonl"
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line of the list.
+
+    Attributes:
+        line: Its number in the file.
+        image: Volume or DICOM folder.
+        objects: With their prompts.
+        output: What is written.
+        channel: Of a multi-channel image.
+        series: Of a DICOM folder.
+    """
+
+    line: int
+    image: Path
+    objects: tuple[ObjectPrompts, ...]
+    output: Path
+    channel: int | None
+    series: str | None
+
+
+def read_jobs(path: Path, folder: Path, format: str | None = None, space: str = "ijk") -> list[Job]:
+    """The jobs of a list.
+
+    Args:
+        path: The CSV.
+        folder: Where outputs go.
+        format: One of ``mask_files.FORMATS``; None writes ``.nii.gz`` where no ``output`` is named.
+        space: Of the positions in the columns.
+
+    Raises:
+        InputError: if the list or a line of it cannot be used, or two lines write the same file; the message names the line.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"batch list cannot be read: {path} ({error})") from error
+    if not rows:
+        raise InputError(f"batch list must have a header and a line per image, got none: {path}")
+    if unknown := sorted({str(key) for row in rows for key in row} - set(COLUMNS)):
+        raise InputError(f"columns of a batch list are {', '.join(COLUMNS)}; got {', '.join(unknown)}: {path}")
+    jobs = [_job(row, line, path, folder, format, space) for line, row in enumerate(rows, start=2)]
+    seen: dict[Path, int] = {}
+    for job in jobs:
+        other = seen.setdefault(job.output.resolve(), job.line)
+        if other != job.line:
+            raise InputError(f"{path}, line {job.line}: output must differ from line {other}'s, got {job.output} again; name an output")
+        if job.output.resolve() in {j.image.resolve() for j in jobs}:
+            raise InputError(f"{path}, line {job.line}: output must not be an image of the list, got {job.output}")
+    return jobs
+
+
+def _job(row: dict[str, str], line: int, path: Path, folder: Path, format: str | None, space: str) -> Job:
+    where = f"{path}, line {line}"
+    cells = {key: (row.get(key) or "").strip() for key in COLUMNS}
+    image = path.parent / cells["image"]
+    if not cells["image"] or not image.exists():
+        raise InputError(f"{where}: image does not exist: {image if cells['image'] else '(empty)'}")
+    suffix = FORMATS[format][0] if format else SUFFIXES[0]
+    output = folder / (cells["output"] or _stem(image.resolve()) + suffix)
+    if format and not output.name.lower().endswith(FORMATS[format]):
+        raise InputError(f"{where}: output of format {format} must end in {' or '.join(FORMATS[format])}, got {output.name!r}")
+    if ".." in Path(cells["output"]).parts or Path(cells["output"]).is_absolute():
+        raise InputError(f"{where}: output must be a name inside the output folder, got {cells['output']!r}")
+    if cells["channel"] and not cells["channel"].isdigit():
+        raise InputError(f"{where}: channel must be a whole number, got {cells['channel']!r}")
+    try:
+        objects = _objects(cells, path, space)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    return Job(line, image, tuple(objects), output, int(cells["channel"]) if cells["channel"] else None, cells["series"] or None)
+
+
+def _objects(cells: dict[str, str], path: Path, space: str) -> list[ObjectPrompts]:
+    if cells["prompts"]:
+        if cells["point"] or cells["negative_point"] or cells["box"]:
+            raise InputError("a line has prompts in a file or in columns, got both")
+        objects = load_prompts(path.parent / cells["prompts"])
+    else:
+        one = ObjectPrompts()
+        for text in filter(None, cells["box"].split(";")):
+            numbers = parse_numbers(text, 6, "box")
+            one.prompts.append(Box(numbers[:3], numbers[3:], space))  # type: ignore[arg-type]
+        for key, positive in (("point", True), ("negative_point", False)):
+            for text in filter(None, cells[key].split(";")):
+                one.prompts.append(Point(parse_numbers(text, 3, key), positive, space))  # type: ignore[arg-type]
+        objects = [one]
+    for entry in objects:
+        if not entry.has_positive:
+            raise InputError(f"object {entry.id} ({entry.name}) needs a positive point or a box, got {len(entry.prompts)} prompts")
+    return objects
+
+
+def _stem(image: Path) -> str:
+    return next((image.name[: -len(s)] for s in SUFFIXES if image.name.lower().endswith(s)), image.name)
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    folder: Path,
+    model: PromptableModel,
+    model_name: str,
+    device: str = "auto",
+    format: str | None = None,
+    told: Callable[[Job, dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Segment every image and write ``report.json`` beside the masks. Jobs that an earlier run finished alike are not done again.
+
+    Args:
+        jobs: Of ``read_jobs``.
+        folder: Where outputs go; made if missing. ``done.jsonl`` in it remembers what is finished.
+        model: For all of them.
+        model_name: For the reports.
+        device: As for ``Session.open``.
+        format: As for ``read_jobs``.
+        told: Called after each job with its row of the report.
+
+    Returns:
+        The report: counts and a row per job, with ``status`` done, kept (by an earlier run) or failed (with ``error``).
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output must be a folder that can be made, got {folder} ({error.strerror})") from error
+    check_output(folder / REPORT, suffixes=(".json",))
+    finished = _finished(folder / DONE)
+    weights, rows = weights_hash(model), []
+    for job in jobs:
+        key = _key(job, model_name, weights, format)
+        if job.output.exists() and key in finished:
+            row = {**finished[key], "status": "kept"}
+        else:
+            row = _done(job, model, model_name, device, format)
+            if row["status"] == "done":
+                _remember(folder / DONE, {"key": key, **row})
+        rows.append(row)
+        logger.info("%s: %s %s", job.image.name, row["status"], row.get("error", ""))
+        if told is not None:
+            told(job, row)
+    counts = {status: sum(row["status"] == status for row in rows) for status in ("done", "kept", "failed")}
+    report = {"model": model_name, **counts, "images": rows}
+    with replaced(folder / REPORT) as partial:
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def _done(job: Job, model: PromptableModel, model_name: str, device: str, format: str | None) -> dict[str, Any]:
+    """Segment one image; what the user can mend is reported and does not stop the others."""
+    began = time.perf_counter()
+    row: dict[str, Any] = {"line": job.line, "image": str(job.image), "output": str(job.output)}
+    try:
+        job.output.parent.mkdir(parents=True, exist_ok=True)
+        with Session.open(job.image, model, device, job.channel, job.series) as session:
+            session.model_name = model_name
+            session.add_all(job.objects)
+            session.export(job.output, format)
+            found = [{key: o[key] for key in ("id", "name", "voxels", "mm3")} for o in session.report()["objects"]]
+    except (InputError, OSError) as error:
+        return {**row, "status": "failed", "error": " ".join(str(error).split())}
+    return {**row, "status": "done", "objects": found, "seconds": round(time.perf_counter() - began, 3)}
+
+
+def _key(job: Job, model_name: str, weights: str, format: str | None) -> str:
+    """What a mask depends on: the image file, the prompts, the model, the format and the output's name."""
+    files = sorted(p for p in job.image.rglob("*") if p.is_file()) if job.image.is_dir() else [job.image]
+    image = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    prompts = [(o.id, o.name, [{"space": p.space, **prompt_to_json(p)} for p in o.prompts]) for o in job.objects]
+    parts = (image, prompts, job.channel, job.series, str(job.output.resolve()), model_name, weights, format)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _finished(path: Path) -> dict[str, dict[str, Any]]:
+    """Rows of earlier runs by key; a last line that was not finished is left out."""
+    found: dict[str, dict[str, Any]] = {}
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            found[row.pop("key")] = row
+    return found
+
+
+def _remember(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
