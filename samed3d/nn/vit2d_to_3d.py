@@ -22,7 +22,7 @@ from samed3d.nn.norm import LayerNorm3d
 from samed3d.nn.vit2d import Attention2d, Block2d, SamEncoder2d, relative_table, resampled_positions
 
 FAR = -100.0
-"""Added to the logits of token pairs that a shift made neighbours; enough for softmax, and safe in half precision."""
+"""Logit of token pairs that only a shift made neighbours; far enough for softmax, and safe in half precision."""
 
 
 class DepthPatchEmbed(nn.Module):
@@ -75,7 +75,7 @@ class WindowAttention3d(nn.Module):
         shift: How far the windows are shifted along each axis, 0 for not.
     """
 
-    mask: Tensor | None
+    part: Tensor
 
     def __init__(self, attention: Attention2d, grid: IntTriple, window: int, shift: int) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class WindowAttention3d(nn.Module):
         self.qkv, self.proj = attention.qkv, attention.proj
         self.rel_pos_h, self.rel_pos_w = attention.rel_pos_h, attention.rel_pos_w
         self.rel_pos_d = nn.Parameter(0.5 * (self.rel_pos_h.detach() + self.rel_pos_w.detach()))
-        self.register_buffer("mask", _shift_mask(grid, window, shift) if shift else None, persistent=False)
+        self.register_buffer("part", _parts(grid, window, shift), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, H, W, C) to the same shape."""
@@ -106,21 +106,21 @@ class WindowAttention3d(nn.Module):
         along_h = torch.einsum("bsxyze,yke->bsxyzk", q, h)[..., None, :, None]
         along_w = torch.einsum("bsxyze,zke->bsxyzk", q, w)[..., None, None, :]
         bias = (along_d + along_h + along_w).reshape(*q.shape[:2], n**3, n**3)
-        if self.mask is not None:
-            bias = (bias.unflatten(0, (batch, -1)) + self.mask[None, :, None].to(bias.dtype)).flatten(0, 1)
+        if self.shift:
+            apart = (self.part[:, :, None] != self.part[:, None])[None, :, None]
+            bias = bias.unflatten(0, (batch, -1)).masked_fill(apart, FAR).flatten(0, 1)
         out = F.scaled_dot_product_attention(q.flatten(2, 4), k.flatten(2, 4), v.flatten(2, 4), attn_mask=bias, scale=self.scale)
         return out.transpose(1, 2).reshape(x.shape)
 
 
-def _shift_mask(grid: IntTriple, window: int, shift: int) -> Tensor:
-    """(windows, n^3, n^3): 0 between tokens that were neighbours before the shift, ``FAR`` between those that were not."""
-    region = torch.zeros(grid)
+def _parts(grid: IntTriple, window: int, shift: int) -> Tensor:
+    """(windows, n^3) a number per token of each shifted window; those of unequal numbers were no neighbours before the shift."""
+    region = torch.zeros(grid, dtype=torch.uint8)
     cuts = [(slice(0, size - window), slice(size - window, size - shift), slice(size - shift, size)) for size in grid]
     for number, (a, b, c) in enumerate(itertools.product(*cuts)):
         region[a, b, c] = number
     d, h, w = (size // window for size in grid)
-    flat = region.reshape(d, window, h, window, w, window).permute(0, 2, 4, 1, 3, 5).reshape(d * h * w, -1)
-    return torch.where(flat[:, :, None] == flat[:, None], 0.0, FAR)
+    return region.reshape(d, window, h, window, w, window).permute(0, 2, 4, 1, 3, 5).reshape(d * h * w, -1)
 
 
 class LiftedBlock(nn.Module):
