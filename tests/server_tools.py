@@ -70,7 +70,7 @@ class ServerProcess:
     Args:
         folder: Holds the sessions and is the only root.
         port: To listen on.
-        **options: Of ``ServerOptions`` that are numbers (``awake``, ``idle_seconds``).
+        **limits: Of ``Limits``.
     """
 
     def __init__(self, folder: Path, port: int | None = None, **limits: float) -> None:
@@ -79,9 +79,9 @@ class ServerProcess:
         code = (
             "import sys; from pathlib import Path; from samed3d.apps.server import run_server; "
             "from samed3d.apps.service import ServerOptions; from samed3d.apps.sessions import Limits; "
-            "import samed3d.apps.server as server; from tests.server_tools import tiny_model; "
-            "server.create_app.__defaults__ = (tiny_model,); folder = Path(sys.argv[1]); "
-            f"run_server(ServerOptions(folder / 'sessions', (folder,), limits=Limits(**{limits!r})), '127.0.0.1', int(sys.argv[2]))"
+            "from tests.server_tools import tiny_model; folder = Path(sys.argv[1]); "
+            f"options = ServerOptions(folder / 'sessions', (folder,), limits=Limits(**{limits!r})); "
+            "run_server(options, '127.0.0.1', int(sys.argv[2]), tiny_model)"
         )
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen([sys.executable, "-c", code, str(folder), str(self.port)], env=environment, cwd=ROOT)
@@ -104,7 +104,7 @@ class ServerProcess:
         return self.process.wait(30)
 
     def _wait(self) -> None:
-        for _ in range(600):
+        for _ in range(1200):
             assert self.process.poll() is None, f"the server ended with {self.process.returncode}"
             try:
                 httpx.get(f"{self.url}/healthz", timeout=1)

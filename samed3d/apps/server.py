@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,14 +84,18 @@ def create_app(options: ServerOptions, load: Callable[[str], PromptableModel] = 
     return app
 
 
-def run_server(options: ServerOptions, host: str, port: int) -> None:
-    """Serve until interrupted; a request under way is finished first.
+def run_server(options: ServerOptions, host: str, port: int, load: Callable[[str], PromptableModel] = load_model) -> None:
+    """Serve until interrupted or terminated; requests under way are finished first.
+
+    Args:
+        options: How the server is set up.
+        host: Address to listen on.
+        port: 0 takes a free one, which the log names.
+        load: Gives a model by name.
 
     Raises:
         InputError: if the address is not allowed without a token, or is in use.
     """
-    import socket
-
     import uvicorn
 
     check_binding(host, options.access.token)
@@ -100,13 +106,25 @@ def run_server(options: ServerOptions, host: str, port: int) -> None:
             listener.bind((host, port))
         except OSError as error:
             raise InputError(f"--host {host} --port {port} cannot be listened on ({error.strerror}); choose another port") from error
-        app = create_app(options)
+        app = create_app(options, load)
         logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, listener.getsockname()[1])
         # Our own guard sees every request; uvicorn's log would write addresses down, and proxy headers could forge them.
         config = uvicorn.Config(
             app, log_config=None, access_log=False, proxy_headers=False, server_header=False, timeout_graceful_shutdown=_STOP_SECONDS
         )
-        uvicorn.Server(config).run(sockets=[listener])
+        with _signals_end_here():
+            uvicorn.Server(config).run(sockets=[listener])
+
+
+@contextlib.contextmanager
+def _signals_end_here() -> Iterator[None]:
+    """uvicorn stops in good order on a signal and then raises it again; a stop that was asked for is no error."""
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _add_server_routes(app: FastAPI, service: Service) -> None:

@@ -48,12 +48,11 @@ def check_untrusted(path: Path, limits: ReadLimits) -> None:
     suffix = suffix_of(path)
     if suffix not in SUFFIXES:
         raise InputError(f"image must end in one of {' '.join(SUFFIXES)}, got {path.name!r}")
-    if suffix in NIFTI_SUFFIXES:
-        if suffix == ".nii.gz":
-            _check_gzip(path, limits)
-    else:
+    if suffix not in NIFTI_SUFFIXES:
         _check_text_header(path)
     _check_voxels(_declared(path), limits, path.name)
+    if suffix == ".nii.gz":
+        _check_gzip(path, limits)
 
 
 def _check_text_header(path: Path) -> None:

@@ -1,0 +1,302 @@
+"""Who is let in: addresses, tokens, other sites, sizes; the queue's fairness; files from strangers; counters."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("fastapi", reason="the server needs samed3d[serve]")
+
+from samed3d.apps.fair_queue import FairQueue
+from samed3d.apps.protocol import ApiError, inflate, update_from_json, update_to_json
+from samed3d.apps.security import Access, check_binding, confined
+from samed3d.apps.sessions import Limits, Registry
+from samed3d.apps.telemetry import Telemetry
+from samed3d.apps.uploads import safe_name
+from samed3d.cli import main
+from samed3d.errors import InputError
+from samed3d.geometry import Region
+from samed3d.volume.untrusted import ReadLimits, check_untrusted
+from tests.server_tools import served, tiny_model, write_ball
+
+TOKEN = "correct-horse-battery-staple"
+
+
+@pytest.fixture
+def guarded(tmp_path):
+    with served(tmp_path, access=Access(TOKEN, frozenset({"scans.example.org"}), largest_json=2000)) as client:
+        yield client
+
+
+def bearer(token: str = TOKEN) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+@pytest.mark.parametrize("path", ["/api/sessions", "/metrics", "/docs", "/openapi.json", "/capabilities", "/lease_status", "/nothing"])
+def test_nothing_is_told_without_the_token(guarded, path):
+    for headers in ({}, bearer("wrong"), bearer(TOKEN + "x"), {"Authorization": TOKEN}, {"Authorization": f"Basic {TOKEN}"}, bearer("é")):
+        answer = guarded.get(path, headers={k: v.encode("utf-8") for k, v in headers.items()})
+        assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+    assert guarded.get(path, headers=bearer()).status_code != 401
+    assert guarded.get("/healthz").json() == {"ok": True}
+
+
+def test_a_token_in_an_address_is_refused_and_never_logged(guarded, caplog):
+    with caplog.at_level(logging.DEBUG):
+        assert guarded.get(f"/api/sessions?token={TOKEN}", headers=bearer()).status_code == 400
+        guarded.get("/api/sessions", headers=bearer())
+        guarded.get("/api/sessions", headers=bearer("wrong-wrong-wrong-wrong"))
+    ours = [r.getMessage() for r in caplog.records if not r.name.startswith("httpx")]
+    assert not any(TOKEN in line or "wrong-wrong" in line for line in ours)
+
+
+@pytest.mark.parametrize("host", ["evil.example.com", "127.0.0.1.nip.io", "", "localhost.evil.com:80"])
+def test_a_rebound_name_is_not_answered(tmp_path, guarded, host):
+    assert guarded.get("/healthz", headers={"Host": host}).status_code == 421
+    with served(tmp_path / "open") as client:
+        assert client.get("/healthz", headers={"Host": host}).status_code == 421
+
+
+def test_hosts_that_are_answered(tmp_path, guarded):
+    for host in ("localhost:1527", "127.0.0.1", "[::1]:8000", "scans.example.org", "SCANS.example.org:443", "192.168.1.5:1527"):
+        assert guarded.get("/healthz", headers={"Host": host}).status_code == 200, host
+    with served(tmp_path / "open") as client:  # without a token an address of the network is not ours
+        assert client.get("/healthz", headers={"Host": "192.168.1.5:1527"}).status_code == 421
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Origin": "https://evil.example.com"}, {"Origin": "null"}, {"Origin": "http://localhost:9999"}, {"Sec-Fetch-Site": "cross-site"}],
+)
+def test_another_sites_page_cannot_post(tmp_path, headers):
+    with served(tmp_path) as client:
+        answer = client.post("/api/sessions", json={"example": True}, headers=headers)
+        assert answer.status_code == 403 and not client.get("/api/sessions").json()
+        assert client.post("/api/sessions", json={}, headers={"Origin": "http://localhost"}).status_code == 400
+        # A form of another site cannot make JSON.
+        assert client.post("/api/sessions", content=b'{"example":true}', headers={"content-type": "text/plain"}).status_code == 422
+
+
+def test_bodies_end_at_the_limit(guarded):
+    def chunks():
+        for _ in range(10):
+            yield b"x" * 1000
+
+    assert guarded.post("/api/sessions", content=b"x" * 3000, headers=bearer()).status_code == 413
+    assert guarded.post("/api/sessions", content=chunks(), headers={**bearer(), "content-type": "application/json"}).status_code in (
+        400,
+        413,
+    )
+    assert guarded.post("/api/sessions", content=b"x", headers={**bearer(), "Content-Encoding": "gzip"}).status_code == 415
+    assert guarded.post("/api/sessions", content=b"x", headers={**bearer(), "Content-Length": "-1"}).status_code == 400
+
+
+def test_an_upload_without_a_length_ends_at_the_limit(tmp_path):
+    def chunks():
+        for _ in range(100):
+            yield bytes(1000)
+
+    with served(tmp_path, access=Access(largest_upload=50_000)) as client:
+        assert client.post("/api/sessions/upload", params={"name": "x.nii"}, content=chunks()).status_code == 413
+        assert [p.name for p in (tmp_path / "sessions").iterdir()] == ["lock"]
+
+
+def test_every_answer_forbids_frames_and_guessing(guarded):
+    headers = guarded.get("/healthz").headers
+    assert headers["x-frame-options"] == "DENY" and headers["x-content-type-options"] == "nosniff"
+
+
+def test_listening_beyond_loopback_demands_a_token(monkeypatch, capsys):
+    monkeypatch.delenv("SAMED3D_TOKEN", raising=False)
+    for host in ("0.0.0.0", "192.168.1.5", "::", "example.org"):
+        with pytest.raises(InputError, match="token is needed"):
+            check_binding(host, "")
+        check_binding(host, TOKEN)
+    for host in ("127.0.0.1", "localhost", "::1"):
+        check_binding(host, "")
+    with pytest.raises(InputError, match="at least 16"):
+        check_binding("0.0.0.0", "short")
+
+
+def test_confined_follows_no_loop(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ApiError) as caught:
+        confined("loop", [tmp_path])
+    assert caught.value.status in (403, 404)
+    with pytest.raises(ApiError, match="no folder is open"):
+        confined("a", [])
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("/etc/x.nii", "x.nii"),
+        ("..\\..\\a b.NII.GZ", "a_b.nii.gz"),
+        (".hidden.mha", "hidden.mha"),
+        ("Ä ö.zip", "___.zip"),
+        ("session.json.nii", "session.json.nii"),
+    ],
+)
+def test_names_of_uploads(given, kept):
+    assert safe_name(given) == kept
+
+
+def test_sessions_take_turns():
+    queue, order, gate = FairQueue(), [], threading.Event()
+    queue.submit("first", gate.wait)
+    time.sleep(0.05)
+    jobs = [queue.submit(line, lambda line=line, n=n: order.append((line, n))) for line in "aab" for n in [len(order)]]
+    jobs += [queue.submit("a", lambda: order.append(("a", 9))), queue.submit("c", lambda: order.append(("c", 0)))]
+    assert queue.depth() == 6 and queue.depth("a") == 3
+    gate.set()
+    for job in jobs:
+        job.result(5)
+    assert [line for line, _ in order] == ["a", "b", "c", "a", "a"]
+    queue.close()
+    with pytest.raises(ApiError, match="stopping"):
+        queue.submit("a", gate.wait)
+
+
+def test_a_client_that_is_gone_waits_no_longer():
+    queue, gate, done = FairQueue(), threading.Event(), []
+
+    async def gone() -> bool:
+        return True
+
+    async def scenario() -> None:
+        first = queue.submit("a", gate.wait)
+        with pytest.raises(ApiError, match="closed the connection"):
+            await queue.run("b", lambda: done.append(1), gone)
+        gate.set()
+        await asyncio.wrap_future(first)
+        await queue.run("b", lambda: done.append(2), gone)
+
+    asyncio.run(scenario())
+    assert done == [2]
+    queue.close()
+
+
+def test_a_line_has_an_end_and_a_failure_reaches_its_asker():
+    queue, gate = FairQueue(longest_line=2), threading.Event()
+    queue.submit("a", gate.wait)
+    time.sleep(0.05)
+    waiting = [queue.submit("a", lambda: 1 / 0) for _ in range(2)]
+    with pytest.raises(ApiError, match="already has 2"):
+        queue.submit("a", gate.wait)
+    queue.submit("b", gate.wait)
+    gate.set()
+    for job in waiting:
+        with pytest.raises(ZeroDivisionError):
+            job.result(5)
+    queue.close()
+
+
+def test_jobs_that_wait_when_the_server_stops_are_told():
+    queue, gate = FairQueue(), threading.Event()
+    running = queue.submit("a", gate.wait)
+    time.sleep(0.05)
+    waiting = queue.submit("b", gate.wait)
+    threading.Timer(0.1, gate.set).start()
+    queue.close()
+    assert running.result(1)
+    with pytest.raises(ApiError, match="was not carried out"):
+        waiting.result(1)
+
+
+def test_updates_round_trip_and_damage_is_refused(rng):
+    mask = rng.random((5, 6, 7)) > 0.5
+    region = Region((1, 2, 3), (6, 8, 10))
+    body = json.loads(json.dumps(update_to_json(4, region, mask)))
+    number, where, found = update_from_json(body, (10, 8, 6))
+    assert (number, where) == (4, region) and np.array_equal(found, mask)
+    wrong = [
+        {**body, "stop": [11, 8, 6]},
+        {**body, "bits": "!"},
+        {**body, "bits": body["bits"][:-8]},
+        {**body, "stop": [9, 8, 6]},
+        {**body, "object_id": "4"},
+    ]
+    for entry in (*wrong, {**body, "start": [1.5, 2, 3]}, 7):
+        with pytest.raises(InputError):
+            update_from_json(entry, (10, 8, 6))
+
+
+def test_inflate_stops_at_its_limit():
+    import zlib
+
+    bomb = zlib.compress(bytes(50 * 2**20))
+    with pytest.raises(InputError, match="at most 1000 bytes"):
+        inflate(bomb, 1000, "bits")
+    with pytest.raises(InputError, match="trailing bytes"):
+        inflate(zlib.compress(b"a") + b"b", 10, "bits")
+
+
+def test_only_images_within_limits_are_read(tmp_path):
+    write_ball(tmp_path / "a.nii.gz")
+    for name in ("a.nii.gz", "b.nrrd", "c.mha"):
+        write_ball(tmp_path / name)
+        check_untrusted(tmp_path / name, ReadLimits())
+        with pytest.raises(InputError, match="at most 100 voxels"):
+            check_untrusted(tmp_path / name, ReadLimits(voxels=100))
+    (tmp_path / "x.txt").write_text("x")
+    with pytest.raises(InputError, match="image must end in"):
+        check_untrusted(tmp_path / "x.txt", ReadLimits())
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(4):
+        (folder / str(number)).touch()
+    with pytest.raises(InputError, match="at most 3 files"):
+        check_untrusted(folder, ReadLimits(files=3))
+
+
+def test_the_registry_survives_a_damaged_session_file(tmp_path):
+    registry = Registry(tmp_path / "s", tiny_model, Limits())
+    entry = registry.create()
+    (entry.folder / "session.json").write_text("{broken")
+    registry.close()
+    registry = Registry(tmp_path / "s", tiny_model, Limits())
+    assert registry.get(entry.id).about is None and registry.stored() == [entry.id]
+    assert (tmp_path / "s").stat().st_mode & 0o077 == 0
+    registry.close()
+
+
+def test_counters_as_prometheus_text():
+    counted = Telemetry()
+    counted.request("GET", "/x", 200)
+    counted.prediction(0.2)
+    counted.prediction(40.0)
+    lines = counted.text({"g": ("A gauge.", 1.5)}).splitlines()
+    assert 'samed3d_prediction_seconds_bucket{le="0.25"} 1' in lines and 'samed3d_prediction_seconds_bucket{le="+Inf"} 2' in lines
+    assert 'samed3d_requests_total{method="GET",route="/x",status="200"} 1' in lines and "samed3d_g 1.5" in lines
+
+
+def test_serve_says_what_is_wrong_before_it_listens(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.delenv("SAMED3D_TOKEN", raising=False)
+    for arguments, said in (
+        (["--host", "0.0.0.0"], "token is needed"),
+        (["--token-file", str(tmp_path / "none")], "--token-file cannot be read"),
+        (["--root", str(tmp_path / "none")], "--root does not exist"),
+        (["--model", "nothing"], "no checkpoint or file"),
+    ):
+        assert main(["serve", "--sessions", str(tmp_path / "s"), *arguments]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_one_line(tmp_path):
+    import socket
+
+    from samed3d.apps.server import run_server
+    from samed3d.apps.service import ServerOptions
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(InputError, match="choose another port"):
+            run_server(ServerOptions(tmp_path / "s"), "127.0.0.1", taken.getsockname()[1], tiny_model)
