@@ -1,0 +1,194 @@
+"""The measured tables of ``docs/benchmarks.md``: one function per JSON of ``results/``, and where each stands on the page.
+
+The page is written by hand but for its blocks, which begin with ``<!-- measured: NAME -->`` and end with ``<!-- end -->``. A block whose
+JSON is not there says so: no number of ours is on the page that is not in a file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Body = dict[str, Any]
+_MARK = re.compile(r"<!-- measured: (\w+) -->\n.*?<!-- end -->", flags=re.DOTALL)
+
+
+def page_with_blocks(page: str, results: Path) -> str:
+    """The page with every block made from the JSON files of ``results``.
+
+    Raises:
+        ValueError: if the page asks for a block that nobody makes, or lacks one.
+    """
+    asked = _MARK.findall(page)
+    if sorted(asked) != sorted(BLOCKS):
+        raise ValueError(f"the page must hold each block once: {', '.join(sorted(BLOCKS))}; it holds {', '.join(sorted(asked))}")
+    return _MARK.sub(lambda found: f"<!-- measured: {found[1]} -->\n{block(found[1], results)}\n<!-- end -->", page)
+
+
+def block(name: str, results: Path) -> str:
+    """The Markdown of one block, with the command and the machine it was measured by."""
+    file, make = BLOCKS[name]
+    path = results / file
+    if not path.is_file():
+        return f"*Not measured: `benchmarks/results/{file}` is not there (`make bench`).*"
+    body = json.loads(path.read_text())
+    return f"{make(body)}\n\n{_origin(file, body)}"
+
+
+def accuracy(body: Body) -> str:
+    """Dice of each model by group and click."""
+    lines = [line for line in body["summary"] if line["by"] == "group"]
+    clicks = sorted({line["click"] for line in lines})
+    kinds = list(dict.fromkeys((_way(line), line["value"], line["model"]) for line in lines))
+    many = len({way for way, *_ in kinds}) > 1
+    head = [*["protocol"] * many, "group", "model", "subjects", "structures x seeds", *(f"{c} click{'s' * (c != 1)}" for c in clicks)]
+    rows = []
+    for way, value, model in kinds:
+        mine = {line["click"]: line for line in lines if (_way(line), line["value"], line["model"]) == (way, value, model)}
+        some = mine[max(mine)]
+        cells = [*[way] * many, value, f"`{model}`", some["subjects"], some["measurements"]]
+        rows.append([*cells, *(_with_interval(mine.get(c)) for c in clicks)])
+    return _table(head, rows)
+
+
+def latency(body: Body) -> str:
+    """First mask and later clicks, and the exact cheap encoder beside the padded one."""
+    sam, own = body["sam_med3d_b"], body["default"]
+    rows = []
+    for name, key in ((f"crop of {own['own_edge']}³, its own", "own_crop"), ("crop of 128³", "crop128")):
+        rows.append([f"`{own['model']}` ({own['weights']}), {name}", _s(own[key]["first_mask_s"]), _s(own[key]["later_click_s"])])
+    first = sam["encoder_s"] + sam["decode_ms"] / 1e3
+    rows.append(["`sam_med3d_b` (random weights), crop of 128³", _s(first), _s(sam["decode_ms"] / 1e3)])
+    if "end_to_end_s" in body["infer_py"]:
+        rows.append(["`infer.py` on a 512 x 512 x 78 CT, process start to file", _s(body["infer_py"]["end_to_end_s"]), ""])
+    ratios = [
+        [
+            "encoder of `sam_med3d_b` without its window padding, against a plain padded one",
+            f"**{sam['times_faster_than_padded']:.1f} x** faster",
+        ],
+        ["the same, largest difference of outputs", f"{sam['max_abs_difference']:.1e}"],
+        ["the same, peak memory of the process", f"{sam['peak_memory_mib']:.0f} against {sam['padded_peak_memory_mib']:.0f} MiB"],
+        [
+            f"encoder ({sam['encoder_gflop']:.0f} GFLOP) against a matrix product of as many",
+            f"{sam['times_matrix_product']:.2f} x its time",
+        ],
+    ]
+    return _table(["", "first mask", "later click"], rows) + "\n\n" + _table(["", "ratio within one run"], ratios)
+
+
+def preparation(body: Body) -> str:
+    """A corpus against a plain loop."""
+    loop = body["preparation"]["loop"]
+    rows = [["plain loop, one process", _s(loop["wall_s"]), "", _mb(loop["bytes"]), "", loop["masks"]]]
+    for name, found in body["preparation"].items():
+        if isinstance(found, dict) and name != "loop":
+            faster, smaller = f"{found['faster_wall']:.3g} x", f"{found['smaller']:.3g} x"
+            rows.append([f"corpus, {name}", _s(found["wall_s"]), faster, _mb(found["bytes"]), smaller, found["masks"]])
+    more = [
+        [f"random 128³ crop of image and labels, {name.removeprefix('crops_of_').replace('x', ' x ')}",
+         f"{found['crop_ms']:.3g} ms, {found['faster']:.3g} x faster than reading both .nii.gz"]
+        for name, found in body.items() if name.startswith("crops_of_")
+    ]  # fmt: skip
+    memory, manifest = body["memory"], body["manifest"]
+    more.append(["peak memory above idle, 512 x 512 x 600", f"{memory['peak_above_idle_in_volumes']:.2f} x the volume as stored"])
+    more.append([f"open and filter a table of {manifest['rows']:,} structures", _s(manifest["open_and_filter_s"])])
+    return _table(["", "wall time", "faster", "size", "smaller", "masks"], rows) + "\n\n" + _table(["", "measured"], more)
+
+
+def synthesis(body: Body) -> str:
+    """Generated volumes per second of one thread."""
+    rows = [
+        [f"{edge}³", f"{found['case_ms']:.0f} ms", f"{found['cases_per_s']:.2f}", f"{found['elementwise_passes_per_case']:.0f}"]
+        for edge, found in body["edges"].items()
+    ]
+    return _table(["volume", "processor time each", "per second and thread", "in plain passes over the volume"], rows)
+
+
+def storage(body: Body) -> str:
+    """The table that the script prints."""
+    return _table(body["columns"], body["rows"])
+
+
+def export(body: Body) -> str:
+    """Exported graphs beside torch."""
+    rows = [
+        [part, form, _s(found["seconds"]), f"{found['times_as_fast']:.2f} x", f"{found['difference']:.1e}"]
+        for part in ("encoder", "decoder")
+        for form, found in body[part].items()
+    ]
+    return f"Model `{body['model']}`, {body['threads']} thread.\n\n" + _table(["", "form", "time", "speed", "largest difference"], rows)
+
+
+def training(body: Body) -> str:
+    """Every number of the script, by its name."""
+    return _table(["", "measured"], _leaves({k: v for k, v in body.items() if k not in ("collected", "machine")}))
+
+
+BLOCKS: dict[str, tuple[str, Callable[[Body], str]]] = {
+    "accuracy": ("default_evaluation.json", accuracy),
+    "latency": ("latency.json", latency),
+    "training": ("train.json", training),
+    "preparation": ("prepare.json", preparation),
+    "storage": ("storage.json", storage),
+    "synthesis": ("synthesis.json", synthesis),
+    "export": ("export.json", export),
+}
+
+
+def _origin(file: str, body: Body) -> str:
+    """Where a table comes from, in one line."""
+    about = body.get("collected", {})
+    command = about.get("command") or body.get("command")
+    parts = [f"`benchmarks/results/{file}`"]
+    parts += [f"`{command}`"] if command else []
+    parts += [f"revision {about.get('revision') or body.get('revision')}"] if about.get("revision") or body.get("revision") else []
+    machine = about.get("machine") or body.get("environment") or body.get("machine")
+    if isinstance(machine, dict):
+        cores = machine.get("cores") or machine.get("cpus")
+        shown = [machine.get("processor"), f"{cores} cores" if cores else None, machine.get("gpu"), f"torch {machine['torch']}"]
+        parts.append(", ".join(str(s) for s in shown if s))
+    elif machine:
+        parts.append(f"{machine}, {body.get('processors', '?')} cores")
+    if about.get("quick"):
+        parts.append("a quick run, few repeats")
+    return f"*{'; '.join(parts)}.*"
+
+
+def _way(line: Body) -> str:
+    return " ".join(str(line[k]) for k in ("protocol", "policy", "prompt") if line.get(k))
+
+
+def _with_interval(line: Body | None) -> str:
+    if line is None:
+        return ""
+    ends = line.get("interval")
+    alone = not ends or line["subjects"] < 2
+    return f"{line['dice']:.2f}" + ("" if alone else f" [{ends[0]:.2f}, {ends[1]:.2f}]")
+
+
+def _table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(c).replace("|", "/") for c in line) + " |" for line in lines)
+
+
+def _leaves(body: Any, prefix: str = "") -> list[list[str]]:
+    if isinstance(body, dict):
+        return [line for key, value in body.items() for line in _leaves(value, f"{prefix} {key}".strip().replace("_", " "))]
+    if isinstance(body, list):
+        return [[prefix, ", ".join(_number(v) for v in body)]]
+    return [[prefix, _number(body)]]
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _s(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
+
+
+def _mb(count: float) -> str:
+    return f"{count / 1e6:.0f} MB"

@@ -1,0 +1,121 @@
+"""The benchmarks' page: its own numbers are those of the JSON files, and every published number has a source."""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "benchmarks"
+
+
+def module(name):
+    """A script of ``benchmarks/``, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[name] = loaded
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+tables = module("result_tables")
+collect = module("collect")
+
+
+def test_the_page_holds_the_numbers_of_the_files():
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert tables.page_with_blocks(page, FOLDER / "results") == page, "run python benchmarks/collect.py --page"
+
+
+def test_every_published_number_has_a_source():
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    published = [part for part in re.split(r"^#+ ", page, flags=re.MULTILINE) if part.startswith("Published")]
+    assert len(published) >= 5
+    for part in published:
+        rows = [[c.strip() for c in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("|")]
+        assert rows[0][-1] == "source" and len(rows) > 3
+        assert [row for row in rows if not row[-1]] == []
+
+
+def test_a_file_that_is_not_there_is_said(tmp_path):
+    assert tables.block("latency", tmp_path) == "*Not measured: `benchmarks/results/latency.json` is not there (`make bench`).*"
+
+
+def test_the_accuracy_block_has_every_mean_with_its_interval(tmp_path):
+    line = {"model": "m", "by": "group", "value": "unseen subject", "subjects": 7, "measurements": 9, "interval": [0.1, 0.3]}
+    lines = [
+        line | {"click": 1, "dice": 0.2},
+        line | {"click": 3, "dice": 0.25, "interval": None},
+        line | {"by": "source", "click": 1, "dice": 0.9},
+    ]
+    (tmp_path / "default_evaluation.json").write_text(json.dumps({"summary": lines, "command": "samed3d evaluate X", "revision": "abc"}))
+    text = tables.block("accuracy", tmp_path)
+    assert "| unseen subject | `m` | 7 | 9 | 0.20 [0.10, 0.30] | 0.25 |" in text and "0.90" not in text
+    assert "1 click | 3 clicks" in text and "`samed3d evaluate X`; revision abc" in text
+
+
+def test_ways_of_clicking_have_lines_of_their_own(tmp_path):
+    line = {"model": "m", "by": "group", "value": "g", "click": 1, "subjects": 2, "measurements": 2, "interval": [0.1, 0.3]}
+    lines = [line | {"protocol": p, "policy": "own", "prompt": "click", "dice": d} for p, d in (("samed3d", 0.5), ("cvpr25", 0.6))]
+    text = tables.accuracy({"summary": lines})
+    assert "| samed3d own click | g | `m` | 2 | 2 | 0.50 [0.10, 0.30] |" in text and "| cvpr25 own click |" in text
+
+
+def test_the_other_blocks_show_what_the_files_say():
+    edges = {"64": {"case_ms": 12.34, "cases_per_s": 81.0, "elementwise_passes_per_case": 56.7}}
+    assert "| 64³ | 12 ms | 81.00 | 57 |" in tables.synthesis({"edges": edges})
+    part = {"onnxruntime": {"seconds": 0.05, "times_as_fast": 1.5, "difference": 2e-6}}
+    assert "| decoder | onnxruntime | 50 ms | 1.50 x | 2.0e-06 |" in tables.export(
+        {"model": "m", "threads": 1, "encoder": part, "decoder": part}
+    )
+    assert "| loop samples per s | 1.23 |" in tables.training({"loop": {"samples_per_s": 1.234}, "collected": {"seconds": 9}})
+
+
+def test_a_page_must_hold_each_block_once(tmp_path):
+    with pytest.raises(ValueError, match="must hold each block once"):
+        tables.page_with_blocks("<!-- measured: latency -->\n<!-- end -->", tmp_path)
+
+
+def test_a_script_is_run_and_its_result_kept_with_the_machine(tmp_path, monkeypatch):
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    (folder / "speed.py").write_text("import json, sys; print(json.dumps({'data': sys.argv[1], 'value': 3}))")
+    monkeypatch.setattr(collect, "ROOT", tmp_path)
+    job = collect.Job("speed", ("{data}",), ("--fast",), prints="json")
+    out = tmp_path / "speed.json"
+    command = collect.command_of(job, tmp_path / "d", out, quick=True)
+    assert command == ["benchmarks/speed.py", str(tmp_path / "d"), "--fast"]
+    assert collect.run_job(job, command, out, True, tmp_path / "d") == ""
+    body = json.loads(out.read_text())
+    assert body["value"] == 3 and body["collected"]["quick"]
+    assert body["collected"]["command"] == "python benchmarks/speed.py DATA --fast"
+    assert body["collected"]["machine"]["cores"] >= 1 and body["collected"]["machine"]["torch"]
+
+
+def test_a_script_that_fails_leaves_the_earlier_result(tmp_path, monkeypatch):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "bad.py").write_text("raise SystemExit('no luck')")
+    monkeypatch.setattr(collect, "ROOT", tmp_path)
+    out = tmp_path / "bad.json"
+    out.write_text("{}")
+    assert collect.run_job(collect.Job("bad", ()), ["benchmarks/bad.py"], out, False) == "no luck"
+    assert out.read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("job", "quick", "told"),
+    [
+        (collect.Job("nowhere"), False, "no such script"),
+        (collect.Job("prepare", ("--data", "{data}")), False, "needs the development data"),
+        (collect.Job("storage", (), None), True, "no quick form"),
+    ],
+)
+def test_what_cannot_run_is_passed_over_with_a_reason(tmp_path, job, quick, told):
+    assert told in collect.command_of(job, None, tmp_path / "x.json", quick)
+
+
+def test_a_printed_table_is_kept():
+    assert collect.parsed_table("noise\n| a | b |\n|---|---|\n| 1 | |\n") == {"columns": ["a", "b"], "rows": [["1", ""]]}
