@@ -62,6 +62,21 @@ def import_weights(
         typer.echo(f"{len(state)} tensors of {model} written to {output}")
 
 
+def export(
+    model: Annotated[str, typer.Argument(help="Checkpoint (name or file), or an architecture, with random weights then.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new.")],
+    format_: Annotated[str, typer.Option("--format", help="onnx, torchscript or hf.")] = "onnx",
+    quiet: Quiet = False,
+) -> None:
+    """Write a model for other programs: ONNX graphs, TorchScript files or a Hugging Face folder."""
+    from samed3d.inference.export import export as run
+
+    files = run(model, format_, output)
+    if not quiet:
+        for file in files:
+            typer.echo(f"{file} ({file.stat().st_size / 2**20:.1f} MiB)")
+
+
 def _on_meta(name: str) -> AnyModel:
     import torch
 

@@ -147,7 +147,7 @@ def _logit_bias(terms: _Terms, sink: Tensor | None, real: list[int], released: b
     else:
         per_query = (terms.second[..., :h, None] + terms.third[..., None, :w]).flatten(4)[..., None, :]
         shared = terms.first[..., :d, None]
-    bias = per_query.new_empty(*per_query.shape[:4], d * h * w + (sink is not None))
+    bias = per_query.new_empty(*per_query.shape[:4], d * h * w + (0 if sink is None else 1))
     to_real = bias[..., : d * h * w].unflatten(-1, (d, h * w))
     to_real.copy_(per_query)
     to_real.add_(shared)

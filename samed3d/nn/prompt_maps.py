@@ -61,11 +61,20 @@ def mask_map(prompts: PromptBatch, shape: Shape) -> Tensor:
     if prompts.mask_logits is None:
         return prompts.points.new_zeros(prompts.points.shape[0], *shape, 3)
     logits = prompts.mask_logits.float()
-    if tuple(logits.shape[2:]) != shape:
-        logits = F.adaptive_avg_pool3d(logits, shape)
+    logits = _resized(logits, shape)
     logits = logits[:, 0]
     maps = torch.stack([logits.sigmoid(), (logits / 4).clamp(-2, 2), torch.ones_like(logits)], dim=-1)
     return maps if prompts.mask_valid is None else maps * prompts.mask_valid.to(maps.dtype)[:, None, None, None, None]
+
+
+def _resized(logits: Tensor, shape: Shape) -> Tensor:
+    """Means of blocks on a coarser grid, copies on a finer one; adaptive pooling only where edges do not divide, as ONNX lacks it."""
+    size = logits.shape[2:]
+    if all(n % m == 0 for n, m in zip(size, shape, strict=True)):
+        return F.avg_pool3d(logits, [n // m for n, m in zip(size, shape, strict=True)])
+    if all(m % n == 0 for n, m in zip(size, shape, strict=True)):
+        return F.interpolate(logits, size=shape, mode="nearest")
+    return F.adaptive_avg_pool3d(logits, shape)
 
 
 def prompt_maps(prompts: PromptBatch, stride: int, shape: Shape) -> Tensor:

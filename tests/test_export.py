@@ -1,0 +1,158 @@
+"""Exported models answer as ours do: ONNX under onnxruntime, TorchScript, and the way through a Hugging Face folder."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from samed3d.errors import InputError
+from samed3d.inference.export import decoder_inputs, export, hub_model_class, image_example
+from samed3d.models import MODELS, create_model, list_models, load
+from samed3d.models.base import PromptableModel, PromptBatch
+from samed3d.models.weights import save_weights
+
+QUICK = "sam_med3d_b"
+PROMPTABLE = [n for n in list_models() if isinstance(create_model(n, **MODELS[n].tiny), PromptableModel) and n != "sam_med3d_moe"]
+SEMANTIC = [n for n in list_models() if not isinstance(create_model(n, **MODELS[n].tiny), PromptableModel)]
+
+
+def on_disk(folder, name: str):
+    """A tiny instance with seeded weights, none of them zero, and its file."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = create_model(name, **MODELS[name].tiny).eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)
+    save_weights(model, folder / "model.safetensors", {})
+    return model, str(folder / "model.safetensors")
+
+
+def prompts(model, clicks: int, mask: bool, box: bool) -> PromptBatch:
+    generator = torch.Generator().manual_seed(clicks)
+    batch = PromptBatch(8 * torch.rand(1, clicks, 3, generator=generator), torch.randint(0, 2, (1, clicks), generator=generator))
+    if "mask" in model.spec.prompts:
+        click = PromptBatch(torch.ones(1, 1, 3), torch.ones(1, 1, dtype=torch.int64))
+        shape = model(image_example(model), click).lowres_logits.shape
+        batch.mask_logits, batch.mask_valid = torch.randn(shape, generator=generator), torch.tensor([mask])
+    if "box" in model.spec.prompts:
+        batch.boxes, batch.box_valid = torch.tensor([[[1.0, 2.0, 3.0], [9.0, 8.0, 7.0]]]), torch.tensor([box])
+    return batch
+
+
+def tensors(batch: PromptBatch) -> list[torch.Tensor]:
+    """In the order of the decoder's inputs."""
+    given = [batch.points, batch.point_labels, batch.mask_logits, batch.mask_valid, batch.boxes, batch.box_valid]
+    return [t for t in given if t is not None]
+
+
+def check_onnx(model, folder) -> None:
+    """Both graphs on one crop, with one to five clicks, with and without a mask and a box."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    encoder, decoder = (onnxruntime.InferenceSession(folder / f"{part}.onnx") for part in ("encoder", "decoder"))
+    assert [i.name for i in decoder.get_inputs()] == decoder_inputs(model)
+    image = image_example(model)
+    features = dict(zip([i.name for i in encoder.get_outputs()], encoder.run(None, {"image": image.numpy()}), strict=True))
+    for name, value in model.encode(image).items():
+        np.testing.assert_allclose(features[f"feature_{name}"], value.numpy(), atol=1e-4, rtol=1e-4)
+    for clicks, mask, box in ((1, False, False), (5, True, False), (3, True, True)):
+        batch = prompts(model, clicks, mask, box)
+        feed = {**features, **dict(zip(decoder_inputs(model)[len(features) :], (t.numpy() for t in tensors(batch)), strict=True))}
+        expected = model(image, batch)
+        logits, iou, lowres = decoder.run(None, feed)
+        np.testing.assert_allclose(logits, expected.logits.numpy(), atol=1e-4, rtol=1e-4)
+        np.testing.assert_allclose(iou, expected.iou.numpy(), atol=1e-4, rtol=1e-4)
+        np.testing.assert_allclose(lowres, expected.lowres_logits.numpy(), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROMPTABLE)
+def test_onnx_answers_as_the_model(tmp_path, name):
+    pytest.importorskip("onnxscript")
+    model, path = on_disk(tmp_path, name)
+    files = export(path, "onnx", tmp_path / "out")
+    assert [f.name for f in files] == ["decoder.onnx", "encoder.onnx", "model.json"]
+    check_onnx(model, tmp_path / "out")
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_onnx_of_the_default_checkpoint(tmp_path):
+    pytest.importorskip("onnxscript")
+    export("default", "onnx", tmp_path / "out")
+    check_onnx(load("default"), tmp_path / "out")
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEMANTIC)
+def test_onnx_of_an_automatic_model(tmp_path, name):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, path = on_disk(tmp_path, name)
+    export(path, "onnx", tmp_path / "out")
+    image = image_example(model)
+    (logits,) = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx").run(None, {"image": image.numpy()})
+    np.testing.assert_allclose(logits, model(image).numpy(), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["samed3d_unet", "sam_med3d_b", "samu"])
+def test_torchscript_answers_as_the_model(tmp_path, name):
+    model, path = on_disk(tmp_path, name)
+    export(path, "torchscript", tmp_path / "out")
+    encoder, decoder = (torch.jit.load(tmp_path / "out" / f"{part}.pt") for part in ("encoder", "decoder"))
+    image = image_example(model)
+    features = list(encoder(image))
+    for clicks, mask, box in ((1, False, False), (5, True, True)):
+        batch = prompts(model, clicks, mask, box)
+        out = decoder(features, *tensors(batch))
+        torch.testing.assert_close(out[0], model(image, batch).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", list_models())
+def test_hugging_face_folder_there_and_back(tmp_path, name):
+    pytest.importorskip("huggingface_hub")
+    model, path = on_disk(tmp_path, name)
+    export(path, "hf", tmp_path / "out")
+    again = hub_model_class().from_pretrained(tmp_path / "out", local_files_only=True).network.eval()
+    assert again.spec == model.spec
+    image = image_example(model)
+    if isinstance(model, PromptableModel):
+        batch = prompts(model, 2, True, True)
+        assert torch.equal(again(image, batch).logits, model(image, batch).logits)
+    else:
+        assert torch.equal(again(image), model(image))
+
+
+def test_model_json_says_what_a_caller_needs(tmp_path):
+    _, path = on_disk(tmp_path, QUICK)
+    export(path, "torchscript", tmp_path / "out")
+    about = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert about["model"] == QUICK and about["spec"]["input_shape_zyx"] == [16, 16, 16] and about["spec"]["spacing_mm"] == 1.5
+    assert about["files"]["encoder.pt"] == {"inputs": ["image"], "outputs": ["feature_image"]}
+
+
+def test_wrong_requests_are_refused(tmp_path):
+    _, path = on_disk(tmp_path, QUICK)
+    with pytest.raises(InputError, match=r"--format must be one of onnx, torchscript, hf, got 'tflite'"):
+        export(path, "tflite", tmp_path / "out")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(InputError, match=r"--output must be a new folder"):
+        export(path, "hf", tmp_path / "there")
+    with pytest.raises(InputError, match=r"no checkpoint or file is called 'nothing'"):
+        export("nothing", "hf", tmp_path / "out")
+    _, mixture = on_disk(tmp_path, "sam_med3d_moe")
+    with pytest.raises(InputError, match=r"mixture of experts .* is no fixed graph"):
+        export(mixture, "onnx", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
+    _, path = on_disk(tmp_path, QUICK)
+    monkeypatch.setattr("samed3d.inference.export._write_about", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(path, "torchscript", tmp_path / "out")
+    assert [f.name for f in tmp_path.iterdir()] == ["model.safetensors"]
