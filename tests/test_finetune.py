@@ -23,6 +23,7 @@ from samed3d.models.weights import find_checkpoint, read_header, read_weights, s
 from samed3d.nn.adapters import adapter_names
 from samed3d.training.before_after import Score, choose_targets, compare, measure, to_markdown
 from samed3d.training.finetune import RATES, RECIPE, FinetuneOptions, finetune, recipe
+from samed3d.training.stopping import StopRequest
 from samed3d.training.subjects import seen_by, split_subjects
 from samed3d.training.trainable import encoder_parameters
 from tests import dataset_trees
@@ -126,6 +127,23 @@ def test_segment_takes_an_adapter_file(base, five, tmp_path):
     assert mask.is_file()
 
 
+def test_a_stopped_run_goes_on_to_the_same_table(base, five, tmp_path, monkeypatch, capsys):
+    steps = ["--set", "run.save_every=1", "--quiet"]
+    assert command(base, five, tmp_path / "whole", *steps) == 0
+    asked = StopRequest.asked.fget
+    monkeypatch.setattr(StopRequest, "asked", property(lambda self: setattr(self, "reason", "by SIGTERM") or True))
+    out = tmp_path / "stopped"
+    assert command(base, five, out, *steps) == 0
+    assert not (out / "table.md").exists() and read_header(out / "model.safetensors")["step"] == 1
+    monkeypatch.setattr(StopRequest, "asked", property(asked))
+    other = make_source(tmp_path / "other", cases=9, first_seed=70)
+    assert command(base, other, out, "--resume") == 2
+    assert "--resume must be given the --finetune and --data that" in error_of(capsys)
+    assert command(base, five, out, *steps, "--resume") == 0
+    for name in ("table.md", "scores.csv"):
+        assert (out / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
 def test_a_fine_tuned_model_can_be_tuned_again_and_remembers_whom_it_knows(base, five, tmp_path, capsys):
     assert command(base, five, tmp_path / "one", "--quiet") == 0
     assert command(tmp_path / "one" / "model.safetensors", five, tmp_path / "two", "--set", "run.seed=5") == 0
@@ -175,10 +193,11 @@ def test_minutes_become_steps_by_a_measurement(base, five, tmp_path):
         (["--rank", "4"], "--rank goes with --train adapters, got --train all"),
         (["--minutes", "1"], "--steps and --minutes exclude each other"),
         (["--structures", "0"], "--structures and --seeds must be 1 or more, got 0 and 2"),
-        (["--set", "model.weights=x"], "--set model.weights is chosen by --finetune, --data, --train and --output"),
+        (["--set", "model.weights=x"], "--set model.weights is chosen by --finetune, --data, --train, --steps and --output"),
         (["--set", "optim.rate=1"], "unknown config key 'optim.rate'"),
         (["--config", "configs/finetune.yaml"], "--finetune has its own recipe and cannot be joined with --config"),
-        (["--resume"], "--finetune has its own recipe and cannot be joined with --resume"),
+        (["--from", "run"], "--finetune has its own recipe and cannot be joined with --from"),
+        (["--resume"], "--resume needs a fine-tuning that was stopped, got none"),
     ],
 )
 def test_options_that_cannot_be_used_are_one_line_and_leave_nothing(arguments, said, base, five, tmp_path, capsys):

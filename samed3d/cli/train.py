@@ -49,22 +49,14 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train a promptable model with simulated clicks, or fine-tune one on a folder of labelled volumes."""
-    said = {
-        "train": train_,
-        "adapter": adapter,
-        "rank": rank,
-        "steps": steps,
-        "minutes": minutes,
-        "structures": structures,
-        "seeds": seeds,
-    }
+    said = dict(train=train_, adapter=adapter, rank=rank, steps=steps, minutes=minutes, structures=structures, seeds=seeds)
     given = {name: value for name, value in said.items() if value is not None}
     if finetune is not None:
-        others = {"--config": config, "--resume": resume, "--model": model, "--from": from_, "--moe": moe}
+        others = {"--config": config, "--model": model, "--from": from_, "--moe": moe}
         if joined := next((name for name, value in others.items() if value), None):
             remedy = "use --set, or train with --config configs/finetune.yaml on a prepared corpus"
             raise InputError(f"--finetune has its own recipe and cannot be joined with {joined}; {remedy}")
-        _finetune(finetune, data or [], elsewhere or [], output, given, tuple(set_ or ()), quiet)
+        _finetune(finetune, data or [], elsewhere or [], output, given, tuple(set_ or ()), resume, quiet)
         return
     if extra := [*given, *(name for name, value in {"data": data, "elsewhere": elsewhere, "output": output}.items() if value)]:
         raise InputError(f"--{extra[0]} goes with --finetune MODEL; a config says {_CONFIG_KEYS.get(extra[0], 'model.* and optim.*')}")
@@ -115,6 +107,7 @@ def _finetune(
     output: Path | None,
     given: dict[str, Any],
     changes: tuple[str, ...],
+    resume: bool,
     quiet: bool,
 ) -> None:
     if not data:
@@ -130,13 +123,14 @@ def _finetune(
 
     options = FinetuneOptions(**given, changes=changes)
     folder = output or Path("runs") / f"finetune_{data[0].resolve().name}"
-    check_output(folder)
+    if not resume:
+        check_output(folder)
     load_base(base)  # a wrong name is said before the data are prepared
     from data_prep.cached import cached_corpus
 
     shown = not quiet and sys.stderr.isatty()
     corpora, others = ([cached_corpus(one, jobs=os.cpu_count() or 1, progress=shown) for one in folders] for folders in (data, elsewhere))
-    result = run(base, corpora, folder, options, elsewhere=others, quiet=quiet)
+    result = run(base, corpora, folder, options, elsewhere=others, resume=resume, quiet=quiet)
     if not quiet and result.table:
         typer.echo(result.table)
         typer.echo(f"model in {folder / 'model.safetensors'}; use it with: samed3d segment IMAGE --model {folder / 'model.safetensors'}")

@@ -21,11 +21,13 @@ from typing import Any
 
 from samed3d.config import TrainConfig, load_config
 from samed3d.data.corpus import Corpus
+from samed3d.data.storage import write_text
 from samed3d.errors import InputError
 from samed3d.models import load
 from samed3d.models.base import PromptableModel
 from samed3d.models.weights import ADAPTER_KEY, amend_header, find_checkpoint, read_header, read_weights, tensors_sha256
 from samed3d.training.before_after import Change, Score, Target, choose_targets, compare, measure, to_markdown
+from samed3d.training.loop import train
 from samed3d.training.subjects import Split, history_of, seen_by, split_subjects
 
 logger = logging.getLogger(__name__)
@@ -49,7 +51,9 @@ WARMUP_SHARE = 0.05
 LEAST_STEPS, MOST_STEPS = 200, 1000
 STEPS_PER_STRUCTURE = 2
 TIMED_STEPS = 4
-_OURS = ("model.", "data.corpus", "data.split_seed", "data.validation_share", "data.hold_out", "run.folder")
+BEFORE = "before.json"
+"""The first measurement, kept for a run that is stopped and gone on with."""
+_OURS = ("model.", "data.corpus", "data.split_seed", "data.validation_share", "data.hold_out", "optim.epochs", "run.folder")
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class FinetuneOptions:
         for change in self.changes:
             if change.strip().startswith(_OURS):
                 raise InputError(
-                    f"--set {change.split('=')[0].strip()} is chosen by --finetune, --data, --train and --output, got {change!r}"
+                    f"--set {change.split('=')[0].strip()} is chosen by --finetune, --data, --train, --steps and --output, got {change!r}"
                 )
 
 
@@ -116,6 +120,7 @@ def finetune(
     options: FinetuneOptions | None = None,
     *,
     elsewhere: Sequence[Path] = (),
+    resume: bool = False,
     quiet: bool = False,
 ) -> Finetuned:
     """Fine-tune a promptable model.
@@ -123,18 +128,21 @@ def finetune(
     Args:
         base: Checkpoint name or file.
         corpora: Prepared corpora.
-        out: Run folder, new or empty.
+        out: Run folder, new or empty; with ``resume`` that of the stopped run.
         options: See ``FinetuneOptions``.
         elsewhere: Corpora of other structures, measured before and after but not trained on: what was forgotten.
+        resume: Go on with a run that was stopped, with the config and the first measurement that it saved.
         quiet: No progress bar.
+
+    Returns:
+        The result; without lines and table where the training was stopped by a signal, which is said how to go on.
 
     Raises:
         InputError: for a base that is not promptable or is an adapter, data of fewer than two subjects, a folder that is not empty.
     """
-    from samed3d.training.loop import train
-
     options = options or FinetuneOptions()
-    check_output(out)
+    if not resume:
+        check_output(out)
     model, path, header = load_base(base)
     base = str(path.resolve()) if Path(base).is_file() else base  # an adapter finds its base from anywhere
     split = split_subjects(corpora, options.seed)
@@ -142,16 +150,34 @@ def finetune(
     others = [(corpus, case) for corpus in map(Corpus, elsewhere) for case in corpus.cases if case.has_image]
     if others:
         measured["elsewhere"] = choose_targets(others, options.structures, options.seed)
-    config = recipe(model, base, header, corpora, out, split, options)
-    if options.minutes:
-        config = _fitted_to(config, options.minutes)
-    sides = [len({case.subject for _, case in side}) for side in (split.trained, split.kept)]
-    logger.info("%d subjects learn, %d are kept back; %s", *sides, _length(config))
-    before = _measure_all(model, measured, options.seeds, f"measuring {base}")
-    train(config, quiet=quiet)
-    if not before:
+    if resume:
+        config, before = _stopped_run(out, base, split)
+    else:
+        config = recipe(model, base, header, corpora, out, split, options)
+        config = _fitted_to(config, options.minutes) if options.minutes else config
+        sides = [len({case.subject for _, case in side}) for side in (split.trained, split.kept)]
+        logger.info("%d subjects learn, %d are kept back; %s", *sides, _length(config))
+        before = _measure_all(model, measured, options.seeds, f"measuring {base}")
+        _write_before(out, before)
+    if _done(out) < config.optim.steps:
+        train(config, resume=resume, quiet=quiet)
+    if not before or (_done(out) < config.optim.steps and not config.optim.max_minutes):
         return Finetuned(out, [], "")
     after = _measure_all(load(out / "model.safetensors"), measured, options.seeds, "measuring the result")
+    return _finished(out, base, path, header, split, measured, before, after)
+
+
+def _finished(
+    out: Path,
+    base: str,
+    path: Path,
+    header: dict[str, Any],
+    split: Split,
+    measured: Mapping[str, Sequence[Target]],
+    before: Mapping[str, list[Score]],
+    after: Mapping[str, list[Score]],
+) -> Finetuned:
+    """Write the table, and into the model's header where it comes from and whom it knows."""
     changes = {place: compare(before[place], after[place]) for place in measured}
     tables = [
         to_markdown(
@@ -243,8 +269,6 @@ def recipe(
 
 def _fitted_to(config: TrainConfig, minutes: float) -> TrainConfig:
     """The config with as many steps as fit into the minutes, by the rate of a few steps."""
-    from samed3d.training.loop import train
-
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError(f"--minutes is for one process, got {os.environ['WORLD_SIZE']}; give --steps")
     logger.info("timing %d steps", TIMED_STEPS)
@@ -255,6 +279,35 @@ def _fitted_to(config: TrainConfig, minutes: float) -> TrainConfig:
     rates = sorted(row["samples_per_s"] for row in rows if "samples_per_s" in row)
     steps = max(1, int(60 * minutes * rates[len(rates) // 2] / (config.optim.batch * config.optim.accumulate)))
     return replace(config, optim=replace(config.optim, steps=steps, warmup_steps=max(1, round(WARMUP_SHARE * steps))))
+
+
+def _write_before(out: Path, before: Mapping[str, list[Score]]) -> None:
+    """Keep the first measurement for ``_stopped_run``."""
+    if before:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / BEFORE, json.dumps({place: [asdict(score) for score in scores] for place, scores in before.items()}))
+
+
+def _stopped_run(out: Path, base: str, split: Split) -> tuple[TrainConfig, dict[str, list[Score]]]:
+    """Config and first measurement of a run that is gone on with.
+
+    Raises:
+        InputError: if there is none, or it was started from another base or other data.
+    """
+    if not (out / "last.pt").is_file() or not (out / BEFORE).is_file():
+        raise InputError(f"--resume needs a fine-tuning that was stopped, got none with a checkpoint in {out}; leave --resume out")
+    config = load_config(TrainConfig, out / "config.json")
+    same = (config.model.weights, config.data.split_seed, config.data.validation_share) == (base, split.seed, split.share)
+    if not same:
+        raise InputError(f"--resume must be given the --finetune and --data that {out} was started with ({config.model.weights})")
+    before = json.loads((out / BEFORE).read_text(encoding="utf-8"))
+    return config, {place: [Score(**score) for score in scores] for place, scores in before.items()}
+
+
+def _done(out: Path) -> int:
+    """Optimiser steps that are in the run's model; 0 where there is none yet."""
+    path = out / "model.safetensors"
+    return int(read_header(path).get("step", 0)) if path.is_file() else 0
 
 
 def _write_results(out: Path, changes: Mapping[str, list[Change]], table: str, scores: Mapping[str, Mapping[str, list[Score]]]) -> None:
@@ -271,9 +324,7 @@ def _write_results(out: Path, changes: Mapping[str, list[Change]], table: str, s
     writer.writerows(rows)
     body = {place: [{**asdict(c), "change": c.change, "beyond_noise": c.beyond_noise} for c in lines] for place, lines in changes.items()}
     for name, content in {"scores.csv": text.getvalue(), "table.json": json.dumps(body, indent=1) + "\n", "table.md": table}.items():
-        partial = out / f".{name}.part"
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, out / name)
+        write_text(out / name, content)
 
 
 def _length(config: TrainConfig) -> str:
