@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_vit2d import fake_sam
 from torch import Tensor, nn
 
 from samed3d.errors import InputError
@@ -18,6 +17,7 @@ from samed3d.models.sam3d import Sam3D
 from samed3d.models.sam3d_adapter import Sam3DAdapter
 from samed3d.models.weights import read_header, save_weights
 from samed3d.nn.vit2d import build_encoder
+from tests.test_vit2d import fake_sam
 
 SYSTEMS = ["sam3d", "ma_sam_b", "ma_sam_l", "ma_sam_h", "sam3d_adapter", "sam3d_adapter_auto"]
 ONE_OF_EACH = ["sam3d", "ma_sam_b", "sam3d_adapter", "sam3d_adapter_auto"]
@@ -347,7 +347,7 @@ def test_numbers_that_do_not_fit_are_refused(name, overrides, message):
 
 
 def test_sam3d_stands_on_any_encoder_of_timm():
-    from timm_here import timm_or_skip
+    from tests.timm_here import timm_or_skip
 
     timm_or_skip()
     model: Sam3D = tiny("sam3d", backbone="timm:vit_tiny_patch16_224").eval()

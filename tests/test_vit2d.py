@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from timm_here import timm_or_skip
 from torch import Tensor, nn
 
 from samed3d.errors import InputError
@@ -17,6 +16,7 @@ from samed3d.models.weights import read_header, read_state, tensors_sha256
 from samed3d.nn.frozen import open_encoder
 from samed3d.nn.sam2d import ProgressiveMaskDecoder, PromptEncoder2d
 from samed3d.nn.vit2d import SAM_SIZES, Attention2d, SamEncoder2d, build_encoder, encoder_state, relative_table
+from tests.timm_here import timm_or_skip
 
 SIZES = {"sam_vit_b": 89_670_912, "sam_vit_l": 308_278_272, "sam_vit_h": 637_026_048}
 
