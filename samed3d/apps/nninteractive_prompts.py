@@ -6,6 +6,7 @@ axes back. Not here: HTTP and leases (``nninteractive.py``), bytes (``nninteract
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -97,7 +98,7 @@ def scribble_prompts(drawn: NDArray[np.bool_], start: IntTriple, include: bool) 
     pieces = np.asarray(cc3d.connected_components(drawn, connectivity=26))
     prompts: list[Prompt] = []
     for label in range(1, int(pieces.max()) + 1):
-        path = _walk(pieces == label)
+        path = _exact(_walk(pieces == label))
         for first in range(0, len(path), _LONGEST_PATH):
             part = path[first : first + _LONGEST_PATH]
             prompts.append(Scribble(tuple(_ijk(zyx, start) for zyx in part), include, radius_vox=0.0))
@@ -171,6 +172,16 @@ def _walk(piece: NDArray[np.bool_]) -> list[IntTriple]:
 def _neighbours(at: IntTriple) -> list[IntTriple]:
     z, y, x = at
     return [(z + a, y + b, x + c) for a in (-1, 0, 1) for b in (-1, 0, 1) for c in (-1, 0, 1) if (a, b, c) != (0, 0, 0)]
+
+
+def _exact(path: list[IntTriple]) -> list[Sequence[float]]:
+    """A corner short of the middle of every diagonal step, so that the line between two voxels touches no third one."""
+    exact: list[Sequence[float]] = [path[0]]
+    for before, after in itertools.pairwise(path):
+        if sum(a != b for a, b in zip(before, after, strict=True)) > 1:
+            exact.append([a + 0.49 * (b - a) for a, b in zip(before, after, strict=True)])
+        exact.append(after)
+    return exact
 
 
 def _outline(piece: NDArray[np.bool_]) -> list[tuple[int, int]]:
