@@ -188,6 +188,8 @@ def test_journals_that_cannot_be_used(image, tmp_path, caplog):
         Session.open(volume, ClickedModel(), journal=journal)
     other = ClickedModel()
     other.spec = type(other.spec)("other", (16, 16, 16))
+    Session.open(image, other, journal=journal).close()  # the same weights under another name
+    other.scale.fill_(2.0)
     with pytest.raises(InputError, match="was made with model 'clicked', got 'other'"):
         Session.open(image, other, journal=journal)
     trained = ClickedModel()

@@ -187,8 +187,7 @@ def _done(job: Job, model: PromptableModel, model_name: str, device: str, format
     row: dict[str, Any] = {"line": job.line, "image": str(job.image), "output": str(job.output)}
     try:
         job.output.parent.mkdir(parents=True, exist_ok=True)
-        with Session.open(job.image, model, device, job.channel, job.series) as session:
-            session.model_name = model_name
+        with Session.open(job.image, model, device, job.channel, job.series, model_name=model_name) as session:
             session.add_all(job.objects)
             session.export(job.output, format)
             found = [{key: o[key] for key in ("id", "name", "voxels", "mm3")} for o in session.report()["objects"]]

@@ -112,10 +112,11 @@ def check_same(found: dict[str, Any], header: dict[str, Any], what: str) -> None
     image, model = found.get("image") or {}, found.get("model") or {}
     if image.get("sha256") != header["image"]["sha256"]:
         raise InputError(f"{what} belongs to another image ({image.get('source')}), got {header['image']['source']}; open it with its own")
+    if model.get("weights") == header["model"]["weights"]:  # the same network, whatever it is called
+        return
     if model.get("name") != header["model"]["name"]:
         raise InputError(f"{what} was made with model {model.get('name')!r}, got {header['model']['name']!r}; open it with the same model")
-    if model.get("weights") != header["model"]["weights"]:
-        logger.warning("the weights of model %s are not those of %s; the same prompts may give other masks", model.get("name"), what)
+    logger.warning("the weights of model %s are not those of %s; the same prompts may give other masks", model.get("name"), what)
 
 
 def _lock(file: FileIO, path: Path) -> None:

@@ -45,6 +45,7 @@ class Session(Results):
         channel: int | None = None,
         series: str | int | None = None,
         journal: str | Path | None = None,
+        model_name: str = "",
     ) -> Session:
         """Read an image and a model.
 
@@ -55,6 +56,7 @@ class Session(Results):
             channel: Channel of a multi-channel image.
             series: Series of a DICOM folder.
             journal: File that every edit is written to before it is acknowledged; where it exists, the session in it goes on.
+            model_name: What a model that is already built was loaded as, so that a saved session can load it again.
 
         Raises:
             InputError: for an image or model that cannot be used, a device that is not there, or a journal that is damaged, in use, or of
@@ -63,7 +65,7 @@ class Session(Results):
         pick_device(device)
         network = model if isinstance(model, PromptableModel) else load(model)
         volume = image if isinstance(image, Volume) else read_volume(image, channel=channel, series=series)
-        session = cls(volume, network, device, "" if isinstance(model, PromptableModel) else str(model))
+        session = cls(volume, network, device, model_name or ("" if isinstance(model, PromptableModel) else str(model)))
         session._picked = {key: value for key, value in (("channel", channel), ("series", series)) if value is not None}
         if journal is not None:
             opened = Journal(journal, identity(session))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ class Step:
         seconds: That it took.
     """
 
-    before: Step | None
+    before: Step | None = field(repr=False)
     id: int
     prompt: Prompt | None
     said: Said | None

@@ -1,0 +1,79 @@
+"""A session with the shipped checkpoint on a real MR volume: every kind of prompt, undo, a journal opened again, a session file."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from samed3d.geometry import bounding_region, zyx_to_ijk
+from samed3d.inference.session import Session
+from samed3d.metrics import dice
+from samed3d.models import load
+from samed3d.prompts import Box, Lasso, MaskPrior, Point, Scribble
+from samed3d.volume import read_volume
+from samed3d.volume.contours import trace_contours
+from samed3d.volume.label_maps import read_label_map
+
+
+@pytest.fixture(scope="module")
+def hippocampus(data_dir):
+    """Image path, volume, and the mask of the anterior part."""
+    path = sorted((data_dir / "msd_hippocampus" / "imagesTr").glob("*.nii.gz"))[0]
+    labels, _ = read_label_map(data_dir / "msd_hippocampus" / "labelsTr" / path.name.replace("_0000", ""))
+    return path, read_volume(path), labels == 1
+
+
+@pytest.fixture(scope="module")
+def network():
+    return load("default")
+
+
+def middle_slice(mask: np.ndarray) -> int:
+    return int(mask.sum((1, 2)).argmax())
+
+
+def first_prompts(mask: np.ndarray) -> dict[str, object]:
+    """One prompt of each kind, as a user would draw it in the slice that shows most of the object."""
+    k = middle_slice(mask)
+    inside = np.argwhere(mask[k])
+    j, i = inside[len(inside) // 2]
+    outline = max(trace_contours(mask[k]), key=len)
+    low, high = inside.min(0), inside.max(0)
+    region = bounding_region(mask)
+    corners = region.start_zyx[::-1], tuple(v - 1 for v in region.stop_zyx[::-1])
+    return {
+        "point": Point((float(i), float(j), float(k))),
+        "2d box": Box((float(low[1]), float(low[0]), float(k)), (float(high[1]), float(high[0]), float(k))),
+        "box": Box(*(tuple(map(float, c)) for c in corners)),
+        "lasso": Lasso(tuple((float(a), float(b), float(k)) for a, b in outline)),
+        "scribble": Scribble(tuple((float(a), float(b), float(k)) for b, a in inside[:: max(1, len(inside) // 4)]), radius_vox=0),
+    }
+
+
+@pytest.mark.parametrize("kind", ["point", "2d box", "box", "lasso", "scribble"])
+def test_every_kind_of_first_prompt_finds_the_structure(hippocampus, network, kind):
+    _, volume, mask = hippocampus
+    session = Session(volume, network, "cpu")
+    session.add(first_prompts(mask)[kind])
+    assert dice(session.mask.astype(bool), mask) > 0.4  # far above an empty or a full mask; how good it is, evaluate says
+
+
+@pytest.mark.slow
+def test_a_session_goes_on_from_its_journal_and_its_file(hippocampus, network, tmp_path):
+    path, volume, mask = hippocampus
+    said = first_prompts(mask)
+    with Session.open(path, network, "cpu", journal=tmp_path / "j.jsonl", model_name="default") as session:
+        session.add(said["point"], name="hippocampus")
+        session.add(Point((1, 1, 1), positive=False))
+        before = session.logits_of(1)
+        session.add(said["scribble"])
+        session.undo()
+        np.testing.assert_array_equal(session.logits_of(1), before)
+        session.add(MaskPrior(session.mask), object_id=2)
+        session.add(session.suggest_click(2), object_id=2)
+        state = [session.logits_of(n) for n in (1, 2)]
+        session.save(tmp_path / "s.json")
+    for again in (Session.open(path, network, "cpu", journal=tmp_path / "j.jsonl"), Session.load(tmp_path / "s.json", device="cpu")):
+        for n, expected in enumerate(state, start=1):
+            np.testing.assert_array_equal(again.logits_of(n), expected)
+        assert again.objects()[0].name == "hippocampus" and zyx_to_ijk((1.0, 1.0, 1.0)) == again.objects()[0].prompts[1].at
