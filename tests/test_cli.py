@@ -199,6 +199,26 @@ def test_import_weights_round_trip(monkeypatch, tmp_path, capsys):
     assert all(torch.equal(state[k], v) for k, v in upstream.items())
 
 
+def test_import_weights_of_published_variants(monkeypatch, tmp_path, capsys):
+    """Box embeddings make their own variant; a student starts from a teacher; a foreign file is one line."""
+    for name, more in (("sam_med3d_b", {"depth": 4, "global_blocks": (1, 3)}), ("fast_sam3d", {})):
+        entry = MODELS[name]
+        tiny = {**entry.tiny, **more}
+        monkeypatch.setitem(MODELS, name, ModelEntry(lambda b=entry.build, t=tiny, **given: b(**{**t, **given}), tiny))
+    state = create_model("sam_med3d_b", boxes="stored").state_dict()
+    torch.save({"model_state_dict": state}, tmp_path / "bbox_init.pth")
+    assert main(["import-weights", str(tmp_path / "bbox_init.pth"), "-o", str(tmp_path / "b.safetensors")]) == 0, capsys.readouterr().err
+    stored, header = read_weights(tmp_path / "b.safetensors")
+    assert header["config"]["boxes"] == "stored" and stored.keys() == state.keys()
+    student = ["import-weights", str(tmp_path / "bbox_init.pth"), "-o", str(tmp_path / "s.safetensors"), "--model", "fast_sam3d"]
+    assert main(student) == 0, capsys.readouterr().err
+    taught, _ = read_weights(tmp_path / "s.safetensors")
+    assert torch.equal(taught["mask_decoder.mask_tokens.weight"], state["mask_decoder.mask_tokens.weight"])
+    wrong = ["import-weights", str(tmp_path / "bbox_init.pth"), "-o", str(tmp_path / "x.safetensors"), "--model", "sam_vit_b"]
+    assert main(wrong) == 2
+    assert "is no sam_vit_b" in capsys.readouterr().err and not (tmp_path / "x.safetensors").exists()
+
+
 def break_segment(monkeypatch, error: BaseException) -> None:
     def fail(*_values):
         raise error

@@ -8,6 +8,8 @@ import torch
 from samed3d.errors import InputError
 from samed3d.models import MODELS, create_model
 from samed3d.models.base import PromptBatch
+from samed3d.models.sam_med3d import variant_of
+from samed3d.models.weights import load_state_strict
 from samed3d.nn.released_decode import newest_click
 
 STATE_DICT_LIST = Path(__file__).parent / "data" / "sam_med3d_state_dict.txt"
@@ -146,3 +148,35 @@ def test_wrong_crop_shape_is_refused():
 def test_wrong_input_shape_is_refused(shape, message):
     with pytest.raises(InputError, match=message):
         create_model("sam_med3d_b", **{**TINY, "input_shape": shape})
+
+
+def with_box_embeddings(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As ``sam_med3d_turbo_bbox_init.pth``: two more prompt embeddings."""
+    width = state["prompt_encoder.point_embeddings.0.weight"].shape[1]
+    return {**state, **{f"prompt_encoder.point_embeddings.{i}.weight": torch.full((1, width), float(i)) for i in (2, 3)}}
+
+
+def test_the_variant_with_box_embeddings_loads_whole_and_answers_as_before():
+    plain = make()
+    state = with_box_embeddings(plain.state_dict())
+    assert variant_of(plain.state_dict()) == {} and variant_of(state) == {"boxes": "stored"}
+    model = create_model("sam_med3d_b", **TINY, **variant_of(state)).eval()
+    load_state_strict(model, state)
+    assert model.spec.prompts == {"point", "mask"}
+    assert torch.equal(logits(model, clicks()), logits(plain, clicks()))
+    prompts = clicks()
+    prompts.boxes = torch.tensor([[[1.0, 1.0, 1.0], [5.0, 5.0, 5.0]]])
+    with pytest.raises(InputError, match="got a box"):
+        model(image(), prompts)
+
+
+def test_boxes_are_prompts_where_they_are_used():
+    model = make(boxes="used")
+    assert "box" in model.spec.prompts
+    prompts = clicks()
+    prompts.boxes = torch.tensor([[[1.0, 1.0, 1.0], [5.0, 5.0, 5.0]]])
+    assert not torch.allclose(logits(model, prompts), logits(model, clicks()), atol=1e-4)
+    prompts.box_valid = torch.tensor([False])
+    torch.testing.assert_close(logits(model, prompts), logits(model, clicks()))
+    with pytest.raises(InputError, match="boxes must be none, stored or used, got 'yes'"):
+        make(boxes="yes")

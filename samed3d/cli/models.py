@@ -48,18 +48,25 @@ def import_weights(
     model: Annotated[str, typer.Option(help="The architecture it belongs to.")] = "sam_med3d_b",
     quiet: Quiet = False,
 ) -> None:
-    """Convert a SAM-Med3D training checkpoint to our format."""
+    """Convert a published checkpoint to our format: SAM-Med3D and its variants, SAM's 2D encoders, or a teacher as a student's start."""
     from samed3d.models import create_model
+    from samed3d.models.fast_sam3d import from_teacher
+    from samed3d.models.sam_backbone import import_sam
+    from samed3d.models.sam_med3d import variant_of
     from samed3d.models.weights import import_upstream, load_state_strict, save_weights
     from samed3d.volume import check_output
 
     check_output(output, suffixes=(".safetensors",))
-    state = import_upstream(source)
-    network = create_model(model)
-    load_state_strict(network, state)
-    save_weights(network, output, {"imported_from": source.name})
+    if model.startswith("sam_vit_"):
+        count = import_sam(source, output, model)
+    else:
+        state = import_upstream(source)
+        network = create_model(model, **(variant_of(state) if model.startswith("sam_med3d_") else {}))
+        load_state_strict(network, from_teacher(network.state_dict(), state) if model == "fast_sam3d" else state)
+        save_weights(network, output, {"imported_from": source.name})
+        count = len(state)
     if not quiet:
-        typer.echo(f"{len(state)} tensors of {model} written to {output}")
+        typer.echo(f"{count} tensors of {source.name} read as {model}, written to {output}")
 
 
 def export(

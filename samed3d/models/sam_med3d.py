@@ -5,6 +5,7 @@ Every quirk is a switch of ``SamMed3DConfig``. Our own models, without them, are
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -44,6 +45,8 @@ class SamMed3DConfig:
         pad_point: Quirk: N clicks give N + 1 tokens. Off drops the padding embedding from the state dict.
         first_mask: Quirk: ``"zeros"``, the first mask prompt is zero logits; ``"none"`` uses the no-mask embedding, untrained upstream.
         click_memory: Quirk: ``"newest"``, a decode sees only the last click; ``"all"`` sees every click.
+        boxes: ``"none"``; ``"stored"``: the embeddings of a box's corners are there, as in the published ``*_bbox_init`` file, which holds
+            them untrained, and boxes are refused; ``"used"``: boxes are prompts, for a fine-tune that trains them.
     """
 
     input_shape: IntTriple
@@ -63,11 +66,14 @@ class SamMed3DConfig:
     pad_point: bool = True
     first_mask: str = "zeros"
     click_memory: str = "newest"
+    boxes: str = "none"
 
     def __post_init__(self) -> None:
         shape = tuple(int(n) for n in self.input_shape)
         if len(shape) != 3 or any(n <= 0 or n % self.patch for n in shape):
             raise InputError(f"input_shape must be three multiples of the patch ({self.patch}), got {shape}")
+        if self.boxes not in ("none", "stored", "used"):
+            raise InputError(f"boxes must be none, stored or used, got {self.boxes!r}")
         object.__setattr__(self, "input_shape", shape)
         object.__setattr__(self, "global_blocks", tuple(self.global_blocks))
 
@@ -99,7 +105,7 @@ class SamMed3D(PromptableModel):
             normalisation="zscore_positive",
             ct_clamp_hu=(-1000.0, 1000.0),
             tensor_axes="xyz",
-            prompts=frozenset({"point", "mask"}),
+            prompts=frozenset({"point", "mask", "box"} if c.boxes == "used" else {"point", "mask"}),
             click_memory=c.click_memory,
             first_mask=c.first_mask,
             click_logit_threshold=0.5,
@@ -109,7 +115,9 @@ class SamMed3D(PromptableModel):
         self.image_encoder = ImageEncoder(
             embed, c.grid, c.dim, c.depth, c.heads, c.window, c.global_blocks, c.prompt_dim, c.misbroadcast_relpos, c.pad_sink
         )
-        self.prompt_encoder = PromptEncoder(c.prompt_dim, c.grid, c.input_shape, False, c.sin_cos_sin, c.swap_pe_axes, c.pad_point)
+        self.prompt_encoder = PromptEncoder(
+            c.prompt_dim, c.grid, c.input_shape, c.boxes != "none", c.sin_cos_sin, c.swap_pe_axes, c.pad_point
+        )
         self.mask_decoder = MaskDecoder(c.prompt_dim, c.decoder_heads, c.decoder_mlp_dim, mask_tokens=4, iou_outputs=4)
 
     def encode(self, image: Tensor) -> Features:
@@ -130,7 +138,7 @@ class SamMed3D(PromptableModel):
         Raises:
             InputError: if the prompts hold a box, which this model cannot understand.
         """
-        if prompts.boxes is not None:
+        if prompts.boxes is not None and "box" not in self.spec.prompts:
             raise InputError(f"prompts must be points or masks for {self.spec.name}, got a box; use a samed3d_* model for boxes")
         newest, zeros = self.spec.click_memory == "newest", self.spec.first_mask == "zeros"
         lowres, iou = decode_released(self.prompt_encoder, self.mask_decoder, features["image"], prompts, newest, zeros)
@@ -142,6 +150,12 @@ class SamMed3D(PromptableModel):
         if tuple(image.shape[1:]) != (1, d, h, w):
             raise InputError(f"image must be (B, 1, {d}, {h}, {w}) for {self.spec.name}, got {tuple(image.shape)}; resample the crop")
         return image
+
+
+def variant_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The switches that a published state dict asks for: ``*_bbox_init`` and its descendants bring two more prompt embeddings."""
+    corners = [f"prompt_encoder.point_embeddings.{index}.weight" for index in (2, 3)]
+    return {"boxes": "stored"} if all(name in state for name in corners) else {}
 
 
 def sam_med3d_b(**overrides: Any) -> SamMed3D:

@@ -30,7 +30,7 @@ def decode_released(
         prompt_encoder: Clicks and mask to embeddings.
         mask_decoder: Embeddings and features to a mask.
         image: (B, C, d, h, w) features.
-        prompts: Clicks and the earlier mask.
+        prompts: Clicks, the earlier mask and, where the prompt encoder has embeddings for them, boxes.
         newest_only: Quirk: only the last click of each sample is seen.
         zeros_first: Quirk: no mask yet is a mask of zero logits.
 
@@ -41,6 +41,9 @@ def decode_released(
     if newest_only:
         points, labels = newest_click(points, labels)
     sparse, counts = prompt_encoder.embed_points(points, labels)  # with pad_point, all of them count
+    if prompts.boxes is not None:
+        corners, counted = prompt_encoder.embed_boxes(prompts.boxes, prompts.box_valid)
+        sparse, counts = torch.cat([sparse, corners], 1), torch.cat([counts, counted], 1)
     mask, there = prompts.mask_logits, prompts.mask_valid
     if zeros_first:
         if mask is None:
