@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import typer
 
-from samed3d.cli import evaluate, models, prepare, segment, train
+from samed3d.cli import app as app_command
+from samed3d.cli import compare, evaluate, models, prepare, segment, serve, train
 from samed3d.errors import InputError
 
 # A file system that refuses is the user's to mend, whatever was being written.
@@ -24,9 +25,9 @@ _USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ERO
 _INTERRUPTED = 130
 
 # Commands of two words. Their first is a command as well, which takes any number of folders, so that no group can hold them.
-_TWO_WORDS = ("prepare info",)
+_TWO_WORDS = ("prepare info", "evaluate compare")
 
-_LONG_JOBS = ("train", "evaluate", "prepare")
+_LONG_JOBS = ("train", "evaluate", "prepare", "serve", "app")
 
 
 def commands() -> typer.Typer:
@@ -41,10 +42,13 @@ def commands() -> typer.Typer:
     )
     app.command()(segment.demo)
     app.command()(segment.segment)
+    app.command()(app_command.app)
+    app.command()(serve.serve)
     app.command()(prepare.prepare)
     app.command("prepare info", hidden=True)(prepare.prepare_info)
     app.command()(train.train)
     app.command()(evaluate.evaluate)
+    app.command("evaluate compare", hidden=True)(compare.compare)
     app.command()(models.models)
     app.command("import-weights")(models.import_weights)
     return app

@@ -26,6 +26,7 @@ function act(what, work) {
       }
     } catch (error) {
       notice(error.message, true);
+      if (error.status === 409) await show(await api.resume(api.id)); // another tab changed it: show what is true now
     } finally {
       clearTimeout(slow);
       busy(null);
@@ -124,7 +125,7 @@ async function show(session) {
   $("volume-name").textContent = session.name;
   $("volume-name").title = `${session.size_ijk.join(" × ")} voxels of ${session.spacing_mm.map((v) => +v.toFixed(3)).join(" × ")} mm`;
   if (session.model) $("model").value = session.model;
-  await stage.load(api.imageUrl(), session.name, session.size_ijk);
+  await stage.load(await api.image(), session.size_ijk);
   take({ session, updates: await api.masks() });
   stage.paint(state.objects);
 }
@@ -191,7 +192,6 @@ function wire() {
   $("contour").onchange = (e) => stage.setContour(e.target.checked);
   $("heat").onchange = showHeat;
   $("window").onchange = (e) => stage.setWindow(...(e.target.value === "auto" ? [null] : e.target.value.split(",").map(Number)));
-  $("model").onchange = (e) => state.session && act("loading the model", () => api.setModel(e.target.value).then(redraw));
   stage.onMove = (ijk, where) => {
     const value = where?.values?.[0]?.value;
     $("where").textContent = `i ${ijk[0]}  j ${ijk[1]}  k ${ijk[2]}${value === undefined ? "" : `   value ${+value.toFixed(2)}`}`;

@@ -9,29 +9,10 @@ export function fromBase64(text) {
   return bytes;
 }
 
-/** Bytes of a gzip stream. */
-export async function gunzip(bytes) {
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+/** Bytes of a zlib stream. */
+export async function inflate(bytes) {
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   return new Uint8Array(await new Response(stream).arrayBuffer());
-}
-
-/** A NIfTI file (one byte per voxel, 0 to 255 standing for 0 to 1) around an array in the file's order. */
-export function niftiOf(bytes, sizeIjk, affine) {
-  const file = new Uint8Array(352 + bytes.length);
-  const header = new DataView(file.buffer);
-  header.setInt32(0, 348, true);
-  [3, ...sizeIjk, 1, 1, 1, 1].forEach((n, at) => header.setInt16(40 + 2 * at, n, true));
-  header.setInt16(70, 2, true); // uint8
-  header.setInt16(72, 8, true);
-  const spacing = [0, 1, 2].map((c) => Math.hypot(affine[0][c], affine[1][c], affine[2][c]));
-  [1, ...spacing, 1, 1, 1, 1].forEach((v, at) => header.setFloat32(76 + 4 * at, v, true));
-  header.setFloat32(108, 352, true);
-  header.setFloat32(112, 1 / 255, true);
-  header.setInt16(254, 1, true);
-  affine.slice(0, 3).forEach((row, r) => row.forEach((v, c) => header.setFloat32(280 + 16 * r + 4 * c, v, true)));
-  file.set([0x6e, 0x2b, 0x31, 0], 344);
-  file.set(bytes, 352);
-  return file.buffer;
 }
 
 /** How the axes of a file lie in the viewer: for each viewer axis, which file axis it is and whether it runs backwards. */
@@ -80,7 +61,7 @@ export class MaskStore {
     this.masks = new Map();
   }
 
-  /** Write the mask of an object inside a box: start and stop in (k, j, i), `bits` packed in that order, lowest bit first. */
+  /** Write the mask of an object inside a box: start and stop in (k, j, i), `bits` packed in that order, highest bit first. */
   write(objectId, startKji, stopKji, bits) {
     if (!this.masks.has(objectId)) this.masks.set(objectId, new Uint8Array(Math.ceil(this.count / 8)));
     const mask = this.masks.get(objectId);
@@ -90,7 +71,7 @@ export class MaskStore {
       for (let j = startKji[1]; j < stopKji[1]; j++) {
         let at = (k * ny + j) * nx + startKji[2];
         for (let i = startKji[2]; i < stopKji[2]; i++, n++, at++) {
-          const on = (bits[n >> 3] >> (n & 7)) & 1;
+          const on = (bits[n >> 3] >> (7 - (n & 7))) & 1;
           if (on) mask[at >> 3] |= 1 << (at & 7);
           else mask[at >> 3] &= ~(1 << (at & 7));
         }

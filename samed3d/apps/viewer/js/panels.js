@@ -10,6 +10,14 @@ const ICONS = {
   eraser: "M8 20h12M5 14l8-9 6 5-8 9H8z",
 };
 
+const EYE = "M2 12s4-6 10-6 10 6 10 6-4 6-10 6S2 12 2 12M12 9.500a2.500 2.500 0 1 0 0 5a2.500 2.500 0 1 0 0-5";
+const SHUT = "M6 11h12v9H6zM8 11V8a4 4 0 0 1 8 0v3";
+const OPEN = "M6 11h12v9H6zM8 11V8a4 4 0 0 1 7.500-2";
+
+function icon(path) {
+  return `<svg viewBox="0 0 24 24" aria-hidden="true"><path d="${path}"/></svg>`;
+}
+
 export function element(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
   made.append(...children.filter((c) => c !== null));
@@ -22,7 +30,7 @@ export function showTools(nav, current, positive, onTool, onSign) {
       const button = element("button", { title: `${tool.name} (${tool.key.toUpperCase()}): ${tool.hint}`, onclick: () => onTool(tool.id) });
       button.dataset.tool = tool.id;
       button.setAttribute("aria-pressed", String(tool.id === current));
-      button.innerHTML = `<svg viewBox="0 0 24 24" aria-hidden="true"><path d="${ICONS[tool.id]}"/></svg>`;
+      button.innerHTML = icon(ICONS[tool.id]);
       button.append(tool.name);
       return button;
     }),
@@ -43,8 +51,8 @@ export function showObjects(list, objects, current, actions) {
       const colour = element("input", { type: "color", value: object.colour, title: "Colour", onchange: (e) => actions.edit(object.id, { colour: e.target.value }) });
       const name = element("span", { className: "name", textContent: object.name, title: "Double-click to rename" });
       name.ondblclick = () => rename(name, object, actions);
-      const see = toggle(object.visible, "👁", "Show or hide (M)", () => actions.edit(object.id, { visible: !object.visible }));
-      const lock = toggle(object.locked, object.locked ? "🔒" : "🔓", "Lock: nothing may change it", () => actions.edit(object.id, { locked: !object.locked }));
+      const see = toggle(object.visible, EYE, "Show or hide (M)", () => actions.edit(object.id, { visible: !object.visible }));
+      const lock = toggle(object.locked, object.locked ? SHUT : OPEN, "Lock: nothing may change it", () => actions.edit(object.id, { locked: !object.locked }));
       const gone = element("button", { textContent: "✕", title: "Remove the object", onclick: () => actions.remove(object.id) });
       const row = element("li", { className: object.id === current ? "current" : "" }, colour, name, see, lock, gone);
       row.dataset.object = object.id;
@@ -54,8 +62,9 @@ export function showObjects(list, objects, current, actions) {
   );
 }
 
-function toggle(on, text, title, onclick) {
-  const button = element("button", { textContent: text, title, className: on ? "on" : "", onclick });
+function toggle(on, path, title, onclick) {
+  const button = element("button", { title, className: on ? "on" : "", onclick });
+  button.innerHTML = icon(path);
   button.setAttribute("aria-pressed", String(on));
   if (!on) button.style.opacity = 0.35;
   return button;

@@ -17,7 +17,8 @@ export class Stage {
     this.nv = new Niivue({
       backColor: [0.043, 0.055, 0.075, 1],
       crosshairColor: [0.36, 0.66, 1, 0.55],
-      crosshairWidth: 1,
+      crosshairWidth: 0.15,
+      crosshairWidthUnit: "percent",
       fontColor: [0.62, 0.68, 0.76, 1],
       show3Dcrosshair: true,
       multiplanarForceRender: true,
@@ -43,10 +44,11 @@ export class Stage {
     new ResizeObserver(() => this.drawOverlay()).observe(this.canvas);
   }
 
-  /** Show an image; `sizeIjk` is the size of its file. */
-  async load(url, name, sizeIjk) {
-    await this.nv.loadVolumes([{ url, name: name.endsWith(".nii") || name.endsWith(".nii.gz") ? name : `${name}.nii.gz`, colormap: "gray" }]);
-    const volume = this.nv.volumes[0];
+  /** Show an image, given as bytes of a NIfTI file; `sizeIjk` is its size. */
+  async load(bytes, sizeIjk) {
+    for (const volume of [...this.nv.volumes]) this.nv.removeVolume(volume);
+    const volume = await NVImage.new(bytes, "image.nii.gz", "gray");
+    this.nv.addVolume(volume);
     this.axes = new AxisMap(sizeIjk, volume.img2RASstep);
     this.masks = new MaskStore(sizeIjk);
     this.auto = [volume.cal_min, volume.cal_max];
@@ -93,12 +95,12 @@ export class Stage {
     this.nv.updateGLVolume();
   }
 
-  /** Show a probability volume (a NIfTI file in memory) as a heat map, or take it away with null. */
-  async setHeat(buffer) {
+  /** Show a probability volume (bytes of a NIfTI file) as a heat map, or take it away with null. */
+  async setHeat(bytes) {
     if (this.heat) this.nv.removeVolume(this.heat);
     this.heat = null;
-    if (buffer) {
-      this.heat = await NVImage.new(buffer, "probability.nii", "warm", 0.6, null, 0.05, 1);
+    if (bytes) {
+      this.heat = await NVImage.new(bytes, "probability.nii.gz", "warm", 0.6, null, 13, 255);
       this.nv.addVolume(this.heat);
     }
   }

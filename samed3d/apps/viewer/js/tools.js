@@ -71,7 +71,9 @@ export class Hand {
     this.drop();
     this.justEnded = true;
     if (this.tool === "point") {
-      if (!moved) this.onPrompt({ type: "point", at: start.ijk, positive });
+      if (moved) return;
+      this.stage.goTo(start.ijk);
+      this.onPrompt({ type: "point", at: start.ijk, positive });
       return;
     }
     const path = thinned(spots.map((s) => s.ijk));
