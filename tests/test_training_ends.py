@@ -18,12 +18,12 @@ import torch
 from samed3d.config import TrainConfig
 from samed3d.errors import InputError
 from samed3d.models import load
-from samed3d.training import checkpoints, loop, stopping
+from samed3d.training import checkpoints, loop
 from samed3d.training.loop import train
 from samed3d.training.stopping import StopRequest, memory_error
 from tests.test_training import metrics, tiny_config
 
-LONG = ["optim.steps=14", "run.save_every=3", "run.ema=0.9", "optim.accumulate=2", "optim.batch=1"]
+LONG = ["optim.steps=9", "run.save_every=2", "run.ema=0.9", "optim.accumulate=2", "optim.batch=1"]
 
 
 def in_another_process(config: TrainConfig) -> multiprocessing.Process:
@@ -55,13 +55,13 @@ def assert_same_state(one: Path, other: Path) -> None:
 
 def test_a_run_killed_at_a_random_step_and_resumed_is_the_unbroken_one(tmp_path):
     train(tiny_config(tmp_path / "whole", *LONG), quiet=True)
-    moment = random.SystemRandom().randint(4, 11)  # whatever it is, the result must be the same
+    moment = random.SystemRandom().randint(3, 7)  # whatever it is, the result must be the same
     process = in_another_process(tiny_config(tmp_path / "killed", *LONG))
     wait_for_step(tmp_path / "killed", moment, process)
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["step"] < 14
+    assert torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["step"] < 9
     train(tiny_config(tmp_path / "killed", *LONG), resume=True, quiet=True)
     assert shown(tmp_path / "killed") == shown(tmp_path / "whole"), f"killed at step {moment}"
     assert_same_state(tmp_path / "killed", tmp_path / "whole")
@@ -114,16 +114,33 @@ def test_the_signals_are_given_back_and_a_second_ctrl_c_interrupts():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_loader_process_is_not_killed_by_a_signal_to_the_group():
-    def child() -> None:
-        stopping.ignore_signals()
-        os.kill(os.getpid(), signal.SIGTERM)
-        os._exit(7)
+def leader(config: TrainConfig) -> None:
+    os.setpgid(0, 0)
+    train(config, quiet=True)
 
-    process = multiprocessing.get_context("fork").Process(target=child)
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to find the loader's process")
+@pytest.mark.parametrize("reach", ["group", "all"])
+def test_a_signal_to_the_loader_as_well_ends_like_one_to_the_run(reach, tmp_path):
+    """A terminal signals the process group, a cluster every process; neither loses a step, and no process stays behind."""
+    endless = [*LONG, "optim.steps=100000", "optim.schedule=constant", "run.save_every=0", "data.workers=1"]
+    process = multiprocessing.get_context("fork").Process(target=leader, args=(tiny_config(tmp_path / "run", *endless),))
     process.start()
-    process.join(20)
-    assert process.exitcode == 7
+    wait_for_step(tmp_path / "run", 2, process)
+    pid = process.pid or 0
+    loaders = children(pid)
+    assert loaders
+    for one in loaders if reach == "all" else []:
+        os.kill(one, signal.SIGTERM)
+    os.killpg(pid, signal.SIGTERM)
+    process.join(30)
+    assert process.exitcode == 0
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] >= 2
+    assert not any(Path(f"/proc/{one}").exists() for one in loaders)
 
 
 # What is kept

@@ -26,7 +26,7 @@ from samed3d.training.optimiser import AveragedWeights, learning_rate, make_opti
 from samed3d.training.progress import RunLog
 from samed3d.training.start import data_of, make_accelerator, start_model, step_of, unwrapped
 from samed3d.training.step import StepOutput, seed_of
-from samed3d.training.stopping import StopRequest, ignore_signals, memory_error
+from samed3d.training.stopping import StopRequest, leave_process_group, memory_error
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -161,7 +161,8 @@ def _run(run: _Run, stop: StopRequest) -> None:
     config, accelerator, progress = run.config, run.accelerator, run.progress
     batches = progress.done * config.optim.accumulate
     run.step.train()
-    for batch in _batches(run.loader):
+    pending = 0
+    for batch in _batches(run.loader, stop):
         with accelerator.accumulate(run.step):
             set_learning_rate(run.optimiser, config.optim, progress.done)
             seed = seed_of(config.run.seed, batches)
@@ -175,11 +176,11 @@ def _run(run: _Run, stop: StopRequest) -> None:
             run.optimiser.step()
             run.optimiser.zero_grad()
         batches += 1
-        progress.samples += len(batch["case"]) * accelerator.num_processes
+        pending += len(batch["case"]) * accelerator.num_processes
         run.log.add(output, batch)
         if not accelerator.sync_gradients:
             continue
-        progress.done += 1
+        progress.done, progress.samples, pending = progress.done + 1, progress.samples + pending, 0
         run.average.update(unwrapped(accelerator, run.step))
         run.log.step(progress.done, learning_rate(config.optim, progress.done))
         if config.validation.every and progress.done % config.validation.every == 0:
@@ -190,10 +191,13 @@ def _run(run: _Run, stop: StopRequest) -> None:
             _save(run)
 
 
-def _batches(loader: Any) -> Any:
-    """The loader's batches; a user's error from a loader process keeps its one line."""
+def _batches(loader: Any, stop: StopRequest) -> Any:
+    """The loader's batches; a user's error from a loader process keeps its one line, and a stop that took the loader along is a stop."""
     try:
         yield from loader
+    except RuntimeError as error:
+        if not (stop.asked and "DataLoader worker" in str(error)):
+            raise
     except InputError as error:
         raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from error
 
@@ -231,4 +235,4 @@ def _save(run: _Run) -> None:
 
 def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)
-    ignore_signals()
+    leave_process_group()

@@ -72,8 +72,8 @@ def learning_rate(optim: OptimConfig, done: int) -> float:
         return optim.lr * (done + 1) / optim.warmup_steps
     if optim.schedule == "constant":
         return optim.lr
-    share = (done - optim.warmup_steps) / max(1, optim.steps - optim.warmup_steps)
-    position = share * optim.cycles % 1.0 if share < 1 else 1.0
+    passed, span = done - optim.warmup_steps, max(1, optim.steps - optim.warmup_steps)
+    position = passed * optim.cycles % span / span if passed < span else 1.0  # whole numbers: a milestone is met exactly
     if optim.schedule == "multistep":
         return optim.lr * optim.gamma ** sum(position >= milestone for milestone in optim.milestones)
     return optim.lr * 0.5 * (1 + math.cos(math.pi * position))

@@ -124,8 +124,10 @@ class InteractiveStep(nn.Module):
         drawn = (chance < self.clicks.box_probability) & target.flatten(1).any(dim=1)
         if not bool(drawn.any()):
             return None, None
-        boxes = [jittered_boxes(one[None], BOX_JITTER, generator) for one, generator in zip(target, generators, strict=True)]
-        return torch.cat(boxes), drawn
+        boxes = torch.zeros(len(target), 2, 3, device=target.device)
+        for number in drawn.nonzero().flatten().tolist():  # the others draw nothing, here as in a batch without any box
+            boxes[number] = jittered_boxes(target[number : number + 1], BOX_JITTER, generators[number])[0]
+        return boxes, drawn
 
     def _prompts(
         self, history: PromptBatch, mask: Tensor, target: Tensor, turn: int, mask_only: bool, generators: list[torch.Generator]

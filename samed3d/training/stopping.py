@@ -5,6 +5,7 @@ A stopped run has finished its step and saves as at its end; only a killed one f
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -69,10 +70,10 @@ class StopRequest:
         return stop
 
 
-def ignore_signals() -> None:
-    """For loader processes: a signal to the whole group must not kill them before the run has finished its step."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def leave_process_group() -> None:
+    """For loader processes: a signal to the group (Ctrl-C) must not kill them before the run has finished its step."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
 
 
 def memory_error(error: BaseException, config: TrainConfig) -> InputError | None:
