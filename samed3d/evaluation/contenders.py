@@ -151,12 +151,18 @@ def contender_of(name: str, device: str = "cpu") -> Contender:
 
     Args:
         name: A checkpoint or ``.safetensors`` file; an architecture, which is measured with random weights and called so; a baseline;
-            ``oracle_bound@MM`` for another output grid; ``no_prompt:NAME`` for the control without a prompt.
+            ``oracle_bound@MM`` for another output grid; ``no_prompt:NAME`` for the control without a prompt; ``external:COMMAND`` and
+            ``server:URL`` (``external.py``).
         device: For networks.
 
     Raises:
         InputError: if it is none of these.
     """
+    if name.startswith(("external:", "server:")):
+        from samed3d.evaluation.external import ExternalProgram, NnInteractiveServer
+
+        kind, _, rest = name.partition(":")
+        return ExternalProgram(rest) if kind == "external" else NnInteractiveServer(rest)
     if name.startswith(NO_PROMPT):
         return NoPrompt(contender_of(name.removeprefix(NO_PROMPT), device))
     baseline, at, number = name.partition("@")

@@ -74,7 +74,7 @@ def usable_ways(contender: Contender, protocol: AnyProtocol, ask: Ask) -> list[W
         fit = [way for way in ways if FIRST[way.prompt] in contender.takes]
     if not fit:
         given = ", ".join(dict.fromkeys(FIRST[way.prompt] for way in ways))
-        needs = " or ".join(sorted(contender.takes))
+        needs = " or a ".join(sorted(contender.takes))
         raise InputError(f"model {contender.name!r} needs a {needs} first; protocol {protocol.name!r} gives it only: {given}")
     return fit
 
@@ -201,14 +201,27 @@ class _Scorer:
         return row
 
 
-def check_measurable(contenders: Sequence[Contender], protocol: AnyProtocol, ask: Ask) -> None:
-    """That every contender takes a prompt that the protocol gives; ways that one of them cannot be clicked in are named in the log.
+def measurable(contenders: Sequence[Contender], protocols: Sequence[AnyProtocol], ask: Ask) -> frozenset[tuple[str, str]]:
+    """(contender, protocol) by name where the protocol gives a prompt that the contender takes; what is left out is logged.
 
     Raises:
-        InputError: if one cannot be clicked at all.
+        InputError: if a contender can be clicked under none of the protocols.
     """
-    asked = protocol.ways(ask.policies, ask.prompts)
+    pairs = set()
     for contender in contenders:
-        fit = usable_ways(contender, protocol, ask)
-        if missing := dict.fromkeys(way.prompt for way in asked if way not in fit):
-            logger.warning("%s does not take a %s first and is left out there", contender.name, " or a ".join(missing))
+        reasons = []
+        for protocol in protocols:
+            try:
+                fit = usable_ways(contender, protocol, ask)
+            except InputError as error:
+                reasons.append(error)
+                continue
+            pairs.add((contender.name, protocol.name))
+            if missing := dict.fromkeys(way.prompt for way in protocol.ways(ask.policies, ask.prompts) if way not in fit):
+                first = " or a ".join(missing)
+                logger.warning("%s does not take a %s first; under %s it is left out there", contender.name, first, protocol.name)
+        if len(reasons) == len(protocols):
+            raise reasons[0]
+        for reason in reasons:
+            logger.warning("left out: %s", reason)
+    return frozenset(pairs)

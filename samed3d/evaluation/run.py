@@ -28,7 +28,7 @@ from samed3d.errors import InputError
 from samed3d.evaluation.baselines import BASELINES
 from samed3d.evaluation.cases import LabelledCase, Split, find_cases
 from samed3d.evaluation.contenders import Contender, contender_of
-from samed3d.evaluation.measuring import Ask, check_measurable
+from samed3d.evaluation.measuring import Ask, measurable
 from samed3d.evaluation.protocols import PROTOCOLS, protocol_of
 from samed3d.evaluation.protocols.samed3d import POLICIES, PROMPTS
 from samed3d.evaluation.rows import CASES_CSV, FIELDS, PROMPTS_JSONL, RESULTS_JSON, write_lines, write_rows
@@ -100,8 +100,7 @@ def evaluate(
     ask = Ask(max(clicks), seeds, *ways, 1 if quick else labels_per_case, tolerance_mm=tolerance_mm, surfaces=surfaces)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     contenders = [contender_of(name, device) if isinstance(name, str) else name for name in names]
-    for protocol in chosen:
-        check_measurable(contenders, protocol, ask)
+    pairs = measurable(contenders, chosen, ask)
     kept_from = _split_of([name for name in names if isinstance(name, str)])
     cases = find_cases(list(data), kept_from, split, limit)
     if quick:
@@ -119,7 +118,7 @@ def evaluate(
     if _is_finished(out, settings):
         logger.info("already measured with these settings: %s", out)
         return out
-    job = Job(tuple(cases), tuple(contenders), tuple(names), tuple(used), ask, out / PARTS, device)
+    job = Job(tuple(cases), tuple(contenders), tuple(names), tuple(used), pairs, ask, out / PARTS, device)
     measure_cases(job, processes, progress)
     _merge(job, settings, clicks, processes)
     return out

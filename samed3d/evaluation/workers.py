@@ -40,6 +40,7 @@ class Job:
         contenders: In the order of the results.
         names: What the contenders were made from, to make them again in another process.
         protocols: Names.
+        pairs: Which contender is measured under which protocol, by name.
         ask: How often and how much.
         parts: Folder of the pieces.
         device: Of networks.
@@ -49,6 +50,7 @@ class Job:
     contenders: tuple[Contender, ...] = field(repr=False)
     names: tuple[str | Contender, ...] = field(repr=False)
     protocols: tuple[str, ...]
+    pairs: frozenset[tuple[str, str]]
     ask: Ask
     parts: Path
     device: str = "cpu"
@@ -57,8 +59,8 @@ class Job:
         """(contender, protocol, file) of the ``number``-th case."""
         case = self.cases[number]
         safe = re.sub(r"[^\w.-]", "_", f"{case.source}.{case.case}")[:80]
-        for contender in range(len(self.contenders)):
-            for protocol in self.protocols:
+        for contender, one in enumerate(self.contenders):
+            for protocol in [p for p in self.protocols if (one.name, p) in self.pairs]:
                 yield contender, protocol, self.parts / f"{number:05d}.{safe}.{contender}.{protocol}.json"
 
     def part_files(self) -> list[Path]:

@@ -29,7 +29,7 @@ class RandomWalker(ClassicalMethod):
 
     name = "random_walker"
     reach_mm = 40.0
-    cells = 40
+    cells = 28
     beta = 130.0
 
     def segment(self, said: Said) -> NDArray[np.bool_]:
