@@ -193,7 +193,7 @@ def test_a_right_answer_costs_nothing_and_a_wrong_one_much():
 
 def test_coarser_outputs_are_weighed_and_compared_with_a_coarser_truth():
     model = create_model("sam3d", **MODELS["sam3d"].tiny)
-    step = SemanticStep(model, LossConfig(dice=0.5, ce=2.0))
+    step = SemanticStep(model, LossConfig(dice=0.5, ce=2.0, dice_smooth=1e-5))
     image = torch.randn(2, 1, 6, 32, 32, generator=torch.Generator().manual_seed(0))
     target = torch.randint(0, 3, (2, 1, 6, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     out = step(image, target, 0)
@@ -261,6 +261,18 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path, corpus):
     train(run_config(parts, corpus, "optim.schedule=constant"), resume=True, quiet=True)
     one, other = (load(folder / "model.safetensors").state_dict() for folder in (whole, parts))
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("file", ["sam3d.yaml", "ma_sam.yaml", "sam3d_adapter.yaml", "sam3d_tiny.yaml"])
+def test_presets_are_models_that_can_be_built(file):
+    config = load_config(TrainConfig, Path(__file__).resolve().parents[1] / "configs" / file)
+    with torch.device("meta"):
+        model = create_model(config.model.name, **config.model.overrides)
+    assert f"--config configs/{file}" in (Path(__file__).resolve().parents[1] / "configs" / file).read_text()
+    assert config.data.synthetic_share == 0 and model.config["backbone"] == config.model.overrides["backbone"]
+    if not isinstance(model, SemanticModel):
+        assert config.data.crop == model.spec.input_shape_zyx and config.data.spacing_mm == model.spec.spacing_mm
+        assert "box" in model.spec.prompts or config.clicks.box_probability == 0
 
 
 def test_an_automatic_model_needs_a_corpus(tmp_path, corpus):

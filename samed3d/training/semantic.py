@@ -19,15 +19,13 @@ from samed3d.models import create_model
 from samed3d.models.base import SemanticModel
 from samed3d.training.step import StepOutput
 
-SMOOTH = 1e-5
-
 
 class SemanticStep(nn.Module):
     """Loss and Dice of a batch of crops.
 
     Args:
         model: The network that is trained.
-        weights: Weights of Dice and cross-entropy; the other terms do not apply.
+        weights: Weights of Dice and cross-entropy, and the Dice's ``dice_smooth``; the other terms do not apply.
     """
 
     def __init__(self, model: SemanticModel, weights: LossConfig) -> None:
@@ -50,8 +48,8 @@ class SemanticStep(nn.Module):
         total = image.new_zeros((), dtype=torch.float32)
         for weight, logits in outputs:
             numbers = resized_numbers(target, logits)
-            loss = self.weights.dice * soft_dice_loss(logits, numbers) + self.weights.ce * F.cross_entropy(logits.float(), numbers)
-            total = total + weight * loss
+            overlap = soft_dice_loss(logits, numbers, self.weights.dice_smooth)
+            total = total + weight * (self.weights.dice * overlap + self.weights.ce * F.cross_entropy(logits.float(), numbers))
         finest = outputs[0][1].detach()
         return StepOutput(total, class_dice(finest.argmax(1), resized_numbers(target, finest), finest.shape[1]))
 
@@ -63,7 +61,7 @@ def resized_numbers(target: Tensor, like: Tensor) -> Tensor:
     return target[:, 0].long()
 
 
-def soft_dice_loss(logits: Tensor, numbers: Tensor) -> Tensor:
+def soft_dice_loss(logits: Tensor, numbers: Tensor, smooth: float = 1e-5) -> Tensor:
     """1 - soft Dice of the softmax, mean over samples and classes without the background.
 
     A class that a crop does not hold costs what is predicted of it, and nothing where that is nothing.
@@ -75,8 +73,8 @@ def soft_dice_loss(logits: Tensor, numbers: Tensor) -> Tensor:
     """
     prob = logits.float().softmax(1)[:, 1:].flatten(2)
     truth = F.one_hot(numbers, logits.shape[1]).movedim(-1, 1)[:, 1:].flatten(2).to(prob.dtype)
-    overlap = 2 * (prob * truth).sum(2) + SMOOTH
-    return (1 - overlap / (prob.sum(2) + truth.sum(2) + SMOOTH)).mean()
+    overlap = 2 * (prob * truth).sum(2) + smooth
+    return (1 - overlap / (prob.sum(2) + truth.sum(2) + smooth)).mean()
 
 
 def class_dice(predicted: Tensor, numbers: Tensor, classes: int) -> Tensor:
