@@ -95,6 +95,7 @@ def test_results(client, ball, tmp_path):
     client.post(f"{base}/prompts", json=CLICK)
     (tmp_path / "image.nii.gz").write_bytes(client.get(f"{base}/image.nii.gz").content)
     again = read_volume(tmp_path / "image.nii.gz")
+    assert client.get(f"{base}/export", params={"format": "dicom-seg"}).status_code == 400  # not from DICOM
     assert np.array_equal(again.array, ball.array) and again.grid == read_volume(tmp_path / "ball.nii.gz").grid
     raw = gzip.decompress(client.get(f"{base}/objects/1/probability.nii.gz").content)
     probability = np.frombuffer(raw, np.uint8, offset=352).reshape(ball.array.shape)
@@ -275,6 +276,13 @@ def test_a_zip_of_a_dicom_folder(tmp_path):
         answer = client.post("/api/sessions/upload", params={"name": "ct.zip"}, content=(tmp_path / "ct.zip").read_bytes())
         assert answer.status_code == 201, answer.text
         assert answer.json()["size_ijk"] == list(read_volume(tmp_path / "ct").grid.size_ijk)
+        pytest.importorskip("highdicom", reason="needs samed3d[dicom]")
+        base = f"/api/sessions/{answer.json()['id']}"
+        client.post(f"{base}/prompts", json={"prompt": {"type": "point", "at": [4, 2, 2]}})
+        (tmp_path / "seg.dcm").write_bytes(client.get(f"{base}/export", params={"format": "dicom-seg"}).content)
+        import pydicom
+
+        assert pydicom.dcmread(tmp_path / "seg.dcm").Modality == "SEG"
 
 
 def test_a_sleeping_session_comes_back_with_its_masks(client):

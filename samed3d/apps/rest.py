@@ -23,7 +23,7 @@ from starlette.responses import FileResponse
 from samed3d.apps.protocol import API_VERSION, ApiError
 from samed3d.apps.security import confined
 from samed3d.apps.service import Service, remove_files, session_to_json, whole_mask_to_json, wire_prompt
-from samed3d.apps.sessions import Entry, read_about
+from samed3d.apps.sessions import VIEWED, Entry, read_about
 from samed3d.apps.uploads import accept, receive, safe_name
 from samed3d.inference.session import MaskUpdate, Session
 from samed3d.volume import write_volume
@@ -152,7 +152,7 @@ def _add_opening(routes: APIRouter, service: Service) -> None:
         entry = registry.create()
         try:
             async with service.uploads:
-                file = entry.folder / safe
+                file = entry.folder / f"upload_{safe}"  # never the name of a file of ours
                 await receive(request.stream(), file)
                 image = await asyncio.to_thread(accept, file, service.options.images, service.options.access.largest_upload * 4)
         except BaseException:
@@ -264,7 +264,7 @@ def _add_results(routes: APIRouter, service: Service) -> None:
     async def image(session_id: str, request: Request) -> FileResponse:
         entry = service.registry.get(session_id)
         volume = await service.read(request, session_id, lambda s: s.volume)
-        target = entry.folder / "image.nii.gz"
+        target = entry.folder / VIEWED
         if not target.exists():
             async with service.uploads:
                 await asyncio.to_thread(write_volume, target, volume.array, volume.grid)

@@ -35,6 +35,8 @@ Gone = Callable[[], Awaitable[bool]]
 
 _ID = re.compile(r"[A-Za-z0-9_-]{22}")
 JOURNAL = "journal.jsonl"
+VIEWED = "viewed.nii.gz"
+"""The image as a viewer was given it; made when first asked for."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Limits:
         busy_seconds: A session used more recently than this is never put to sleep to make room for another.
     """
 
-    awake: int = 8
+    awake: int = 16
     stored: int = 1000
     idle_seconds: float = 600.0
     liveness_seconds: float = 60.0
@@ -128,7 +130,8 @@ class Registry:
         if entry.session is not None:
             entry.session.close()
             entry.session = None
-        (entry.folder / JOURNAL).unlink(missing_ok=True)
+        for name in (JOURNAL, VIEWED):
+            (entry.folder / name).unlink(missing_ok=True)
         entry.about = about
         write_json(entry.folder / "session.json", asdict(about))
 

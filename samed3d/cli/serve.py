@@ -29,7 +29,7 @@ def serve(
     model: Model = "default",
     also: Annotated[list[str] | None, typer.Option("--also-model", help="Another model that clients may ask for; repeatable.")] = None,
     device: Device = "auto",
-    max_sessions: Annotated[int, typer.Option(min=1, help="Sessions in memory at once; others sleep on disk.")] = 8,
+    max_sessions: Annotated[int, typer.Option(min=1, help="Sessions in memory at once; others sleep on disk.")] = 16,
     idle_minutes: Annotated[float, typer.Option(min=0.05, help="After so long without a request a session sleeps. Nothing is lost.")] = 10,
     max_upload_mb: Annotated[int, typer.Option(min=1, help="Largest upload, in MiB.")] = 2048,
     max_voxels: Annotated[int, typer.Option(min=1, help="Largest image.")] = 2**29,
