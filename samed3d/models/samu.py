@@ -43,6 +43,7 @@ class SamuConfig:
         click_memory: ``"newest"`` click (the paper's single one) or ``"all"``.
         boxes: Understand boxes.
         mask_prior: See the earlier mask at each decoder level.
+        spacing_mm: Voxel edge of the crops that it is trained on; None where the crop follows the object.
     """
 
     input_shape: IntTriple = (128, 128, 128)
@@ -53,6 +54,7 @@ class SamuConfig:
     click_memory: str = "newest"
     boxes: bool = False
     mask_prior: bool = False
+    spacing_mm: float | None = None
 
     def __post_init__(self) -> None:
         if self.prompt_levels not in PROMPT_LEVELS:
@@ -99,7 +101,7 @@ class Samu(PromptableModel):
         self.numbers, self.config = c, asdict(c)
         prompts = {"point"} | ({"box"} if c.boxes else set()) | ({"mask"} if c.mask_prior else set())
         self.spec = ModelSpec(
-            name, c.input_shape, normalisation="zscore", prompts=frozenset(prompts), click_memory=c.click_memory, source=SOURCE
+            name, c.input_shape, c.spacing_mm, "zscore", prompts=frozenset(prompts), click_memory=c.click_memory, source=SOURCE
         )
         self.encoder = nn.ModuleList(DoubleConv(a, b) for a, b in zip((1, *c.widths), c.widths, strict=False))
         pairs = list(zip(c.widths[1:], c.widths, strict=False))
