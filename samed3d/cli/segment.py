@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from samed3d.cli.options import Device, Model, Quiet, check_distinct, check_exis
 from samed3d.errors import InputError
 from samed3d.geometry import Triple, as_triple
 from samed3d.prompts import Box, MaskPrior, ObjectPrompts, Point, Scribble, load_prompts, parse_numbers
+
+if TYPE_CHECKING:
+    from samed3d.inference.session import Session
 
 
 def segment(
@@ -75,18 +78,31 @@ def segment(
     summary = {**opened.report(), "seconds": round(time.perf_counter() - started, 3)}
 
     opened.export(output, format)
+    _write_more(opened, image.name, summary, probability, preview, report, session)
+    if not quiet:
+        _print_segment_summary(summary, output)
+
+
+def _write_more(
+    opened: Session,
+    title: str,
+    summary: dict[str, Any],
+    probability: Path | None,
+    preview: Path | None,
+    report: Path | None,
+    session: Path | None,
+) -> None:
+    """The files beside the mask that were asked for."""
     if probability is not None:
         opened.save_probability(probability)
     if preview is not None:
         from samed3d.inference.preview import write_preview
 
-        write_preview(preview, opened.volume, opened.labels, opened.objects(), title=image.name)
+        write_preview(preview, opened.volume, opened.labels, opened.objects(), title=title)
     if report is not None:
         write_json(report, summary)
     if session is not None:
         opened.save(session)
-    if not quiet:
-        _print_segment_summary(summary, output)
 
 
 def _segment_batch(batch: Path, output: Path, image: Path | None, others: bool) -> None:
