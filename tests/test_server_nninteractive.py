@@ -55,7 +55,12 @@ def test_every_call_of_the_client(remote, tmp_path, ball):
     with ServerProcess(tmp_path) as server:
         session, target = begun(remote, server, ball)
         assert session.ping() and 0 < session.heartbeat() <= 600 and session.lease_status()["idle_timeout_seconds"] == 600
-        assert session.supports_undo and session.supported_interactions["bbox3d"] and session.original_image_shape == (1, *ball.array.shape)
+        assert (
+            session.supports_undo
+            and session.license == "Apache-2.0"
+            and session.supported_interactions["bbox3d"]
+            and session.original_image_shape == (1, *ball.array.shape)
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             session.initialize_from_trained_model_folder("anything")

@@ -238,3 +238,13 @@ def test_a_published_checkpoint_is_found_by_name_and_checked(tmp_path, monkeypat
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")
     with pytest.raises(InputError, match="must have sha256"):
         find_checkpoint("mine")
+
+
+def test_licences_are_those_of_manifest_or_header(tmp_path):
+    from samed3d.models.weights import licence_of
+
+    assert licence_of("default") == "Apache-2.0"
+    model = create_model("samed3d_tiny", input_shape=(16, 16, 16), patch=8, dim=24, depth=1, heads=2, prompt_dim=32, stem_width=4)
+    save_weights(model, tmp_path / "a.safetensors", {"licence": "mine"})
+    save_weights(model, tmp_path / "b.safetensors", {})
+    assert (licence_of(tmp_path / "a.safetensors"), licence_of(tmp_path / "b.safetensors")) == ("mine", "not stated")

@@ -15,9 +15,8 @@ from starlette.formparsers import MultiPartException
 from starlette.responses import FileResponse
 
 from samed3d.apps.protocol import ApiError
-from samed3d.apps.rest import FORMATS
 from samed3d.apps.security import confined
-from samed3d.apps.service import Service, remove_files, wire_prompt
+from samed3d.apps.service import FORMATS, Service, remove_files, wire_prompt
 from samed3d.apps.uploads import accept, safe_name
 from samed3d.errors import InputError
 from samed3d.inference.session import Session

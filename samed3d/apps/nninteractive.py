@@ -13,21 +13,23 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Header, Request, Response
 from numpy.typing import NDArray
 
+from samed3d.apps.nninteractive_leases import Lease, Leases, prediction, together
 from samed3d.apps.nninteractive_prompts import box_prompt, drawn_region, grid_of, lasso_prompts, mask_prior, point_prompt, scribble_prompts
-from samed3d.apps.nninteractive_wire import DTYPES, pack_array, unpack_array
+from samed3d.apps.nninteractive_wire import DTYPES, unpack_array
 from samed3d.apps.protocol import ApiError
 from samed3d.apps.service import Service
-from samed3d.apps.sessions import About, Entry, timestamp, write_json
+from samed3d.apps.sessions import About, Entry, timestamp
 from samed3d.errors import InputError
-from samed3d.geometry import IntTriple, Region
+from samed3d.geometry import IntTriple
 from samed3d.inference.session import MaskUpdate, Session
+from samed3d.models.weights import licence_of
 from samed3d.prompts import Prompt
 from samed3d.volume import write_volume
 
@@ -39,85 +41,18 @@ _STORED = {"bool": np.uint8, "float16": np.float32, "float64": np.float32, "int6
 LeaseHeader = Annotated[str | None, Header(alias="X-Lease-Token")]
 
 
-@dataclass(frozen=True)
-class Lease:
-    """What a lease remembers beside its session, kept in ``lease.json``.
-
-    Attributes:
-        object_id: The object that interactions go to.
-        steps: For each interaction since the last reset, how many edits of the session it was.
-        shape: Of the image's array, or None.
-        target: Type of the client's result, or None where it has none.
-    """
-
-    object_id: int = 1
-    steps: tuple[int, ...] = ()
-    shape: IntTriple | None = None
-    target: str | None = None
-    kind: str = "nninteractive"
-
-
 def nninteractive_routes(service: Service) -> APIRouter:
     """The routes that nnInteractive's clients call, at the root."""
     routes = APIRouter(tags=["nnInteractive"])
-    leases = _Leases(service)
+    leases = Leases(service)
     _add_leases(routes, service, leases)
     _add_image(routes, service, leases)
     _add_interactions(routes, leases)
+    _add_looks(routes, leases)
     return routes
 
 
-class _Leases:
-    """Leases by token, and work on their sessions."""
-
-    def __init__(self, service: Service) -> None:
-        self.service = service
-
-    def get(self, token: str | None) -> Entry:
-        try:
-            entry = self.service.registry.get(token or "")
-        except ApiError as error:
-            raise ApiError(410, "the lease is unknown; claim a new one") from error
-        if not (entry.folder / "lease.json").exists():
-            raise ApiError(410, "the lease is unknown; claim a new one")
-        return entry
-
-    def read(self, entry: Entry) -> Lease:
-        body = json.loads((entry.folder / "lease.json").read_text())
-        shape = body.get("shape")
-        return Lease(body.get("object_id", 1), tuple(body.get("steps", ())), tuple(shape) if shape else None, body.get("target"))
-
-    def write(self, entry: Entry, lease: Lease) -> None:
-        write_json(entry.folder / "lease.json", asdict(lease))
-
-    async def interact(self, request: Request, token: str | None, prompts: Callable[[IntTriple], list[Prompt]], predict: bool) -> Response:
-        """Add what one interaction says, in order, and look once at the end."""
-        entry = self.get(token)
-        lease = self.read(entry)
-        if lease.shape is None:
-            raise ApiError(400, "there is no image yet; call set_image first")
-        said = await asyncio.to_thread(prompts, lease.shape)
-
-        def job(session: Session) -> tuple[MaskUpdate | None, Lease]:
-            before, updates = self.read(entry), []
-            try:
-                for number, prompt in enumerate(said, start=1):
-                    updates.append(session.add(prompt, before.object_id, predict=predict and number == len(said)))
-            except InputError:
-                for _ in updates:  # all of an interaction or nothing of it
-                    session.undo()
-                raise
-            after = replace(before, steps=(*before.steps, len(updates)))
-            self.write(entry, after)
-            if predict:
-                self.service.telemetry.prediction(sum(u.seconds for u in updates))
-            return (_together(session, updates, before.object_id) if predict else None), after
-
-        update, after = await self.service.registry.use(entry, job, request.is_disconnected)
-        return await asyncio.to_thread(_prediction, update, after.target)
-
-
-def _add_leases(routes: APIRouter, service: Service, leases: _Leases) -> None:
+def _add_leases(routes: APIRouter, service: Service, leases: Leases) -> None:
     registry, limits = service.registry, service.options.limits
 
     def remaining(entry: Entry) -> float:
@@ -161,7 +96,7 @@ def _add_leases(routes: APIRouter, service: Service, leases: _Leases) -> None:
         return {"remaining_seconds": remaining(leases.get(token)), "idle_timeout_seconds": limits.idle_seconds}
 
 
-def _add_image(routes: APIRouter, service: Service, leases: _Leases) -> None:
+def _add_image(routes: APIRouter, service: Service, leases: Leases) -> None:
     @routes.post("/set_image", summary="The image, an array of one channel and three axes")
     async def set_image(request: Request, token: LeaseHeader = None) -> dict[str, Any]:
         entry, meta = leases.get(token), _meta(request)
@@ -219,7 +154,7 @@ def _add_image(routes: APIRouter, service: Service, leases: _Leases) -> None:
         return {}
 
 
-def _add_interactions(routes: APIRouter, leases: _Leases) -> None:
+def _add_interactions(routes: APIRouter, leases: Leases) -> None:
     service = leases.service
 
     @routes.post("/add_point_interaction", summary="A click")
@@ -257,6 +192,10 @@ def _add_interactions(routes: APIRouter, leases: _Leases) -> None:
         mask = await _array(request, service)
         return await leases.interact(request, token, lambda shape: [mask_prior(mask, shape)], _flag(meta, "run_prediction", False))
 
+
+def _add_looks(routes: APIRouter, leases: Leases) -> None:
+    service = leases.service
+
     @routes.post("/predict", summary="Look again, with what was added without looking")
     async def predict(request: Request, token: LeaseHeader = None) -> Response:
         entry = leases.get(token)
@@ -271,7 +210,7 @@ def _add_interactions(routes: APIRouter, leases: _Leases) -> None:
             return update, lease.target
 
         update, target = await service.registry.use(entry, job, request.is_disconnected)
-        return await asyncio.to_thread(_prediction, update, target)
+        return await asyncio.to_thread(prediction, update, target)
 
     @routes.post("/undo", summary="Take the last interaction back; as often as there are any")
     async def undo(request: Request, token: LeaseHeader = None) -> Response:
@@ -283,10 +222,10 @@ def _add_interactions(routes: APIRouter, leases: _Leases) -> None:
                 return None, lease.target
             updates = [u for u in (session.undo() for _ in range(lease.steps[-1])) if u is not None]
             leases.write(entry, replace(lease, steps=lease.steps[:-1]))
-            return _together(session, updates, lease.object_id), lease.target
+            return together(session, updates, lease.object_id), lease.target
 
         update, target = await service.registry.use(entry, job, request.is_disconnected)
-        return await asyncio.to_thread(_prediction, update, target)
+        return await asyncio.to_thread(prediction, update, target)
 
 
 def _capabilities(service: Service) -> dict[str, Any]:
@@ -303,33 +242,9 @@ def _capabilities(service: Service) -> dict[str, Any]:
         "patch_size": list(spec.input_shape_zyx),
         "do_autozoom": True,
         "inference_session_version": PROTOCOL_VERSION,
-        "license": service.licence(service.options.model),
+        "license": licence_of(service.options.model),
         "supports_undo": True,
     }
-
-
-def _together(session: Session, updates: list[MaskUpdate], object_id: int) -> MaskUpdate | None:
-    """Several updates of an object as one: the mask as it is now in the box around all."""
-    if len(updates) == 1:
-        return updates[0]
-    region = Region((0, 0, 0), (0, 0, 0))
-    for update in updates:
-        region = region.union(update.region)
-    known = any(o.id == object_id for o in session.objects())
-    mask = session.mask_of(object_id)[region.slices] if known else np.zeros(region.shape_zyx, np.uint8)
-    return MaskUpdate(region, mask, sum(u.seconds for u in updates), object_id)
-
-
-def _prediction(update: MaskUpdate | None, target: str | None) -> Response:
-    """What the client writes into its array: the changed box, or that nothing changed."""
-    meta: dict[str, Any] = {"ran_prediction": update is not None, "bbox": None}
-    body = b""
-    if update is not None and update.changed and target is not None:
-        part = update.mask.astype(target)
-        meta |= {"bbox": [list(ends) for ends in zip(update.region.start_zyx, update.region.stop_zyx, strict=True)]}
-        meta |= {"dtype": target, "shape": list(part.shape)}
-        body = pack_array(part)
-    return Response(body, media_type="application/octet-stream", headers={"X-Meta": json.dumps(meta, separators=(",", ":"))})
 
 
 async def _array(request: Request, service: Service) -> NDArray:

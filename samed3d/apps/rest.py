@@ -1,8 +1,8 @@
-"""The REST API of sessions: open an image, prompt, undo, look, take the result away. OpenAPI describes it at ``/docs``.
+"""The REST API of an open session: prompt, undo, look, take the result away. OpenAPI describes it at ``/docs``.
 
 Every change is answered with what it changed (``updates``, masks of the changed boxes) and with the session as it is then. A request may
 say which ``revision`` it has seen; when another tab has changed the session since, the answer is 409 and nothing happens. What travels is
-in ``protocol.py``; one-shot jobs are in ``batch.py``.
+in ``protocol.py``; how sessions begin is in ``opening.py``.
 """
 
 from __future__ import annotations
@@ -12,45 +12,23 @@ import gzip
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.background import BackgroundTask
 from starlette.responses import FileResponse
 
-from samed3d.apps.protocol import API_VERSION, ApiError
-from samed3d.apps.security import confined
-from samed3d.apps.service import Service, remove_files, session_to_json, whole_mask_to_json, wire_prompt
-from samed3d.apps.sessions import VIEWED, Entry, read_about
-from samed3d.apps.uploads import accept, receive, safe_name
+from samed3d.apps.protocol import ApiError
+from samed3d.apps.service import FORMATS, Service, remove_files, session_to_json, whole_mask_to_json, wire_prompt
+from samed3d.apps.sessions import VIEWED, Entry
 from samed3d.inference.session import MaskUpdate, Session
 from samed3d.volume import write_volume
-from samed3d.volume.untrusted import check_untrusted
-
-FORMATS = {
-    "nifti": (".nii.gz", "NIfTI label map"),
-    "nrrd": (".nrrd", "NRRD label map"),
-    "mha": (".mha", "MetaImage label map"),
-    "seg.nrrd": (".seg.nrrd", "3D Slicer segmentation (seg.nrrd)"),
-    "dicom-seg": (".dcm", "DICOM-SEG"),
-    "rtstruct": (".dcm", "DICOM RTSTRUCT"),
-}
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class OpenBody(_Body):
-    """Which image to open: a path in one of the server's folders, or the example."""
-
-    path: str | None = None
-    example: bool = False
-    model: str | None = None
-    channel: int | None = Field(None, ge=0)
-    series: str | None = None
 
 
 class EditBody(_Body):
@@ -97,68 +75,15 @@ class RuleBody(EditBody):
 def rest_routes(service: Service) -> APIRouter:
     """The routes under ``/api``."""
     routes = APIRouter(prefix="/api")
-    _add_opening(routes, service)
+    _add_sessions(routes, service)
     _add_prompts(routes, service)
     _add_objects(routes, service)
     _add_results(routes, service)
     return routes
 
 
-def _add_opening(routes: APIRouter, service: Service) -> None:
+def _add_sessions(routes: APIRouter, service: Service) -> None:
     registry = service.registry
-
-    @routes.get("/about", tags=["server"], summary="Models, export formats and folders")
-    async def about() -> dict[str, Any]:
-        from samed3d import __version__
-
-        formats = [{"id": key, "name": name} for key, (_, name) in FORMATS.items()]
-        roots = [str(root) for root in service.options.roots]
-        return {"api": API_VERSION, "version": __version__, "models": service.models, "formats": formats, "roots": roots, "example": True}
-
-    @routes.get("/sessions", tags=["sessions"], summary="All sessions, the newest first")
-    async def sessions() -> list[dict[str, Any]]:
-        return await asyncio.to_thread(_stored, service)
-
-    @routes.post("/sessions", tags=["sessions"], status_code=201, summary="Open an image by path, or the example")
-    async def open_session(body: OpenBody, request: Request) -> dict[str, Any]:
-        if (body.path is None) == (not body.example):
-            raise ApiError(400, "give either path or example: true")
-        service.model_name(body.model)
-        image = None if body.path is None else await asyncio.to_thread(confined, body.path, list(service.options.roots))
-        if image is not None:
-            await asyncio.to_thread(check_untrusted, image, service.options.images)
-        entry = registry.create()
-        if image is None:
-            image = await asyncio.to_thread(service.example, entry.folder)
-        name = "example" if body.example else image.name
-        return await service.opened(entry, service.about(image, name, body.model, body.channel, body.series), request)
-
-    @routes.post(
-        "/sessions/upload",
-        tags=["sessions"],
-        status_code=201,
-        summary="Open an image that is the body of the request (.nii .nii.gz .nrrd .mha, or .zip of a DICOM folder)",
-        openapi_extra={"requestBody": {"required": True, "content": {"application/octet-stream": {"schema": {"format": "binary"}}}}},
-    )
-    async def upload(
-        request: Request,
-        name: Annotated[str, Query(max_length=500)],
-        model: str | None = None,
-        channel: Annotated[int | None, Query(ge=0)] = None,
-        series: str | None = None,
-    ) -> dict[str, Any]:
-        service.model_name(model)
-        safe = safe_name(name)
-        entry = registry.create()
-        try:
-            async with service.uploads:
-                file = entry.folder / f"upload_{safe}"  # never the name of a file of ours
-                await receive(request.stream(), file)
-                image = await asyncio.to_thread(accept, file, service.options.images, service.options.access.largest_upload * 4)
-        except BaseException:
-            await service.forget(entry)
-            raise
-        return await service.opened(entry, service.about(image, name, model, channel, series), request)
 
     @routes.get("/sessions/{session_id}", tags=["sessions"], summary="A session; wakes it where it sleeps")
     async def session(session_id: str, request: Request) -> dict[str, Any]:
@@ -298,14 +223,3 @@ def _add_results(routes: APIRouter, service: Service) -> None:
 def _stem(entry: Entry) -> str:
     name = Path(entry.about.name if entry.about else "image").name
     return "".join(c if c.isalnum() or c in "-_" else "_" for c in name.split(".")[0])[:80] or "image"
-
-
-def _stored(service: Service) -> list[dict[str, Any]]:
-    awake = {entry.id for entry in service.registry.awake()}
-    listed = []
-    for session_id in service.registry.stored():
-        about = read_about(service.options.sessions / session_id)
-        if about is not None:
-            keys = {"name": about.name, "model": about.model, "kind": about.kind, "created": about.created}
-            listed.append({"id": session_id, **keys, "awake": session_id in awake})
-    return sorted(listed, key=lambda s: str(s["created"]), reverse=True)

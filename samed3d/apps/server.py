@@ -1,8 +1,8 @@
 """``samed3d serve``: sessions over HTTP, for our page, our client, curl, and programs that speak nnInteractive's protocol.
 
-Here the parts become one program: what an error is answered with, health, counters, start and stop. Routes are in ``rest.py`` (sessions),
-``batch.py`` (one-shot) and ``nninteractive.py``; who is let in is in ``security.py``; sessions live in ``sessions.py``. Read ``rest.py``
-next.
+Here the parts become one program: what an error is answered with, health, counters, start and stop. Routes are in ``opening.py`` and
+``rest.py`` (sessions), ``batch.py`` (one-shot) and ``nninteractive.py``; who is let in is in ``security.py``; sessions live in
+``sessions.py``. Read ``rest.py`` next.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from starlette.exceptions import HTTPException
 from samed3d.apps.api_page import api_page
 from samed3d.apps.batch import batch_routes
 from samed3d.apps.nninteractive import nninteractive_routes
+from samed3d.apps.opening import opening_routes
 from samed3d.apps.protocol import ApiError
 from samed3d.apps.rest import rest_routes
 from samed3d.apps.security import Guard, check_binding
@@ -69,6 +70,7 @@ def create_app(options: ServerOptions, load: Callable[[str], PromptableModel] = 
 
     app = FastAPI(title="samed3d", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
+    app.include_router(opening_routes(service))
     app.include_router(rest_routes(service))
     app.include_router(batch_routes(service))
     app.include_router(nninteractive_routes(service))

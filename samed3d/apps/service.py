@@ -34,6 +34,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+FORMATS = {
+    "nifti": (".nii.gz", "NIfTI label map"),
+    "nrrd": (".nrrd", "NRRD label map"),
+    "mha": (".mha", "MetaImage label map"),
+    "seg.nrrd": (".seg.nrrd", "3D Slicer segmentation (seg.nrrd)"),
+    "dicom-seg": (".dcm", "DICOM-SEG"),
+    "rtstruct": (".dcm", "DICOM RTSTRUCT"),
+}
+"""What can be exported: suffix and a name for people."""
 EXAMPLE_SEED = 0
 _UPLOADS_AT_ONCE = 2
 
@@ -90,16 +99,6 @@ class Service:
         if asked not in self.models:
             raise ApiError(400, f"model must be one of {', '.join(self.models)}, got {asked[:80]!r}")
         return asked
-
-    def licence(self, name: str) -> str:
-        """What a model's weights may be used for, as their file says."""
-        from samed3d.models.weights import find_checkpoint, read_header
-
-        try:
-            path = find_checkpoint(name)
-            return str(read_header(path).get("licence", "not stated")) if path is not None else "not stated"
-        except InputError:
-            return "not stated"
 
     async def opened(self, entry: Entry, about: About, request: Request) -> dict[str, Any]:
         """Give a new entry its image and open it; an image that cannot be opened leaves no session behind."""

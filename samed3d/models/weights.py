@@ -266,6 +266,14 @@ def list_checkpoints() -> list[str]:
     return sorted(_manifest_entries())
 
 
+def licence_of(name_or_path: str | Path) -> str:
+    """What weights may be used for, as their manifest or their header says; ``"not stated"`` where neither does."""
+    found = _manifest_entries().get(str(name_or_path))
+    if found is not None:
+        return str(found[1].get("licence", "not stated"))
+    return str(read_header(name_or_path).get("licence", "not stated"))
+
+
 def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
     """A spec as plain JSON values."""
     return {**asdict(spec), "prompts": sorted(spec.prompts)}
