@@ -20,7 +20,7 @@ from samed3d.evaluation.page import folded, page, pairs, paragraph, table, write
 from samed3d.evaluation.rows import Row
 from samed3d.evaluation.saved import SavedRun, Way, modality_class, read_run, score, size_class, size_order
 from samed3d.evaluation.statistics import Estimate
-from samed3d.evaluation.summaries import TRAINED_ON, by_model, click_curve, differences, grouped, untrained
+from samed3d.evaluation.summaries import TRAINED_ON, Curves, click_curve, differences, grouped, model_curves, untrained
 from samed3d.evaluation.tables import curve_table, difference_figure, difference_table, own_scores, score_tables
 
 REPORT_HTML = "report.html"
@@ -80,11 +80,9 @@ def report_body(run: SavedRun, pictures: str = "") -> str:
     ways = run.ways
     parts = [_title(run), *(paragraph(w, "warn") for w in _warnings(run)), *_in_short(run, ways[0])]
     parts.append(_NAVIGATION)
-    scores = [_way_heading(way, ways) + _about(run, way) + score_tables(run.of(way)) + own_scores(_own(run, way)) for way in ways]
-    parts.append('<h2 id="scores">Scores</h2>' + paragraph(_SCORES_NOTE, "faint") + "".join(scores))
-    curves = [_curves(run, way) for way in ways]
-    shown = curves[0] + "".join(folded(f"Click curves: {way}", html) for way, html in zip(ways[1:], curves[1:], strict=True))
-    parts.append('<h2 id="curves">Click curves</h2>' + (_way_heading(ways[0], ways) + shown))
+    scores = [_about(run, way) + score_tables(run.of(way)) + own_scores(_own(run, way)) for way in ways]
+    parts.append('<h2 id="scores">Scores</h2>' + paragraph(_SCORES_NOTE, "faint") + _first_open("Scores", ways, scores))
+    parts.append('<h2 id="curves">Click curves</h2>' + _first_open("Click curves", ways, [_curves(run, way) for way in ways]))
     parts.append('<h2 id="differences">Differences between models</h2>' + _differences(run, ways))
     parts.append('<h2 id="cases">Cases</h2>' + (pictures or paragraph("Pictures were not asked for.", "faint")))
     parts.append('<h2 id="time">Time per prompt</h2>' + _latency(run))
@@ -97,12 +95,13 @@ def _title(run: SavedRun) -> str:
     subjects = {(r["source"], r["subject"]) for r in run.rows}
     structures = {(r["source"], r["case"], r["label"]) for r in run.rows}
     sources = {r["source"] for r in run.rows}
-    names = ", ".join(map(str, run.ways[:3])) + (f" and {len(run.ways) - 3} more ways" if len(run.ways) > 3 else "")
+    shown = ", ".join(run.models[:3]) + (f" and {len(run.models) - 3} more" if len(run.models) > 3 else "")
+    names = "; ".join(map(str, run.ways[:3])) + (f"; and {len(run.ways) - 3} more ways" if len(run.ways) > 3 else "")
     told = (
         f"{_count(len(structures), 'structure')} in {_count(len(cases), 'image')} of {_count(len(subjects), 'subject')} "
         f"from {_count(len(sources), 'data set')}; {_count(len({r['seed'] for r in run.rows}), 'seed')}"
     )
-    return f"<h1>Evaluation: {escape(', '.join(run.models))}</h1>" + paragraph(f"{names}. {told}.", "faint")
+    return f"<h1>Evaluation: {escape(shown)}</h1>" + paragraph(f"{names}. {told}.", "faint")
 
 
 def _warnings(run: SavedRun) -> list[str]:
@@ -123,7 +122,7 @@ def _warnings(run: SavedRun) -> list[str]:
 def _in_short(run: SavedRun, way: Way) -> list[str]:
     lines = []
     rows = untrained(run.of(way))
-    for model in run.models[:6]:
+    for model in run.models:
         mine = [r for r in rows if r["model"] == model]
         if mine:
             curve = click_curve(mine)
@@ -137,37 +136,38 @@ def _in_short(run: SavedRun, way: Way) -> list[str]:
 
 def _curves(run: SavedRun, way: Way) -> str:
     rows = untrained(run.of(way))
-    parts = ['<figure><div class="charts">', _chart(run, rows, "All structures", "dice", "Dice")]
+    dice = model_curves(rows)
+    parts = ['<figure><div class="charts">', _chart(run, dice, "All structures", "Dice")]
     if any(not math.isnan(score(r, "nsd")) for r in rows):
-        parts.append(_chart(run, rows, "All structures", "nsd", "NSD"))
+        parts.append(_chart(run, model_curves(rows, "nsd"), "All structures", "NSD"))
     caption = "Mean over structures; bands are 95 % bootstrap intervals over subjects. Point at a mark for its numbers."
-    parts.append(f"</div><figcaption>{caption}</figcaption></figure>" + folded("These numbers as a table", curve_table({"all": rows})))
+    parts.append(f"</div><figcaption>{caption}</figcaption></figure>" + folded("These numbers as a table", curve_table({"all": dice})))
     splits: tuple[tuple[str, Callable[[Row], str], Callable[[str], object] | None], ...] = (
         ("By dataset", lambda r: r["source"], None),
         ("By modality", modality_class, None),
         ("By size of the structure", size_class, size_order),
     )
-    present = [m for m in run.models if any(r["model"] == m for r in rows)]
     for title, name_of, order in splits:
         split = grouped(rows, name_of, order)
-        charts = [_chart(run, of_one, f"{name} ({_people(of_one)})", "dice", "Dice", small=True) for name, of_one in split.items()]
-        parts.append(f"<h3>{title}</h3>" + figures.legend_of([(m, run.models.index(m)) for m in present]))
-        bands = "" if len(present) <= _FEW_LINES else " Bands are left out of charts with many lines; the table has the intervals."
+        curves = {name: model_curves(of_one) for name, of_one in split.items()}
+        charts = [_chart(run, curves[name], f"{name} ({_people(of_one)})", "Dice", small=True) for name, of_one in split.items()]
+        parts.append(f"<h3>{title}</h3>" + figures.legend_of([(m, run.models.index(m)) for m in dice]))
+        bands = "" if len(dice) <= _FEW_LINES else " Bands are left out of charts with many lines; the table has the intervals."
         caption = f"<figcaption>In brackets the number of subjects.{bands}</figcaption>"
         parts.append(f'<figure><div class="charts">{"".join(charts)}</div>{caption}</figure>')
-        parts.append(folded("These numbers as a table", curve_table(split)))
+        parts.append(folded("These numbers as a table", curve_table(curves)))
     return "".join(parts)
 
 
-def _chart(run: SavedRun, rows: Sequence[Row], title: str, metric: str, y_label: str, small: bool = False) -> str:
+def _chart(run: SavedRun, curves: Curves, title: str, y_label: str, small: bool = False) -> str:
     series = []
-    for model, mine in by_model(rows).items():
-        curve = {c: e for c, e in click_curve(mine, metric).items() if e.measurements}
-        if curve:
-            es = list(curve.values())
+    for model, curve in curves.items():
+        known = {c: e for c, e in curve.items() if e.measurements}
+        if known:
+            es = list(known.values())
             notes = [f"{_count(e.subjects, 'subject')}, {_count(e.measurements, 'measurement')}" for e in es]
             ends = ([e.mean for e in es], [e.low for e in es], [e.high for e in es])
-            series.append(figures.Series(model, list(curve), *ends, style=run.models.index(model), notes=notes))
+            series.append(figures.Series(model, list(known), *ends, style=run.models.index(model), notes=notes))
     bands = not small or len(series) <= _FEW_LINES
     return figures.click_chart(series, title, y_label, small=small, bands=bands) if series else ""
 
@@ -226,6 +226,12 @@ def flattened(entry: Any, prefix: str = "") -> list[tuple[str, str]]:
     if entry is None or entry == []:
         return []
     return [(prefix, ", ".join(map(str, entry)) if isinstance(entry, list | tuple) else str(entry))]
+
+
+def _first_open(what: str, ways: Sequence[Way], contents: Sequence[str]) -> str:
+    """The first way of clicking in full, the others to open."""
+    others = "".join(folded(f"{what}: {way}", content) for way, content in zip(ways[1:], contents[1:], strict=True))
+    return (f"<h3>{escape(str(ways[0]))}</h3>" if others else "") + contents[0] + others
 
 
 def _about(run: SavedRun, way: Way) -> str:

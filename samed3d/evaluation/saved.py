@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,19 @@ class SavedRun:
     results: dict[str, Any]
     rows: list[Row]
 
+    @cached_property
+    def _by_way(self) -> dict[Way, list[Row]]:
+        found: dict[Way, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(way_of(row), []).append(row)
+        return found
+
     @property
     def ways(self) -> list[Way]:
         """The ways in which this run was clicked, in the order of the rows."""
-        return list(dict.fromkeys(way_of(row) for row in self.rows))
+        return list(self._by_way)
 
-    @property
+    @cached_property
     def models(self) -> list[str]:
         """The models, in the order of the rows."""
         return list(dict.fromkeys(row["model"] for row in self.rows))
@@ -84,7 +92,7 @@ class SavedRun:
 
     def of(self, way: Way) -> list[Row]:
         """The rows of one way."""
-        return [row for row in self.rows if way_of(row) == way]
+        return self._by_way.get(way, [])
 
     def turns(self) -> list[dict[str, Any]]:
         """The lines of ``prompts.jsonl``; none where it was not written."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -172,5 +173,17 @@ def _per_subject(values: Sequence[float] | NDArray, subjects: Sequence[Hashable]
 
 def _drawn_means(sums: NDArray, counts: NDArray, rng: np.random.Generator | None, draws: int) -> NDArray[np.float64]:
     """The mean of each draw of as many subjects as there are."""
-    chosen = (rng or np.random.default_rng(0)).integers(len(sums), size=(draws, len(sums)))
-    return sums[chosen].sum(axis=1) / counts[chosen].sum(axis=1)
+    times = _default_draws(len(sums), draws) if rng is None else _draw(len(sums), draws, rng)
+    return (times @ sums) / (times @ counts)
+
+
+@lru_cache(maxsize=32)  # a report asks for thousands of intervals over the same few numbers of subjects
+def _default_draws(subjects: int, draws: int) -> NDArray[np.float32]:
+    times = _draw(subjects, draws, np.random.default_rng(0))
+    times.setflags(write=False)
+    return times
+
+
+def _draw(subjects: int, draws: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """How often each subject is drawn, (draws, subjects)."""
+    return rng.multinomial(subjects, np.full(subjects, 1 / subjects), size=draws).astype(np.float32)

@@ -101,6 +101,15 @@ def click_curve(rows: Sequence[Row], metric: str = "dice") -> dict[int, Estimate
     return {click: estimate(found[click], metric) for click in sorted(found)}
 
 
+Curves = dict[str, dict[int, Estimate]]
+"""Click curves by model."""
+
+
+def model_curves(rows: Sequence[Row], metric: str = "dice") -> Curves:
+    """The click curve of every model, in the order of the rows."""
+    return {model: click_curve(mine, metric) for model, mine in by_model(rows).items()}
+
+
 def headline(rows: Sequence[Row], model: str) -> Headline:
     """The headline scores of one model's rows, which all come from one way of clicking."""
     last = max(clicks_of(rows))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -12,19 +12,19 @@ from samed3d.evaluation.page import table
 from samed3d.evaluation.rows import Row
 from samed3d.evaluation.saved import clicks_of, score
 from samed3d.evaluation.statistics import Estimate
-from samed3d.evaluation.summaries import TRAINED_ON, Compared, Headline, by_model, click_curve, grouped, headline
+from samed3d.evaluation.summaries import TRAINED_ON, Compared, Curves, Headline, by_model, grouped, headline
 
 _SHOWN_CLICKS = 6
 
 
 def score_tables(rows: Sequence[Row]) -> str:
-    """Scores, then effort and behaviour, of every model by group; the rows are of one way of clicking."""
+    """Dice by click, then surfaces, effort and behaviour, of every model by group; the rows are of one way of clicking."""
     groups = grouped(rows, lambda r: r["group"], lambda g: (g == TRAINED_ON, g))
     clicks = _some(clicks_of(rows), _SHOWN_CLICKS)
     has = {metric: any(not math.isnan(score(r, metric)) for r in rows) for metric in ("nsd", "hd95_mm", "obeyed")}
     head = ["group", "model", "subjects", "measured", *map(_clicks, clicks), "area"]
-    head += ["NSD"] * has["nsd"] + ["HD95, mm"] * has["hd95_mm"]
-    effort_head = ["group", "model", "clicks to 0.80", "to 0.85", "to 0.90", *["obeyed"] * has["obeyed"], "lowered", "first", "later"]
+    more = ["group", "model", *["NSD"] * has["nsd"], *["HD95, mm"] * has["hd95_mm"], "clicks to 0.80", "to 0.85", "to 0.90"]
+    more += [*["obeyed"] * has["obeyed"], "lowered", "first", "later"]
     scores, efforts = [], []
     for group, of_group in groups.items():
         for n, (model, mine) in enumerate(by_model(of_group).items()):
@@ -32,10 +32,10 @@ def score_tables(rows: Sequence[Row]) -> str:
             final = h.dice[max(h.dice)]
             who = [escape(group) if n == 0 else "", escape(model)]
             scores.append([*who, str(final.subjects), str(final.measurements), *(cell(h.dice.get(c)) for c in clicks), cell(h.area)])
-            scores[-1] += [cell(h.nsd)] * has["nsd"] + [cell(h.hd95_mm, 1)] * has["hd95_mm"]
-            efforts.append([*who, *(_effort(h, n) for n in range(3)), *[_percent(h.obeyed)] * has["obeyed"], _percent(h.lowered)])
-            efforts[-1] += [_seconds(h.first_seconds), _seconds(h.later_seconds)]
-    return table(head, scores, left=2) + table(effort_head, efforts, left=2)
+            surfaces = [cell(h.nsd)] * has["nsd"] + [cell(h.hd95_mm, 1)] * has["hd95_mm"]
+            behaviour = [*[_percent(h.obeyed)] * has["obeyed"], _percent(h.lowered), _seconds(h.first_seconds), _seconds(h.later_seconds)]
+            efforts.append([*who, *surfaces, *(_effort(h, n) for n in range(3)), *behaviour])
+    return table(head, scores, left=2) + table(more, efforts, left=2)
 
 
 def own_scores(lines: Sequence[dict[str, Any]]) -> str:
@@ -51,13 +51,12 @@ def own_scores(lines: Sequence[dict[str, Any]]) -> str:
     return table(["group", "model", *names], cells, left=2) if cells else ""
 
 
-def curve_table(split: dict[str, list[Row]]) -> str:
+def curve_table(split: Mapping[str, Curves]) -> str:
     """Dice after each click of each model, for each part of the rows."""
-    clicks = clicks_of([r for rows in split.values() for r in rows])
+    clicks = sorted({click for curves in split.values() for curve in curves.values() for click in curve})
     lines = []
-    for name, rows in split.items():
-        for n, (model, mine) in enumerate(by_model(rows).items()):
-            curve = click_curve(mine)
+    for name, curves in split.items():
+        for n, (model, curve) in enumerate(curves.items()):
             last = curve[max(curve)]
             who = [escape(name) if n == 0 else "", escape(model), str(last.subjects), str(last.measurements)]
             lines.append(who + [cell(curve.get(c)) for c in clicks])
