@@ -149,7 +149,7 @@ def _logit_bias(terms: _Terms, sink: Tensor | None, real: list[int], released: b
         shared = terms.first[..., :d, None]
     bias = per_query.new_empty(*per_query.shape[:4], d * h * w + (0 if sink is None else 1))
     to_real = bias[..., : d * h * w].unflatten(-1, (d, h * w))
-    to_real.copy_(per_query)
+    to_real.copy_(per_query.expand_as(to_real))  # an ONNX exporter does not widen a copy by itself
     to_real.add_(shared)
     if sink is not None:
         bias[..., -1] = sink
