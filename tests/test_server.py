@@ -478,3 +478,25 @@ def test_a_mask_prior_travels_as_bits(client, ball):
     assert client.post(f"{base}/prompts", json=body).status_code == 200
     assert np.array_equal(masks_of(client, base.rsplit("/", 1)[1])[1], prior)
     assert "bits" not in client.get(base).json()["objects"][0]["prompts"][0]
+
+
+def test_reading_a_large_image_holds_nobody_up(client, monkeypatch):
+    import samed3d.apps.sessions as sessions
+
+    first, gate, reads = opened(client), threading.Event(), []
+    real = sessions.read_volume
+
+    def slow(path, **picked):
+        reads.append(path)
+        gate.wait(10)
+        return real(path, **picked)
+
+    monkeypatch.setattr(sessions, "read_volume", slow)
+    opening = threading.Thread(target=opened, args=(client,))
+    opening.start()
+    while not reads:
+        time.sleep(0.01)
+    assert client.post(f"/api/sessions/{first}/prompts", json=CLICK).status_code == 200  # while the other is still read
+    gate.set()
+    opening.join(10)
+    assert len(client.get("/api/sessions").json()) == 2 and len(reads) == 1

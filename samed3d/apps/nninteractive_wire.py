@@ -21,6 +21,8 @@ _MAGIC, _VERSION, _ZSTD, _LZ4 = b"NNIA", 1, 1, 2
 _LARGEST_CHUNK = 1 << 30
 DTYPES = frozenset("bool int8 uint8 int16 uint16 int32 uint32 int64 uint64 float16 float32 float64".split())
 _MOST_AXES = 4
+_WIDEST = 4
+"""Bytes per voxel that the largest image may have."""
 
 
 def pack_array(array: NDArray) -> bytes:
@@ -53,8 +55,8 @@ def unpack_array(body: bytes, largest_voxels: int) -> NDArray:
     """
     shape, dtype, at = _header(body)
     count = math.prod(shape)
-    if count > largest_voxels:
-        raise InputError(f"an array must have at most {largest_voxels} voxels here, got {' x '.join(map(str, shape))}")
+    if count > largest_voxels or count * dtype.itemsize > largest_voxels * _WIDEST:
+        raise InputError(f"an array must have at most {largest_voxels} voxels here, got {' x '.join(map(str, shape))} of {dtype}")
     chunks, at = _number(body, at)
     out = np.empty(count, dtype)
     plain = out.view(np.uint8).data

@@ -163,11 +163,10 @@ def _add_results(routes: APIRouter, service: Service) -> None:
 
     @routes.get(base + "/masks", tags=["results"], summary="The masks of all objects, each in its box")
     async def masks(session_id: str, request: Request) -> dict[str, Any]:
-        def job(session: Session) -> list[tuple[int, np.ndarray]]:
-            return [(o.id, session.mask_of(o.id)) for o in session.objects() if o.voxels]
+        def job(session: Session) -> list[dict[str, Any]]:
+            return [whole_mask_to_json(o.id, session.mask_of(o.id)) for o in session.objects() if o.voxels]
 
-        found = await service.read(request, session_id, job)
-        return {"updates": [await asyncio.to_thread(whole_mask_to_json, *one) for one in found]}
+        return {"updates": await service.read(request, session_id, job)}
 
     @routes.get(base + "/objects/{object_id}/mask", tags=["results"], summary="One object's mask, in its box")
     async def mask(session_id: str, object_id: int, request: Request) -> dict[str, Any]:

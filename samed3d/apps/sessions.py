@@ -8,6 +8,7 @@ the one thread of ``fair_queue.py``. Read ``inference/session.py`` for what a se
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import logging
@@ -27,6 +28,7 @@ from samed3d.apps.protocol import ApiError
 from samed3d.errors import InputError
 from samed3d.inference.session import Session
 from samed3d.models.base import PromptableModel
+from samed3d.volume import Volume, read_volume
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +75,14 @@ class About:
 
 @dataclass
 class Entry:
-    """A session that this process knows, awake or asleep."""
+    """A session that this process knows, awake or asleep.
+
+    Attributes:
+        used: When a user last asked for something, by the monotonic clock.
+        seen: When its client last gave a sign.
+        reading: Held while the image is read, beside the worker: a large one must not hold up the others' clicks.
+        image: Read, and not yet taken over by the session.
+    """
 
     id: str
     folder: Path
@@ -81,6 +90,8 @@ class Entry:
     session: Session | None = None
     used: float = field(default_factory=time.monotonic)
     seen: float = field(default_factory=time.monotonic)
+    reading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    image: Volume | None = None
 
     @property
     def revision(self) -> int:
@@ -166,6 +177,10 @@ class Registry:
         """
         entry = self._entries.setdefault(entry.id, entry)  # one entry per id, so that no journal has two writers
         entry.used = entry.seen = time.monotonic()
+        async with entry.reading:
+            about = entry.about
+            if entry.session is None and entry.image is None and about is not None:
+                entry.image = await asyncio.to_thread(read_volume, about.image, channel=about.channel, series=about.series)
 
         def with_session() -> T:
             session = self._awake(entry)
@@ -176,7 +191,11 @@ class Registry:
             finally:
                 entry.used = entry.seen = time.monotonic()
 
-        return await self.queue.run(entry.id, with_session, gone)
+        try:
+            return await self.queue.run(entry.id, with_session, gone)
+        finally:
+            if self.queue.depth(entry.id) == 0:
+                entry.image = None
 
     def delete(self, entry: Entry) -> None:
         """Forget a session and its files."""
@@ -194,7 +213,7 @@ class Registry:
         for entry in list(self._entries.values()):
             idle = now - entry.used > self.limits.idle_seconds
             silent = entry.about is not None and entry.about.kind != "rest" and now - entry.seen > self.limits.liveness_seconds
-            if (idle or silent) and self.queue.depth(entry.id) == 0:
+            if (idle or silent) and self.queue.depth(entry.id) == 0 and not entry.reading.locked():
                 if entry.session is not None:
                     asleep.append(entry.id)
                     self.queue.submit(entry.id, lambda entry=entry: self._sleep_if_unused(entry))  # type: ignore[misc]
@@ -231,8 +250,9 @@ class Registry:
         if about is None:
             raise ApiError(409, "the session has no image yet; send one first")
         self._make_room(entry)
-        journal = entry.folder / JOURNAL
-        entry.session = Session.open(about.image, self.model(about.model), self.device, about.channel, about.series, journal)
+        image = entry.image or about.image
+        entry.session = Session.open(image, self.model(about.model), self.device, about.channel, about.series, entry.folder / JOURNAL)
+        entry.image = None
         return entry.session
 
     def _check_room(self) -> None:
