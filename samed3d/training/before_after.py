@@ -1,7 +1,8 @@
 """Whether a training helped: the same clicks on the same structures of kept-back subjects, before and after, on whole volumes.
 
-Each structure is clicked from several seeds of the first click, with both models from the same; the spread over seeds says how far the
-mean moves by chance of the clicks alone. Not here: what is trained (``finetune.py``), tables of many models (``evaluation/report.py``).
+Each structure is clicked from several seeds of the first click, both models from the same; how much the change differs from seed to seed
+says how far it moves by chance of the clicks alone. Not here: what is trained (``finetune.py``), tables of many models
+(``evaluation/report.py``).
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Change:
         click: After how many clicks.
         before: Mean Dice of the start.
         after: Mean Dice of the result.
-        noise: Standard deviation, over the seeds of the clicks, of the difference of two such means; nan for one seed.
+        noise: Standard deviation of the change over the seeds of the clicks, which both models got alike; nan for one seed.
         low: Lower end of the change's 95 % interval over subjects; nan for one subject.
         high: Upper end.
         improved: Share of measurements that rose.
@@ -145,10 +146,8 @@ def compare(before: Iterable[Score], after: Iterable[Score], clicks: Sequence[in
 
 def _change(click: int, before: dict[tuple, float], after: dict[tuple, Score]) -> Change:
     seeds = sorted({key[2] for key in before})
-    spread = []
-    for scores in (before, {k: s.dice for k, s in after.items()}):
-        spread.append([np.mean([scores[k] for k in scores if k[2] == seed]) for seed in seeds])
-    noise = float(np.sqrt(sum(np.var(means, ddof=1) for means in spread))) if len(seeds) > 1 else float("nan")
+    of_seed = [np.mean([after[k].dice - before[k] for k in before if k[2] == seed]) for seed in seeds]
+    noise = float(np.std(of_seed, ddof=1)) if len(seeds) > 1 else float("nan")
     paired = paired_difference({k: s.dice for k, s in after.items()}, dict(before), {k: s.subject for k, s in after.items()})
     return Change(
         click=click,
