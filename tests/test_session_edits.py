@@ -95,11 +95,12 @@ def test_what_memory_let_go_is_predicted_again_exactly(model):
     volume, _ = ball_volume()
     kept, lean = Session(volume, model), Session(volume, model)
     lean._chains.held_bytes = 1
+    given = [*clicks(3), Box((8, 10, 11), (17, 19, 11)), Scribble(((9, 9, 9), (12, 12, 9))), *clicks(2, seed=9)]
     for session in (kept, lean):
-        for click in clicks(5):
-            session.add(click)
+        for prompt in given:
+            session.add(prompt)
     assert len(lean._chains._held) == 1 < len(kept._chains._held)
-    for _ in range(3):
+    for _ in range(5):
         kept.undo()
         lean.undo()
         np.testing.assert_array_equal(kept.mask_of(1), lean.mask_of(1))

@@ -93,6 +93,36 @@ def test_a_2d_box_is_a_point_and_a_scale():
     assert 2 * (session.mask.astype(bool) & mask).sum() / (session.mask.sum() + mask.sum()) > 0.9
 
 
+def test_a_2d_box_becomes_a_3d_one_as_deep_as_the_object_is_found_to_be():
+    volume, mask = ball_volume()
+    model = BrightnessModel((32, 32, 32))
+    session = Session(volume, model)
+    session.add(Box((8, 10, 11), (17, 19, 11)))
+    assert model.seen[0].boxes is None and model.seen[1].boxes is not None
+    step = session._scene.tracks[1].step
+    frame = session._chains.placed(step).crop.frame
+    low, high = (np.array(frame.to_volume(tuple(v - 0.5 for v in edge))) + 0.5 for edge in model.seen[-1].boxes[0].tolist())
+    np.testing.assert_allclose([low[1:], high[1:]], [[10, 8], [20, 18]], atol=1e-4)
+    region = np.argwhere(mask.any((1, 2)))
+    assert abs(low[0] - region.min()) <= 1 and abs(high[0] - region.max() - 1) <= 1 and step.depth == pytest.approx((low[0], high[0]))
+    session.add(Point((14, 15, 11)))  # the box stays, and is not looked for again
+    assert len(model.seen) == 3 and model.seen[-1].boxes is not None
+    session.add(Box((13, 9, 6), (13, 20, 15)))  # a second one, across the first, bounds what was open
+    frame = session._chains.placed(session._scene.tracks[1].step).crop.frame
+    low, high = (np.array(frame.to_volume(tuple(v - 0.5 for v in edge))) + 0.5 for edge in model.seen[-1].boxes[0].tolist())
+    np.testing.assert_allclose([low, high], [[6, 9, 8], [16, 21, 18]], atol=1e-4)
+    assert len(model.seen) == 4
+
+
+def test_a_thin_slice_of_a_deep_object_is_followed_within_reason():
+    """A bright column through the whole volume: two widths to either side, no further."""
+    array = np.zeros((60, 20, 20), np.float32)
+    array[:, 8:12, 8:12] = 1.0
+    session = Session(Volume(array, Grid(array.shape), "column"), BrightnessModel((32, 32, 32)))
+    session.add(Box((8, 8, 30), (11, 11, 30)))
+    assert session._scene.tracks[1].step.depth == (22.0, 39.0)
+
+
 def test_a_given_mask_is_the_object_until_the_next_prompt():
     volume, ball = ball_volume()
     model = BrightnessModel((32, 32, 32))

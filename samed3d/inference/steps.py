@@ -18,13 +18,15 @@ from torch import Tensor
 
 from samed3d.geometry import IntTriple, Region, Triple
 from samed3d.inference.placement import Placed, place
-from samed3d.inference.predictor import Canvas, CropPredictor
-from samed3d.inference.strokes import OBEYED_LOGIT, Said, joined, obeyed, start_from, understood
+from samed3d.inference.predictor import CanonicalPrompts, Canvas, CropPredictor
+from samed3d.inference.strokes import OBEYED_LOGIT, Said, joined, obeyed, start_from, understood, unknown_axis
 from samed3d.prompts import MASK_LOGIT_THRESHOLD, PackedMask, Prompt
 from samed3d.volume import Volume
 
 HELD_BYTES = 512 * 2**20
 """Logits of earlier steps that are kept at most."""
+MOST_DEPTH = 2.0
+"""An object bounded in one slice is taken to reach at most this multiple of its size there to either side."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Step:
         others: The other objects, where they counted as background.
         mask: The object on the canonical volume after this step.
         seconds: That it took.
+        depth: How far the object was found to reach across the slices of 2D boxes and lassos, half-open, if they left that open.
     """
 
     before: Step | None = field(repr=False)
@@ -58,6 +61,7 @@ class Step:
     others: Others | None
     mask: PackedMask
     seconds: float = 0.0
+    depth: tuple[float, float] | None = None
 
     @property
     def chain(self) -> list[Step]:
@@ -93,8 +97,8 @@ class Chains:
         began = time.perf_counter()
         said = None if prompt is None else self.check(prompt)
         step = Step(before, prompt_id, prompt, said, look, others, nothing(self.predictor.shape_zyx))
-        placed = self._advance(step, None if before is None else self.placed(before))
-        done = replace(step, mask=self._packed(placed), seconds=time.perf_counter() - began)
+        placed, depth = self._advance(step, None if before is None else self.placed(before))
+        done = replace(step, mask=self._packed(placed), seconds=time.perf_counter() - began, depth=depth)
         self._hold(done, placed)
         return done
 
@@ -126,7 +130,7 @@ class Chains:
         if at is not None:
             self._held.move_to_end(at)
         for entry in reversed(missing):
-            placed = self._advance(entry, placed)
+            placed, _ = self._advance(entry, placed)
             self._hold(entry, placed)
         return placed
 
@@ -135,27 +139,56 @@ class Chains:
         self._held.clear()
         self._bytes = 0
 
-    def _advance(self, step: Step, previous: Placed | None) -> Placed | None:
+    def _advance(self, step: Step, previous: Placed | None) -> tuple[Placed | None, tuple[float, float] | None]:
+        """The state after a step, from the one before it; and its ``depth``."""
         chain = step.chain
         said = [s.said for s in chain if s.said is not None]
+        known = step.depth or (step.before.depth if step.before is not None else None)
         if step.said is not None and step.said.prior is not None:
-            return start_from(step.said.prior)
+            return start_from(step.said.prior), None
         if not step.looked or not any(s.positive for s in said):
-            return previous
+            return previous, known
         fresh = 0
         for entry in reversed(chain):
             if entry is not step and entry.looked:
                 break
             fresh += entry.said is not None
-        prompts = joined(said, fresh)
-        if step.others is not None:
-            prompts.points[:0] = [(at, False) for at in step.others.points]
+        depth = self._depth(step, said, fresh, previous, known)
+        prompts = self._prompts(step, said, fresh, depth)
         placed = place(self.predictor, prompts, previous)
         if previous is not None and fresh and not prompts.newest_positive:
             placed = Placed(placed.crop, _never_more(placed.canvas, previous.canvas))
         if step.others is not None:
             _without(placed.canvas, step.others.mask)
-        return Placed(placed.crop, obeyed(placed.canvas, said))
+        return Placed(placed.crop, obeyed(placed.canvas, said)), depth
+
+    def _prompts(self, step: Step, said: list[Said], fresh: int, depth: tuple[float, float] | None) -> CanonicalPrompts:
+        prompts = joined(said, fresh, depth)
+        if step.others is not None:
+            prompts.points[:0] = [(at, False) for at in step.others.points]
+        return prompts
+
+    def _depth(
+        self, step: Step, said: list[Said], fresh: int, previous: Placed | None, known: tuple[float, float] | None
+    ) -> tuple[float, float] | None:
+        """How far an object that was bounded in slices reaches across them, by a first look without a box.
+
+        A model that knows 3D boxes answers far better when it is given one, and nobody wants to draw two.
+        """
+        axis = unknown_axis(said)
+        if axis is None or "box" not in self.predictor.model.spec.prompts:
+            return None
+        new = fresh and any(s.extent is not None for s in said[len(said) - fresh :])
+        if step.depth is not None or not new:
+            return known
+        prompts = self._prompts(step, said, fresh, None)
+        assert prompts.extent is not None
+        low, high = prompts.extent
+        spacing = self.predictor.spacing_zyx_mm
+        most = MOST_DEPTH * max((high[a] - low[a]) * spacing[a] for a in range(3) if a != axis) / spacing[axis]
+        mask = self._packed(place(self.predictor, prompts, previous)).region
+        start, stop = (mask.start_zyx[axis], mask.stop_zyx[axis]) if not mask.is_empty else (low[axis], high[axis])
+        return min(max(start, low[axis] - most), low[axis]), max(min(stop, high[axis] + most), high[axis])
 
     def _packed(self, placed: Placed | None) -> PackedMask:
         shape = self.predictor.shape_zyx

@@ -42,7 +42,8 @@ class Said:
     Attributes:
         points: (zyx position, positive) for the model, the one to be called newest last.
         box: Half-open corners in voxel edges, for the model, or None.
-        extent: The same of what bounds the object in one slice, for the crop only, or None.
+        extent: The same of what bounds the object in one slice, or None.
+        flat: The axis along which ``extent`` is one voxel thick.
         voxels: (N, 3) zyx voxels that are obeyed.
         positive: Whether it says what belongs to the object.
         prior: The mask to start from, or None.
@@ -51,6 +52,7 @@ class Said:
     points: tuple[tuple[Triple, bool], ...] = ()
     box: Corners | None = None
     extent: Corners | None = None
+    flat: int | None = None
     voxels: NDArray[np.intp] | None = None
     positive: bool = True
     prior: PackedMask | None = None
@@ -79,31 +81,58 @@ def understood(prompt: Prompt, volume: Volume, spec: ModelSpec) -> Said:
     return Said(prior=_given_mask(prompt, volume))
 
 
-def joined(said: Sequence[Said], fresh: int) -> CanonicalPrompts:
+def joined(said: Sequence[Said], fresh: int, depth: tuple[float, float] | None = None) -> CanonicalPrompts:
     """All prompts of an object as a model is given them, the newest last.
 
     Args:
         said: Oldest first. What was said before the last given mask is part of that mask.
         fresh: How many of the last were not predicted yet.
+        depth: How far the object reaches along ``unknown_axis``, half-open; None if that is not known.
     """
-    start = max((n for n, s in enumerate(said) if s.prior is not None), default=0)
-    current, newest = said[start:], said[len(said) - fresh :]
+    current, newest = since_prior(said), said[len(said) - fresh :]
     points = [point for s in current for point in s.points]
-    if said[start].prior is not None and not any(positive for _, positive in points):
-        points.insert(0, (deepest_voxel(said[start].prior), True))  # type: ignore[arg-type]
+    prior = current[0].prior if current else None
+    if prior is not None and not any(positive for _, positive in points):
+        points.insert(0, (deepest_voxel(prior), True))
+    box = _union([s.box for s in current]) or _solid(current, depth)
+    newest_extent = _union([s.box or s.extent for s in newest])
     return CanonicalPrompts(
         points=points,
-        box=_union([s.box for s in current]),
+        box=box,
         extent=_union([s.extent for s in current]),
         newest_positive=any(s.positive for s in newest) or not newest,
-        newest_extent=_union([s.box or s.extent for s in newest]),
+        newest_extent=box if newest_extent is not None and box is not None else newest_extent,
     )
+
+
+def since_prior(said: Sequence[Said]) -> Sequence[Said]:
+    """What was said from the last given mask on."""
+    return said[max((n for n, s in enumerate(said) if s.prior is not None), default=0) :]
+
+
+def unknown_axis(said: Sequence[Said]) -> int | None:
+    """The axis along which an object that is bounded in slices only is not bounded; None where there is no such one."""
+    current = since_prior(said)
+    flat = {s.flat for s in current if s.extent is not None}
+    return flat.pop() if len(flat) == 1 and not any(s.box is not None for s in current) else None
+
+
+def _solid(said: Sequence[Said], depth: tuple[float, float] | None) -> Corners | None:
+    """The 3D box that 2D ones make together: each axis is bounded by those that are not flat along it, the last one by ``depth``."""
+    extents = [(s.extent, s.flat) for s in said if s.extent is not None]
+    low, high = [], []
+    for axis in range(3):
+        ends = [(extent[0][axis], extent[1][axis]) for extent, flat in extents if flat != axis] or ([depth] if depth and extents else [])
+        if not ends:
+            return None
+        low.append(min(a for a, _ in ends))
+        high.append(max(b for _, b in ends))
+    return as_triple(low), as_triple(high)
 
 
 def obeyed(canvas: Canvas, said: Sequence[Said]) -> Canvas:
     """Give every voxel under a prompt its prompt's sign, the newest last; the canvas grows to hold what belongs to the object."""
-    start = max((n for n, s in enumerate(said) if s.prior is not None), default=0)
-    for entry in said[start:]:
+    for entry in since_prior(said):
         if entry.voxels is None or not len(entry.voxels):
             continue
         low, high = entry.voxels.min(0), entry.voxels.max(0) + 1
@@ -147,7 +176,7 @@ def _box(box: Box, flat: int | None, volume: Volume) -> Said:
     corners = (as_triple(ends.min(0)), as_triple(ends.max(0) + 1))  # both corner voxels belong to the box
     if flat is None:
         return Said(box=corners)
-    return Said(((as_triple(ends.mean(0)), True),), extent=corners)
+    return Said(((as_triple(ends.mean(0)), True),), extent=corners, flat=flat)
 
 
 def _scribble(scribble: Scribble, volume: Volume) -> Said:
@@ -199,6 +228,7 @@ def _lasso(lasso: Lasso, volume: Volume) -> Said:
     return Said(
         points=tuple((as_triple(p), lasso.positive) for p in _into_volume(points, axis, at)),
         extent=(as_triple(low), as_triple(high)) if lasso.positive else None,
+        flat=axis if lasso.positive else None,
         voxels=_into_volume(shown, axis, at),
         positive=lasso.positive,
     )
