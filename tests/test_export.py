@@ -68,6 +68,7 @@ def check_onnx(model, folder) -> None:
 
 @torch.no_grad()
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the exporter itself takes a minute or more on a busy machine
 @pytest.mark.parametrize("name", PROMPTABLE)
 def test_onnx_answers_as_the_model(tmp_path, name):
     pytest.importorskip("onnxscript")
@@ -79,6 +80,7 @@ def test_onnx_answers_as_the_model(tmp_path, name):
 
 @torch.no_grad()
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the exporter itself takes a minute or more on a busy machine
 def test_onnx_of_the_default_checkpoint(tmp_path):
     pytest.importorskip("onnxscript")
     export("default", "onnx", tmp_path / "out")
@@ -87,6 +89,7 @@ def test_onnx_of_the_default_checkpoint(tmp_path):
 
 @torch.no_grad()
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the exporter itself takes a minute or more on a busy machine
 @pytest.mark.parametrize("name", SEMANTIC)
 def test_onnx_of_an_automatic_model(tmp_path, name):
     onnxruntime = pytest.importorskip("onnxruntime")
