@@ -199,10 +199,12 @@ def _with_random_weights(name: str) -> PromptableModel:
     if not isinstance(model, PromptableModel):
         raise InputError(f"model {name!r} takes no prompt; it is measured by --protocol automatic with its weights")
     with torch.no_grad():
-        for tensor in model.parameters():
+        for key, tensor in model.named_parameters():
             if tensor.ndim > 1:
                 bound = 1.0 / max(tensor[0].numel(), 1) ** 0.5
                 tensor.uniform_(-bound, bound, generator=generator)
+            elif key.endswith("bias"):
+                tensor.zero_()
         for key, buffer in model.named_buffers():
             if "gaussian" in key:
                 buffer.normal_(generator=generator)

@@ -21,7 +21,8 @@ class RandomWalker(ClassicalMethod):
     """Which kind of click would a walker meet first, who rarely crosses an edge of the image?
 
     The crop reaches ``reach_mm`` beyond the positive clicks and is sampled with at most ``cells`` voxels along each axis. Its border counts
-    as clicked negative, or a first click would take everything.
+    as clicked negative, or a first click would take everything. A click paints a cube of ``2 * brush + 1`` cells: a walker hardly ever
+    meets a single one.
 
     Source:
         Grady, Random walks for image segmentation, PAMI 2006; scikit-image's implementation with its default ``beta``.
@@ -31,6 +32,7 @@ class RandomWalker(ClassicalMethod):
     reach_mm = 40.0
     cells = 28
     beta = 130.0
+    brush = 1
 
     def segment(self, said: Said) -> NDArray[np.bool_]:
         """Probability above one half, on the volume's own voxels."""
@@ -52,7 +54,8 @@ class RandomWalker(ClassicalMethod):
             for voxel in voxels:
                 at = tuple(int(np.floor(v + 0.5)) for v in frame.to_crop(as_triple(list(voxel))))
                 if all(0 <= v < n for v, n in zip(at, frame.shape_zyx, strict=True)):
-                    labels[at] = value
+                    brush = labels[tuple(slice(max(v - self.brush, 0), v + self.brush + 1) for v in at)]
+                    brush[brush != -1] = value
         if not (labels == 2).any():
             return np.ones(shape, bool)
         step_mm = [s * t for s, t in zip(spacing, frame.step_zyx_vox, strict=True)]

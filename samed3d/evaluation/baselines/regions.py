@@ -1,6 +1,6 @@
 """SimpleITK's region methods from clicks: confidence-connected growing, and fast marching as a geodesic distance.
 
-Their constants were chosen on training subjects (``docs/measure.md``) and are the same for every image. Read ``random_walker.py`` next.
+Their constants are the same for every image; only region growing's was chosen on data. Read ``random_walker.py`` next.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class RegionGrowing(ClassicalMethod):
 class FastMarching(ClassicalMethod):
     """SimpleITK's fast marching as a geodesic distance: a voxel belongs to whichever click reaches it first, and to none beyond a limit.
 
-    The front goes 1 mm per unit of time in a flat region and slower the steeper the image is there. Only voxels that it can reach within
-    the limit are looked at.
+    The front goes 1 mm per unit of time in a flat region and slower the steeper the image is there, measured by its median steepness. Only
+    voxels that it can reach within the limit are looked at.
     """
 
     name = "fast_marching"
     limit_mm = 40.0
     sigma_mm = 1.0
-    sharpness = 2.0
+    sharpness = 0.5
 
     def segment(self, said: Said) -> NDArray[np.bool_]:
         """Race the fronts of the positive and the negative voxels."""

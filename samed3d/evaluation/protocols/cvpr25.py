@@ -60,27 +60,27 @@ class Cvpr25(CaseProtocol):
 
     def walk_case(self, contender: Contender, case: Loaded, values: Sequence[int], clicks: int, seed: int) -> Iterator[list[Turn]]:
         """Six rounds."""
-        subject = Subject(contender, case.volume, np.isin(case.labels, values))
         truth = np.zeros(case.labels.shape, np.int32)
         for number, value in enumerate(values, start=1):
             truth[case.labels == value] = number
         boxes: list[ChallengeBox] | None = simulated_boxes(truth, len(values), np.random.RandomState(BOX_SEED + seed))
         if case.is_challenge_file:
             boxes = case.boxes if case.boxes is None or len(case.boxes) == len(values) else None
+        subjects = _subjects(contender, case, values)
         masks: dict[int, NDArray[np.bool_]] = {}
         costs = dict.fromkeys(range(1, len(values) + 1), Cost())
         given: dict[int, list[Prompt]] = {number: [] for number in costs}
         if boxes is not None and "box" in contender.takes:
             for number, box in enumerate(boxes, start=1):
                 given[number] = [as_prompt(box)]
-                masks[number], costs[number] = subject.give(given[number], number)
+                masks[number], costs[number] = subjects[number].give(given[number], number)
         segs = joined(masks, truth.shape)
         yield [Turn(0, given[n], segs == n, costs[n], None, truth == n) for n in costs]
         for turn in range(1, clicks + 1):
             found = {n: challenge_click(segs == n, truth == n) for n in costs}
             for n, click in found.items():
                 if click is not None and not (not click[1] and n not in masks):
-                    masks[n], costs[n] = subject.give([point_at(click)], n)
+                    masks[n], costs[n] = subjects[n].give([point_at(click)], n)
                 else:
                     costs[n] = Cost()
             segs = joined(masks, truth.shape)
@@ -102,6 +102,13 @@ class Cvpr25(CaseProtocol):
             about = {key: group[0][key] for key in ("case", "source", "subject", "group", "policy", "prompt")}
             lines += [about | {"score": score, "value": value} for score, value in figures.items()]
         return lines
+
+
+def _subjects(contender: Contender, case: Loaded, values: Sequence[int]) -> dict[int, Subject]:
+    """One for all structures; for a bound one each, or it would know them only together."""
+    if contender.knows_truth:
+        return {number: Subject(contender, case.volume, case.labels == value) for number, value in enumerate(values, start=1)}
+    return dict.fromkeys(range(1, len(values) + 1), Subject(contender, case.volume, np.isin(case.labels, values)))
 
 
 def challenge_nsd(per_label: Sequence[float | None], mean_dsc: float) -> float:
