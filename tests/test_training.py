@@ -375,3 +375,14 @@ def test_a_run_starts_from_given_weights(tmp_path):
     assert all(torch.equal(v, saved[k]) for k, v in started.state_dict().items())
     with pytest.raises(InputError, match="model.weights must be a checkpoint's name or file, got 'nowhere'"):
         start.start_model(tiny_config(tmp_path, "model.weights=nowhere"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
+def test_trackers_write_their_own_logs_without_a_network(tracker, tmp_path, monkeypatch):
+    pytest.importorskip(tracker, reason=f"{tracker} is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train(tiny_config(tmp_path / "run", "optim.steps=2", f"run.trackers=[{tracker}]"), quiet=True)
+    pattern = "wandb/offline-run-*/*.wandb" if tracker == "wandb" else "**/events.out.tfevents.*"
+    written = list((tmp_path / "run").glob(pattern))
+    assert written and all(path.stat().st_size > 0 for path in written)

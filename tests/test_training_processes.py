@@ -16,7 +16,7 @@ from samed3d.config import TrainConfig, load_config
 from samed3d.models import load
 from samed3d.training import start
 from samed3d.training.loop import train
-from tests.two_processes import ACCUMULATE, SMALL
+from tests.two_processes import ACCUMULATE, CURVE, SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,6 +73,19 @@ def test_each_sample_is_drawn_by_one_process_only(ranks):
     one, other = (r["drawn"] for r in ranks)
     shared = min(len(one), len(other))
     assert shared >= 2 and one[:shared] == list(range(0, 2 * shared, 2)) and other[:shared] == list(range(1, 2 * shared, 2))
+
+
+def test_two_processes_give_the_losses_of_one_with_the_doubled_batch(folder, tmp_path):
+    """The same samples, clicked alike: but for the order of sums, the curve is the same."""
+    train(load_config(TrainConfig, None, [*CURVE, "optim.batch=2", f"run.folder={tmp_path}"]), quiet=True)
+    one, two = ([json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (tmp_path, folder / "curve"))
+    assert [row["step"] for row in one] == [row["step"] for row in two] == [1, 2, 3, 4]
+    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], abs=2e-4)
+    assert len({row["loss"] for row in one}) == 4
+    saved = [torch.load(f / "last.pt", weights_only=True) for f in (tmp_path, folder / "curve")]
+    assert saved[0]["samples"] == saved[1]["samples"] == 16
+    for name, mean in saved[0]["average"].items():
+        torch.testing.assert_close(mean, saved[1]["average"][name], atol=2e-3, rtol=1e-2)
 
 
 # Accumulation, in this process

@@ -33,6 +33,9 @@ SMALL = [
     "run.log_every=1",
 ]
 
+CURVE = [*SMALL, "clicks.mask_only_probability=0.3", "optim.steps=4", "optim.accumulate=2", "run.ema=0.9"]
+"""A run whose losses must not depend on how many processes share its batches."""
+
 
 def new_step(rank: int) -> InteractiveStep:
     """The same weights on every rank, none at zero; one rank's user draws boxes, the other's clicks."""
@@ -88,7 +91,9 @@ def main(out: Path) -> None:
     accelerator = make_accelerator(config)
     found = {"processes": accelerator.num_processes, "rank": accelerator.process_index, **one_backward(accelerator)}
     train(config, quiet=True)  # hangs if the ranks do not stop at the same step
-    torch.save(found | {"drawn": drawn}, out / f"rank{accelerator.process_index}.pt")
+    found["drawn"] = list(drawn)
+    train(load_config(TrainConfig, None, [*CURVE, "optim.batch=1", f"run.folder={out / 'curve'}"]), quiet=True)
+    torch.save(found, out / f"rank{accelerator.process_index}.pt")
 
 
 if __name__ == "__main__":

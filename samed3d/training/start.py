@@ -41,7 +41,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state()  # it outlives a run, and another run of this process may want another precision
+    # The state outlives a run, and another run of this process may want another precision; the end of a run ends its process group.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     precision = config.run.precision
     if precision == "auto":
         capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # newer torch only
