@@ -272,6 +272,15 @@ def test_a_run_starts_from_another_by_one_flag(base, tmp_path, capsys):
     assert _weights_of(tmp_path / "stage1").name == "best.safetensors" and _weights_of(base) == base
 
 
+def test_experts_become_a_mixture_by_one_flag(base, tmp_path, monkeypatch):
+    called = {}
+    monkeypatch.setattr("samed3d.training.moe.train_gate", lambda *given, **more: called.update(given=given, more=more) or tmp_path)
+    changes = ["--set", f"model.weights={base}", "--set", "optim.steps=7"]
+    assert main(["train", "--moe", "a.safetensors", "--moe", "b.safetensors", *changes, "-q"]) == 0
+    assert called["given"][:2] == (str(base), ["a.safetensors", "b.safetensors"]) and called["given"][2].optim.steps == 7
+    assert main(["train", "--moe", "a.safetensors", "-q"]) == 0 and called["given"][0] == "default"
+
+
 def test_the_cache_is_found_again_and_a_changed_folder_is_another(five, cache):
     first = cached_corpus(five)
     stamp = (first / "corpus.json").stat().st_mtime_ns
