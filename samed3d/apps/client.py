@@ -13,38 +13,25 @@ The masks are kept here and patched with what each call changed. One thread at a
 from __future__ import annotations
 
 import gzip
-import http.client
-import json
+import io
 import os
-import shutil
-import ssl
 import urllib.parse
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from samed3d.apps.connection import Connection, RemoteError
 from samed3d.apps.protocol import update_from_json
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple, Region
 from samed3d.prompts import MaskPrior, Point, Prompt, prompt_to_json
 
+__all__ = ["Client", "RemoteError", "RemoteObject", "RemoteSession", "RemoteUpdate"]
+
 _NIFTI_HEADER = 352
-_SENT_AGAIN = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError, http.client.CannotSendRequest)
-
-
-class RemoteError(RuntimeError):
-    """An answer other than success.
-
-    Attributes:
-        status: HTTP status; 409 when the session was changed elsewhere, 401 for a wrong token, 503 when the server is full.
-    """
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass
@@ -76,27 +63,8 @@ class RemoteObject:
     prompts: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Client:
-    """A connection to ``samed3d serve``.
-
-    Args:
-        url: ``http://host:port`` or ``https://...``.
-        token: Where the server demands one; ``SAMED3D_TOKEN`` by default.
-        timeout: Seconds to wait for an answer.
-    """
-
-    def __init__(self, url: str = "http://127.0.0.1:1527", token: str | None = None, timeout: float = 120.0) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InputError(f"url must be http://HOST:PORT, got {url!r}")
-        self._token = os.environ.get("SAMED3D_TOKEN", "") if token is None else token
-        self._connection: http.client.HTTPConnection
-        if parts.scheme == "https":
-            self._connection = http.client.HTTPSConnection(
-                parts.hostname, parts.port, timeout=timeout, context=ssl.create_default_context()
-            )
-        else:
-            self._connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout)
+class Client(Connection):
+    """A connection to ``samed3d serve``; the arguments are those of ``Connection``."""
 
     def open(self, image: str | Path, model: str | None = None, channel: int | None = None, series: str | None = None) -> RemoteSession:
         """Upload an image file (or a zip of a DICOM folder) and open it.
@@ -111,7 +79,7 @@ class Client:
         query = urllib.parse.urlencode(_given(name=path.name, model=model, channel=channel, series=series))
         with path.open("rb") as file:
             headers = {"Content-Type": "application/octet-stream", "Content-Length": str(path.stat().st_size)}
-            return RemoteSession(self, self._json("POST", f"/api/sessions/upload?{query}", file, headers))
+            return RemoteSession(self, self.send("POST", f"/api/sessions/upload?{query}", file, headers))
 
     def open_path(self, path: str, model: str | None = None, channel: int | None = None, series: str | None = None) -> RemoteSession:
         """Open an image that lies in one of the server's folders."""
@@ -132,59 +100,6 @@ class Client:
     def about(self) -> dict[str, Any]:
         """Models, formats and folders of the server."""
         return self.call("GET", "/api/about")
-
-    def close(self) -> None:
-        """Close the connection; sessions stay on the server."""
-        self._connection.close()
-
-    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """A request with a JSON body and a JSON answer.
-
-        Raises:
-            RemoteError: for an answer other than success, or none.
-        """
-        sent = None if body is None else json.dumps(body).encode()
-        return self._json(method, path, sent, {"Content-Type": "application/json"} if sent is not None else {})
-
-    def fetch(self, path: str, target: IO[bytes]) -> None:
-        """Copy a file of the server."""
-        with self._request("GET", path, None, {}) as answer:
-            shutil.copyfileobj(answer, target)
-
-    def _json(self, method: str, path: str, body: bytes | IO[bytes] | None, headers: dict[str, str]) -> Any:
-        with self._request(method, path, body, headers) as answer:
-            content = answer.read()
-        return json.loads(content) if content else None
-
-    def _request(self, method: str, path: str, body: bytes | IO[bytes] | None, headers: dict[str, str]) -> http.client.HTTPResponse:
-        if self._token:
-            headers = {**headers, "Authorization": f"Bearer {self._token}"}
-        try:
-            answer = self._answer(method, path, body, headers)
-        except (OSError, http.client.HTTPException) as error:
-            self._connection.close()
-            raise RemoteError(0, f"the server at {self._connection.host}:{self._connection.port} does not answer ({error})") from error
-        if answer.status >= 400:
-            with answer:
-                content = answer.read(1 << 16)
-            try:
-                detail = json.loads(content)["detail"]
-            except (ValueError, KeyError, TypeError):
-                detail = f"{answer.status} {answer.reason}"
-            raise RemoteError(answer.status, str(detail))
-        return answer
-
-    def _answer(self, method: str, path: str, body: bytes | IO[bytes] | None, headers: dict[str, str]) -> http.client.HTTPResponse:
-        try:
-            self._connection.request(method, path, body, headers)
-            return self._connection.getresponse()
-        except _SENT_AGAIN:
-            # A kept connection that the server closed meanwhile. Only what changes nothing may be sent twice.
-            self._connection.close()
-            if method != "GET":
-                raise
-            self._connection.request(method, path, body, headers)
-            return self._connection.getresponse()
 
 
 class RemoteSession:
@@ -287,8 +202,6 @@ class RemoteSession:
 
     def probability(self, object_id: int | None = None) -> NDArray[np.float32]:
         """An object's probability in steps of 1/255, float32 (D, H, W)."""
-        import io
-
         buffer = io.BytesIO()
         self._client.fetch(f"{self._path}/objects/{object_id or self.current}/probability.nii.gz", buffer)
         raw = gzip.decompress(buffer.getvalue())

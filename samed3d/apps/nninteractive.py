@@ -25,7 +25,8 @@ from samed3d.apps.nninteractive_prompts import box_prompt, drawn_region, grid_of
 from samed3d.apps.nninteractive_wire import DTYPES, unpack_array
 from samed3d.apps.protocol import ApiError
 from samed3d.apps.service import Service
-from samed3d.apps.sessions import About, Entry, timestamp
+from samed3d.apps.session_files import About, timestamp
+from samed3d.apps.sessions import Entry
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple
 from samed3d.inference.session import MaskUpdate, Session

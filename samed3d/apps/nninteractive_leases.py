@@ -17,7 +17,8 @@ from fastapi import Request, Response
 from samed3d.apps.nninteractive_wire import pack_array
 from samed3d.apps.protocol import ApiError
 from samed3d.apps.service import Service
-from samed3d.apps.sessions import Entry, write_json
+from samed3d.apps.session_files import write_json
+from samed3d.apps.sessions import Entry
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple, Region
 from samed3d.inference.session import MaskUpdate, Session

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from samed3d.apps.protocol import API_VERSION, ApiError
 from samed3d.apps.security import confined
 from samed3d.apps.service import FORMATS, Service
-from samed3d.apps.sessions import read_about
+from samed3d.apps.session_files import read_about
 from samed3d.apps.uploads import accept, receive, safe_name
 from samed3d.volume.untrusted import check_untrusted
 

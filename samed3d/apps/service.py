@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from samed3d.apps.protocol import ApiError, update_to_json
 from samed3d.apps.security import Access
-from samed3d.apps.sessions import About, Entry, Limits, Registry, timestamp
+from samed3d.apps.session_files import About, timestamp
+from samed3d.apps.sessions import Entry, Limits, Registry
 from samed3d.apps.telemetry import Telemetry
 from samed3d.errors import InputError
 from samed3d.geometry import Grid, bounding_region

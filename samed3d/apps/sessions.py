@@ -9,8 +9,6 @@ the one thread of ``fair_queue.py``. Read ``inference/session.py`` for what a se
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import json
 import logging
 import os
 import re
@@ -19,13 +17,12 @@ import shutil
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import TypeVar
 
 from samed3d.apps.fair_queue import FairQueue
 from samed3d.apps.protocol import ApiError
-from samed3d.errors import InputError
+from samed3d.apps.session_files import About, locked, read_about, write_json
 from samed3d.inference.session import Session
 from samed3d.models.base import PromptableModel
 from samed3d.volume import Volume, read_volume
@@ -58,19 +55,6 @@ class Limits:
     idle_seconds: float = 600.0
     liveness_seconds: float = 60.0
     busy_seconds: float = 30.0
-
-
-@dataclass(frozen=True)
-class About:
-    """What ``session.json`` holds: how to open the session again."""
-
-    image: str
-    name: str
-    model: str
-    channel: int | None = None
-    series: str | None = None
-    kind: str = "rest"
-    created: str = ""
 
 
 @dataclass
@@ -117,7 +101,7 @@ class Registry:
         self.queue = FairQueue()
         self._load, self._models = load, dict[str, PromptableModel]()
         self._entries: dict[str, Entry] = {}
-        self._lock = _locked(folder)
+        self._lock = locked(folder)
 
     def create(self, kind: str = "rest") -> Entry:
         """A new session without an image yet.
@@ -283,47 +267,6 @@ class Registry:
             entry.session.close()
             entry.session = None
             logger.info("session %s sleeps; its journal brings it back", entry.id[:6])
-
-
-def write_json(path: Path, body: object) -> None:
-    """Whole or not at all, and on the disk when this returns."""
-    partial = path.with_name(f".{path.name}.part")
-    with partial.open("w") as file:
-        json.dump(body, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def read_about(folder: Path) -> About | None:
-    """What a session's folder says of it; None where it has no image yet, or the file is damaged."""
-    try:
-        return About(**json.loads((folder / "session.json").read_text()))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError) as error:
-        logger.warning("session %s has a damaged session.json: %s", folder.name[:6], error)
-        return None
-
-
-def timestamp() -> str:
-    """Now, in UTC."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _locked(folder: Path) -> IO[str]:
-    """The folder's lock, held until closed; the system lets go of it when a process dies."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = (folder / "lock").open("w")
-    except OSError as error:
-        raise InputError(f"--sessions must be a folder that can be written, got {folder} ({error.strerror})") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise InputError(f"another server uses the sessions in {folder}; stop it, or give --sessions another folder") from error
-    return lock
 
 
 def _full(awake: int) -> ApiError:
