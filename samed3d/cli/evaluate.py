@@ -47,6 +47,8 @@ def evaluate(
     for folder in folders:
         check_exists(folder, "data folder")
     contenders = [*(model or []), *(f"external:{command}" for command in external or []), *(f"server:{url}" for url in server or [])]
+    if _evaluate_automatic(folders, contenders, output, split, limit, tolerance, device, quiet):
+        return
     from samed3d.evaluation.run import evaluate as run
 
     run(
@@ -70,6 +72,34 @@ def evaluate(
     )
     if not quiet:
         typer.echo(f"results in {output}")
+
+
+def _evaluate_automatic(
+    folders: list[Path], models: list[str], output: Path, split: str, limit: int | None, tolerance_mm: float, device: str, quiet: bool
+) -> bool:
+    """Each class of an automatic model, to which what concerns clicks does not apply; False where there is none.
+
+    Raises:
+        InputError: if there are other models beside it.
+    """
+    from samed3d.inference.automatic import is_automatic
+
+    if not any(is_automatic(name) for name in models):
+        return False
+    if len(models) > 1:
+        raise InputError(f"an automatic model is measured alone, got {len(models)} models; run evaluate once for each")
+    from data_prep.categories import categorise
+    from samed3d.evaluation.semantic import evaluate_automatic
+    from samed3d.inference.results import pick_device
+
+    def category_of(name: str, source: str) -> str:
+        return categorise(name, source).name
+
+    options = {"split": split, "limit": limit, "tolerance_mm": tolerance_mm, "device": pick_device(device)}
+    evaluate_automatic(folders, models[0], output, category_of=category_of, **options)  # type: ignore[arg-type]
+    if not quiet:
+        typer.echo(f"results in {output}")
+    return True
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -58,18 +58,13 @@ def segment(
         _segment_batch(batch, output, image, any((*given, *strokes, prompts, probability, preview, report, session, channel, series)))
         segment_list(batch, output, model, device, format, space, quiet=quiet)
         return
+    also = {"--probability": probability, "--preview": preview, "--report": report, "--session": session}
+    if _segment_automatic(image, output, model, format, device, channel, series, also, any((*given, *strokes, prompts)), quiet):
+        return
     objects = _gather_prompts(*given, space, prompts, *strokes)
     if image is None:
         raise InputError("segment needs an image: samed3d segment IMAGE --point I,J,K -o MASK")
-    also = {"--probability": probability, "--preview": preview, "--report": report, "--session": session}
-    check_distinct({"the image": image, "--output": output, **also})
-    from samed3d.inference.mask_files import checked_format
-    from samed3d.volume import SUFFIXES, check_output
-
-    checked_format(output, format)
-    for path, suffixes in ((probability, SUFFIXES), (preview, (".png",)), (report, (".json",)), (session, (".json",))):
-        if path is not None:
-            check_output(path, suffixes=suffixes)
+    _check_outputs(image, output, format, also)
     from samed3d.inference.session import Session
 
     started = time.perf_counter()
@@ -81,6 +76,53 @@ def segment(
     _write_more(opened, image.name, summary, probability, preview, report, session)
     if not quiet:
         _print_segment_summary(summary, output)
+
+
+def _segment_automatic(
+    image: Path | None,
+    output: Path,
+    model: str,
+    format: str | None,
+    device: str,
+    channel: int | None,
+    series: str | None,
+    also: dict[str, Path | None],
+    prompted: bool,
+    quiet: bool,
+) -> bool:
+    """All classes of an image where the model needs no prompt; False where it does.
+
+    Raises:
+        InputError: for prompts, or outputs that only prompts lead to.
+    """
+    from samed3d.inference.automatic import is_automatic, segment_file
+
+    if image is None or not is_automatic(model):
+        return False
+    unfit = ["a prompt"] * prompted + [name for name, path in also.items() if path and name != "--report"]
+    if unfit:
+        raise InputError(f"model {model!r} is automatic and takes no prompts, got {', '.join(unfit)}; leave out what is for prompts")
+    report = also["--report"]
+    check_distinct({"the image": image, "--output": output, "--report": report})
+    summary = segment_file(image, model, output, format=format, device=device, channel=channel, series=series)
+    if report is not None:
+        write_json(report, summary)
+    if not quiet:
+        _print_segment_summary(summary, output)
+    return True
+
+
+def _check_outputs(image: Path, output: Path, format: str | None, also: dict[str, Path | None]) -> None:
+    """Refuse what could not be written before anything is computed."""
+    from samed3d.inference.mask_files import checked_format
+    from samed3d.volume import SUFFIXES, check_output
+
+    check_distinct({"the image": image, "--output": output, **also})
+    checked_format(output, format)
+    suffixes = {"--probability": SUFFIXES, "--preview": (".png",), "--report": (".json",), "--session": (".json",)}
+    for name, path in also.items():
+        if path is not None:
+            check_output(path, suffixes=suffixes[name])
 
 
 def _write_more(
