@@ -31,6 +31,7 @@ def numbers(out: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in row.items() if k not in COST} for row in read_rows(out / "cases.csv")]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(tmp_path):
     write_set(tmp_path / "set", {"a": 0, "b": 1, "c": 2})
     weights = str(tiny_checkpoint(tmp_path / "tiny.safetensors"))
@@ -44,6 +45,31 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     assert [s["value"] for s in bodies[0]["scores"]] == [s["value"] for s in bodies[1]["scores"]]
 
 
+def test_a_run_that_broke_off_goes_on(tmp_path, monkeypatch):
+    import samed3d.evaluation.workers as workers
+
+    write_set(tmp_path / "set", {"a": 0, "b": 1, "c": 2})
+    calls, measure, ask = [], workers.measure, {"clicks": (1,), "split": "all"}
+
+    def breaking(case, *rest):
+        calls.append(case.case)
+        if len(calls) == 3:
+            raise InputError("no memory left")
+        return measure(case, *rest)
+
+    monkeypatch.setattr(workers, "measure", breaking)
+    with pytest.raises(InputError, match="no memory left"):
+        evaluate([tmp_path / "set"], ["dilated_ball"], tmp_path / "out", **ask)
+    assert sorted(p.name[0] for p in (tmp_path / "out" / "parts").glob("*.json")) == ["0", "0", "s"], "two cases and the settings"
+    with pytest.raises(InputError, match="another configuration"):
+        evaluate([tmp_path / "set"], ["dilated_ball"], tmp_path / "out", clicks=(2,), split="all")
+    evaluate([tmp_path / "set"], ["dilated_ball"], tmp_path / "out", **ask)
+    assert calls == ["a", "b", "c", "c"] and {row["case"] for row in read_rows(tmp_path / "out" / "cases.csv")} == {"a", "b", "c"}
+    evaluate([tmp_path / "set"], ["dilated_ball"], tmp_path / "whole", **ask)
+    assert numbers(tmp_path / "out") == numbers(tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
     write_set(tmp_path / "set", {name: seed for seed, name in enumerate("abcdef")})
     slow = tmp_path / "slow.py"
@@ -108,25 +134,10 @@ def test_models_of_ones_own_through_the_api(tmp_path):
 
 def test_a_corpus_is_measured_as_its_folder_is(tmp_path):
     pytest.importorskip("joblib", reason="preparation needs samed3d[corpus]")
-    write_set(tmp_path / "data" / "set", {"a": 0, "b": 1})
-    assert (
-        main(
-            [
-                "prepare",
-                str(tmp_path / "data"),
-                "-o",
-                str(tmp_path / "corpus"),
-                "--storage",
-                "npz",
-                "--rules",
-                "lenient",
-                "--jobs",
-                "1",
-                "-q",
-            ]
-        )
-        == 0
-    )
+    names = {"background": 0, "bright": 1, "dark": 2, "speck": 3}
+    write_set(tmp_path / "data" / "set", {"a": 0, "b": 1}, labels=names)
+    options = ["--storage", "npz", "--rules", "lenient", "--jobs", "1", "-q"]
+    assert main(["prepare", str(tmp_path / "data"), "-o", str(tmp_path / "corpus"), *options]) == 0
     for name, data in (("folder", tmp_path / "data"), ("prepared", tmp_path / "corpus")):
         evaluate([data], ["dilated_ball"], tmp_path / name, clicks=(2,), split="all", labels_per_case=1)
     one, other = numbers(tmp_path / "folder"), numbers(tmp_path / "prepared")
