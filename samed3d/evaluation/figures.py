@@ -14,7 +14,7 @@ from html import escape
 
 COLOURS = 8
 _DASHES = ("", "7 3", "2 3", "9 3 2 3")
-_CHARACTER = 6.3  # mean width of a letter at 12 px
+_CHARACTER = 6.9  # mean width of a letter at 12 px
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ def _key(x: float, y: float, style: int) -> str:
 
 
 def _dash(style: int) -> str:
-    dash = _DASHES[(style // 2) % len(_DASHES)]
+    dash = _DASHES[(style // 2 + style // COLOURS) % len(_DASHES)]
     return f'stroke-dasharray="{dash}"' if dash else ""
 
 

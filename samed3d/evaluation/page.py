@@ -58,9 +58,11 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 18px; margi
   overflow-wrap: anywhere; }
 @media print { :root { color-scheme: light; --page: #fff; --card: #fff; --text: #000; --faint: #444; --rule: #bbb; --grid: #ddd;
   LIGHT }
-  main { max-width: none; padding: 0; } nav { display: none; } body { font-size: 12px; } table { font-size: 10.5px; }
-  th, td { padding: 3px 6px; }
-  figure, svg, tr, .cases figure { break-inside: avoid; } h2, h3 { break-after: avoid; } .cases { grid-template-columns: 1fr 1fr; }
+  @page { margin: 13mm; } main { max-width: none; padding: 0; } nav, details:not([open]) { display: none; } body { font-size: 11px; }
+  .scroll { overflow: visible; } table { font-size: 9px; } td small { font-size: 8px; } th, td { padding: 2px 5px; }
+  h2 { margin-top: 22px; } svg, tr, .cases figure { break-inside: avoid; } h2, h3, .legend { break-after: avoid; }
+  .charts { display: block; } .charts svg { display: inline-block; max-width: 32%; margin: 0 3px 3px 0; }
+  .charts svg:only-child { max-width: 65%; } .cases { grid-template-columns: 1fr 1fr; gap: 8px; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 

@@ -86,7 +86,8 @@ def picture_section(run: SavedRun, seconds: float) -> str:
         told = f"No pictures: protocol {way.protocol} does not answer on the whole volume; pictures are made for {', '.join(REPLAYED)}."
         return paragraph(told, "faint")
     worst, typical = worst_and_typical(rows)
-    made, left_out = _pictures([*worst, *typical], lines, time.monotonic() + seconds)
+    ordered = [*_by_image(worst), *_by_image(typical)]  # the worst first: time may be up
+    made, left_out = _pictures(ordered, lines, time.monotonic() + seconds)
     parts = [paragraph(f"Model {model}, {way}: after the last click. {_INTRO}", "faint")]
     for title, chosen in ((f"The {len(worst)} worst", worst), (f"{len(typical)} typical, nearest to the median", typical)):
         figures = "".join(made[c.key] for c in chosen if c.key in made)
@@ -96,11 +97,11 @@ def picture_section(run: SavedRun, seconds: float) -> str:
 
 
 def _pictures(chosen: Sequence[Chosen], lines: dict[tuple[Any, ...], dict[str, Any]], until: float) -> tuple[dict[tuple, str], list[str]]:
-    """A figure for each case that could be drawn, and why not for the others; cases of one image are drawn together."""
+    """A figure for each case that could be drawn, and why not for the others."""
     made: dict[tuple, str] = {}
     left_out: list[str] = []
     answers = Answers()
-    for one in sorted(chosen, key=lambda c: str(lines.get(c.key, {}).get("image", ""))):
+    for one in chosen:
         line = lines.get(one.key)
         if line is None:
             left_out.append("prompts.jsonl has no line for it")
@@ -139,6 +140,12 @@ def _spread(ordered: Sequence[Chosen], count: int) -> list[Chosen]:
             structures.add(structure)
             images[image] += 1
     return found
+
+
+def _by_image(chosen: Sequence[Chosen]) -> list[Chosen]:
+    """Cases of one image after each other, so that it is read once."""
+    images = list(dict.fromkeys(_structure(c)[:2] for c in chosen))
+    return sorted(chosen, key=lambda c: images.index(_structure(c)[:2]))
 
 
 def _structure(one: Chosen) -> tuple[Any, ...]:

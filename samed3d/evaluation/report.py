@@ -25,7 +25,7 @@ from samed3d.evaluation.tables import curve_table, difference_figure, difference
 
 REPORT_HTML = "report.html"
 PICTURE_SECONDS = 120.0
-_FEW_LINES = 3
+_FEW_LINES, _FEW_SMALL_LINES = 5, 3
 _IN_THE_TABLES = ("area", "clicks to", "failures at", "monotone")
 _PERCENTILES = (5, 25, 50, 75, 95)
 _NAVIGATION = """<nav><a href="#scores">Scores</a><a href="#curves">Click curves</a><a href="#differences">Differences</a>
@@ -140,7 +140,8 @@ def _curves(run: SavedRun, way: Way) -> str:
     parts = ['<figure><div class="charts">', _chart(run, dice, "All structures", "Dice")]
     if any(not math.isnan(score(r, "nsd")) for r in rows):
         parts.append(_chart(run, model_curves(rows, "nsd"), "All structures", "NSD"))
-    caption = "Mean over structures; bands are 95 % bootstrap intervals over subjects. Point at a mark for its numbers."
+    bands = "bands are 95 % bootstrap intervals over subjects" if len(dice) <= _FEW_LINES else "the table has the intervals"
+    caption = f"Mean over structures; {bands}. Point at a mark for its numbers."
     parts.append(f"</div><figcaption>{caption}</figcaption></figure>" + folded("These numbers as a table", curve_table({"all": dice})))
     splits: tuple[tuple[str, Callable[[Row], str], Callable[[str], object] | None], ...] = (
         ("By dataset", lambda r: r["source"], None),
@@ -152,7 +153,7 @@ def _curves(run: SavedRun, way: Way) -> str:
         curves = {name: model_curves(of_one) for name, of_one in split.items()}
         charts = [_chart(run, curves[name], f"{name} ({_people(of_one)})", "Dice", small=True) for name, of_one in split.items()]
         parts.append(f"<h3>{title}</h3>" + figures.legend_of([(m, run.models.index(m)) for m in dice]))
-        bands = "" if len(dice) <= _FEW_LINES else " Bands are left out of charts with many lines; the table has the intervals."
+        bands = "" if len(dice) <= _FEW_SMALL_LINES else " Bands are left out of charts with many lines; the table has the intervals."
         caption = f"<figcaption>In brackets the number of subjects.{bands}</figcaption>"
         parts.append(f'<figure><div class="charts">{"".join(charts)}</div>{caption}</figure>')
         parts.append(folded("These numbers as a table", curve_table(curves)))
@@ -168,7 +169,7 @@ def _chart(run: SavedRun, curves: Curves, title: str, y_label: str, small: bool 
             notes = [f"{_count(e.subjects, 'subject')}, {_count(e.measurements, 'measurement')}" for e in es]
             ends = ([e.mean for e in es], [e.low for e in es], [e.high for e in es])
             series.append(figures.Series(model, list(known), *ends, style=run.models.index(model), notes=notes))
-    bands = not small or len(series) <= _FEW_LINES
+    bands = len(series) <= (_FEW_SMALL_LINES if small else _FEW_LINES)
     return figures.click_chart(series, title, y_label, small=small, bands=bands) if series else ""
 
 
