@@ -25,7 +25,8 @@ class ModelSpec:
         name: Registry name.
         input_shape_zyx: Crop shape that the weights were trained on, in voxels.
         spacing_mm: Isotropic crop spacing in mm, or None for a model of relative scale (any spacing; the crop follows the object).
-        normalisation: A method of ``crops.normalise``; it sets how many channels the image has.
+        normalisation: A method of ``crops.normalise``; it sets how many channels the image has. ``"zscore_volume"`` for a
+            ``SemanticModel``, whose crops are scaled by their whole volume (``data.semantic.Intensities``).
         ct_clamp_hu: Clamp for CT before normalising, or None.
         tensor_axes: ``"zyx"``, or ``"xyz"`` for weights trained on x-first tensors (SAM-Med3D through torchio).
         prompts: What the model understands, of ``"point" "box" "mask"``.
