@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from samed3d.errors import InputError
+from samed3d.inference.preview import OBJECT_COLOURS
+from samed3d.inference.scene import COLOURS, colour_of
 from samed3d.inference.session import Session
 from samed3d.prompts import Box, Lasso, MaskPrior, ObjectPrompts, Point, Scribble, dump_prompts, load_prompts
 from samed3d.volume import write_volume
@@ -146,6 +148,11 @@ def test_the_object_table():
         session.move(77, (1, 2, 3))
     with pytest.raises(InputError, match="object id must be a whole number from 1 to 65535, got 0"):
         session.add(INSIDE, object_id=0)
+
+
+def test_a_new_objects_colour_is_that_of_its_preview():
+    assert [tuple(int(c[n : n + 2], 16) for n in (1, 3, 5)) for c in COLOURS] == list(OBJECT_COLOURS)
+    assert colour_of(1) == COLOURS[0] == colour_of(1 + len(COLOURS))
 
 
 def test_a_locked_object_stays_as_it_is_and_on_top():
