@@ -86,17 +86,19 @@ def test_merging_lora_into_a_linear_layer_is_equal_to_1e_6():
     adapted = LoraLinear(nn.Linear(16, 48), 4, parts=(0, 2), of=3)
     nn.init.normal_(adapted.lora_up, std=0.1)
     x = torch.randn(10, 16)
-    assert float((adapted.merged()(x) - adapted(x)).abs().max().detach()) < 1e-6
+    out = adapted(x).detach()
+    assert float((adapted.merged()(x) - out).abs().max().detach() / out.abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize("conv", [nn.Conv3d(4, 6, 3, padding=1), nn.Conv3d(4, 6, 2, stride=2, bias=False)])
-def test_merging_lora_into_a_convolution_is_equal_to_1e_6(conv):
+@pytest.mark.parametrize("numbers", [{"kernel_size": 3, "padding": 1}, {"kernel_size": 2, "stride": 2, "bias": False}])
+def test_merging_lora_into_a_convolution_is_equal_to_1e_6(numbers):
     torch.manual_seed(0)
-    adapted = LoraConv3d(conv, 2)
+    adapted = LoraConv3d(nn.Conv3d(4, 6, **numbers), 2)
     nn.init.normal_(adapted.lora_up, std=0.1)
     x = torch.randn(1, 4, 6, 6, 6)
+    out = adapted(x).detach()
     assert adapted.lora_up.abs().max() > 0.05
-    assert float((adapted.merged()(x) - adapted(x)).abs().max().detach()) < 1e-6
+    assert float((adapted.merged()(x) - out).abs().max().detach() / out.abs().max()) < 1e-6
 
 
 def test_shared_factors_are_stored_once_and_follow_a_copy():

@@ -1,7 +1,7 @@
 """What learns and what stays: everything, all but the image encoder, or adapters on a frozen image encoder together with the decoder.
 
-``adapters`` trains the prompt encoder and the mask decoder too, as SAMed and MA-SAM do. What is frozen stays the same bit for bit: it has no
-gradient, so that neither the optimiser nor its weight decay touches it. Read ``training/loop.py`` next.
+``adapters`` trains the prompt encoder and the mask decoder too, as SAMed and MA-SAM do. What is frozen stays the same bit for bit: it has
+no gradient, so that neither the optimiser nor its weight decay touches it. Read ``training/loop.py`` next.
 """
 
 from __future__ import annotations
