@@ -160,7 +160,10 @@ def test_evaluate_passes_its_options(monkeypatch, tmp_path, capsys):
 
     seen = {}
     monkeypatch.setattr(run, "evaluate", lambda *values, **named: seen.update(values=values, **named))
-    assert main(["evaluate", str(tmp_path), "-o", str(tmp_path / "out"), "--model", "a", "--model", "b", "--clicks", "1,2"]) == 0
+    assert (
+        main(["evaluate", str(tmp_path), "-o", str(tmp_path / "out"), "--model", "a", "--model", "b", "--clicks", "1,2", "--no-report"])
+        == 0
+    )
     assert seen["values"] == ([tmp_path], ["a", "b"], tmp_path / "out")
     assert (seen["clicks"], seen["seeds"], seen["split"], seen["limit"], seen["progress"]) == ((1, 2), 1, "val", None, False)
     assert main(["evaluate", str(tmp_path), "-o", str(tmp_path / "out"), "--clicks", "0,1"]) == 2

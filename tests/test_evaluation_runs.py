@@ -108,13 +108,14 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
 
 def test_all_protocols_of_the_command_line_and_what_the_files_hold(tmp_path, capsys):
     write_set(tmp_path / "set", {"a": 0})
-    options = ["--model", "baselines", "--protocol", "all", "--prompt", "all", "--clicks", "2", "--split", "all", "--labels-per-case", "1"]
+    models = [word for name in ("region_growing", "threshold_in_box") for word in ("--model", name)]
+    options = [*models, "--protocol", "all", "--prompt", "all", "--clicks", "1", "--split", "all", "--labels-per-case", "1"]
     out = tmp_path / "out"
     assert main(["evaluate", "--data", str(tmp_path / "set"), *options, "-o", str(out)]) == 0
-    assert f"results in {out}" in capsys.readouterr().out
+    assert f"results in {out}" in capsys.readouterr().out and "radioactive-3d" in (out / "report.html").read_text()
     rows = read_rows(out / "cases.csv")
     assert list(rows[0]) == list(FIELDS) and all(0 <= row["dice"] <= 1 for row in rows)
-    assert {(row["model"], row["protocol"]) for row in rows} >= {("random_walker", "radioactive-3d"), ("threshold_in_box", "cvpr25")}
+    assert {(row["model"], row["protocol"]) for row in rows} >= {("region_growing", "radioactive-3d"), ("threshold_in_box", "cvpr25")}
     lines = read_lines(out / "prompts.jsonl")
     assert len(lines) == len(curves(rows)) and all(line["turns"] for line in lines)
     body = json.loads((out / "results.json").read_text())

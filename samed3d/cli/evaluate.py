@@ -36,6 +36,7 @@ def evaluate(
     processes: Annotated[int, typer.Option(min=1, help="Cases at once.")] = 1,
     device: Device = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="The smallest cases of six data sets, one structure each.")] = False,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html too.")] = True,
     quiet: Quiet = False,
 ) -> None:
     """Measure models with simulated clicks, boxes and scribbles against labels."""
@@ -70,6 +71,10 @@ def evaluate(
         quick=quick,
         progress=not quiet and sys.stderr.isatty(),
     )
+    if report:
+        from samed3d.evaluation.report import write_report
+
+        write_report(output)
     if not quiet:
         typer.echo(f"results in {output}")
 
