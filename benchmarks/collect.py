@@ -6,7 +6,8 @@
     python benchmarks/collect.py --page               # only the page, from the JSON files that are there
 
 A benchmark that needs data is passed over with a line where there are none (``--data``, or ``SAMED3D_DATA``). One that fails leaves its
-earlier result alone and makes the exit code 1. How a JSON becomes a table of the page is in ``result_tables.py``.
+earlier result alone and makes the exit code 1. Not here: ``compare_systems.py``, which trains for hours and wants a corpus. How a JSON
+becomes a table of the page is in ``result_tables.py``.
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ class Job:
 
 JOBS = (
     Job("latency"),
-    Job("train"),
-    Job("export", quick=("--rounds", "2")),
+    Job("train", quick=("--repeats", "1")),
+    Job("session", ("--out", "{out}", "--threads", "1"), ()),
+    Job("server_load", quick=("--clients", "2", "--seconds", "5", "--sessions", "3")),
+    Job("export", ("--out", "{out}"), ("--rounds", "2")),
     Job("synthesis", (), ("--edges", "64", "--repeats", "3"), prints="json"),
     Job(
         "storage", (f"{{data}}/{CT}/imagesTr/chaos_ct_sample_0000.nii.gz", f"{{data}}/{CT}/labelsTr/chaos_ct_sample.nii.gz"), None, "table"
@@ -115,7 +118,8 @@ def run_job(job: Job, command: Sequence[str], out: Path, quick: bool, data: Path
         data: The data folder, which is called DATA in the command that is kept.
     """
     machine, began = describe_machine(), time.perf_counter()
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = os.environ | ({"SAMED3D_DATA": str(data)} if data else {})
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["no message"])[-1]
     written = out if not job.prints else None

@@ -127,10 +127,30 @@ def training(body: Body) -> str:
     return _table(["", "measured"], _leaves({k: v for k, v in body.items() if k not in ("collected", "machine")}))
 
 
+def session(body: Body) -> str:
+    """What a session's doings take, per case, and beside a later click."""
+    head = ["", *(f"{name}, {' x '.join(map(str, found['size_ijk']))}" for name, found in body["cases"].items())]
+    names = dict.fromkeys(name for found in body["cases"].values() for name in found["seconds"])
+    rows = []
+    for name in names:
+        cells = [(found["seconds"].get(name), found["ratio to a later click"].get(name)) for found in body["cases"].values()]
+        rows.append([name, *("" if s is None else f"{_s(s)} ({_number(r)} x)" for s, r in cells)])
+    same = all(found["same after opening again"] for found in body["cases"].values())
+    note = "the same as" if same else "NOT the same as"
+    return _table(head, rows) + f"\n\nIn brackets the ratio to a later click. The masks after opening again were {note} before."
+
+
+def server(body: Body) -> str:
+    """Every number of the script, by its name."""
+    return training(body)
+
+
 BLOCKS: dict[str, tuple[str, Callable[[Body], str]]] = {
     "accuracy": ("default_evaluation.json", accuracy),
     "latency": ("latency.json", latency),
     "training": ("train.json", training),
+    "session": ("session.json", session),
+    "server": ("server_load.json", server),
     "preparation": ("prepare.json", preparation),
     "storage": ("storage.json", storage),
     "synthesis": ("synthesis.json", synthesis),
@@ -148,7 +168,12 @@ def _origin(file: str, body: Body) -> str:
     machine = about.get("machine") or body.get("environment") or body.get("machine")
     if isinstance(machine, dict):
         cores = machine.get("cores") or machine.get("cpus")
-        shown = [machine.get("processor"), f"{cores} cores" if cores else None, machine.get("gpu"), f"torch {machine['torch']}"]
+        shown = [
+            machine.get("processor"),
+            f"{cores} cores" if cores else None,
+            machine.get("gpu"),
+            f"torch {machine['torch']}" if machine.get("torch") else None,
+        ]
         parts.append(", ".join(str(s) for s in shown if s))
     elif machine:
         parts.append(f"{machine}, {body.get('processors', '?')} cores")
