@@ -168,18 +168,21 @@ def _origin(file: str, body: Body) -> str:
     machine = about.get("machine") or body.get("environment") or body.get("machine")
     if isinstance(machine, dict):
         cores = machine.get("cores") or machine.get("cpus")
-        shown = [
-            machine.get("processor"),
-            f"{cores} cores" if cores else None,
-            machine.get("gpu"),
-            f"torch {machine['torch']}" if machine.get("torch") else None,
-        ]
+        shown = [machine.get("processor"), f"{cores} cores" if cores else None, machine.get("gpu")]
+        shown += [f"torch {machine['torch']}" if machine.get("torch") else None, _load(machine)]
         parts.append(", ".join(str(s) for s in shown if s))
     elif machine:
         parts.append(f"{machine}, {body.get('processors', '?')} cores")
     if about.get("quick"):
         parts.append("a quick run, few repeats")
     return f"*{'; '.join(parts)}.*"
+
+
+def _load(machine: Body) -> str | None:
+    """How busy the machine was: times of a busy one are ratios at best."""
+    load = next((machine[k] for k in ("load_before", "load_average", "load") if machine.get(k) is not None), None)
+    load = load[0] if isinstance(load, list) else load
+    return None if load is None else f"load {load:.1f}"
 
 
 def _way(line: Body) -> str:
@@ -212,7 +215,7 @@ def _number(value: Any) -> str:
 
 
 def _s(seconds: float) -> str:
-    return f"{1e3 * seconds:.0f} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
+    return "under 1 ms" if seconds < 5e-4 else f"{1e3 * seconds:.0f} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
 
 
 def _mb(count: float) -> str:
