@@ -101,6 +101,7 @@ def test_a_script_that_fails_leaves_the_earlier_result(tmp_path, monkeypatch):
     monkeypatch.setattr(collect, "ROOT", tmp_path)
     out = tmp_path / "bad.json"
     out.write_text("{}")
+    monkeypatch.setattr(collect, "describe_machine", dict)
     assert collect.run_job(collect.Job("bad", ()), ["benchmarks/bad.py"], out, False) == "no luck"
     assert out.read_text() == "{}"
 
