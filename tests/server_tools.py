@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from samed3d.apps.protocol import update_from_json
 from samed3d.geometry import Grid
 from samed3d.volume import Volume, write_volume
 from tests.brightness_model import BrightnessModel
@@ -50,6 +51,27 @@ def served(folder: Path, **options: Any) -> Iterator[TestClient]:
     options = {"sessions": folder / "sessions", "roots": (folder,), **options}
     with TestClient(create_app(ServerOptions(**options), tiny_model), base_url="http://localhost", raise_server_exceptions=False) as client:
         yield client
+
+
+CLICK = {"prompt": {"type": "point", "at": list(BALL_IJK)}}
+
+
+def opened(client: TestClient, **body: Any) -> str:
+    """Open the ball; the session's id."""
+    answer = client.post("/api/sessions", json={"path": "ball.nii.gz", **body})
+    assert answer.status_code == 201, answer.text
+    return answer.json()["id"]
+
+
+def masks_of(client: TestClient, session_id: str) -> dict[int, np.ndarray]:
+    """Every object's whole mask, as a client puts it together."""
+    size = tuple(client.get(f"/api/sessions/{session_id}").json()["size_ijk"])
+    found = {}
+    for entry in client.get(f"/api/sessions/{session_id}/masks").json()["updates"]:
+        number, region, part = update_from_json(entry, size)
+        found[number] = np.zeros(size[::-1], np.uint8)
+        found[number][region.slices] = part
+    return found
 
 
 def free_port() -> int:
