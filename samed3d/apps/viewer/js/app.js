@@ -11,6 +11,7 @@ const stage = new Stage($("view"), $("overlay"));
 const hand = new Hand($("stage"), stage, (prompt) => act("segmenting", () => api.add(prompt, state.current)));
 const state = { session: null, objects: [], current: null, chosen: null, canUndo: false, canRedo: false };
 let queue = Promise.resolve();
+window.samed3d = { stage, api, state }; // for tests and for the curious
 
 /** Run one request after those before it; show that it runs when it takes over a second, and take in what it changed. */
 function act(what, work) {

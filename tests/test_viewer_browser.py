@@ -1,0 +1,230 @@
+"""The web page in a real headless Chromium: open, click, see pixels change, undo, reload, export."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import samed3d.apps
+from samed3d.geometry import Grid
+from samed3d.volume import read_volume, write_volume
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+VIEWER = Path(samed3d.apps.__file__).with_name("viewer") / "vendor" / "niivue.js"
+FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+WAIT_MS = 90_000
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bright ball in noise, on a grid that is flipped and permuted, so that the page must mind the axes."""
+    rng = np.random.default_rng(0)
+    z, y, x = np.ogrid[:40, :48, :56]
+    ball = (z - 20) ** 2 + (y - 24) ** 2 + (x - 28) ** 2 < 12**2
+    array = (ball * 300 + rng.normal(100, 15, ball.shape)).astype(np.float32)
+    grid = Grid((40, 48, 56), (1.0, 1.0, 1.0), (10.0, -20.0, 5.0), (0.0, 0.0, -1.0, 1.0, 0.0, 0.0, 0.0, -1.0, 0.0))
+    path = tmp_path_factory.mktemp("image") / "ball.nii.gz"
+    write_volume(path, array, grid)
+    return path
+
+
+class Running:
+    """``samed3d app`` as a process of its own."""
+
+    def __init__(self, volume: Path, sessions: Path) -> None:
+        self.port = free_port()
+        command = [
+            sys.executable,
+            "-m",
+            "samed3d",
+            "app",
+            str(volume),
+            "--no-browser",
+            "--port",
+            str(self.port),
+            "--sessions",
+            str(sessions),
+        ]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if " is open at " in line:
+                self.page = line.rsplit(" ", 1)[1].strip()
+                return
+        raise AssertionError("the app ended before its volume was open")
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(30)
+
+
+@pytest.fixture
+def running(volume: Path, tmp_path: Path) -> Iterator[Running]:
+    app = Running(volume, tmp_path / "sessions")
+    yield app
+    app.stop()
+
+
+@pytest.fixture
+def page(running: Running) -> Iterator[object]:
+    if CHROMIUM is None or not VIEWER.is_file():
+        pytest.skip("needs chromium on the PATH and the viewer (make viewer)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        tab = browser.new_page(viewport={"width": 1280, "height": 800}, accept_downloads=True)
+        tab.errors = []
+        tab.on("pageerror", lambda error: tab.errors.append(str(error)))
+        open_page(tab, running.page)
+        yield tab
+        assert tab.errors == []
+        browser.close()
+
+
+def open_page(tab, address: str) -> None:
+    tab.goto(address)
+    tab.wait_for_selector("body[data-ready=yes]", timeout=WAIT_MS)
+    tab.wait_for_function("!document.getElementById('export').disabled", timeout=WAIT_MS)
+
+
+def orange_pixels(tab) -> int:
+    """How many pixels of the picture have the hue of the first object."""
+    tab.wait_for_timeout(600)
+    picture = np.asarray(Image.open(io.BytesIO(tab.locator("#stage").screenshot())).convert("RGB")).astype(int)
+    red, green, blue = picture[..., 0], picture[..., 1], picture[..., 2]
+    return int(((red > blue + 40) & (red > green + 15) & (green > blue)).sum())
+
+
+def wait_prompts(tab, count: int) -> None:
+    tab.wait_for_function(f"document.querySelectorAll('#prompts li').length === {count}", timeout=WAIT_MS)
+    tab.wait_for_function("document.getElementById('busy').hidden", timeout=WAIT_MS)
+
+
+def click_ball(tab, button: str = "left", dx: int = 0) -> None:
+    """Click the middle of the axial plane, which is where the crosshair starts."""
+    x, y = tab.evaluate("() => { const v = document.getElementById('view').getBoundingClientRect(); return [v.x, v.y]; }")
+    at = tab.evaluate("() => window.samed3d.stage.project(window.samed3d.stage.here())[0]")
+    tab.mouse.click(x + at["x"] + dx, y + at["y"], button=button)
+
+
+def test_a_click_shows_a_mask_and_undo_takes_it_away(page):
+    assert orange_pixels(page) < 50
+    click_ball(page)
+    wait_prompts(page, 1)
+    seen = orange_pixels(page)
+    assert seen > 1000
+    page.keyboard.press("z")
+    wait_prompts(page, 0)
+    assert orange_pixels(page) < 50
+    page.keyboard.press("Shift+Z")
+    wait_prompts(page, 1)
+    assert abs(orange_pixels(page) - seen) < 0.02 * seen
+
+
+def test_the_clicked_voxel_is_the_one_under_the_pointer_and_the_export_is_on_the_image_grid(page, volume, tmp_path):
+    click_ball(page)
+    wait_prompts(page, 1)
+    assert page.inner_text("#prompts li .name") == "click 28, 24, 20"
+    page.keyboard.press("x")
+    with page.expect_download(timeout=WAIT_MS) as download:
+        page.click("#do-export")
+    target = tmp_path / "seen.nii.gz"
+    download.value.save_as(target)
+    mask, image = read_volume(target), read_volume(volume)
+    assert mask.grid == image.grid
+    assert mask.array[20, 24, 28] == 1
+    truth = image.array > 250
+    assert 2 * (truth & (mask.array > 0)).sum() / (truth.sum() + (mask.array > 0).sum()) > 0.5
+
+
+def test_right_click_and_the_switch_remove_and_prompts_can_be_flipped_and_deleted(page):
+    click_ball(page)
+    wait_prompts(page, 1)
+    click_ball(page, button="right", dx=60)
+    wait_prompts(page, 2)
+    assert page.locator("#prompts .minus").count() == 1
+    page.keyboard.press("t")
+    click_ball(page, dx=-60)
+    wait_prompts(page, 3)
+    assert page.locator("#prompts .minus").count() == 2
+    page.locator("#prompts li").nth(1).get_by_title("Turn to the other sign").click()
+    page.wait_for_function("document.querySelectorAll('#prompts .minus').length === 1", timeout=WAIT_MS)
+    page.locator("#prompts li").nth(2).get_by_title("Delete").click()
+    wait_prompts(page, 2)
+
+
+def test_the_session_comes_back_after_a_reload_and_after_a_restart(page, running, volume, tmp_path):
+    click_ball(page)
+    wait_prompts(page, 1)
+    seen = orange_pixels(page)
+    page.reload()
+    open_page(page, page.url)
+    wait_prompts(page, 1)
+    assert abs(orange_pixels(page) - seen) < 0.02 * seen
+    session = page.url.split("#")[1]
+    running.stop()
+    again = Running(volume, tmp_path / "sessions")
+    try:
+        open_page(page, f"http://127.0.0.1:{again.port}/app/#{session}")
+        wait_prompts(page, 1)
+        assert abs(orange_pixels(page) - seen) < 0.02 * seen
+    finally:
+        again.stop()
+
+
+def test_objects_strokes_boxes_and_a_second_tab(page):
+    x, y = page.evaluate("() => { const v = document.getElementById('view').getBoundingClientRect(); return [v.x, v.y]; }")
+    at = page.evaluate("() => window.samed3d.stage.project(window.samed3d.stage.here())[0]")
+
+    def drag(key: str, *path: tuple[int, int]) -> None:
+        page.keyboard.press(key)
+        page.mouse.move(x + at["x"] + path[0][0], y + at["y"] + path[0][1])
+        page.mouse.down()
+        for dx, dy in path[1:]:
+            page.mouse.move(x + at["x"] + dx, y + at["y"] + dy, steps=4)
+        page.mouse.up()
+
+    drag("b", (-60, -60), (60, 60))
+    wait_prompts(page, 1)
+    drag("e", (-5, -70), (5, -60))
+    wait_prompts(page, 2)
+    page.keyboard.press("n")
+    page.wait_for_function("document.querySelectorAll('#objects li').length === 2", timeout=WAIT_MS)
+    drag("s", (-10, 0), (10, 5))
+    wait_prompts(page, 1)
+    drag("l", (-30, -30), (30, -30), (30, 30), (-30, 30))
+    wait_prompts(page, 2)
+    other = page.context.new_page()
+    open_page(other, page.url)
+    other.keyboard.press("n")
+    other.wait_for_function("document.querySelectorAll('#objects li').length === 3", timeout=WAIT_MS)
+    page.keyboard.press("n")  # this tab has not seen it: refused with a line, then shown what is true
+    page.wait_for_function("!document.getElementById('notice').hidden", timeout=WAIT_MS)
+    page.wait_for_function("document.querySelectorAll('#objects li').length === 3", timeout=WAIT_MS)
+    other.close()
+
+
+def test_the_page_needs_no_other_site(running):
+    with urllib.request.urlopen(f"http://127.0.0.1:{running.port}/app/") as answer:
+        text = answer.read().decode()
+    assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text
