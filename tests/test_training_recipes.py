@@ -247,6 +247,9 @@ def test_cuda_that_is_not_there_is_refused_never_replaced(tmp_path, monkeypatch)
     with pytest.raises(InputError, match=r"run\.precision fp16 needs a GPU"):
         make_accelerator(tiny_config(tmp_path / "run", "run.precision=fp16"))
     assert make_accelerator(tiny_config(tmp_path / "run", "run.device=cpu")).device.type == "cpu"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match=r"accelerate must share batches, not weights, between processes"):
+        make_accelerator(tiny_config(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 

@@ -6,6 +6,7 @@ at once. Read ``loop.py`` next.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +51,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         precision = "bf16" if fast else "fp32"
     if precision == "fp16" and not on_gpu:
         raise InputError("run.precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise InputError("accelerate must share batches, not weights, between processes; run accelerate config without FSDP and DeepSpeed")
     return Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         cpu=config.run.device == "cpu",

@@ -1,0 +1,187 @@
+"""Measure training: samples per second against a plain loop, memory per sample, the loader's idle share, two processes against one.
+
+    python benchmarks/train.py --out benchmarks/results/train.json
+
+The step of ``sam_med3d_b`` with eleven interactions (half its width and depth unless ``--full``, so that the padded encoder's
+backward fits a small machine) is timed beside a plain loop: the same step with the padded encoder of the tests, which computes what the
+released code does.
+Steps alternate, so that other load on the machine falls on both. ``--device cuda`` adds bf16 and a compiled encoder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.latency import describe_machine, in_own_process, load_oracle  # noqa: E402
+from samed3d.config import ClickConfig, LossConfig, TrainConfig, load_config  # noqa: E402
+from samed3d.models import create_model  # noqa: E402
+from samed3d.models.base import PromptableModel  # noqa: E402
+from samed3d.training.loop import train  # noqa: E402
+from samed3d.training.optimiser import make_optimiser  # noqa: E402
+from samed3d.training.start import data_of, start_model, step_of  # noqa: E402
+from samed3d.training.step import InteractiveStep  # noqa: E402
+
+HALF = {"dim": 384, "heads": 6, "depth": 6, "global_blocks": (2, 5)}
+PUBLISHED = ClickConfig(
+    interactions=11, box_probability=0.0, mask_only_probability=0.0, mask_only_turns=["last", "random"], detach=False, memory="newest"
+)
+NARROW = {"widths": [8] * 4, "decoder_widths": [8] * 4, "encoder_blocks": [1] * 4, "joint_blocks": 1, "similarity_heads": [0, 2, 2]}
+CURVE = [
+    *(f"model.overrides={NARROW}", "data.crop=[16,16,16]", "clicks.interactions=2", "run.precision=fp32", "run.device=cpu"),
+    *("run.log_every=1", "optim.steps=20", "optim.warmup_steps=1"),
+]
+
+
+def sam_med3d(full: bool, padded: bool) -> PromptableModel:
+    """The released architecture with seeded weights; ``padded`` through the oracle's encoder."""
+    torch.manual_seed(0)
+    model = create_model("sam_med3d_b", **({} if full else HALF))
+    if padded:
+        encoder, oracle = model.get_submodule("image_encoder"), load_oracle()
+        encoder.forward = lambda x: oracle(encoder, x)  # type: ignore[method-assign]
+    return model
+
+
+def one_step(model: PromptableModel, batch: int, device: str, bf16: bool = False, compiled: bool = False) -> Callable[[], float]:
+    """A function that does one optimiser step on a fixed batch and returns its loss."""
+    loss = LossConfig(iou=0.0, turns="sum", dice_smooth=1e-5)
+    step = InteractiveStep(model, PUBLISHED, loss, compiled=compiled).to(device)
+    config = load_config(TrainConfig, None, ["optim.lr=8e-4", "optim.weight_decay=0.1"])
+    optimiser = make_optimiser(model, config.optim)
+    edge = model.spec.input_shape_zyx[0]
+    target = torch.zeros(batch, 1, edge, edge, edge, dtype=torch.bool, device=device)
+    target[:, :, edge // 4 : edge // 2, edge // 3 : edge // 2, edge // 4 : edge // 2] = True
+    image = torch.randn(target.shape, generator=torch.Generator().manual_seed(0)).to(device) + target
+
+    def run() -> float:
+        optimiser.zero_grad()
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+            output = step(image, target, 0)
+        output.loss.backward()
+        optimiser.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return float(output.loss.detach())
+
+    return run
+
+
+def measure_step(full: bool, batch: int, device: str, repeats: int) -> dict[str, Any]:
+    """Samples per second of our step and of the plain loop, by turns; their first losses must agree."""
+    runs = {"ours": one_step(sam_med3d(full, False), batch, device), "padded": one_step(sam_med3d(full, True), batch, device)}
+    if device == "cuda":
+        runs["ours_bf16"] = one_step(sam_med3d(full, False), batch, device, bf16=True)
+        runs["ours_bf16_compiled"] = one_step(sam_med3d(full, False), batch, device, bf16=True, compiled=True)
+    first = {name: run() for name, run in runs.items()}
+    wall: dict[str, list[float]] = {name: [] for name in runs}
+    busy: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start, processor = time.perf_counter(), time.process_time()
+            run()
+            wall[name].append(time.perf_counter() - start)
+            busy[name].append(time.process_time() - processor)
+    seconds = {name: statistics.median(values) for name, values in wall.items()}
+    result: dict[str, Any] = {"samples_per_s": {name: batch / value for name, value in seconds.items()}}
+    result["times_faster_than_padded"] = {name: seconds["padded"] / value for name, value in seconds.items() if name != "padded"}
+    if device == "cpu":
+        result["times_faster_processor_time"] = statistics.median(busy["padded"]) / statistics.median(busy["ours"])
+    return result | {"loss_difference": abs(first["ours"] - first["padded"]), "first_loss": first["ours"]}
+
+
+def peak_mib(full: bool, padded: bool, batch: int) -> float:
+    """Highest resident memory after one optimiser step; run it in a process of its own."""
+    one_step(sam_med3d(full, padded), batch, "cpu")()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def measure_loader(batches: int, workers: int) -> dict[str, float]:
+    """Share of the time in which the default network's step waits for generated samples."""
+    config = load_config(TrainConfig, None, ["data.crop=[48,48,48]", "optim.batch=2", "run.precision=fp32"])
+    model = start_model(config)
+    step, data = step_of(config, model), data_of(config, model)
+    data.length = (batches + 1) * config.optim.batch
+    optimiser = make_optimiser(model, config.optim)
+    waited, began, mark = 0.0, 0.0, time.perf_counter()
+    for number, sample in enumerate(DataLoader(data, config.optim.batch, num_workers=workers)):
+        now = time.perf_counter()
+        if number == 0:
+            began = now  # the first batch pays for the start
+        else:
+            waited += now - mark
+        step(sample["image"], sample["target"], number, sample["index"]).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        mark = time.perf_counter()
+    return {
+        "workers": workers,
+        "waiting_share": waited / (mark - began),
+        "samples_per_s": (batches + 1) * config.optim.batch / (mark - began),
+    }
+
+
+def measure_processes() -> dict[str, float]:
+    """Greatest difference of the loss over twenty steps: two processes with batch 1 against one with batch 2."""
+    curves = []
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.TemporaryDirectory() as folder:
+        train(load_config(TrainConfig, None, [*CURVE, "optim.batch=2", f"run.folder={folder}/one"]), quiet=True)
+        settings = [f"--set={item}" for item in [*CURVE, "optim.batch=1", f"run.folder={folder}/two"]]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", "-q", *settings]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+        for name in ("one", "two"):
+            rows = [json.loads(line) for line in (Path(folder) / name / "metrics.jsonl").read_text().splitlines()]
+            curves.append([row["loss"] for row in rows])
+    return {
+        "steps": len(curves[0]),
+        "greatest_loss_difference": max(abs(a - b) for a, b in zip(*curves, strict=True)),
+        "last_loss": curves[0][-1],
+    }
+
+
+def main() -> None:
+    """Measure and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "train.json", help="JSON file to write")
+    parser.add_argument("--full", action="store_true", help="sam_med3d_b in full")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=1, help="loader processes")
+    options = parser.parse_args()
+    memory = {}
+    if options.device == "cpu":
+        names = {"ours": False, "padded": True}
+        memory = {f"peak_mib_{name}": in_own_process(peak_mib, options.full, padded, options.batch) for name, padded in names.items()}
+    result = {
+        "machine": describe_machine(),
+        "geometry": "sam_med3d_b" if options.full else f"sam_med3d_b with {HALF}",
+        "step": measure_step(options.full, options.batch, options.device, options.repeats) | memory,
+        "loader": measure_loader(12, options.workers),
+        "two_processes": measure_processes(),
+    }
+    text = json.dumps(result, indent=1)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
