@@ -234,6 +234,8 @@ def test_the_worst_and_the_typical_are_chosen_by_the_last_click():
     worst, typical = worst_and_typical(rows, 4)
     assert [c.row["case"] for c in worst] == ["case0", "case1", "case2", "case3"]
     assert {c.row["case"] for c in typical} == {"case14", "case15", "case13", "case16"}
+    few_worst, few_typical = worst_and_typical(make_rows({"ours": (0.5, 0.5, 0.1)}, subjects=5), 10)
+    assert (len(few_worst), len(few_typical)) == (3, 2)  # not all of a few are the worst
     seeds = make_rows({"ours": (0.5, 0.4, 0.3)}, subjects=1) + make_rows({"ours": (0.5, 0.4, 0.2)}, subjects=1, seed=1)
     assert [c.row["seed"] for c in worst_and_typical(seeds, 4)[0]] == [1]  # a structure once, with its worst seed
 

@@ -107,7 +107,7 @@ def click_chart(series: Sequence[Series], title: str, y_label: str = "Dice", *, 
     ticks = sorted({x for s in series for x in s.x})
     longest = max((len(s.name) for s in series), default=0)
     legend = 0.0 if small else 58 + min(longest, 34) * _CHARACTER
-    width, height = (264.0, 196.0) if small else (440.0 + legend, 330.0)
+    width, height = (264.0, 196.0) if small else (396.0 + legend, 310.0)
     pad = 0.06 * max(1.0, ticks[-1] - ticks[0])
     canvas = _Canvas(width, height, 42, 10 + legend, 30, 38, (ticks[0] - pad, ticks[-1] + pad))
     canvas.text(canvas.left, 17, _cut(title, int((width - canvas.left) / 6.8)), "title", "start")

@@ -55,14 +55,16 @@ def line_key(entry: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def worst_and_typical(rows: Sequence[Row], count: int = CASES) -> tuple[list[Chosen], list[Chosen]]:
-    """The structures with the lowest Dice after the last click, and those nearest to the median.
+    """The structures with the lowest Dice after the last click, and those of the others that are nearest to the median.
 
     Args:
         rows: Of one model and one way of clicking.
-        count: How many of each; a structure appears once, with its worst seed, an image at most twice among the worst and among the others.
+        count: How many of each, fewer where there are not twice as many structures; a structure appears once, with its worst seed, an
+            image at most twice in each list.
     """
     curves = [Chosen(first, tuple(scores)) for first, _, scores in curves_of(rows, "dice") if not math.isnan(scores[-1])]
     ordered = sorted(curves, key=lambda c: (c.scores[-1], str(c.key)))
+    count = min(count, (len({_structure(c) for c in curves}) + 1) // 2)
     worst = _spread(ordered, count)
     median = float(np.median([c.scores[-1] for c in curves])) if curves else math.nan
     taken = {_structure(c) for c in worst}
@@ -90,8 +92,8 @@ def picture_section(run: SavedRun, seconds: float) -> str:
     made, left_out = _pictures(ordered, lines, time.monotonic() + seconds)
     parts = [paragraph(f"Model {model}, {way}: after the last click. {_INTRO}", "faint")]
     for title, chosen in ((f"The {len(worst)} worst", worst), (f"{len(typical)} typical, nearest to the median", typical)):
-        figures = "".join(made[c.key] for c in chosen if c.key in made)
-        parts.append(f'<h3>{title}</h3><div class="cases">{figures}</div>')
+        if figures := "".join(made[c.key] for c in chosen if c.key in made):
+            parts.append(f'<h3>{title}</h3><div class="cases">{figures}</div>')
     parts += [paragraph(f"Not shown: {told} ({n})", "faint") for told, n in Counter(left_out).items()]
     return "".join(parts)
 

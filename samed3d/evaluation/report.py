@@ -96,7 +96,7 @@ def _title(run: SavedRun) -> str:
     structures = {(r["source"], r["case"], r["label"]) for r in run.rows}
     sources = {r["source"] for r in run.rows}
     shown = ", ".join(run.models[:3]) + (f" and {len(run.models) - 3} more" if len(run.models) > 3 else "")
-    names = "; ".join(map(str, run.ways[:3])) + (f"; and {len(run.ways) - 3} more ways" if len(run.ways) > 3 else "")
+    names = "; ".join(map(str, run.ways[:3])) + (f"; and {_count(len(run.ways) - 3, 'more way')}" if len(run.ways) > 3 else "")
     told = (
         f"{_count(len(structures), 'structure')} in {_count(len(cases), 'image')} of {_count(len(subjects), 'subject')} "
         f"from {_count(len(sources), 'data set')}; {_count(len({r['seed'] for r in run.rows}), 'seed')}"
