@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 
 from samed3d.config import TrainConfig, to_dict
 from samed3d.errors import InputError
-from samed3d.models.base import PromptableModel
 from samed3d.training import checkpoints, environment
 from samed3d.training.checkpoints import Progress
 from samed3d.training.curves import write_curves
@@ -126,18 +125,16 @@ def _prepared(config: TrainConfig, folder: Path, accelerator: Accelerator, resum
         logger.warning("a step takes %d samples of %d structures: some come twice, in other crops", per_step, len(dataset.real))
     workers = config.data.workers
     loader: Any = DataLoader(dataset, config.optim.batch, num_workers=workers, persistent_workers=workers > 0, worker_init_fn=_start_worker)
-    validation = _validation(config, model, accelerator, folder)
+    validation = _validation(config, accelerator, folder)
     step, optimiser, loader = accelerator.prepare(step, optimiser, loader)
     if scaler is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(scaler)
     return _Run(config, folder, accelerator, step, optimiser, loader, average, progress, validation)
 
 
-def _validation(config: TrainConfig, model: Any, accelerator: Accelerator, folder: Path) -> Validation | None:
+def _validation(config: TrainConfig, accelerator: Accelerator, folder: Path) -> Validation | None:
     if not config.validation.every:
         return None
-    if not isinstance(model, PromptableModel):
-        raise InputError(f"validation.every must be 0 for {config.model.name!r}, which takes no clicks, got {config.validation.every}")
     from samed3d.training.validation import Validation  # needs more than training does on a bare GPU machine
 
     return Validation(config, accelerator, folder)
