@@ -40,13 +40,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure models with simulated clicks, boxes and scribbles against labels."""
-    folders = [*(data or []), *(more_data or [])]
-    if not folders:
-        raise InputError(
-            "evaluate needs data: give folders of labelled volumes, as in samed3d evaluate --data DATA --model default -o out/eval"
-        )
-    for folder in folders:
-        check_exists(folder, "data folder")
+    folders = _folders([*(data or []), *(more_data or [])])
     contenders = [*(model or []), *(f"external:{command}" for command in external or []), *(f"server:{url}" for url in server or [])]
     if _evaluate_automatic(folders, contenders, output, split, limit, tolerance, device, quiet):
         return
@@ -105,6 +99,16 @@ def _evaluate_automatic(
     if not quiet:
         typer.echo(f"results in {output}")
     return True
+
+
+def _folders(given: list[Path]) -> list[Path]:
+    if not given:
+        raise InputError(
+            "evaluate needs data: name a folder of labelled volumes, as in samed3d evaluate --data DATA --model default -o out"
+        )
+    for folder in given:
+        check_exists(folder, "data folder")
+    return given
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -1,16 +1,15 @@
 """What can be measured, behind one face: our models, any object with ``encode`` and ``decode``, classical baselines, the no-prompt control,
-programs and servers of others (``external.py``). A contender opens a volume and gives something to click on.
+programs and servers of others (``external.py``).
 
-Read ``protocols/base.py`` for who clicks.
+Read ``contender.py`` for the face, ``protocols/base.py`` for who clicks.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,8 @@ from numpy.typing import NDArray
 from samed3d.errors import InputError
 from samed3d.evaluation.baselines import BASELINES
 from samed3d.evaluation.baselines.base import ClassicalMethod
+from samed3d.evaluation.contender import Clickable, Contender
+from samed3d.evaluation.external import ExternalProgram, NnInteractiveServer
 from samed3d.evaluation.meter import Meter
 from samed3d.geometry import as_triple
 from samed3d.inference.session import Session
@@ -27,45 +28,10 @@ from samed3d.models.weights import find_checkpoint, list_checkpoints
 from samed3d.prompts import Box, Point, Prompt
 from samed3d.volume import Volume
 
-KINDS = ("point", "box", "scribble")
+__all__ = ["BaselineContender", "Clickable", "Contender", "ModelContender", "NoPrompt", "contender_of"]
+
 NO_PROMPT = "no_prompt:"
 RANDOM_WEIGHTS = " (random weights)"
-
-
-class Clickable(Protocol):
-    """One opened volume: a ``Session``, a baseline, another program."""
-
-    def add(self, prompt: Prompt, object_id: int = 1) -> Any:
-        """Take a prompt."""
-
-    def mask_of(self, object_id: int) -> NDArray[np.uint8]:
-        """The object's mask after it, (D, H, W)."""
-
-
-class Contender(ABC):
-    """Something that can be measured.
-
-    Attributes:
-        name: As it is called in the results.
-        takes: Kinds of prompt that may come first.
-        model: The network behind it, for protocols that choose the crop themselves; None for all else.
-        knows_truth: Whether it is a bound.
-        fingerprint: Changes when its weights do.
-        device: Where its network runs.
-        meter: What its prompts cost.
-    """
-
-    model: PromptableModel | None = None
-    knows_truth: bool = False
-    fingerprint: str = ""
-    device: str = "cpu"
-
-    def __init__(self, name: str, takes: frozenset[str], meter: Meter | None = None) -> None:
-        self.name, self.takes, self.meter = name, takes, meter or Meter()
-
-    @abstractmethod
-    def open(self, volume: Volume, truth: NDArray[np.bool_]) -> Clickable:
-        """Begin on a volume. ``truth`` is for bounds only."""
 
 
 class ModelContender(Contender):
@@ -159,8 +125,6 @@ def contender_of(name: str, device: str = "cpu") -> Contender:
         InputError: if it is none of these.
     """
     if name.startswith(("external:", "server:")):
-        from samed3d.evaluation.external import ExternalProgram, NnInteractiveServer
-
         kind, _, rest = name.partition(":")
         return ExternalProgram(rest) if kind == "external" else NnInteractiveServer(rest)
     if name.startswith(NO_PROMPT):

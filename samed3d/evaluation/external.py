@@ -1,7 +1,7 @@
 """Programs and servers of others, behind the same face: a command that is run per prompt, a server that speaks the nnInteractive protocol.
 
 A command gets files: the image, all prompts of the structure so far as our JSON (``docs/click.md``, ijk), and where to write the mask.
-Nothing is passed through a shell. Read ``contenders.py`` for the face.
+Nothing is passed through a shell. Read ``contender.py`` for the face.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.errors import InputError
-from samed3d.evaluation.contenders import Clickable, Contender
+from samed3d.evaluation.contender import Clickable, Contender
 from samed3d.geometry import Triple, ijk_to_zyx
 from samed3d.prompts import Box, ObjectPrompts, Point, Prompt, Scribble, box_in_grid, dump_prompts, point_in_grid
 from samed3d.volume import Volume, write_volume

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from samed3d.errors import InputError
 from samed3d.evaluation.cases import LabelledCase, Loaded
-from samed3d.evaluation.contenders import Contender
+from samed3d.evaluation.contender import Contender
 from samed3d.evaluation.protocols import AnyProtocol
 from samed3d.evaluation.protocols.base import FIRST, CaseProtocol, StructureProtocol, Task, Turn, Way
 from samed3d.evaluation.rows import Row

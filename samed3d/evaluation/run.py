@@ -91,37 +91,49 @@ def evaluate(
     Raises:
         InputError: if nothing can be measured, or ``out`` holds results of another configuration.
     """
+    names = _each_once(models)
+    used = tuple(PROTOCOLS if "all" in protocols else dict.fromkeys(protocols))
+    ways = [tuple(known if "all" in given else given) for given, known in ((policies, POLICIES), (prompts, PROMPTS))]
+    ask = Ask(max(clicks), seeds, ways[0], ways[1], 1 if quick else labels_per_case, tolerance_mm=tolerance_mm, surfaces=surfaces)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    contenders = [contender_of(name, device) if isinstance(name, str) else name for name in names]
+    pairs = measurable(contenders, [protocol_of(name) for name in used], ask)
+    kept_from = _split_of([name for name in names if isinstance(name, str)])
+    cases = find_cases(list(data), kept_from, split, limit)
+    job = Job(tuple(_smallest(cases) if quick else cases), tuple(contenders), tuple(names), used, pairs, ask, out / PARTS, device)
+    _run(job, _settings(job, clicks, split, kept_from), clicks, processes, progress)
+    return out
+
+
+def _run(job: Job, settings: dict[str, Any], clicks: Sequence[int], processes: int, progress: bool) -> None:
+    out = job.parts.parent
+    if _is_finished(out, settings):
+        logger.info("already measured with these settings: %s", out)
+        return
+    measure_cases(job, processes, progress)
+    _merge(job, settings, clicks, processes)
+
+
+def _each_once(models: Sequence[str | Contender]) -> list[str | Contender]:
+    """With ``"baselines"`` written out."""
     names = [n for name in models for n in (BASELINES if name == "baselines" else [name])]
     if doubled := {str(n) for n in names if names.count(n) > 1}:
         raise InputError(f"models must be given once each, got {', '.join(sorted(doubled))} twice")
-    used = list(PROTOCOLS) if "all" in protocols else list(dict.fromkeys(protocols))
-    chosen = [protocol_of(name) for name in used]
-    ways = (tuple(POLICIES) if "all" in policies else tuple(policies), tuple(PROMPTS) if "all" in prompts else tuple(prompts))
-    ask = Ask(max(clicks), seeds, *ways, 1 if quick else labels_per_case, tolerance_mm=tolerance_mm, surfaces=surfaces)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    contenders = [contender_of(name, device) if isinstance(name, str) else name for name in names]
-    pairs = measurable(contenders, chosen, ask)
-    kept_from = _split_of([name for name in names if isinstance(name, str)])
-    cases = find_cases(list(data), kept_from, split, limit)
-    if quick:
-        cases = _smallest(cases)
-    settings = {
-        "models": {c.name: c.fingerprint for c in contenders},
-        "protocols": used,
+    return names
+
+
+def _settings(job: Job, clicks: Sequence[int], split: str, kept_from: Split) -> dict[str, Any]:
+    """What makes results what they are, with its hash."""
+    settings: dict[str, Any] = {
+        "models": {c.name: c.fingerprint for c in job.contenders},
+        "protocols": list(job.protocols),
         "clicks": list(clicks),
-        "ask": asdict(ask),
+        "ask": asdict(job.ask),
         "split": split,
         "kept_from": asdict(kept_from),
-        "cases": [f"{c.source}/{c.case}" for c in cases],
+        "cases": [f"{c.source}/{c.case}" for c in job.cases],
     }
-    settings["hash"] = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    if _is_finished(out, settings):
-        logger.info("already measured with these settings: %s", out)
-        return out
-    job = Job(tuple(cases), tuple(contenders), tuple(names), tuple(used), pairs, ask, out / PARTS, device)
-    measure_cases(job, processes, progress)
-    _merge(job, settings, clicks, processes)
-    return out
+    return settings | {"hash": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]}
 
 
 def _smallest(cases: list[LabelledCase]) -> list[LabelledCase]:

@@ -1,6 +1,7 @@
 """Cases spread over processes, each finished piece a file of its own: a run that was killed goes on where it stopped.
 
-The numbers do not depend on how many processes there are: every structure, seed and way has its own generator. Read ``measuring.py`` for
+The numbers do not depend on how many processes there are, for every structure, seed and way has its own generator; but torch rounds
+otherwise with other numbers of threads, which processes share. Read ``measuring.py`` for
 what a piece is.
 """
 

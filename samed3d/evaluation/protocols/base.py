@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from samed3d.errors import InputError
 from samed3d.evaluation.cases import Loaded
-from samed3d.evaluation.contenders import Clickable, Contender
+from samed3d.evaluation.contender import Clickable, Contender
 from samed3d.evaluation.meter import Cost
 from samed3d.evaluation.rows import Row
 from samed3d.geometry import IntTriple, Triple, zyx_to_ijk

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from samed3d.clicks import largest_component
 from samed3d.evaluation.cases import Loaded
 from samed3d.evaluation.challenge_npz import ChallengeBox
-from samed3d.evaluation.contenders import Contender
+from samed3d.evaluation.contender import Contender
 from samed3d.evaluation.meter import Cost
 from samed3d.evaluation.protocols.base import CaseProtocol, Click, Subject, Turn, Way, box_around, point_at
 from samed3d.evaluation.rows import Row

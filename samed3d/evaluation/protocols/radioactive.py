@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.clicks import next_click
-from samed3d.evaluation.contenders import Contender
+from samed3d.evaluation.contender import Contender
 from samed3d.evaluation.protocols.base import StructureProtocol, Subject, Task, Turn, point_at
 from samed3d.geometry import IntTriple, Region
 

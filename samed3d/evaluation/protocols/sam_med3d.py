@@ -25,7 +25,7 @@ from torch import Tensor
 
 from samed3d.clicks import next_click
 from samed3d.crops import sample_crop
-from samed3d.evaluation.contenders import Contender
+from samed3d.evaluation.contender import Contender
 from samed3d.evaluation.meter import Cost
 from samed3d.evaluation.protocols.base import Click, StructureProtocol, Subject, Task, Turn, point_at
 from samed3d.evaluation.rows import Row, curves

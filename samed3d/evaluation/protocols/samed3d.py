@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from samed3d.clicks import next_click, noisy_click, user_box, user_stroke
 from samed3d.errors import InputError
-from samed3d.evaluation.contenders import Contender
+from samed3d.evaluation.contender import Contender
 from samed3d.evaluation.protocols.base import FIRST, Click, StructureProtocol, Subject, Task, Turn, Way, box_around, point_at
 from samed3d.geometry import as_triple, zyx_to_ijk
 from samed3d.prompts import Prompt, Scribble

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.clicks import largest_component
-from samed3d.evaluation.contenders import Contender
+from samed3d.evaluation.contender import Contender
 from samed3d.evaluation.protocols.base import Click, StructureProtocol, Subject, Task, Turn, point_at
 from samed3d.geometry import IntTriple, bounding_region
 from samed3d.metrics import dice
