@@ -65,7 +65,7 @@ def main() -> None:
         done = options.out / f"{system}.json"
         if not done.exists():
             # A process of its own, so that its peak of memory is its own.
-            worker = multiprocessing.get_context("spawn").Process(target=run_system, args=(system, options))
+            worker = multiprocessing.get_context("spawn").Process(target=run_system, args=(system, options), daemon=True)
             worker.start()
             worker.join()
             if worker.exitcode:

@@ -94,6 +94,8 @@ def _on_meta(name: str) -> AnyModel:
 
 
 def _table() -> Table:
+    from rich.console import Console
+    from rich.progress import track
     from rich.table import Table
 
     from samed3d.models import list_models
@@ -103,7 +105,7 @@ def _table() -> Table:
     table = Table(*headings, "crop (zyx)", "spacing", "understands", "clicks", "source", box=None)
     for column in table.columns[1:8]:
         column.justify = "right"
-    for name in list_models():
+    for name in track(list_models(), "counting", console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()):
         model = _on_meta(name)
         counts = take_inventory(model)
         numbers = [f"{n:,}" for n in (counts.total, counts.trained, counts.encoder, counts.prompts, counts.decoder)]
