@@ -22,7 +22,7 @@ from samed3d.evaluation.summaries import Compared, Headline, click_curve, compar
 from samed3d.evaluation.tables import cell, difference_figure, difference_table, p_text
 
 COMPARE_HTML = "compare.html"
-_SHOWN_CLICKS = 4
+_SHOWN_CLICKS = 3
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def differences_of_settings(runs: dict[str, SavedRun]) -> list[str]:
     """What makes runs incomparable, in words: other ways of clicking, other subjects kept back, another split, data with nothing shared."""
     found = []
     for what, value_of in (
-        ("ways of clicking", lambda run: ", ".join(sorted(map(str, run.ways)))),
+        ("ways of clicking", lambda run: " / ".join(sorted(map(str, run.ways)))),
         ("split", lambda run: str(run.settings.get("split", "not stated"))),
         ("subjects kept from training", lambda run: _kept(run)),
         ("tolerance of NSD in mm", lambda run: str(run.settings.get("ask", {}).get("tolerance_mm", "not stated"))),
@@ -103,10 +103,10 @@ def differences_of_settings(runs: dict[str, SavedRun]) -> list[str]:
 
 def comparison_text(comparison: Comparison) -> str:
     """The tables as plain text for a terminal."""
-    clicks = _some_clicks(comparison.entries)
     parts = [f"Not alike: {told}" for told in comparison.unlike]
     for way in dict.fromkeys(e.way for e in comparison.entries):
         entries = [e for e in comparison.entries if e.way == way]
+        clicks = _some_clicks(entries)
         lines = [["", "subjects", "measured", *(_click(c) for c in clicks), "area", "first", "later"]]
         for entry in entries:
             curve, h = click_curve(entry.rows), headline(entry.rows, entry.model)
@@ -190,9 +190,9 @@ def _score_table(entries: Sequence[Entry]) -> str:
         h: Headline = headline(entry.rows, entry.model)
         last = h.dice[max(h.dice)]
         times = [figures.seconds_text(s) if not math.isnan(s) else "" for s in (h.first_seconds, h.later_seconds)]
-        who = [escape(entry.name), str(last.subjects), str(last.measurements)]
+        who = [escape(entry.name), f"{last.subjects}<small>{last.measurements} measured</small>"]
         lines.append([*who, *(cell(h.dice.get(c), 3) for c in clicks), cell(h.area, 3), cell(h.nsd, 3), cell(h.hd95_mm, 1), *times])
-    head = ["run and model", "subjects", "measured", *(_click(c) for c in clicks), "area", "NSD", "HD95, mm", "first", "later"]
+    head = ["run and model", "subjects", *(_click(c) for c in clicks), "area", "NSD", "HD95, mm", "first", "later"]
     return table(head, lines)
 
 
