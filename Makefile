@@ -46,7 +46,7 @@ lint: $(DEV)
 	$(PY) -m mypy
 
 bench: $(DEV)
-	$(PY) benchmarks/latency.py $(ARGS)
+	$(PY) benchmarks/collect.py $(ARGS)
 
 $(PY):
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \

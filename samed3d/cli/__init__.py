@@ -25,7 +25,7 @@ _USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ERO
 _INTERRUPTED = 130
 
 # Commands of two words. Their first is a command as well, which takes any number of folders, so that no group can hold them.
-_TWO_WORDS = ("prepare info", "evaluate compare")
+_TWO_WORDS = ("prepare info", "evaluate compare", "evaluate report")
 
 _LONG_JOBS = ("train", "evaluate", "prepare", "serve", "app")
 
@@ -49,8 +49,10 @@ def commands() -> typer.Typer:
     app.command()(train.train)
     app.command()(evaluate.evaluate)
     app.command("evaluate compare", hidden=True)(compare.compare)
+    app.command("evaluate report", hidden=True)(compare.report)
     app.command()(models.models)
     app.command("import-weights")(models.import_weights)
+    app.command()(models.export)
     return app
 
 
