@@ -10,7 +10,8 @@ from samed3d.models import MODELS, create_model, load
 from samed3d.models.base import PromptBatch
 from samed3d.models.sam_med3d_moe import MixtureOfExperts
 from samed3d.models.weights import save_weights
-from samed3d.training.moe import GateStep, assemble, train_gate
+from samed3d.training.gate import GateStep
+from samed3d.training.moe import assemble, train_gate
 
 FAMILIES = ["samed3d_unet", "sam_med3d_b", "samu", "fast_sam3d"]
 

@@ -1,8 +1,8 @@
-"""A mixture of experts from fine-tuned checkpoints, and the step that teaches its gate which decoder does best.
+"""A mixture of experts from fine-tuned checkpoints, and the run that teaches its gate which decoder does best.
 
 The experts come from ``samed3d train --finetune BASE --train decoder``: their image encoder is the base's, bit for bit. Every decoder
 answers the same clicks; the gate learns to name the one with the best mask, from image and prompts. No decoder changes. The model is in
-``models/sam_med3d_moe.py``; the loop around the step is the trainer's own, ``loop.py``.
+``models/sam_med3d_moe.py``; the loop around the step is the trainer's own, ``loop.py``, with the step of ``gate.py``.
 """
 
 from __future__ import annotations
@@ -12,23 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from samed3d import losses
-from samed3d.clicks import policy_clicks
-from samed3d.config import ClickConfig, TrainConfig
+from samed3d.config import TrainConfig
 from samed3d.errors import InputError
 from samed3d.models import create_model, load
-from samed3d.models.base import MaskOutput, PromptableModel, PromptBatch
+from samed3d.models.base import PromptableModel
 from samed3d.models.sam_med3d_moe import MixtureOfExperts
 from samed3d.models.weights import find_checkpoint, save_weights
-from samed3d.training.step import StepOutput, seed_of
+from samed3d.training.loop import train
 
 logger = logging.getLogger(__name__)
 
-SHARPNESS = 0.05
-"""Difference in Dice that makes one decoder e times as right a choice as another."""
 ASSEMBLED = "assembled.safetensors"
 
 
@@ -52,8 +47,6 @@ def train_gate(
     Raises:
         InputError: as ``assemble`` and ``loop.train``.
     """
-    from samed3d.training.loop import train  # the loop takes its step from here
-
     folder = Path(config.run.folder)
     if not resume:
         if (folder / "last.pt").exists() or (folder / "metrics.jsonl").exists():
@@ -129,66 +122,3 @@ def _names(experts: list[str]) -> list[str]:
         name = path.parent.name if path.stem in ("model", "best") and path.parent.name else path.stem
         names.append(name if name not in names else f"{name}_{len(names)}")
     return names
-
-
-class GateStep(nn.Module):
-    """One training step of the gate, with the same arguments and output as ``InteractiveStep``; only the gate has gradients.
-
-    Args:
-        model: The mixture.
-        clicks: How the simulated user behaves.
-    """
-
-    def __init__(self, model: MixtureOfExperts, clicks: ClickConfig) -> None:
-        super().__init__()
-        self.model, self.clicks = model, clicks
-        self.keep_all = (model.spec.click_memory if clicks.memory == "spec" else clicks.memory) == "all"
-
-    def forward(self, image: Tensor, target: Tensor, seed: int, samples: Tensor | None = None) -> StepOutput:
-        """Click, have every decoder answer, and compare the gate's probabilities with how well each did.
-
-        Args:
-            image: (B, C, D, H, W) normalised crops.
-            target: (B, 1, D, H, W) bool.
-            seed: Of this step.
-            samples: (B,) number of each sample within the run, or None.
-
-        Returns:
-            Cross-entropy, and the Dice of the chosen decoder after each click.
-        """
-        numbers = range(image.shape[0]) if samples is None else samples.tolist()
-        generators = [torch.Generator(device=target.device).manual_seed(seed_of(seed, number)) for number in numbers]
-        with torch.no_grad():
-            features = self.model.encode(image)
-        history = PromptBatch.empty(image.shape[0], image.device)
-        mask, dices, total = torch.zeros_like(target), [], image.new_zeros(())
-        rows = torch.arange(image.shape[0], device=image.device)
-        for _ in range(self.clicks.interactions):
-            self._click(history, mask, target, generators)
-            with torch.no_grad():
-                answers = [self.model.decode_by(index, features, history) for index in range(1 + len(self.model.names))]
-                quality = torch.stack([losses.hard_overlap(answer.logits, target)[0] for answer in answers], dim=1)
-            logits = self.model.gate(features[self.model.feature], history)
-            total = total + F.cross_entropy(logits, (quality / SHARPNESS).softmax(dim=1))
-            chosen = self.model.select(logits.detach())
-            dices.append(quality[rows, chosen])
-            mask, history.mask_logits = self._taken(answers, chosen)
-        return StepOutput(total / self.clicks.interactions, torch.stack(dices, dim=1))
-
-    def _click(self, history: PromptBatch, mask: Tensor, target: Tensor, generators: list[torch.Generator]) -> None:
-        """Add a click per sample to the history, or put it in the place of the last."""
-        pairs = [
-            policy_clicks(one[None], truth[None], self.clicks.policy, generator)
-            for one, truth, generator in zip(mask, target, generators, strict=True)
-        ]
-        points, labels = torch.cat([p for p, _ in pairs]), torch.cat([label for _, label in pairs])
-        if self.keep_all:
-            points, labels = torch.cat([history.points, points], dim=1), torch.cat([history.point_labels, labels], dim=1)
-        history.points, history.point_labels = points, labels
-
-    def _taken(self, answers: list[MaskOutput], chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Mask and low-resolution logits of each sample's chosen decoder."""
-        rows = torch.arange(chosen.shape[0], device=chosen.device)
-        logits = torch.stack([a.logits for a in answers], dim=1)[rows, chosen]
-        lowres = torch.stack([a.lowres_logits for a in answers], dim=1)[rows, chosen]
-        return logits > self.model.spec.click_logit_threshold, lowres
