@@ -160,6 +160,18 @@ def test_an_expert_that_changed_the_encoder_is_refused(tmp_path):
         assemble(base, [str(tmp_path / "wild.safetensors")])
 
 
+def test_an_expert_of_other_crops_is_named(tmp_path, caplog):
+    base, experts = base_and_experts(tmp_path)
+    expert = load(experts[0])
+    grown = create_model("samed3d_unet", **{**MODELS["samed3d_unet"].tiny, "input_shape": (48, 48, 48)})
+    grown.load_state_dict(expert.state_dict())
+    save_weights(grown, tmp_path / "grown.safetensors", {})
+    with caplog.at_level("WARNING", logger="samed3d"):
+        mixture = assemble(base, [str(tmp_path / "grown.safetensors")])
+    assert mixture.spec.input_shape_zyx == (32, 32, 32)
+    assert "was trained on crops of (48, 48, 48)" in caplog.text
+
+
 def test_wrong_experts_are_refused(tmp_path):
     base, experts = base_and_experts(tmp_path)
     with pytest.raises(InputError, match=r"expert must differ from"):

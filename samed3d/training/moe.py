@@ -104,6 +104,8 @@ def _own_tensors(general: PromptableModel, base: str, path: str) -> dict[str, Te
     own, theirs = general.state_dict(), expert.state_dict()
     if expert.spec.name != general.spec.name or {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in theirs.items()}:
         raise InputError(f"expert must be a fine-tune of {base} ({general.spec.name}), got another architecture or size in {path}")
+    if (crop := expert.spec.input_shape_zyx) != general.spec.input_shape_zyx:
+        logger.warning("%s was trained on crops of %s, the mixture cuts those of %s: %s", path, crop, base, general.spec.input_shape_zyx)
     changed = {name: tensor for name, tensor in theirs.items() if not torch.equal(tensor, own[name])}
     if not changed:
         raise InputError(f"expert must differ from {base}, got the same tensors in {path}")
