@@ -23,7 +23,7 @@ NEEDED_DEV := $(NEEDED_SERVE) accelerate torchio pydicom highdicom joblib distri
 # True where an environment that already existed holds all of these packages (-I: do not count this folder itself).
 HAS = $(PY) -I -c "import sys; from importlib.util import find_spec; sys.exit(any(find_spec(n) is None for n in sys.argv[1:]))"
 
-.PHONY: demo app viewer test lint bench help
+.PHONY: demo app viewer test test-browser lint bench help
 help:
 	@sed -n '1,4s/^# *//p' Makefile
 
@@ -39,6 +39,11 @@ viewer: $(CORE)
 
 test: $(DEV)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
+
+# The web page in headless chromium, which must be installed; skipped with the reason where it is not.
+test-browser: $(DEV) viewer
+	$(PIP) install -q $(CONSTRAINT) -e '.[e2e]'
+	$(PY) -m pytest -m browser $(ARGS)
 
 lint: $(DEV)
 	$(PY) -m ruff check .
