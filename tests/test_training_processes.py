@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,19 @@ def test_two_processes_give_the_losses_of_one_with_the_doubled_batch(folder, tmp
     assert saved[0]["samples"] == saved[1]["samples"] == 16
     for name, mean in saved[0]["average"].items():
         torch.testing.assert_close(mean, saved[1]["average"][name], atol=2e-3, rtol=1e-2)
+
+
+def test_a_run_of_two_processes_goes_on_with_one_where_its_samples_stopped(folder, tmp_path):
+    shutil.copytree(folder / "curve", tmp_path / "curve")
+    train(
+        load_config(TrainConfig, None, [*CURVE, "optim.batch=1", "optim.steps=6", f"run.folder={tmp_path / 'curve'}"]),
+        resume=True,
+        quiet=True,
+    )
+    saved = torch.load(tmp_path / "curve" / "last.pt", weights_only=True)
+    assert (saved["step"], saved["samples"]) == (6, 16 + 2 * ACCUMULATE), "two steps of one process after four of two"
+    processes = [start["processes"] for start in json.loads((tmp_path / "curve" / "environment.json").read_text())]
+    assert processes == [2, 1]
 
 
 # Accumulation, in this process

@@ -80,7 +80,8 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> 
     if stop.reason:
         logger.warning("stopped at step %d of %d: %s; go on with --resume", run.progress.done, run.config.optim.steps, stop.reason)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return folder
 
 

@@ -6,6 +6,7 @@ at once. Read ``loop.py`` next.
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from samed3d.models.base import AnyModel, SemanticModel
 from samed3d.models.sam_med3d_moe import MixtureOfExperts
 from samed3d.models.weights import find_checkpoint, load_state_strict, read_header, read_weights
 from samed3d.training.distill import Teacher
-from samed3d.training.moe import GateStep
+from samed3d.training.gate import GateStep
 from samed3d.training.semantic import SemanticStep, semantic_data, semantic_overrides
 from samed3d.training.step import InteractiveStep
 from samed3d.training.trainable import choose_trainable
@@ -42,8 +43,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
-    # The state outlives a run, and another run of this process may want another precision; the end of a run ends its process group.
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    AcceleratorState._reset_state()  # it outlives a run, and another run of this process may want another precision
+    atexit.unregister(_end_process_group)
+    atexit.register(_end_process_group)  # not at the end of a run: a second one of this process needs the group as well
     precision = config.run.precision
     if precision == "auto":
         capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # newer torch only
@@ -62,6 +64,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         # A batch without boxes leaves the box weights without gradient on that rank.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+
+
+def _end_process_group() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def start_model(config: TrainConfig) -> AnyModel:
