@@ -92,7 +92,7 @@ def page(running: Running) -> Iterator[object]:
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
-        tab = browser.new_page(viewport={"width": 1280, "height": 800}, accept_downloads=True)
+        tab = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True).new_page()
         tab.errors = []
         tab.on("pageerror", lambda error: tab.errors.append(str(error)))
         open_page(tab, running.page)
