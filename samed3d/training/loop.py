@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import multiprocessing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,7 @@ from samed3d.training.optimiser import AveragedWeights, learning_rate, make_opti
 from samed3d.training.progress import RunLog
 from samed3d.training.start import data_of, make_accelerator, start_model, step_of, unwrapped
 from samed3d.training.step import StepOutput, seed_of
-from samed3d.training.stopping import StopRequest, leave_process_group, memory_error
+from samed3d.training.stopping import StopRequest, memory_error, outlive_signals
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -73,6 +75,7 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> 
             raise known from error
         raise
     finally:
+        run.ending.set()
         run.log.close()
     _save(run)
     if accelerator.is_main_process:
@@ -98,6 +101,7 @@ class _Run:
     average: AveragedWeights
     progress: Progress
     validation: Validation | None
+    ending: Any
     log: Any = None
     validated: int = -1
 
@@ -124,13 +128,14 @@ def _prepared(config: TrainConfig, folder: Path, accelerator: Accelerator, resum
     dataset.start, dataset.length = progress.samples, left * per_step
     if config.data.corpus and config.data.synthetic_share == 0 and per_step > len(dataset.real) and accelerator.is_main_process:
         logger.warning("a step takes %d samples of %d structures: some come twice, in other crops", per_step, len(dataset.real))
-    workers = config.data.workers
-    loader: Any = DataLoader(dataset, config.optim.batch, num_workers=workers, persistent_workers=workers > 0, worker_init_fn=_start_worker)
+    workers, ending = config.data.workers, multiprocessing.Event()
+    start = partial(_start_worker, ending)
+    loader: Any = DataLoader(dataset, config.optim.batch, num_workers=workers, persistent_workers=workers > 0, worker_init_fn=start)
     validation = _validation(config, accelerator, folder)
     step, optimiser, loader = accelerator.prepare(step, optimiser, loader)
     if scaler is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(scaler)
-    return _Run(config, folder, accelerator, step, optimiser, loader, average, progress, validation)
+    return _Run(config, folder, accelerator, step, optimiser, loader, average, progress, validation, ending)
 
 
 def _validation(config: TrainConfig, accelerator: Accelerator, folder: Path) -> Validation | None:
@@ -163,7 +168,7 @@ def _run(run: _Run, stop: StopRequest) -> None:
     batches = progress.done * config.optim.accumulate
     run.step.train()
     pending = 0
-    for batch in _batches(run.loader, stop):
+    for batch in _batches(run.loader):
         with accelerator.accumulate(run.step):
             set_learning_rate(run.optimiser, config.optim, progress.done)
             seed = seed_of(config.run.seed, batches)
@@ -192,13 +197,10 @@ def _run(run: _Run, stop: StopRequest) -> None:
             _save(run)
 
 
-def _batches(loader: Any, stop: StopRequest) -> Any:
-    """The loader's batches; a user's error from a loader process keeps its one line, and a stop that took the loader along is a stop."""
+def _batches(loader: Any) -> Any:
+    """The loader's batches; a user's error from a loader process keeps its one line."""
     try:
         yield from loader
-    except RuntimeError as error:
-        if not (stop.asked and "DataLoader worker" in str(error)):
-            raise
     except InputError as error:
         raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from error
 
@@ -234,6 +236,6 @@ def _save(run: _Run) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def _start_worker(_worker: int) -> None:
+def _start_worker(ending: Any, _worker: int) -> None:
     torch.set_num_threads(1)
-    leave_process_group()
+    outlive_signals(ending)

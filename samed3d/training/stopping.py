@@ -70,10 +70,19 @@ class StopRequest:
         return stop
 
 
-def leave_process_group() -> None:
-    """For loader processes: a signal to the group (Ctrl-C) must not kill them before the run has finished its step."""
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
+def outlive_signals(ending: Any) -> None:
+    """For loader processes: a signal to the group or to every process must not kill them before the run has finished its step.
+
+    Args:
+        ending: A ``multiprocessing.Event`` that the run sets when it needs them no more; from then on SIGTERM ends them.
+    """
+
+    def leave(_number: int, _frame: FrameType | None) -> None:
+        if ending.is_set():
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def memory_error(error: BaseException, config: TrainConfig) -> InputError | None:
