@@ -1,0 +1,70 @@
+"""Who is kept back of a fine-tuning, and what the table of before and after may claim."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from data_prep.cached import cached_corpus
+from samed3d.data.corpus import Corpus
+from samed3d.models.weights import find_checkpoint, read_header
+from samed3d.training.before_after import choose_targets, compare, to_markdown
+from samed3d.training.subjects import seen_by, split_subjects
+from tests.corpus_sources import make_source
+
+
+def test_the_split_keeps_a_fifth_and_at_least_one_by_subject(tmp_path):
+    for cases, kept in ((2, 1), (5, 1), (9, 2)):
+        corpus = cached_corpus(make_source(tmp_path / f"set{cases}", cases=cases, first_seed=100 * cases))
+        split = split_subjects([corpus], seed=0)
+        assert len({c.subject for _, c in split.kept}) == kept
+        assert {c.subject for _, c in split.kept} & {c.subject for _, c in split.trained} == set()
+        assert len(split.kept) + len(split.trained) == cases
+    assert split_subjects([corpus], seed=1).seed != split.seed
+
+
+def test_targets_are_spread_over_subjects(tmp_path):
+    corpus = Corpus(cached_corpus(make_source(tmp_path / "set", cases=3)))
+    cases = [(corpus, case) for case in corpus.cases]
+    assert [len({t.case.subject for t in choose_targets(cases, n, 0)}) for n in (1, 2, 3)] == [1, 2, 3]
+    every = choose_targets(cases, 100, 0)
+    assert len(every) == 6 == len({(t.case.id, t.label.value) for t in every})
+    assert [t.label.value for t in every] != [t.label.value for t in choose_targets(cases, 100, 3)]
+
+
+def test_the_table_compares_with_the_chance_of_the_clicks():
+    before = scores({("p", 0): 0.4, ("p", 1): 0.5, ("q", 0): 0.2, ("q", 1): 0.3})
+    [line] = compare(before, [replace(s, dice=s.dice + (0.35 if s.seed else 0.25)) for s in before])
+    assert line.before == pytest.approx(0.35) and line.after == pytest.approx(0.65) and line.improved == 1.0
+    assert line.noise == pytest.approx(0.1 / math.sqrt(2))  # the change is 0.25 from one seed, 0.35 from the other
+    assert line.beyond_noise and line.low == pytest.approx(0.3) and line.high == pytest.approx(0.3)
+    [unsure] = compare(before, [replace(s, dice=s.dice + (0.35 if s.seed else -0.05)) for s in before])
+    assert unsure.change == pytest.approx(0.15) and not unsure.beyond_noise
+    text = to_markdown([line, unsure], before, "default", [("p", "trained on"), ("q", "never")])
+    assert "2 structures of 2 kept-back subjects, 2 seeds of the clicks" in text
+    assert "| 1 | 0.350 | 0.650 | +0.300 | +0.300 to +0.300 | ± 0.141 | yes | 100% |" in text
+    assert "`default` was trained on p: its Dice before is not that of an unseen subject" in text and "q" not in text.split("trained on")[1]
+
+
+def test_one_seed_and_one_subject_claim_nothing():
+    before = scores({("p", 0): 0.4})
+    [line] = compare(before, [replace(s, dice=0.9) for s in before])
+    assert math.isnan(line.noise) and math.isnan(line.low) and not line.beyond_noise
+    text = to_markdown([line], before, "default", [("p", "unknown")])
+    assert "one subject | one seed | unknown" in text and "Whether `default` was trained on p is unknown" in text
+
+
+def test_what_the_default_knew_of_a_subject():
+    path = find_checkpoint("default")
+    assert path is not None
+    header = read_header(path)
+    assert seen_by(header, header["training"]["data"]["hold_out"][0], "anyone") == "never"
+    answers = {seen_by(header, "another", f"s{n}") for n in range(40)}
+    assert answers == {"kept back", "unknown"}
+    tuned = {"trained_on": {"another": ["s1"]}, "training": header["training"], "base": {"history": header}}
+    assert seen_by(tuned, "another", "s1") == "trained on"
+    assert seen_by({}, "another", "s1") == "unknown"
+    told = {**header, "sources": ["known"]}
+    assert {seen_by(told, "another", f"s{n}") for n in range(40)} == {"never"}
+    assert {seen_by(told, "known", f"s{n}") for n in range(40)} == {"kept back", "trained on"}
