@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,13 @@ import pytest
 from data_prep.cached import cached_corpus
 from samed3d.data.corpus import Corpus
 from samed3d.models.weights import find_checkpoint, read_header
-from samed3d.training.before_after import choose_targets, compare, to_markdown
+from samed3d.training.before_after import Score, choose_targets, compare, to_markdown
 from samed3d.training.subjects import seen_by, split_subjects
 from tests.corpus_sources import make_source
+
+
+def scores(values: dict[tuple[str, int], float]) -> list[Score]:
+    return [Score(f"case of {who}", who, "0/1 a", seed, 1, dice) for (who, seed), dice in values.items()]
 
 
 def test_the_split_keeps_a_fifth_and_at_least_one_by_subject(tmp_path):

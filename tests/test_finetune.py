@@ -20,7 +20,7 @@ from samed3d.errors import InputError
 from samed3d.models import create_model, load
 from samed3d.models.weights import read_header, read_weights, save_weights
 from samed3d.nn.adapters import adapter_names
-from samed3d.training.before_after import Score, choose_targets, compare, measure
+from samed3d.training.before_after import choose_targets, compare, measure
 from samed3d.training.finetune import RATES, RECIPE, FinetuneOptions, finetune, recipe
 from samed3d.training.stopping import StopRequest
 from samed3d.training.subjects import seen_by, split_subjects
@@ -300,10 +300,6 @@ def test_the_same_model_measured_twice_does_not_change(base, five):
     assert first == second and len(first) == 2 * 2 * 3
     assert [c.change for c in compare(first, second)] == [0.0, 0.0]
     assert not any(c.beyond_noise for c in compare(first, second))
-
-
-def scores(values: dict[tuple[str, int], float]) -> list[Score]:
-    return [Score(f"case of {who}", who, "0/1 a", seed, 1, dice) for (who, seed), dice in values.items()]
 
 
 def test_the_recipe_is_the_one_in_configs(base, five, tmp_path):
