@@ -9,8 +9,8 @@ from torch import Tensor
 from samed3d.prompts import MASK_LOGIT_THRESHOLD
 
 
-def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
-    """1 - soft Dice per sample with squared denominators, mean over the batch (as MONAI's DiceLoss with ``squared_pred``).
+def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0, squared: bool = True) -> Tensor:
+    """1 - soft Dice per sample, mean over the batch; ``squared`` takes squares below the fraction (as MONAI's ``squared_pred``).
 
     Shape:
         logits, target: (B, 1, D, H, W) -> scalar.
@@ -18,7 +18,7 @@ def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
     prob = logits.float().sigmoid().flatten(1)
     truth = target.flatten(1).to(prob.dtype)
     overlap = 2 * (prob * truth).sum(dim=1) + smooth
-    return (1 - overlap / (prob.square().sum(dim=1) + truth.sum(dim=1) + smooth)).mean()
+    return (1 - overlap / ((prob.square() if squared else prob).sum(dim=1) + truth.sum(dim=1) + smooth)).mean()
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

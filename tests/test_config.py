@@ -62,7 +62,7 @@ def test_a_config_is_frozen():
     [
         ("optim.lrr=1", r"unknown config key 'optim\.lrr'; did you mean optim\.lr\?"),
         ("optm.lr=1", r"unknown config key 'optm'; did you mean optim\?"),
-        ("optim.zzzzzz=1", r"known here: lr, lr_scale, weight_decay"),
+        ("optim.zzzzzz=1", r"known here: name, lr, lr_scale, weight_decay"),
         ("optim.lr=fast", r"'optim\.lr' must be a finite number, got 'fast'"),
         ("optim.lr=.inf", r"'optim\.lr' must be a finite number, got inf"),
         ("optim.lr=true", r"'optim\.lr' must be a number, got True"),

@@ -353,7 +353,7 @@ def test_a_run_is_not_overwritten_nor_resumed_with_another_config(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_names_the_cases(tmp_path, monkeypatch):
-    monkeypatch.setattr("samed3d.losses.dice_loss", lambda logits, target, smooth: logits.sum() * math.nan)
+    monkeypatch.setattr("samed3d.losses.dice_loss", lambda logits, target, *form: logits.sum() * math.nan)
     with pytest.raises(RuntimeError, match="loss is nan at step 0; cases: generated, generated"):
         train(tiny_config(tmp_path, "optim.steps=2"), quiet=True)
     assert not (tmp_path / "last.pt").exists()

@@ -206,7 +206,7 @@ def test_a_checkpoint_of_an_older_version_is_taken(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_leaves_what_is_needed_to_draw_it_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("samed3d.losses.dice_loss", lambda logits, target, smooth: logits.sum() * float("nan"))
+    monkeypatch.setattr("samed3d.losses.dice_loss", lambda logits, target, *form: logits.sum() * float("nan"))
     with pytest.raises(RuntimeError, match=r"loss is nan at step 0; .* is in .*nonfinite\.json"):
         train(tiny_config(tmp_path, "optim.steps=2", "run.seed=3"), quiet=True)
     told = json.loads((tmp_path / "nonfinite.json").read_text())

@@ -104,22 +104,31 @@ class ClickConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """The optimiser and its schedule."""
 
+    name: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or stochastic gradient descent with Nesterov's momentum."""
     lr: float = 1e-3
     """Peak learning rate."""
     lr_scale: dict[str, float] = field(default_factory=dict)
     """Factor on the rate of the parameters whose names begin so, e.g. ``{mask_decoder: 0.1}``; empty gives all the same rate."""
     weight_decay: float = 0.05
-    """Decoupled weight decay; 0 switches it off."""
+    """Weight decay, decoupled from the gradient with adamw, part of it with sgd; 0 switches it off."""
     decay_all: bool = False
     """Whether norms, biases, positions and tokens decay too (SAM-Med3D)."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and second moment, each in [0, 1)."""
+    """For adamw: decay of the first and second moment, each in [0, 1)."""
+    momentum: float = 0.9
+    """For sgd: share of the last step that is taken again, 0 (none) to below 1."""
     warmup_steps: int = 0
     """Optimiser steps over which the rate rises from 0; 0 starts at the peak."""
-    schedule: Literal["cosine", "constant", "multistep"] = "cosine"
-    """Course of the rate after the warm-up: half a cosine to 0 at the last step, flat, or times ``gamma`` at each of ``milestones``."""
+    schedule: Literal["cosine", "constant", "multistep", "power"] = "cosine"
+    """Course of the rate after the warm-up: half a cosine to 0 at the last step, flat, times ``gamma`` at each of ``milestones``, or as the
+    share of steps that are left to the power of ``exponent``."""
+    exponent: float = 0.9
+    """For power: 1 is a straight line to 0, more falls early, less falls late; above 0."""
+    schedule_length: float = 1.0
+    """Length of the schedule in runs: 1 ends with the run, 2 is half way through when the run ends; not for constant."""
     milestones: list[float] = field(default_factory=lambda: [0.6, 0.9])
     """For multistep: rising shares of a cycle, each from 0 to 1."""
     gamma: float = 0.1
@@ -144,6 +153,9 @@ class OptimConfig:
         check(self.lr > 0, "optim.lr", "must be above 0", self.lr)
         check(self.weight_decay >= 0, "optim.weight_decay", "must be 0 or more", self.weight_decay)
         check(all(0 <= b < 1 for b in self.betas), "optim.betas", "must each be from 0 to below 1", self.betas)
+        check(0 <= self.momentum < 1, "optim.momentum", "must be from 0 (none) to below 1", self.momentum)
+        check(self.exponent > 0, "optim.exponent", "must be above 0", self.exponent)
+        check(self.schedule_length >= 1, "optim.schedule_length", "must be 1 (ends with the run) or more", self.schedule_length)
         check(self.grad_clip >= 0, "optim.grad_clip", "must be 0 (off) or more", self.grad_clip)
         check(self.accumulate >= 1, "optim.accumulate", "must be 1 or more", self.accumulate)
         check(self.batch >= 1, "optim.batch", "must be 1 or more", self.batch)
@@ -237,6 +249,13 @@ class LossConfig:
     """Squared error of the predicted overlap."""
     dice_smooth: float = 1.0
     """What is added to both sides of the Dice fraction, in voxels; above 0."""
+    dice_form: Literal["auto", "squared", "plain"] = "auto"
+    """Whether probabilities are squared below the fraction of Dice; auto squares them for promptable models (SAM-Med3D) and not for
+    automatic ones (nnU-Net)."""
+    dice_background: bool = False
+    """For automatic models: whether the background counts as one of the classes of Dice."""
+    dice_batch: bool = False
+    """For automatic models: whether Dice is taken over a process's whole batch as over one volume, or crop by crop."""
     turns: Literal["mean", "sum"] = "mean"
     """Whether the losses of a sample's turns are averaged or added up (SAM-Med3D)."""
     distill: float = 0.0

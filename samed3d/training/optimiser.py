@@ -1,4 +1,4 @@
-"""AdamW's parameter groups, the course of the learning rate, and the running mean of the weights.
+"""The optimiser, its parameter groups, the course of the learning rate, and the running mean of the weights.
 
 No loop and no file here; read ``training/loop.py`` next.
 """
@@ -18,7 +18,7 @@ from samed3d.errors import InputError
 
 
 def make_optimiser(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over every parameter that learns.
+    """AdamW, or SGD with Nesterov's momentum, over every parameter that learns.
 
     Raises:
         InputError: if nothing learns, or ``optim.lr_scale`` names a part that the model does not have.
@@ -26,6 +26,8 @@ def make_optimiser(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimize
     groups = parameter_groups(model, optim)
     if not any(group["params"] for group in groups):
         raise InputError("model.train leaves no parameter that learns; choose another value, or train all")
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.momentum > 0, foreach=True)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, foreach=True)
 
 
@@ -74,8 +76,11 @@ def learning_rate(optim: OptimConfig, done: int) -> float:
         return optim.lr
     passed, span = done - optim.warmup_steps, max(1, optim.steps - optim.warmup_steps)
     position = passed * optim.cycles % span / span if passed < span else 1.0  # whole numbers: a milestone is met exactly
+    position /= optim.schedule_length
     if optim.schedule == "multistep":
         return optim.lr * optim.gamma ** sum(position >= milestone for milestone in optim.milestones)
+    if optim.schedule == "power":
+        return optim.lr * (1 - position) ** optim.exponent
     return optim.lr * 0.5 * (1 + math.cos(math.pi * position))
 
 

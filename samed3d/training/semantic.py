@@ -25,7 +25,7 @@ class SemanticStep(nn.Module):
 
     Args:
         model: The network that is trained.
-        weights: Weights of Dice and cross-entropy, and the Dice's ``dice_smooth``; the other terms do not apply.
+        weights: Weights of Dice and cross-entropy, and the form of Dice; the other terms do not apply.
     """
 
     def __init__(self, model: SemanticModel, weights: LossConfig) -> None:
@@ -45,11 +45,12 @@ class SemanticStep(nn.Module):
             The weighted loss over the supervised outputs, and the hard Dice of each class but the background, (B, K - 1).
         """
         outputs = self.model.forward_supervised(image)
-        total = image.new_zeros((), dtype=torch.float32)
+        total, terms = image.new_zeros((), dtype=torch.float32), self.weights
+        form = {"squared": terms.dice_form == "squared", "background": terms.dice_background, "batch": terms.dice_batch}
         for weight, logits in outputs:
             numbers = resized_numbers(target, logits)
-            overlap = soft_dice_loss(logits, numbers, self.weights.dice_smooth)
-            total = total + weight * (self.weights.dice * overlap + self.weights.ce * F.cross_entropy(logits.float(), numbers))
+            overlap = soft_dice_loss(logits, numbers, terms.dice_smooth, **form)
+            total = total + weight * (terms.dice * overlap + terms.ce * F.cross_entropy(logits.float(), numbers))
         finest = outputs[0][1].detach()
         return StepOutput(total, class_dice(finest.argmax(1), resized_numbers(target, finest), finest.shape[1]))
 
@@ -61,20 +62,28 @@ def resized_numbers(target: Tensor, like: Tensor) -> Tensor:
     return target[:, 0].long()
 
 
-def soft_dice_loss(logits: Tensor, numbers: Tensor, smooth: float = 1e-5) -> Tensor:
-    """1 - soft Dice of the softmax, mean over samples and classes without the background.
+def soft_dice_loss(
+    logits: Tensor, numbers: Tensor, smooth: float = 1e-5, *, squared: bool = False, background: bool = False, batch: bool = False
+) -> Tensor:
+    """1 - soft Dice of the softmax, mean over classes and samples.
 
     A class that a crop does not hold costs what is predicted of it, and nothing where that is nothing.
 
-    Shape:
-        logits (B, K, D, H, W), numbers (B, D, H, W) -> scalar.
+    Args:
+        logits: (B, K, D, H, W).
+        numbers: (B, D, H, W) class numbers, 0 is background.
+        smooth: Added to both sides of the fraction, in voxels.
+        squared: Whether probabilities are squared below the fraction.
+        background: Whether class 0 counts.
+        batch: Whether voxels are added up over the samples before the fraction is taken.
 
-    Source: SAM3D's training code (after nnU-Net): background left out, smooth 1e-5, not squared.
+    Source: SAM3D's training code (after nnU-Net): smooth 1e-5 and the rest as preset; MA-SAM's: squared, background and batch all on.
     """
-    prob = logits.float().softmax(1)[:, 1:].flatten(2)
-    truth = F.one_hot(numbers, logits.shape[1]).movedim(-1, 1)[:, 1:].flatten(2).to(prob.dtype)
-    overlap = 2 * (prob * truth).sum(2) + smooth
-    return (1 - overlap / (prob.sum(2) + truth.sum(2) + smooth)).mean()
+    first, voxels = 0 if background else 1, (0, 2) if batch else (2,)
+    prob = logits.float().softmax(1)[:, first:].flatten(2)
+    truth = F.one_hot(numbers, logits.shape[1]).movedim(-1, 1)[:, first:].flatten(2).to(prob.dtype)
+    overlap = 2 * (prob * truth).sum(voxels) + smooth
+    return (1 - overlap / ((prob.square() if squared else prob).sum(voxels) + truth.sum(voxels) + smooth)).mean()
 
 
 def class_dice(predicted: Tensor, numbers: Tensor, classes: int) -> Tensor:

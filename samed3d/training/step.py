@@ -148,7 +148,8 @@ class InteractiveStep(nn.Module):
 
     def _loss(self, logits: Tensor, iou: Tensor, target: Tensor) -> Tensor:
         terms = self.weights
-        loss = terms.dice * losses.dice_loss(logits, target, terms.dice_smooth) + terms.ce * losses.cross_entropy(logits, target)
+        overlap = losses.dice_loss(logits, target, terms.dice_smooth, terms.dice_form != "plain")
+        loss = terms.dice * overlap + terms.ce * losses.cross_entropy(logits, target)
         if terms.iou:
             loss = loss + terms.iou * losses.iou_loss(iou, losses.hard_overlap(logits.detach(), target)[1])
         return loss
