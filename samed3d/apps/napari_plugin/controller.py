@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from samed3d.apps.connection import RemoteError
 from samed3d.errors import InputError
-from samed3d.geometry import IntTriple, Region, Triple, as_triple
+from samed3d.geometry import IntTriple, Region, Triple, as_triple, bounding_region
 from samed3d.prompts import Box, Lasso, MaskPrior, PackedMask, Point, Prompt, Scribble, prompt_from_json
 
 logger = logging.getLogger(__name__)
@@ -149,20 +149,25 @@ class Controller:
     def painted(self, painted: NDArray) -> None:
         """Take a label map that was edited by hand: each object whose voxels changed starts anew from what it is now.
 
+        A voxel that was painted belongs to the label that it was given and to no other visible object that is not locked.
+
         Args:
             painted: (D, H, W) of whole numbers; it is compared with ``labels`` and not kept.
         """
-        before, after = self.labels, np.asarray(painted)
-        where = after != before
-        jobs = []
-        for number in np.union1d(before[where], after[where]).tolist():
-            if number == 0:
-                continue
-            mask = self._masks[number].full() if number in self._masks else np.zeros(self.shape_zyx, bool)
-            mask = (mask & ~(where & (before == number))) | (where & (after == number))
-            jobs.append((int(number), mask))
-        for number, mask in jobs:
-            self._do(lambda number=number, mask=mask: self._start_from(number, mask))  # type: ignore[misc]
+        region = bounding_region(painted != self.labels)
+        if region.is_empty:
+            return
+        before, after = self.labels[region.slices], np.asarray(painted)[region.slices].copy()
+        where = before != after
+        touched = {int(number) for number in np.union1d(before[where], after[where]) if number}
+        touched |= {entry.id for entry in self.state.objects if entry.visible and not entry.locked}
+        for number in sorted(touched):
+            old = self._masks[number].on(region) if number in self._masks else np.zeros(region.shape_zyx, bool)
+            new = np.where(where, after == number, old)
+            if (new != old).any():
+                mask = self._masks[number].full() if number in self._masks else np.zeros(self.shape_zyx, bool)
+                mask[region.slices] = new
+                self.start_from(mask, number)
 
     def start_from(self, mask: NDArray, object_id: int) -> None:
         """Let an object start anew from a mask, (D, H, W)."""

@@ -61,6 +61,7 @@ class SessionLayers:
         self.object_id, self.positive, self.depth, self.radius_vox = 1, True, 1, 1.0
         self._quiet = self._turned = False
         self._dirty = False
+        self._held = {"points": False, "shapes": False}
         self._ticket = 0
         self._pending: dict[int, tuple[str, Drawn, int, bool]] = {}  # by ticket: layer, what was drawn, object, sign
         self._numbers: dict[int, int] = {}  # ticket to prompt number, until the layer carries the number
@@ -77,8 +78,9 @@ class SessionLayers:
         )
         self.points.mouse_drag_callbacks.append(self._pressed)
         self.shapes.mouse_drag_callbacks.append(self._pressed)
-        self.points.events.data.connect(self._drawn)
-        self.shapes.events.data.connect(self._drawn)
+        # A plugin's viewer hands out proxies, so that an event's source is not the layer that we hold.
+        self.points.events.data.connect(self._points_drawn)
+        self.shapes.events.data.connect(self._shapes_drawn)
         self.masks.events.paint.connect(self._painted)
         for layer in self.layers:
             layer.bind_key("Control-Z", lambda _: controller.undo(), overwrite=True)
@@ -166,10 +168,18 @@ class SessionLayers:
         features = getattr(self, kind).features
         return [int(value) for value in np.nan_to_num(np.asarray(features[_NUMBER], dtype=float))]
 
-    def _drawn(self, event: Any) -> None:
-        if self._quiet or str(getattr(event, "action", "changed")) not in _FINISHED:
+    def _points_drawn(self, event: Any) -> None:
+        self._drawn("points", event)
+
+    def _shapes_drawn(self, event: Any) -> None:
+        self._drawn("shapes", event)
+
+    def _drawn(self, kind: str, event: Any) -> None:
+        if self._quiet:
             return
-        kind = "points" if event.source is self.points else "shapes"
+        self._held[kind] = str(event.action) not in _FINISHED
+        if self._held[kind]:
+            return
         numbers = [self._numbers.get(number, number) for number in self._layer_numbers(kind)]
         rows, known = self._rows(kind), self._shown[kind]
         new, kept, gone = compared(known, numbers)
@@ -264,7 +274,7 @@ class SessionLayers:
 
     def _show_rows(self, kind: str, entries: list[Entry]) -> None:
         layer = getattr(self, kind)
-        if getattr(layer, "_is_creating", False):  # in the middle of drawing; the end of it comes back here
+        if self._held[kind]:  # under the user's hand; the end of that comes back here
             return
         wanted: dict[int, tuple[Drawn, str, str, float]] = {}
         for entry in entries:

@@ -184,10 +184,11 @@ class PromptWidget(QWidget):
         form.addRow("Server", self._url)
         form.addRow("Token", self._token)
         form.addRow("Session", self._session)
-        self._start_button = _button("Start on this layer", self._start_chosen)
+        self._start_button = _button("Start on layer", self._start_chosen)
         row = QGridLayout()
         row.addWidget(self._start_button, 0, 0)
         row.addWidget(_button("Open a file...", self._ask_file), 0, 1)
+        row.addWidget(_button("DICOM folder...", self._ask_folder), 0, 2)
         form.addRow(row)
         return box
 
@@ -256,6 +257,11 @@ class PromptWidget(QWidget):
         if path:
             self.open_file(path)
 
+    def _ask_folder(self) -> None:
+        path = QFileDialog.getExistingDirectory(self, "Open a folder of DICOM slices")
+        if path:
+            self.open_file(path)
+
     def _ask_save(self) -> None:
         path, chosen = QFileDialog.getSaveFileName(self, "Save", "", ";;".join(_SAVED))
         if path:
@@ -313,7 +319,7 @@ class PromptWidget(QWidget):
             offset = self._viewer.dims.ndim - 3
             for axis, at in enumerate(world):
                 self._viewer.dims.set_point(offset + axis, at)
-            self._viewer.camera.center = tuple(world)
+            getattr(self._viewer, "scene", self._viewer).camera.center = tuple(world)
             self._say(f"Least certain here (the middle of the view): the model says {'inside' if positive else 'outside'}.")
 
         if self.controller is not None:
@@ -341,13 +347,13 @@ class PromptWidget(QWidget):
         for layer in self._viewer.layers:
             if hasattr(layer, "contrast_limits") and layer not in ours:
                 self._images.addItem(layer.name, layer)
-                if layer is chosen:
+                if layer == chosen:
                     self._images.setCurrentIndex(self._images.count() - 1)
         self._start_button.setEnabled(self._images.count() > 0)
 
     def _layer_removed(self, event: Any) -> None:
         self._list_images()
-        if self.layers is not None and (event.value is self._image or event.value in self.layers.layers):
+        if self.layers is not None and (event.value == self._image or event.value in self.layers.layers):
             self.close_session()
             self._say("The session was closed with its layer.")
 
