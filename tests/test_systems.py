@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from samed3d.crops import image_channels
 from samed3d.models import MODELS, create_model, list_models
-from samed3d.models.base import PromptableModel, PromptBatch
-from samed3d.models.inventory import take_inventory
+from samed3d.models.base import ModelSpec, PromptableModel, PromptBatch, SemanticModel
+from samed3d.models.inventory import count_flops, take_inventory
 
 PUBLISHED = {
     # name: (total parameters or None, trained parameters)
@@ -68,6 +69,73 @@ def test_operations_are_those_of_the_fact_sheets():
     """49.6 GFLOP for the student's encoder (published); the teacher's, without the padding of its windows, far below its 368.6."""
     assert take_inventory(on_meta("fast_sam3d")).encode_flops / 1e9 == pytest.approx(49.6, abs=0.1)
     assert 95 < take_inventory(on_meta("sam_med3d_b")).encode_flops / 1e9 < 110
+
+
+def run_all(model) -> tuple[int, int]:
+    """Operations of encode and decode with every module run, none remembered."""
+    spec = model.spec
+    model.requires_grad_(False)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        if not isinstance(model, PromptableModel):
+            model(torch.empty(1, spec.in_channels, *spec.input_shape_zyx))
+            return counter.get_total_flops(), 0
+        features = model.encode(torch.empty(1, image_channels(spec.normalisation), *spec.input_shape_zyx))
+        encode = counter.get_total_flops()
+        model.decode(features, PromptBatch(torch.empty(1, 1, 3), torch.empty(1, 1, dtype=torch.int64)))
+        return encode, counter.get_total_flops() - encode
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_counting_equal_blocks_once_changes_no_count(name):
+    with torch.device("meta"):
+        model = create_model(name, **MODELS[name].tiny)
+    assert count_flops(model) == run_all(model)
+    assert not any("forward" in vars(module) for module in model.modules()), "every module has its own forward again"
+
+
+def test_nor_in_full_size_with_many_slices():
+    assert count_flops(on_meta("sam3d")) == run_all(on_meta("sam3d"))
+
+
+class Repeat(torch.nn.Module):
+    """A linear layer applied some times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times, self.layer, self.ran = times, torch.nn.Linear(4, 4), []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.ran.append(1)
+        for _ in range(self.times):
+            x = self.layer(x)
+        return x
+
+
+class Chain(SemanticModel):
+    """Blocks of one class and size that differ in a number alone."""
+
+    def __init__(self, *times: int) -> None:
+        super().__init__()
+        self.spec = ModelSpec("chain", (4, 4, 4), classes=1)
+        self.blocks = torch.nn.Sequential(*map(Repeat, times))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.blocks(image)
+
+
+def test_blocks_that_differ_in_a_number_are_counted_apart():
+    once = 2 * 64 * 4
+    with torch.device("meta"):
+        chain = Chain(1, 3, 1, 3)
+    assert count_flops(chain) == (8 * once, 0)
+
+
+def test_equal_blocks_run_once():
+    with torch.device("meta"):
+        chain = Chain(2, 2, 2)
+    for block in chain.blocks:
+        block.ran = ran = chain.blocks[0].ran
+    assert count_flops(chain)[0] == 6 * 2 * 64 * 4 and len(ran) == 1
 
 
 @pytest.mark.parametrize("name", [n for n in list_models() if n != "sam_med3d_moe"])
