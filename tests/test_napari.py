@@ -11,7 +11,7 @@ import pytest
 from samed3d.apps.client import Client
 from samed3d.apps.napari_plugin.controller import Controller
 from samed3d.apps.napari_plugin.frames import Frame, affine_for, volume_of
-from samed3d.apps.napari_plugin.layer_prompts import Drawn, compared, depth_of, moved_shape, prompt_to_shape, shape_to_prompt
+from samed3d.apps.napari_plugin.layer_prompts import Drawn, compared, depth_of, moved_shape, point_at, prompt_to_shape, shape_to_prompt
 from samed3d.apps.napari_plugin.opening import open_remote, resume_remote
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
@@ -124,6 +124,30 @@ def test_a_layer_that_was_read_from_a_file_has_the_files_grid(tmp_path):
     write_volume(path, IMAGE, grid)
     assert volume_of(Layer(IMAGE, path=str(path))).grid == read_volume(path).grid
     assert volume_of(Layer(IMAGE, placed((2.5, 0.8, 0.7), (0, 0, 0)), str(path))).source == str(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["tptbox_ct_vert/imagesTr/tptbox_ct_vert_0000.nii.gz", "sct_gray_matter_mr/imagesTr/sct_t2s_gm_0000.nii.gz"]
+)
+def test_real_permuted_and_oblique_files_are_shown_and_saved_in_place(data_dir, name, tmp_path):
+    """Opened by the plugin, the layer has the file's own voxels: a click in it is that voxel, and the mask lies where the file does."""
+    path = data_dir / name
+    if not path.exists():
+        pytest.skip(f"no real data: {path} does not exist")
+    volume = read_volume(path)
+    layer = Layer(volume.array, affine_for(volume.grid), str(path))
+    assert volume_of(layer).grid == volume.grid
+    centre = tuple(n // 2 for n in volume.grid.size_ijk)
+    world = layer.data_to_world(centre[::-1])
+    assert world == pytest.approx(np.multiply(centre[::-1], volume.grid.spacing_zyx_mm))
+    controller = started(volume)
+    (at,) = Frame.of(Layer(IMAGE)).to(Frame.of(layer), np.array([world]))
+    controller.add(point_at(at, True), 1)
+    assert controller.labels[centre[::-1]] == 1
+    controller.save(str(tmp_path / "mask.nii.gz"), "nifti")
+    saved = read_volume(tmp_path / "mask.nii.gz")
+    np.testing.assert_allclose(saved.grid.affine_ras, volume.grid.affine_ras, atol=1e-4)
+    np.testing.assert_array_equal(saved.array, controller.labels)
 
 
 def test_a_layer_that_says_otherwise_than_its_file_is_believed(tmp_path):

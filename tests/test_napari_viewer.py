@@ -17,7 +17,7 @@ from samed3d.apps.napari_plugin.controller import Controller
 from samed3d.apps.napari_plugin.frames import Frame, affine_for, volume_of
 from samed3d.errors import InputError
 from samed3d.inference.session import Session
-from samed3d.prompts import Box, Lasso, Point, Scribble
+from samed3d.prompts import Box, Lasso, MaskPrior, Point, Scribble
 from samed3d.volume import read_volume, write_volume
 from tests.brightness_model import BrightnessModel
 from tests.clicked_model import ClickedModel
@@ -386,32 +386,81 @@ def viewer(application: Any) -> Iterator[Any]:
     shown.close()
 
 
-def test_real_clicks_in_a_real_viewer(application, viewer, tmp_path, monkeypatch):
-    """Qt's own mouse events on the canvas: left click adds, Ctrl+click is off the object, Ctrl+Z takes it back."""
-    from qtpy.QtCore import QPoint, Qt
-    from qtpy.QtTest import QTest
-
+@pytest.fixture
+def window(application: Any, viewer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The dock as napari itself adds it, with the ball open in the slice of its middle; and the canvas."""
     monkeypatch.setattr(f"{SESSION}.open_local", lambda volume, model: Session(volume, ClickedModel()))
     write_ball(tmp_path / "ball.nii.gz")
     _, dock = viewer.window.add_plugin_dock_widget("samed3d", "Segment from clicks")
-    dock = getattr(dock, "_widget", dock) if not hasattr(dock, "open_file") else dock
     dock.open_file(str(tmp_path / "ball.nii.gz"))
     until(application, lambda: dock.controller is not None and dock.worker.waiting == 0)
     viewer.dims.set_current_step(0, BALL_IJK[2])
     viewer.reset_view()
-    until(application, lambda: dock.worker.waiting == 0)
     canvas = viewer.window._qt_viewer.canvas.native
+    application.processEvents()
+
+    def objects() -> list[Any]:
+        until(application, lambda: dock.worker.waiting == 0)
+        return dock.controller.session.objects()
+
+    return SimpleNamespace(dock=dock, canvas=canvas, objects=objects, idle=objects)
+
+
+def test_real_clicks_in_a_real_viewer(application, window):
+    """Qt's own mouse events on the canvas: left click adds, Ctrl+click is off the object, Ctrl+Z takes it back."""
+    from qtpy.QtCore import QPoint, Qt
+    from qtpy.QtTest import QTest
+
+    dock, canvas = window.dock, window.canvas
     middle = QPoint(canvas.width() // 2, canvas.height() // 2)
     QTest.mouseClick(canvas, Qt.MouseButton.LeftButton, Qt.KeyboardModifier.NoModifier, middle)
-    until(application, lambda: len(dock.layers.points.data) == 1 and dock.worker.waiting == 0)
-    assert dock.controller.session.objects(), dock._status.text()
-    (point,) = dock.controller.session.objects()[0].prompts
+    until(application, lambda: len(dock.layers.points.data) == 1)
+    (point,) = window.objects()[0].prompts
     np.testing.assert_allclose(point.at, (15.5, 13.5, 11), atol=0.6)  # the middle of the image, in the slice that is shown
     QTest.mouseClick(canvas, Qt.MouseButton.LeftButton, Qt.KeyboardModifier.ControlModifier, middle + QPoint(80, 0))
-    until(application, lambda: len(dock.layers.points.data) == 2 and dock.worker.waiting == 0)
-    assert [p.positive for p in dock.controller.session.objects()[0].prompts] == [True, False]
+    until(application, lambda: len(dock.layers.points.data) == 2)
+    assert [p.positive for p in window.objects()[0].prompts] == [True, False]
     canvas.setFocus()
     QTest.keyClick(canvas, Qt.Key.Key_Z, Qt.KeyboardModifier.ControlModifier)
-    until(application, lambda: len(dock.layers.points.data) == 1 and dock.worker.waiting == 0)
+    until(application, lambda: len(dock.layers.points.data) == 1)
+    assert len(window.objects()[0].prompts) == 1
     QTest.keyClick(canvas, Qt.Key.Key_T)
     assert dock._negative.isChecked()
+
+
+def test_real_drawing_in_a_real_viewer(application, window):
+    """Boxes, lassos, scribbles and the brush, drawn with the mouse."""
+    from qtpy.QtCore import QPoint, Qt
+    from qtpy.QtTest import QTest
+
+    dock, canvas = window.dock, window.canvas
+    middle = QPoint(canvas.width() // 2, canvas.height() // 2)
+
+    def drag(tool: str, corners: list[tuple[int, int]]) -> None:
+        dock._tools[tool].click()
+        path = [middle + QPoint(*corner) for corner in corners]
+        QTest.mouseMove(canvas, path[0])
+        QTest.mousePress(canvas, Qt.MouseButton.LeftButton, Qt.KeyboardModifier.NoModifier, path[0])
+        for start, end in zip(path, path[1:], strict=False):
+            for step in range(1, 11):
+                QTest.mouseMove(canvas, start + (end - start) * step / 10)
+                application.processEvents()
+        QTest.mouseRelease(canvas, Qt.MouseButton.LeftButton, Qt.KeyboardModifier.NoModifier, path[-1])
+        application.processEvents()
+
+    drag("Box", [(-60, -60), (60, 60)])
+    (box,) = window.objects()[0].prompts
+    assert isinstance(box, Box) and box.min[2] == box.max[2] == 11
+    assert all(low < centre < high for low, centre, high in zip(box.min[:2], (15.5, 13.5), box.max[:2], strict=True))
+    drag("Scribble", [(-30, 0), (30, 0)])
+    drag("Lasso", [(-50, -50), (50, -50), (50, 50), (-50, 50), (-50, -50)])
+    kinds = [type(prompt) for prompt in window.objects()[0].prompts]
+    assert kinds == [Box, Scribble, Lasso], dock._status.text()
+    before = dock.layers.masks.data.copy()
+    drag("Paint", [(-100, -100), (-60, -100)])
+    assert [type(prompt) for prompt in window.objects()[0].prompts][3:] == [MaskPrior]
+    assert (dock.layers.masks.data.astype(int) - before).sum() > 0
+    for left in (3, 2, 1):
+        dock._undo.click()
+        assert len(window.objects()[0].prompts) == left
+    assert len(dock.layers.shapes.data) == 1

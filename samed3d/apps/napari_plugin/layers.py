@@ -32,6 +32,7 @@ from samed3d.prompts import Point, Prompt, Scribble
 
 POSITIVE, NEGATIVE = "#30e060", "#ff4040"
 _NUMBER = "prompt"
+_DOT, _LINE = 0.015, 0.003  # of the image's longest side
 _FINISHED = ("added", "removed", "changed")
 
 
@@ -68,13 +69,24 @@ class SessionLayers:
         self._shown: dict[str, dict[int, NDArray]] = {"points": {}, "shapes": {}}
         self._across: dict[int, int] = {}  # the axis that a box was drawn across
         placed = {key: getattr(image, key) for key in ("scale", "translate", "rotate", "shear", "affine", "units") if hasattr(image, key)}
+        spacing = np.linalg.norm(Frame.of(image).matrix[:3, :3], axis=0)
+        longest = float((spacing * controller.shape_zyx).max())
+        # Napari draws points in world units over the last axis' scale, whatever the affine; and edges in voxels.
+        self._dot, self._line = _DOT * longest / float(abs(image.scale[-1])), _LINE * longest / float(spacing[-1])
         self.masks = viewer.add_labels(controller.labels.copy(), name="samed3d masks", opacity=0.5, **placed)
         numbered = {"features": {_NUMBER: np.zeros(0, int)}, "feature_defaults": {_NUMBER: 0}}
         self.shapes = viewer.add_shapes(
-            None, ndim=3, name="samed3d shapes", face_color="transparent", edge_color=POSITIVE, edge_width=0.5, **numbered, **placed
+            None,
+            ndim=3,
+            name="samed3d shapes",
+            face_color="transparent",
+            edge_color=POSITIVE,
+            edge_width=self._line,
+            **numbered,
+            **placed,
         )
         self.points = viewer.add_points(
-            None, ndim=3, name="samed3d points", size=3, face_color=POSITIVE, border_color="white", **numbered, **placed
+            None, ndim=3, name="samed3d points", size=self._dot, face_color=POSITIVE, border_color="white", **numbered, **placed
         )
         self.points.mouse_drag_callbacks.append(self._pressed)
         self.shapes.mouse_drag_callbacks.append(self._pressed)
@@ -282,11 +294,11 @@ class SessionLayers:
                 drawn = self._as_drawn(kind, number, prompt)
                 if drawn is not None:
                     sign = POSITIVE if getattr(prompt, "positive", True) else NEGATIVE
-                    width = 2 * prompt.radius_vox + 1 if isinstance(prompt, Scribble) else 0.5
+                    width = 2 * prompt.radius_vox + 1 if isinstance(prompt, Scribble) else self._line
                     wanted[number] = (drawn, sign, entry.colour, width)
         for ticket, (of, drawn, _, positive) in self._pending.items():
             if of == kind:
-                wanted[ticket] = (drawn, POSITIVE if positive else NEGATIVE, "#ffffff", 0.5)
+                wanted[ticket] = (drawn, POSITIVE if positive else NEGATIVE, "#ffffff", self._line)
         self._shown[kind] = {number: drawn.vertices_zyx for number, (drawn, *_) in wanted.items() if number > 0}
         numbers = [self._numbers.get(number, number) for number in self._layer_numbers(kind)]
         rows = self._rows(kind)
