@@ -52,6 +52,7 @@ class Job:
 JOBS = (
     Job("latency"),
     Job("train", quick=("--repeats", "1")),
+    Job("augment", quick=("--edges", "32", "--samples", "5")),
     Job("session", ("--out", "{out}", "--threads", "1"), ()),
     Job("server_load", quick=("--clients", "2", "--seconds", "5", "--sessions", "3")),
     Job("export", ("--out", "{out}"), ("--rounds", "2")),

@@ -127,6 +127,17 @@ def training(body: Body) -> str:
     return _table(["", "measured"], _leaves({k: v for k, v in body.items() if k not in ("collected", "machine")}))
 
 
+def augmentation(body: Body) -> str:
+    """Milliseconds of a crop by every way, and how many times ours is as fast."""
+    names = list(next(iter(body["crops"].values()))["ms"])
+    rows = [[name.replace("_", " "), *(_number(found["ms"][name]) + " ms" for found in body["crops"].values())] for name in names]
+    for name in ("torchio", "torchio_with_affine"):
+        ratios = [found.get("ours_times_as_fast_as", {}).get(name) for found in body["crops"].values()]
+        if None not in ratios:
+            rows.append([f"ours with blur beside {name.replace('_', ' ')}", *(f"{_number(r)} x as fast" for r in ratios)])
+    return _table(["", *body["crops"]], rows)
+
+
 def session(body: Body) -> str:
     """What a session's doings take, per case, and beside a later click."""
     head = ["", *(f"{name}, {' x '.join(map(str, found['size_ijk']))}" for name, found in body["cases"].items())]
@@ -149,6 +160,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Body], str]]] = {
     "accuracy": ("default_evaluation.json", accuracy),
     "latency": ("latency.json", latency),
     "training": ("train.json", training),
+    "augmentation": ("augment.json", augmentation),
     "session": ("session.json", session),
     "server": ("server_load.json", server),
     "preparation": ("prepare.json", preparation),

@@ -47,6 +47,8 @@ class DataConfig:
     """Where the object lies in the crop: anywhere, or with the middle of its box in the crop's middle (SAM-Med3D)."""
     augment: Literal["full", "flips"] = "full"
     """Mirroring, axis order, contrast, bias, resolution and noise; or mirroring alone."""
+    blur_probability: float = 0.0
+    """Chance of a Gaussian blur of a real crop with ``augment: full``; 0 never blurs."""
     workers: int = 0
     """Loader processes; 0 loads in the training process."""
     split_seed: int = 0
@@ -61,6 +63,9 @@ class DataConfig:
         check(min(self.crop) >= 8, "data.crop", "must be at least 8 voxels on each axis", self.crop)
         check(0 < self.fill[0] <= self.fill[1], "data.fill", "must be two rising numbers above 0", self.fill)
         check(self.spacing_mm >= 0, "data.spacing_mm", "must be 0 (the object's scale) or more", self.spacing_mm)
+        check(0 <= self.blur_probability <= 1, "data.blur_probability", "must be from 0 to 1", self.blur_probability)
+        if self.blur_probability and self.augment != "full":
+            raise InputError(f"data.blur_probability must be 0 with data.augment={self.augment}, got {self.blur_probability:g}")
         check(self.workers >= 0, "data.workers", "must be 0 or more", self.workers)
         check(0 <= self.validation_share < 1, "data.validation_share", "must be from 0 to below 1", self.validation_share)
         if not self.corpus and self.synthetic_share < 1:

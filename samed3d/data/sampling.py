@@ -154,7 +154,7 @@ class CropDataset(Dataset[dict[str, Tensor | str | int]]):
         full = self.config.augment == "full"
         image, inside, target = orient([image, inside, target], rng, reorder=full)
         if full and not painted:
-            image = augment_intensity(image, inside, generator)
+            image = augment_intensity(image, inside, generator, self.config.blur_probability)
         is_ct = choice is not None and choice[1].modality.upper().startswith("CT")
         image = normalise(image, inside, self.normalisation, self.ct_clamp_hu if is_ct else None)
         if self.tensor_axes == "xyz":

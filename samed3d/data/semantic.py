@@ -229,7 +229,7 @@ class SemanticDataset(Dataset[dict[str, Tensor | str | int]]):
                 self._statistics[image.id] = Intensities.of(array)
             crop, inside = sample_crop(array, frame)
             if self.config.augment == "full":
-                crop = augment_intensity(crop, inside, generator)
+                crop = augment_intensity(crop, inside, generator, self.config.blur_probability)
             channels.append(self._statistics[image.id].scale(crop, inside).flip(flips))
         return torch.stack(channels), target
 
