@@ -13,8 +13,10 @@ from samed3d.config import LossConfig, OptimConfig, TrainConfig, load_config
 from samed3d.errors import InputError
 from samed3d.losses import dice_loss
 from samed3d.models import MODELS, create_model
+from samed3d.training.loop import train
 from samed3d.training.optimiser import learning_rate, make_optimiser, set_learning_rate
 from samed3d.training.semantic import SemanticStep, soft_dice_loss
+from tests.two_processes import SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,6 +61,25 @@ def test_adamw_stays_the_preset():
     assert isinstance(make_optimiser(OneNumber(1.0), OptimConfig()), torch.optim.AdamW)
     optim = OptimConfig(lr=0.1, weight_decay=0.5, schedule="constant")
     assert steps_of(optim, [2.0]) == pytest.approx([1 - 0.1 * 0.5 - 0.1])  # a first step has the rate's length, whatever the gradient
+
+
+def test_a_run_with_momentum_goes_on_bit_for_bit(tmp_path):
+    settings = [*SMALL, "optim.name=sgd", "optim.lr=0.01", "optim.momentum=0.9", "optim.schedule=constant", "run.save_every=0"]
+
+    def run(name: str, steps: int, resume: bool = False) -> None:
+        train(
+            load_config(TrainConfig, None, [*settings, f"optim.steps={steps}", f"run.folder={tmp_path / name}"]), resume=resume, quiet=True
+        )
+
+    run("whole", 4)
+    run("parts", 2)
+    run("parts", 4, resume=True)
+    whole, parts = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
+    assert all(torch.equal(whole["model"][key], parts["model"][key]) for key in whole["model"])
+    assert whole["optimiser"]["state"][0]["momentum_buffer"].any()
+    with pytest.raises(InputError, match=r"changed: optim\.name 'sgd' -> 'adamw'"):
+        settings.remove("optim.name=sgd")
+        run("parts", 6, resume=True)
 
 
 # The power schedule
