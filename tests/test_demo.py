@@ -57,7 +57,7 @@ class StandIn:
 @pytest.fixture
 def stand_in(monkeypatch):
     monkeypatch.setattr(demo, "Session", StandIn)
-    monkeypatch.setattr(demo, "load", lambda name: name)
+    monkeypatch.setattr(demo, "load_promptable", lambda name: name)
     monkeypatch.setattr(demo, "anatomical_phantom", body)
     monkeypatch.setattr(demo, "write_preview", lambda path, *_values, **_named: path.write_bytes(b"png"))
 

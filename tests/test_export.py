@@ -13,8 +13,15 @@ from samed3d.models.base import PromptableModel, PromptBatch
 from samed3d.models.weights import save_weights
 
 QUICK = "sam_med3d_b"
-PROMPTABLE = [n for n in list_models() if isinstance(create_model(n, **MODELS[n].tiny), PromptableModel) and n != "sam_med3d_moe"]
-SEMANTIC = [n for n in list_models() if not isinstance(create_model(n, **MODELS[n].tiny), PromptableModel)]
+QUICK_SEMANTIC = "sam3d"
+
+
+def graphs(semantic: bool) -> list:
+    """Names of the models of one kind that can be a graph; all but the quickest are slow, as the exporter takes seconds for each."""
+    names = [
+        n for n in list_models() if isinstance(create_model(n, **MODELS[n].tiny), PromptableModel) != semantic and n != "sam_med3d_moe"
+    ]
+    return [n if n in (QUICK, QUICK_SEMANTIC) else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 def on_disk(folder, name: str):
@@ -67,9 +74,8 @@ def check_onnx(model, folder) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.slow
 @pytest.mark.timeout(900)  # the exporter itself takes a minute or more on a busy machine
-@pytest.mark.parametrize("name", PROMPTABLE)
+@pytest.mark.parametrize("name", graphs(semantic=False))
 def test_onnx_answers_as_the_model(tmp_path, name):
     pytest.importorskip("onnxscript")
     model, path = on_disk(tmp_path, name)
@@ -79,7 +85,6 @@ def test_onnx_answers_as_the_model(tmp_path, name):
 
 
 @torch.no_grad()
-@pytest.mark.slow
 @pytest.mark.timeout(900)  # the exporter itself takes a minute or more on a busy machine
 def test_onnx_of_the_default_checkpoint(tmp_path):
     pytest.importorskip("onnxscript")
@@ -88,9 +93,8 @@ def test_onnx_of_the_default_checkpoint(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.slow
 @pytest.mark.timeout(900)  # the exporter itself takes a minute or more on a busy machine
-@pytest.mark.parametrize("name", SEMANTIC)
+@pytest.mark.parametrize("name", graphs(semantic=True))
 def test_onnx_of_an_automatic_model(tmp_path, name):
     onnxruntime = pytest.importorskip("onnxruntime")
     model, path = on_disk(tmp_path, name)

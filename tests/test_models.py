@@ -5,7 +5,7 @@ import torch
 
 from samed3d.crops import image_channels
 from samed3d.errors import InputError
-from samed3d.models import MODELS, create_model, list_models, load
+from samed3d.models import MODELS, create_model, list_models, load, load_promptable
 from samed3d.models.base import MaskOutput, PromptableModel, PromptBatch, SemanticModel
 from samed3d.models.weights import save_weights
 
@@ -156,6 +156,15 @@ def test_save_and_load_give_the_same_mask(name, tmp_path):
 def test_unknown_model_gives_nearest_names():
     with pytest.raises(InputError, match=r"unknown model 'sam_med3d_x'; nearest: sam_med3d_"):
         create_model("sam_med3d_x")
+
+
+def test_who_prompts_is_told_that_a_model_is_automatic(tmp_path):
+    for name in ("sam3d", "samed3d_unet"):
+        save_weights(create_model(name, **MODELS[name].tiny), tmp_path / f"{name}.safetensors", {})
+    assert isinstance(load(tmp_path / "sam3d.safetensors"), SemanticModel)
+    with pytest.raises(InputError, match=r"model must take prompts, got '.*sam3d.safetensors', a 'sam3d', which is automatic"):
+        load_promptable(tmp_path / "sam3d.safetensors")
+    assert isinstance(load_promptable(tmp_path / "samed3d_unet.safetensors"), PromptableModel)
 
 
 def test_unknown_override_is_refused():

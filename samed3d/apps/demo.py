@@ -25,7 +25,7 @@ from samed3d.geometry import zyx_to_ijk
 from samed3d.inference.preview import write_preview
 from samed3d.inference.session import Session, pick_device
 from samed3d.metrics import dice
-from samed3d.models import load
+from samed3d.models import load_promptable
 from samed3d.prompts import Point, dump_prompts
 from samed3d.volume import Volume, write_volume
 
@@ -63,7 +63,7 @@ def run_demo(out: Path, model: str = "default", seed: int = 0, device: str = "au
     """
     started = time.perf_counter()
     pick_device(device)
-    network = load(model)
+    network = load_promptable(model)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

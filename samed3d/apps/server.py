@@ -33,7 +33,7 @@ from samed3d.apps.security import Guard, check_binding
 from samed3d.apps.service import ServerOptions, Service
 from samed3d.apps.telemetry import resident_bytes
 from samed3d.errors import InputError
-from samed3d.models import load as load_model
+from samed3d.models import load_promptable as load_model
 from samed3d.models.base import PromptableModel
 
 if TYPE_CHECKING:

@@ -20,16 +20,13 @@ def segment_list(path: Path, folder: Path, model: str, device: str, format: str 
     from samed3d.inference.batch import REPORT, read_jobs, run_jobs
     from samed3d.inference.mask_files import FORMATS
     from samed3d.inference.session import pick_device
-    from samed3d.models import load
-    from samed3d.models.base import PromptableModel
+    from samed3d.models import load_promptable
 
     if format is not None and format not in FORMATS:
         raise InputError(f"--format must be one of {', '.join(FORMATS)}, got {format!r}")
     jobs = read_jobs(path, folder, format, space)
     pick_device(device)
-    network = load(model)
-    if not isinstance(network, PromptableModel):
-        raise InputError(f"model {model!r} takes no prompts; give a promptable one")
+    network = load_promptable(model)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -81,11 +81,11 @@ def check_models(options: ServerOptions) -> None:
         InputError: for a model or device that is not there.
     """
     from samed3d.inference.session import pick_device
-    from samed3d.models import load
+    from samed3d.models import load_promptable
 
     pick_device(options.device)
     for name in (options.model, *options.models):
-        load(name)
+        load_promptable(name)
 
 
 def read_token(file: Path | None) -> str:

@@ -142,6 +142,7 @@ def feature_names(model: PromptableModel) -> list[str]:
     """What ``encode`` returns, in order; found on the meta device."""
     with torch.device("meta"):
         twin = create_model(model.spec.name, **model.config)
+        assert isinstance(twin, PromptableModel)  # as the model
         return list(twin.encode(_meta_crop(model)))
 
 

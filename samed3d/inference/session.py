@@ -19,7 +19,7 @@ from samed3d.inference.results import MaskUpdate, Results, pick_device, update_b
 from samed3d.inference.saving import check_colour, identity, read_session
 from samed3d.inference.scene import SessionObject, shown
 from samed3d.inference.strokes import read_prior
-from samed3d.models import load
+from samed3d.models import load_promptable
 from samed3d.models.base import PromptableModel
 from samed3d.prompts import ObjectPrompts, Point, Prompt, is_positive
 from samed3d.volume import Volume, read_volume
@@ -63,7 +63,7 @@ class Session(Results):
                 another image or model.
         """
         pick_device(device)
-        network = model if isinstance(model, PromptableModel) else load(model)
+        network = model if isinstance(model, PromptableModel) else load_promptable(model)
         volume = image if isinstance(image, Volume) else read_volume(image, channel=channel, series=series)
         session = cls(volume, network, device, model_name or ("" if isinstance(model, PromptableModel) else str(model)))
         session._picked = {key: value for key, value in (("channel", channel), ("series", series)) if value is not None}

@@ -15,7 +15,7 @@ import torch
 from samed3d.crops import image_channels
 from samed3d.errors import InputError
 from samed3d.models.adapter_weights import put_on_base
-from samed3d.models.base import ModelEntry, PromptableModel
+from samed3d.models.base import AnyModel, ModelEntry, PromptableModel
 from samed3d.models.fast_sam3d import fast_sam3d
 from samed3d.models.ma_sam import ma_sam_b, ma_sam_h, ma_sam_l
 from samed3d.models.sam3d import sam3d
@@ -27,7 +27,7 @@ from samed3d.models.samed3d_vit import samed3d_base, samed3d_small, samed3d_tiny
 from samed3d.models.samu import samu, samu_extended
 from samed3d.models.weights import ADAPTER_KEY, find_checkpoint, list_checkpoints, load_state_strict, read_weights, spec_from_json
 
-__all__ = ["MODELS", "create_model", "list_models", "load"]
+__all__ = ["MODELS", "create_model", "list_models", "load", "load_promptable"]
 
 _TINY_UNET = {
     "input_shape": (32, 32, 32),
@@ -90,7 +90,9 @@ def sam_med3d_moe(
         own = [name for name, _ in general.named_parameters() if not name.startswith(encoder)]
         experts = {"first": own, "second": own}
     with torch.device("meta"):
-        feature, channels = coarsest_feature(create_model(base, **numbers), image_channels(general.spec.normalisation))
+        twin = create_model(base, **numbers)
+        assert isinstance(twin, PromptableModel)  # as the general one
+        feature, channels = coarsest_feature(twin, image_channels(general.spec.normalisation))
     config = {"base": base, "base_config": numbers, "experts": experts, "threshold": threshold, "hidden": hidden}
     return MixtureOfExperts(general, feature, channels, experts, threshold, hidden, config)
 
@@ -122,7 +124,7 @@ def list_models() -> list[str]:
     return sorted(MODELS)
 
 
-def create_model(name: str, **overrides: Any) -> PromptableModel:
+def create_model(name: str, **overrides: Any) -> AnyModel:
     """Build a model with random weights.
 
     Args:
@@ -140,7 +142,7 @@ def create_model(name: str, **overrides: Any) -> PromptableModel:
         raise InputError(f"model {name!r} cannot be built with {overrides}: {error}") from error
 
 
-def load(name_or_path: str | Path) -> PromptableModel:
+def load(name_or_path: str | Path) -> AnyModel:
     """A model with its trained weights, in ``eval()`` mode on the CPU.
 
     Args:
@@ -158,7 +160,7 @@ def load(name_or_path: str | Path) -> PromptableModel:
         raise InputError(f"no checkpoint or file is called {name!r}; nearest names: {near} (all: samed3d models)")
     state, header = read_weights(path)
     model = create_model(header["model"], **header["config"])
-    if ADAPTER_KEY in header:
+    if ADAPTER_KEY in header and isinstance(model, PromptableModel):
         state = put_on_base(model, state, header, path)
     try:
         load_state_strict(model, state)
@@ -166,6 +168,18 @@ def load(name_or_path: str | Path) -> PromptableModel:
         raise InputError(f"{path} is not a {header['model']!r} checkpoint: {error}") from error
     model.spec = spec_from_json(header["spec"])
     return model.eval()
+
+
+def load_promptable(name_or_path: str | Path) -> PromptableModel:
+    """As ``load``, for callers that prompt.
+
+    Raises:
+        InputError: as ``load``, and for an automatic model.
+    """
+    model = load(name_or_path)
+    if not isinstance(model, PromptableModel):
+        raise InputError(f"model must take prompts, got {str(name_or_path)!r}, a {model.spec.name!r}, which is automatic")
+    return model
 
 
 def _nearest(name: str, known: list[str]) -> str:

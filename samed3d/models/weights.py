@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from samed3d.errors import InputError
-from samed3d.models.base import ModelSpec, PromptableModel
+from samed3d.models.base import AnyModel, ModelSpec
 
 HEADER_KEY = "samed3d"
 HEADER_VERSION = 1
@@ -34,7 +34,7 @@ CHECKPOINT_FOLDER_VARIABLE = "SAMED3D_CHECKPOINTS"
 _MAX_LISTED = 12
 
 
-def save_weights(model: PromptableModel, path: str | Path, metadata: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
+def save_weights(model: AnyModel, path: str | Path, metadata: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
     """Write a model to one ``.safetensors`` file, whole or not at all.
 
     A model with adapters (``model.adaptation``) is written as what was trained alone, with the name and hash of its base in the header;

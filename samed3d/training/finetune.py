@@ -23,7 +23,7 @@ from samed3d.config import TrainConfig, load_config
 from samed3d.data.corpus import Corpus
 from samed3d.data.storage import write_text
 from samed3d.errors import InputError
-from samed3d.models import load
+from samed3d.models import load, load_promptable
 from samed3d.models.base import PromptableModel
 from samed3d.models.weights import ADAPTER_KEY, amend_header, find_checkpoint, read_header, read_weights, tensors_sha256
 from samed3d.training.before_after import Change, Score, Target, choose_targets, compare, measure, to_markdown
@@ -163,7 +163,7 @@ def finetune(
         train(config, resume=resume, quiet=quiet)
     if not before or (_done(out) < config.optim.steps and not config.optim.max_minutes):
         return Finetuned(out, [], "")
-    after = _measure_all(load(out / "model.safetensors"), measured, options.seeds, "measuring the result")
+    after = _measure_all(load_promptable(out / "model.safetensors"), measured, options.seeds, "measuring the result")
     return _finished(out, base, path, header, split, measured, before, after)
 
 

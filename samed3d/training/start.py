@@ -17,7 +17,7 @@ from samed3d.config import TrainConfig
 from samed3d.data.sampling import CropDataset
 from samed3d.data.semantic import SemanticDataset
 from samed3d.errors import InputError
-from samed3d.models import create_model, load
+from samed3d.models import create_model, load_promptable
 from samed3d.models.base import AnyModel, SemanticModel
 from samed3d.models.sam_med3d_moe import MixtureOfExperts
 from samed3d.models.weights import find_checkpoint, load_state_strict, read_header, read_weights
@@ -124,7 +124,7 @@ def step_of(config: TrainConfig, model: AnyModel) -> nn.Module:
         return GateStep(model, config.clicks)
     if isinstance(model, SemanticModel):
         return SemanticStep(model, config.loss)
-    teacher = Teacher(load(config.loss.teacher), config.loss.distill_layers) if config.loss.distill else None
+    teacher = Teacher(load_promptable(config.loss.teacher), config.loss.distill_layers) if config.loss.distill else None
     return InteractiveStep(model, config.clicks, config.loss, teacher, config.run.compile)
 
 
