@@ -7,12 +7,15 @@ import json
 import os
 import shutil
 import ssl
+import time
 import urllib.parse
 from typing import IO, Any
 
 from samed3d.errors import InputError
 
 _SENT_AGAIN = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError, http.client.CannotSendRequest)
+IDLE_SECONDS = 2.0
+"""A connection unused for longer is opened anew; servers keep one for about five seconds."""
 
 
 class RemoteError(RuntimeError):
@@ -41,6 +44,7 @@ class Connection:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError(f"url must be http://HOST:PORT, got {url!r}")
         self._token = os.environ.get("SAMED3D_TOKEN", "") if token is None else token
+        self._used = time.monotonic()
         self._connection: http.client.HTTPConnection
         if parts.scheme == "https":
             self._connection = http.client.HTTPSConnection(
@@ -92,6 +96,9 @@ class Connection:
         return answer
 
     def _answer(self, method: str, path: str, body: bytes | IO[bytes] | None, headers: dict[str, str]) -> http.client.HTTPResponse:
+        if time.monotonic() - self._used > IDLE_SECONDS:
+            self._connection.close()  # the server may be about to close it; an edit that fell into that gap could not be sent again
+        self._used = time.monotonic()
         try:
             self._connection.request(method, path, body, headers)
             return self._connection.getresponse()
