@@ -16,7 +16,7 @@ from samed3d.models.base import MaskOutput, PromptBatch
 from samed3d.models.sam_med3d_moe import MixtureOfExperts
 from samed3d.training.step import StepOutput, seed_of
 
-SHARPNESS = 0.05
+SHARPNESS = 0.02
 """Difference in Dice that makes one decoder e times as right a choice as another."""
 
 
