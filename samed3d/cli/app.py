@@ -23,9 +23,7 @@ _START_SECONDS = 30.0
 def app(
     volume: Annotated[Path | None, typer.Argument(help="Image or DICOM folder to open at once; others are opened in the page.")] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = DEFAULT_PORT,
-    root: Annotated[
-        list[Path] | None, typer.Option(help="Folder whose images the page may open; repeatable. [default: here]")
-    ] = None,
+    root: Annotated[list[Path] | None, typer.Option(help="Folder whose images the page may open; repeatable. [default: here]")] = None,
     sessions: Annotated[Path | None, typer.Option(help="Folder for sessions and their journals. [default: in the user's state]")] = None,
     model: Model = "default",
     also: Annotated[list[str] | None, typer.Option("--also-model", help="Another model that the page offers; repeatable.")] = None,
@@ -41,9 +39,7 @@ def app(
 
     page = Path(samed3d.apps.__file__).with_name("viewer")
     if not (page / "vendor" / "niivue.js").is_file():
-        raise InputError(
-            "the web viewer is not in this installation; with node there, run: make viewer, or install samed3d again"
-        )
+        raise InputError("the web viewer is not in this installation; with node there, run: make viewer, or install samed3d again")
     for folder in root or []:
         check_exists(folder, "--root")
     roots = [folder.resolve() for folder in root or [Path.cwd()]]
