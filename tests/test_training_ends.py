@@ -247,3 +247,19 @@ def test_a_run_folder_tells_what_it_ran_on(tmp_path):
     assert first["device"] == "cpu" and first["command"] and isinstance(first["revision"], str)
     curves = (tmp_path / "curves.svg").read_text()
     assert curves.startswith("<svg") and curves.count("<polyline") == 3  # loss and two turns
+
+
+def test_a_tracker_that_cannot_start_is_one_line_and_leaves_no_run(tmp_path, monkeypatch):
+    class UsageError(Exception):
+        __module__ = "wandb.errors"
+
+    def refuse(*_args, **_kwargs):
+        raise UsageError("No API key configured.")
+
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", refuse)
+    config = tiny_config(tmp_path / "run", "optim.steps=2", "run.trackers=[wandb]")
+    with pytest.raises(
+        InputError, match=r"wandb cannot start \(No API key.*log in with: wandb login, or set WANDB_MODE=offline"
+    ):
+        train(config, quiet=True)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

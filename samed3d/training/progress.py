@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 from samed3d.config import TrainConfig, to_dict
+from samed3d.errors import InputError
 from samed3d.training.checkpoints import write_text
 from samed3d.training.step import StepOutput
 
@@ -35,6 +36,8 @@ class RunLog:
     def __init__(self, folder: Path, config: TrainConfig, accelerator: Accelerator, done: int, quiet: bool) -> None:
         self.config, self.accelerator, self.folder = config, accelerator, folder
         self.main = accelerator.is_main_process
+        if config.run.trackers:
+            _start_trackers(accelerator, config, folder)  # before the first file of the run: what cannot start leaves none
         self.file = _reopened(folder / "metrics.jsonl", done) if self.main else None
         self.began = self.mark = time.monotonic()
         self.losses: list[torch.Tensor] = []
@@ -42,8 +45,6 @@ class RunLog:
         self.samples = 0
         self.skipped: dict[str, str] = _read_skipped(folder)
         self.unsaid: list[str] = []
-        if config.run.trackers:
-            accelerator.init_trackers("samed3d", config=_flat(to_dict(config)), init_kwargs={"wandb": {"dir": str(folder)}})
         self.bar: Any = None
         if self.main and not quiet and sys.stderr.isatty():
             self.bar = _progress_bar(done, config.optim.steps)
@@ -130,6 +131,16 @@ class RunLog:
 def _read_skipped(folder: Path) -> dict[str, str]:
     path = folder / "skipped.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _start_trackers(accelerator: Accelerator, config: TrainConfig, folder: Path) -> None:
+    try:
+        accelerator.init_trackers("samed3d", config=_flat(to_dict(config)), init_kwargs={"wandb": {"dir": str(folder)}})
+    except Exception as error:  # wandb's own types cannot be named here: it may not be installed
+        if type(error).__module__.startswith("wandb"):
+            remedy = "log in with: wandb login, or set WANDB_MODE=offline"
+            raise InputError(f"run.trackers: wandb cannot start ({' '.join(str(error).split())[:120]}); {remedy}") from error
+        raise
 
 
 def _reopened(path: Path, done: int) -> TextIO:
