@@ -258,8 +258,6 @@ def test_a_tracker_that_cannot_start_is_one_line_and_leaves_no_run(tmp_path, mon
 
     monkeypatch.setattr("accelerate.Accelerator.init_trackers", refuse)
     config = tiny_config(tmp_path / "run", "optim.steps=2", "run.trackers=[wandb]")
-    with pytest.raises(
-        InputError, match=r"wandb cannot start \(No API key.*log in with: wandb login, or set WANDB_MODE=offline"
-    ):
+    with pytest.raises(InputError, match=r"wandb cannot start \(No API key.*log in with: wandb login, or set WANDB_MODE=offline"):
         train(config, quiet=True)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
