@@ -191,7 +191,13 @@ def error_clicks(pred_mask: Tensor, target_mask: Tensor, generator: torch.Genera
 
 
 def policy_clicks(pred_mask: Tensor, target_mask: Tensor, policy: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """``error_clicks`` for any policy; ``"uniform"`` stays on the device, the others visit each sample on the CPU."""
+    """``error_clicks`` for any policy; ``"uniform"`` stays on the device, the others visit each sample on the CPU.
+
+    ``"mixed"`` is uniform while there is no mask, then any of the others, drawn per call.
+    """
+    if policy == "mixed":
+        number = torch.randint(len(POLICIES), (1,), generator=generator, device=pred_mask.device)
+        policy = POLICIES[int(number)] if bool(pred_mask.any()) else "uniform"
     if policy == "uniform":
         return error_clicks(pred_mask, target_mask, generator)
     seed = int(torch.randint(2**31, (1,), generator=generator, device=pred_mask.device))

@@ -18,6 +18,8 @@ from samed3d.geometry import CropFrame, IntTriple, Region
 CLAMP_SIGMA = 4.0
 """Normalised intensities are cut at this many standard deviations: metal and bright vessels must not set the scale."""
 RANK_BINS = 2048
+BACKGROUND_LOGIT = -8.0
+"""Logit of voxels that no crop has seen."""
 
 
 def _axis_matrix(positions: Tensor, size: int, step: float) -> Tensor:

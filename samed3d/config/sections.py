@@ -86,8 +86,9 @@ class ClickConfig:
 
     interactions: int = 4
     """Decodes per sample, each after one more prompt."""
-    policy: Literal["uniform", "centre", "ritm"] = "uniform"
-    """Where the next click falls in the error of the current mask (rules in ``clicks.py``)."""
+    policy: Literal["uniform", "centre", "ritm", "mixed"] = "uniform"
+    """Where the next click falls in the error of the current mask (rules in ``clicks.py``); mixed is uniform for the first click and any of
+    the three for each later one."""
     box_probability: float = 0.3
     """Chance that a sample's first prompt is a jittered box instead of a click; 0 never gives a box."""
     mask_only_probability: float = 0.1
@@ -95,6 +96,8 @@ class ClickConfig:
     mask_only_turns: list[str] = field(default_factory=list)
     """Turns that bring the previous mask and no click: ``last``, and ``random``, one of the later turns drawn per batch (in SAM-Med3D both,
     its random one among turns 3 to 9 of 11); empty has none."""
+    window_probability: float = 0.0
+    """Chance that a decode without a new click knows the previous mask in a window of the crop only, as after zooming out; 0 never."""
     detach: bool = True
     """Whether the previous mask is cut from the gradient before it is fed back; false keeps one graph over all decodes."""
     memory: Literal["all", "newest", "spec"] = "spec"
@@ -104,6 +107,7 @@ class ClickConfig:
         check(self.interactions >= 1, "clicks.interactions", "must be 1 or more", self.interactions)
         check(0 <= self.box_probability <= 1, "clicks.box_probability", "must be from 0 to 1", self.box_probability)
         check(0 <= self.mask_only_probability <= 1, "clicks.mask_only_probability", "must be from 0 to 1", self.mask_only_probability)
+        check(0 <= self.window_probability <= 1, "clicks.window_probability", "must be from 0 to 1", self.window_probability)
         check(set(self.mask_only_turns) <= {"last", "random"}, "clicks.mask_only_turns", "may hold last and random", self.mask_only_turns)
 
 
@@ -111,8 +115,8 @@ class ClickConfig:
 class OptimConfig:
     """The optimiser and its schedule."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """AdamW, or stochastic gradient descent with Nesterov's momentum."""
+    name: Literal["adamw", "sgd", "muon"] = "adamw"
+    """AdamW, stochastic gradient descent with Nesterov's momentum, or Muon (matrices and kernels; AdamW for the rest)."""
     lr: float = 1e-3
     """Peak learning rate."""
     lr_scale: dict[str, float] = field(default_factory=dict)
@@ -122,9 +126,9 @@ class OptimConfig:
     decay_all: bool = False
     """Whether norms, biases, positions and tokens decay too (SAM-Med3D)."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """For adamw: decay of the first and second moment, each in [0, 1)."""
+    """For adamw and muon: decay of the first and second moment, each in [0, 1)."""
     momentum: float = 0.9
-    """For sgd: share of the last step that is taken again, 0 (none) to below 1."""
+    """For sgd and muon: share of the last step that is taken again, 0 (none) to below 1."""
     warmup_steps: int = 0
     """Optimiser steps over which the rate rises from 0; 0 starts at the peak."""
     schedule: Literal["cosine", "constant", "multistep", "power"] = "cosine"

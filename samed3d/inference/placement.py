@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from samed3d.crops import BACKGROUND_LOGIT
 from samed3d.geometry import CropFrame, Region, Triple, as_triple, bounding_region
-from samed3d.inference.predictor import BACKGROUND_LOGIT, CanonicalPrompts, Canvas, CropMask, CropPredictor
+from samed3d.inference.predictor import CanonicalPrompts, Canvas, CropMask, CropPredictor
 from samed3d.prompts import MASK_LOGIT_THRESHOLD
 
 logger = logging.getLogger(__name__)

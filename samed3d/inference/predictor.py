@@ -16,15 +16,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from samed3d.crops import normalise, paste_crop, sample_crop
+from samed3d.crops import BACKGROUND_LOGIT, normalise, paste_crop, sample_crop
 from samed3d.geometry import CropFrame, IntTriple, Region, Triple, as_triple
 from samed3d.models.base import Features, PromptableModel, PromptBatch
 
 logger = logging.getLogger(__name__)
 
 CACHED_CROPS = 4
-BACKGROUND_LOGIT = -8.0
-"""Logit of voxels that no crop has seen."""
 
 
 @dataclass

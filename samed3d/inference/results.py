@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from samed3d.crops import BACKGROUND_LOGIT
 from samed3d.errors import InputError
 from samed3d.geometry import CanonicalView, Region
 from samed3d.inference.edits import History
 from samed3d.inference.mask_files import LABEL_MAP_FORMATS, checked_format, export_segments, segments_of
-from samed3d.inference.predictor import BACKGROUND_LOGIT, Canvas, CropPredictor
+from samed3d.inference.predictor import Canvas, CropPredictor
 from samed3d.inference.saving import describe, save_session
 from samed3d.inference.scene import Scene, SessionObject, Track, label_map, shown
 from samed3d.inference.steps import Chains

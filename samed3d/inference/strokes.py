@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from samed3d.crops import BACKGROUND_LOGIT
 from samed3d.errors import InputError
 from samed3d.geometry import Region, Triple, as_triple, ijk_to_zyx
 from samed3d.inference.placement import Placed
-from samed3d.inference.predictor import BACKGROUND_LOGIT, CanonicalPrompts, Canvas
+from samed3d.inference.predictor import CanonicalPrompts, Canvas
 from samed3d.models.base import ModelSpec
 from samed3d.prompts import Box, Lasso, MaskPrior, PackedMask, Point, Prompt, Scribble, box_in_grid, path_in_grid, point_in_grid
 from samed3d.volume import Volume

@@ -92,6 +92,9 @@ class SamedUNet(PromptableModel):
         encoder_blocks: Residual blocks per encoder stage.
         joint_blocks: Transformer blocks on the coarsest grid.
         similarity_heads: Heads of the click similarity per stride 2, 4, 8; 0 leaves it out there.
+        mask_stride: 1 predicts the eight voxels of each half-resolution voxel; 2 predicts one value there and interpolates.
+        spacing_mm: Spacing of the crops, for weights trained with ``data.spacing_mm``; None follows the object's size.
+        click_memory: As in ``ModelSpec``.
     """
 
     encoder_parts = ("stem", "downs", "stages", "skips")
@@ -105,6 +108,9 @@ class SamedUNet(PromptableModel):
         encoder_blocks: tuple[int, ...] = (1, 2, 2, 1),
         joint_blocks: int = 2,
         similarity_heads: tuple[int, ...] = (0, 8, 8),
+        mask_stride: int = 1,
+        spacing_mm: float | None = None,
+        click_memory: str = "all",
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -114,9 +120,14 @@ class SamedUNet(PromptableModel):
             "encoder_blocks": encoder_blocks,
             "joint_blocks": joint_blocks,
             "similarity_heads": similarity_heads,
+            "mask_stride": mask_stride,
+            "spacing_mm": spacing_mm,
+            "click_memory": click_memory,
         }
         shape = (int(input_shape[0]), int(input_shape[1]), int(input_shape[2]))
-        self.spec = ModelSpec("samed3d_unet", shape, normalisation="zscore_rank", source="samed3d (this project)")
+        self.spec = ModelSpec(
+            "samed3d_unet", shape, spacing_mm, normalisation="zscore_rank", click_memory=click_memory, source="samed3d (this project)"
+        )
         self.stem = nn.Conv3d(8 * image_channels(self.spec.normalisation), widths[0], 3, padding=1)
         self.downs = nn.ModuleList(nn.Conv3d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:], strict=False))
         self.stages = nn.ModuleList(
@@ -137,7 +148,7 @@ class SamedUNet(PromptableModel):
         # On the finest grid one convolution is enough: the image is already in the skip, the prompts were understood below.
         self.blocks = nn.ModuleList(ResidualBlock(w, convs=1 if i == 0 else 2) for i, w in enumerate(decoder_widths[:-1]))
         self.out_norm = LayerNorm3d(decoder_widths[0], eps=1e-5)
-        self.out = nn.Conv3d(decoder_widths[0], 8, 3, padding=1)
+        self.out = nn.Conv3d(decoder_widths[0], 8 if mask_stride == 1 else 1, 3, padding=1)
         with torch.no_grad():
             self.out.bias.fill_(-2.0)  # type: ignore[union-attr]  # most voxels are background
         self.iou_head = nn.Sequential(nn.Linear(top, top), nn.ReLU(), nn.Linear(top, 1))
@@ -167,7 +178,10 @@ class SamedUNet(PromptableModel):
             x = skip + upsample(self.ups[level](x), skip) + self._prompt_input(level, features, prompts)
             x = self.blocks[level](x)
         fine = self.out(F.relu(self.out_norm(x))).float()
-        return MaskOutput(depth_to_space(fine), iou, fine.mean(dim=1, keepdim=True))
+        lowres = fine.mean(dim=1, keepdim=True)
+        if fine.shape[1] == 1:
+            return MaskOutput(F.interpolate(fine, scale_factor=2, mode="trilinear"), iou, lowres)
+        return MaskOutput(depth_to_space(fine), iou, lowres)
 
     def _prompt_input(self, level: int, features: Features, prompts: PromptBatch) -> Tensor:
         """Dense prompt maps and similarities of one level, projected to its width."""

@@ -5,6 +5,7 @@ Norms are over channels at each voxel, so a voxel's value does not depend on wha
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -25,8 +26,22 @@ class ResidualBlock(nn.Module):
         """Same shape as ``x``."""
         y = x
         for norm, conv in zip(self.norms, self.convs, strict=True):
-            y = conv(F.relu(norm(y)))
+            y = F.relu(norm(y))
+            if is_tiny(x):
+                with torch.autocast("cpu", enabled=False):
+                    y = conv(y.to(conv.weight.dtype))
+            else:
+                y = conv(y)
         return x + y
+
+
+def is_tiny(x: Tensor) -> bool:
+    """Whether a (B, C, D, H, W) tensor on a CPU has an axis of fewer than three voxels: no bf16 there.
+
+    oneDNN's weight gradient of a 3x3x3 bf16 convolution on two voxels reads memory that was never written (seen in torch 2.13 on a
+    processor with AVX512-BF16 and without AMX): now and then a loss that is not finite.
+    """
+    return x.device.type == "cpu" and min(x.shape[2:]) < 3
 
 
 def space_to_depth(x: Tensor, factor: int = 2) -> Tensor:

@@ -15,10 +15,11 @@ from torch import nn
 
 from samed3d.config import OptimConfig
 from samed3d.errors import InputError
+from samed3d.training.muon import Muon
 
 
 def make_optimiser(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW, or SGD with Nesterov's momentum, over every parameter that learns.
+    """AdamW, Muon, or SGD with Nesterov's momentum, over every parameter that learns.
 
     Raises:
         InputError: if nothing learns, or ``optim.lr_scale`` names a part that the model does not have.
@@ -28,18 +29,20 @@ def make_optimiser(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimize
         raise InputError("model.train leaves no parameter that learns; choose another value, or train all")
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.momentum > 0, foreach=True)
+    if optim.name == "muon":
+        return Muon(groups, optim.lr, optim.momentum, optim.betas)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, foreach=True)
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """The parameters that learn, by weight decay and by ``scale``, the factor on their rate.
+    """The parameters that learn, by kind and by ``scale``, the factor on their rate; ``matrices`` marks weight matrices and kernels.
 
     Weight matrices and kernels decay; norms, biases, positions, embeddings and learned tokens keep their size, unless ``decay_all``.
 
     Raises:
         InputError: if ``optim.lr_scale`` names a part that the model does not have.
     """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}  # by (scale, whether matrices)
     unused = set(optim.lr_scale)
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -48,15 +51,20 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
             if not parameter.requires_grad:
                 continue
             learned_input = isinstance(module, nn.Embedding) or name.startswith("rel_pos") or name.endswith(("_embed", "_token"))
-            decays = optim.decay_all or not (parameter.ndim < 2 or learned_input)
+            matrix = parameter.ndim >= 2 and not learned_input
             scale = float(optim.lr_scale[max(parts, key=len)]) if parts else 1.0
-            groups.setdefault((scale, decays), []).append(parameter)
+            groups.setdefault((scale, matrix), []).append(parameter)
     if unused:
         known = sorted({name.split(".")[0] for name, _ in model.named_parameters()})
         raise InputError(f"optim.lr_scale must name parts of the model, got {', '.join(sorted(unused))}; it has {', '.join(known)}")
     found = [
-        {"params": parameters, "weight_decay": optim.weight_decay if decays else 0.0, "scale": scale}
-        for (scale, decays), parameters in groups.items()
+        {
+            "params": parameters,
+            "weight_decay": optim.weight_decay if matrices or optim.decay_all else 0.0,
+            "scale": scale,
+            "matrices": matrices,
+        }
+        for (scale, matrices), parameters in groups.items()
     ]
     return [group for group in found if group["params"] or group["scale"] == 1.0]
 

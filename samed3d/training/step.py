@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from samed3d import losses
 from samed3d.clicks import jittered_boxes, policy_clicks
 from samed3d.config import ClickConfig, LossConfig
+from samed3d.crops import BACKGROUND_LOGIT
 from samed3d.models.base import Features, PromptableModel, PromptBatch
 from samed3d.training.distill import Teacher, check_layers
 
 BOX_JITTER = 0.1
+WINDOW_EDGE = (0.5, 0.9)
+"""Least and greatest edge of the window in which an earlier mask is known after zooming out, as a share of the crop's."""
 FIRST_RANDOM_TURN = 2
 """From 0: the turn without a click that ``clicks.mask_only_turns`` draws is never one of the first two (SAM-Med3D)."""
 
@@ -133,8 +136,14 @@ class InteractiveStep(nn.Module):
         self, history: PromptBatch, mask: Tensor, target: Tensor, turn: int, mask_only: bool, generators: list[torch.Generator]
     ) -> PromptBatch:
         """Add this turn's click to the history and return what the model is given."""
+        earlier = history.mask_logits
         if mask_only:
             shown = history if self.keep_all else PromptBatch.empty(target.shape[0], target.device)
+            if earlier is not None and self.clicks.window_probability:
+                samples = zip(earlier, history.points, generators, strict=True)
+                chance = self.clicks.window_probability
+                scale = target.shape[-1] / earlier.shape[-1]
+                earlier = torch.stack([windowed(logits, points[0] / scale, chance, generator) for logits, points, generator in samples])
         else:
             pairs = zip(mask, target, generators, strict=True)
             clicked = [policy_clicks(m[None], t[None], self.clicks.policy, generator) for m, t, generator in pairs]
@@ -144,7 +153,7 @@ class InteractiveStep(nn.Module):
             history.points = torch.cat([history.points, points], dim=1)
             history.point_labels = torch.cat([history.point_labels, labels], dim=1)
             shown = history if self.keep_all else PromptBatch(points, labels)
-        return PromptBatch(shown.points, shown.point_labels, history.boxes, history.box_valid, history.mask_logits)
+        return PromptBatch(shown.points, shown.point_labels, history.boxes, history.box_valid, earlier)
 
     def _loss(self, logits: Tensor, iou: Tensor, target: Tensor) -> Tensor:
         terms = self.weights
@@ -153,6 +162,29 @@ class InteractiveStep(nn.Module):
         if terms.iou:
             loss = loss + terms.iou * losses.iou_loss(iou, losses.hard_overlap(logits.detach(), target)[1])
         return loss
+
+
+def windowed(logits: Tensor, point: Tensor, chance: float, generator: torch.Generator) -> Tensor:
+    """An earlier mask as it is after zooming out: by chance, it is known in a window of the crop only.
+
+    Args:
+        logits: (1, d, h, w) of the earlier mask.
+        point: (3,) a position in voxels of ``logits`` that lies in the window.
+        chance: Of a window; else the logits are returned as they are.
+        generator: On the tensors' device.
+    """
+    draw = torch.rand(5, generator=generator, device=logits.device)
+    if float(draw[0]) >= chance:
+        return logits
+    shape = torch.tensor(logits.shape[1:], device=logits.device)
+    edge = (shape * (WINDOW_EDGE[0] + (WINDOW_EDGE[1] - WINDOW_EDGE[0]) * draw[1])).long()
+    first = (point.long() - edge + 1).clamp(min=0)
+    last = torch.minimum(point.long().clamp(min=0), shape - edge).maximum(first)
+    low = (first + (last - first + 1) * draw[2:]).long().minimum(last)
+    z, y, x = (slice(int(a), int(a + n)) for a, n in zip(low, edge, strict=True))
+    known = torch.full_like(logits, BACKGROUND_LOGIT)
+    known[:, z, y, x] = logits[:, z, y, x]
+    return known
 
 
 def seed_of(*numbers: int) -> int:

@@ -24,14 +24,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from samed3d.clicks import next_click
-from samed3d.crops import sample_crop
+from samed3d.crops import BACKGROUND_LOGIT, sample_crop
 from samed3d.evaluation.contender import Contender
 from samed3d.evaluation.meter import Cost
 from samed3d.evaluation.protocols.base import Click, StructureProtocol, Subject, Task, Turn, point_at
 from samed3d.evaluation.rows import Row, curves
 from samed3d.geometry import CropFrame, Grid, IntTriple, Region, as_triple, bounding_region, zyx_to_ijk
 from samed3d.inference.placement import touched_faces
-from samed3d.inference.predictor import BACKGROUND_LOGIT, CanonicalPrompts, CropMask, CropPredictor
+from samed3d.inference.predictor import CanonicalPrompts, CropMask, CropPredictor
 from samed3d.prompts import MASK_LOGIT_THRESHOLD, Point
 from samed3d.volume import Volume
 
