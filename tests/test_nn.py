@@ -11,6 +11,7 @@ from samed3d.nn.attention import GridAttention
 from samed3d.nn.norm import LayerNorm3d
 from samed3d.nn.prompt_encoder import PromptEncoder, RandomFourierPositions
 from samed3d.nn.two_way import TwoWayTransformer
+from samed3d.nn.unet import ResidualBlock
 from samed3d.nn.vit import ConvStem, ImageEncoder
 
 
@@ -196,3 +197,24 @@ def test_stem_gives_tokens_and_features_four_times_as_fine(patch):
     out, fine = stem(torch.zeros(1, 1, patch, 2 * patch, 3 * patch))
     assert out.shape == (1, 1, 2, 3, 6)
     assert fine.shape == (1, stem.fine_channels, 4, 8, 12)
+
+
+def test_bf16_gradients_of_a_two_voxel_grid_are_those_of_float32():
+    """oneDNN's bf16 weight gradient reads memory that was never written there; freed NaNs make that visible."""
+    torch.manual_seed(0)
+    block = ResidualBlock(128)
+    torch.nn.init.normal_(block.convs[-1].weight, std=0.02)
+    x = torch.randn(1, 128, 2, 2, 2).contiguous(memory_format=torch.channels_last_3d)
+
+    def gradients(bf16: bool) -> list[torch.Tensor]:
+        block.zero_grad()
+        spoilt = [torch.full((2**n,), float("nan")) for n in range(8, 22, 2) for _ in range(3)]
+        del spoilt
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            y = block(x)
+        y.float().sum().backward()
+        return [p.grad.clone() for p in block.parameters()]
+
+    for _ in range(3):
+        for ours, exact in zip(gradients(True), gradients(False), strict=True):
+            assert torch.allclose(ours, exact, rtol=1e-4, atol=1e-4 * float(exact.abs().max()))

@@ -8,6 +8,7 @@ Positions here are canonical zyx voxels of the volume. Where crops are put is de
 from __future__ import annotations
 
 import logging
+import os
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
@@ -23,6 +24,9 @@ from samed3d.models.base import Features, PromptableModel, PromptBatch
 logger = logging.getLogger(__name__)
 
 CACHED_CROPS = 4
+"""Least number of crops whose features are kept."""
+CACHED_MIB = 96
+"""Features of more crops are kept up to this size: the 27 tiles of a model like SAM-Med3D, so that a click encodes none of them again."""
 
 
 @dataclass
@@ -103,7 +107,8 @@ class CropPredictor:
             mask_logits: (1, 1, d, h, w) ``CropMask.lowres_logits`` of this crop or ``lowres_of`` a canvas; None for no mask yet.
         """
         features, inside = self._encode(frame)
-        output = self.model.decode(features, self._batch(frame, prompts, mask_logits))
+        with self._precision():
+            output = self.model.decode(features, self._batch(frame, prompts, mask_logits))
         logits = output.logits[0, 0].float().cpu()
         if self.model.spec.tensor_axes == "xyz":
             logits = logits.permute(2, 1, 0)
@@ -141,10 +146,16 @@ class CropPredictor:
         image = normalise(crop, inside, spec.normalisation, spec.ct_clamp_hu)
         if spec.tensor_axes == "xyz":
             image = image.permute(0, 3, 2, 1)
-        self._features[frame] = (self.model.encode(image[None].contiguous().to(self.device)), inside)
-        while len(self._features) > CACHED_CROPS:
+        with self._precision():
+            self._features[frame] = (self.model.encode(image[None].contiguous().to(self.device)), inside)
+        most = max(CACHED_CROPS, CACHED_MIB * 2**20 // _size_of(*self._features[frame]))
+        while len(self._features) > most:
             self._features.popitem(last=False)
         return self._features[frame]
+
+    def _precision(self) -> torch.autocast:
+        """bf16 where the weights were trained in it and the processor computes in it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.model.spec.bf16 and computes_bf16(self.device))
 
     def _batch(self, frame: CropFrame, prompts: CanonicalPrompts, mask_logits: Tensor | None) -> PromptBatch:
         spec = self.model.spec
@@ -160,6 +171,21 @@ class CropPredictor:
             edges = [[min(max(v + 0.5, 0.0), float(n)) for v, n in zip(c, frame.shape_zyx, strict=True)] for c in corners]
             batch.boxes = torch.tensor([[_axes(as_triple(e), spec.tensor_axes) for e in edges]], device=self.device)
         return batch
+
+
+def _size_of(features: Features, inside: Tensor) -> int:
+    """Bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in [*features.values(), inside])
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bf16 numbers faster than float32 ones; ``SAMED3D_FP32=1`` says no."""
+    if os.environ.get("SAMED3D_FP32") == "1":
+        return False
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # no public name for it
+    return device.type == "cpu" and known is not None and bool(known())
 
 
 def _axes(values: Triple, tensor_axes: str) -> Triple:

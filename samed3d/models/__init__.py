@@ -25,7 +25,15 @@ from samed3d.models.sam_med3d_moe import MixtureOfExperts, coarsest_feature
 from samed3d.models.samed3d_unet import samed3d_unet
 from samed3d.models.samed3d_vit import samed3d_base, samed3d_small, samed3d_tiny
 from samed3d.models.samu import samu, samu_extended
-from samed3d.models.weights import ADAPTER_KEY, find_checkpoint, list_checkpoints, load_state_strict, read_weights, spec_from_json
+from samed3d.models.weights import (
+    ADAPTER_KEY,
+    find_checkpoint,
+    list_checkpoints,
+    load_state_strict,
+    read_weights,
+    spec_from_json,
+    spec_to_json,
+)
 
 __all__ = ["MODELS", "create_model", "list_models", "load", "load_promptable"]
 
@@ -166,7 +174,7 @@ def load(name_or_path: str | Path) -> AnyModel:
         load_state_strict(model, state)
     except InputError as error:
         raise InputError(f"{path} is not a {header['model']!r} checkpoint: {error}") from error
-    model.spec = spec_from_json(header["spec"])
+    model.spec = spec_from_json({**spec_to_json(model.spec), **header["spec"]})  # what an older file does not say, the builder says
     return model.eval()
 
 

@@ -33,6 +33,7 @@ class ModelSpec:
         click_memory: ``"all"`` clicks are given at each decode, or only the ``"newest"`` plus the previous low-resolution logits.
         first_mask: What stands for "no mask yet": ``"none"`` (a trained no-mask state) or ``"zeros"`` (zero logits, SAM-Med3D).
         click_logit_threshold: Logit above which training's simulated user called a voxel foreground (0.5 in SAM-Med3D's code).
+        bf16: Whether inference runs in bf16 where the processor computes in it; for weights that were trained so.
         source: Paper or repository that defines the architecture.
         classes: Output channels of a ``SemanticModel``, background first; 0 for a promptable model.
         in_channels: Image channels of a ``SemanticModel`` whose volumes have several (MR sequences); a promptable model's number of
@@ -49,6 +50,7 @@ class ModelSpec:
     click_memory: str = "all"
     first_mask: str = "none"
     click_logit_threshold: float = MASK_LOGIT_THRESHOLD
+    bf16: bool = False
     source: str = ""
     classes: int = 0
     in_channels: int = 1

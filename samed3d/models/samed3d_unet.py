@@ -126,7 +126,13 @@ class SamedUNet(PromptableModel):
         }
         shape = (int(input_shape[0]), int(input_shape[1]), int(input_shape[2]))
         self.spec = ModelSpec(
-            "samed3d_unet", shape, spacing_mm, normalisation="zscore_rank", click_memory=click_memory, source="samed3d (this project)"
+            "samed3d_unet",
+            shape,
+            spacing_mm,
+            normalisation="zscore_rank",
+            click_memory=click_memory,
+            bf16=True,
+            source="samed3d (this project)",
         )
         self.stem = nn.Conv3d(8 * image_channels(self.spec.normalisation), widths[0], 3, padding=1)
         self.downs = nn.ModuleList(nn.Conv3d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:], strict=False))

@@ -29,7 +29,7 @@ class ResidualBlock(nn.Module):
             y = F.relu(norm(y))
             if is_tiny(x):
                 with torch.autocast("cpu", enabled=False):
-                    y = conv(y.to(conv.weight.dtype))
+                    y = conv(y.float())
             else:
                 y = conv(y)
         return x + y
