@@ -60,6 +60,7 @@ JOBS = (
     Job(
         "storage", (f"{{data}}/{CT}/imagesTr/chaos_ct_sample_0000.nii.gz", f"{{data}}/{CT}/labelsTr/chaos_ct_sample.nii.gz"), None, "table"
     ),
+    Job("protocols", ("--data", "{data}", "--out", "{out}"), None),
     Job("prepare", ("--data", "{data}", "--out", "{out}"), None),
 )
 

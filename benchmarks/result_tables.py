@@ -39,19 +39,31 @@ def block(name: str, results: Path) -> str:
 
 
 def accuracy(body: Body) -> str:
-    """Dice of each model by group and click."""
-    lines = [line for line in body["summary"] if line["by"] == "group"]
-    clicks = sorted({line["click"] for line in lines})
-    kinds = list(dict.fromkeys((_way(line), line["value"], line["model"]) for line in lines))
-    many = len({way for way, *_ in kinds}) > 1
-    head = [*["protocol"] * many, "group", "model", "subjects", "structures x seeds", *(f"{c} click{'s' * (c != 1)}" for c in clicks)]
-    rows = []
-    for way, value, model in kinds:
-        mine = {line["click"]: line for line in lines if (_way(line), line["value"], line["model"]) == (way, value, model)}
-        some = mine[max(mine)]
-        cells = [*[way] * many, value, f"`{model}`", some["subjects"], some["measurements"]]
-        rows.append([*cells, *(_with_interval(mine.get(c)) for c in clicks)])
-    return _table(head, rows)
+    """Dice of the default checkpoint by group and click, and of other methods on some of the same structures."""
+    clicks = sorted({int(c) for found in body["group"].values() for c in found["dice"]})
+    head = ["group", "model", "subjects", "structures", *(f"{c} click{'s' * (c != 1)}" for c in clicks)]
+    kinds = [(group, f"`default`, {body['seeds']} seeds", found) for group, found in body["group"].items()]
+    kinds += [(group, f"`{model}`", found) for group, models in body["controls"].items() for model, found in models.items()]
+    cells = [[found["dice"].get(str(c)) for c in clicks] for *_, found in kinds]
+    rows = [
+        [group, model, found["subjects"], found["structures"], *(with_interval(one) for one in mine)]
+        for (group, model, found), mine in zip(kinds, cells, strict=True)
+    ]
+    return table(head, rows)
+
+
+def protocols(body: Body) -> str:
+    """Every protocol's first and last Dice of every contender, and what the whole run took."""
+    rows = [
+        [f"{row['protocol']}{'' if row['prompt'] == 'click' else ', ' + row['prompt'] + ' first'}", f"`{row['model']}`", row["subjects"],
+         row["structures"], with_interval(row["first"]), f"{with_interval(row['last'])} ({row['last']['click']})"]
+        for row in body["rows"]
+    ]  # fmt: skip
+    head = ["protocol", "model", "subjects", "structures", "after the first prompt", "after the last (clicks)"]
+    if "wall_s" not in body:
+        return table(head, rows)
+    took = f"The whole run took {body['wall_s'] / 60:.0f} minutes, {body['processor_s'] / 60:.0f} minutes of processor time."
+    return f"{table(head, rows)}\n\n{took}"
 
 
 def latency(body: Body) -> str:
@@ -76,7 +88,7 @@ def latency(body: Body) -> str:
             f"{sam['times_matrix_product']:.2f} x its time",
         ],
     ]
-    return _table(["", "first mask", "later click"], rows) + "\n\n" + _table(["", "ratio within one run"], ratios)
+    return table(["", "first mask", "later click"], rows) + "\n\n" + table(["", "ratio within one run"], ratios)
 
 
 def preparation(body: Body) -> str:
@@ -95,7 +107,7 @@ def preparation(body: Body) -> str:
     memory, manifest = body["memory"], body["manifest"]
     more.append(["peak memory above idle, 512 x 512 x 600", f"{memory['peak_above_idle_in_volumes']:.2f} x the volume as stored"])
     more.append([f"open and filter a table of {manifest['rows']:,} structures", _s(manifest["open_and_filter_s"])])
-    return _table(["", "wall time", "faster", "size", "smaller", "masks"], rows) + "\n\n" + _table(["", "measured"], more)
+    return table(["", "wall time", "faster", "size", "smaller", "masks"], rows) + "\n\n" + table(["", "measured"], more)
 
 
 def synthesis(body: Body) -> str:
@@ -104,12 +116,12 @@ def synthesis(body: Body) -> str:
         [f"{edge}³", f"{found['case_ms']:.0f} ms", f"{found['cases_per_s']:.2f}", f"{found['elementwise_passes_per_case']:.0f}"]
         for edge, found in body["edges"].items()
     ]
-    return _table(["volume", "processor time each", "per second and thread", "in plain passes over the volume"], rows)
+    return table(["volume", "processor time each", "per second and thread", "in plain passes over the volume"], rows)
 
 
 def storage(body: Body) -> str:
     """The table that the script prints."""
-    return _table(body["columns"], body["rows"])
+    return table(body["columns"], body["rows"])
 
 
 def export(body: Body) -> str:
@@ -119,12 +131,12 @@ def export(body: Body) -> str:
         for part in ("encoder", "decoder")
         for form, found in body[part].items()
     ]
-    return f"Model `{body['model']}`, {body['threads']} thread.\n\n" + _table(["", "form", "time", "speed", "largest difference"], rows)
+    return f"Model `{body['model']}`, {body['threads']} thread.\n\n" + table(["", "form", "time", "speed", "largest difference"], rows)
 
 
 def training(body: Body) -> str:
     """Every number of the script, by its name."""
-    return _table(["", "measured"], _leaves({k: v for k, v in body.items() if k not in ("collected", "machine")}))
+    return table(["", "measured"], _leaves({k: v for k, v in body.items() if k not in ("collected", "machine")}))
 
 
 def augmentation(body: Body) -> str:
@@ -135,7 +147,7 @@ def augmentation(body: Body) -> str:
         ratios = [found.get("ours_times_as_fast_as", {}).get(name) for found in body["crops"].values()]
         if None not in ratios:
             rows.append([f"ours with blur beside {name.replace('_', ' ')}", *(f"{_number(r)} x as fast" for r in ratios)])
-    return _table(["", *body["crops"]], rows)
+    return table(["", *body["crops"]], rows)
 
 
 def session(body: Body) -> str:
@@ -148,7 +160,7 @@ def session(body: Body) -> str:
         rows.append([name, *("" if s is None else f"{_s(s)} ({_number(r)} x)" for s, r in cells)])
     same = all(found["same after opening again"] for found in body["cases"].values())
     note = "the same as" if same else "NOT the same as"
-    return _table(head, rows) + f"\n\nIn brackets the ratio to a later click. The masks after opening again were {note} before."
+    return table(head, rows) + f"\n\nIn brackets the ratio to a later click. The masks after opening again were {note} before."
 
 
 def server(body: Body) -> str:
@@ -158,6 +170,7 @@ def server(body: Body) -> str:
 
 BLOCKS: dict[str, tuple[str, Callable[[Body], str]]] = {
     "accuracy": ("default_evaluation.json", accuracy),
+    "protocols": ("protocols.json", protocols),
     "latency": ("latency.json", latency),
     "training": ("train.json", training),
     "augmentation": ("augment.json", augmentation),
@@ -173,7 +186,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Body], str]]] = {
 def _origin(file: str, body: Body) -> str:
     """Where a table comes from, in one line."""
     about = body.get("collected", {})
-    command = about.get("command") or body.get("command")
+    command = about.get("command") or body.get("command") or "`; `".join(body.get("commands", {}).values())
     parts = [f"`benchmarks/results/{file}`"]
     parts += [f"`{command}`"] if command else []
     parts += [f"revision {about.get('revision') or body.get('revision')}"] if about.get("revision") or body.get("revision") else []
@@ -197,19 +210,16 @@ def _load(machine: Body) -> str | None:
     return None if load is None else f"load {load:.1f}"
 
 
-def _way(line: Body) -> str:
-    return " ".join(str(line[k]) for k in ("protocol", "policy", "prompt") if line.get(k))
-
-
-def _with_interval(line: Body | None) -> str:
-    if line is None:
+def with_interval(found: Body | None, shown: bool = True) -> str:
+    """A mean, with its interval where it has one that is to be shown."""
+    if found is None:
         return ""
-    ends = line.get("interval")
-    alone = not ends or line["subjects"] < 2
-    return f"{line['dice']:.2f}" + ("" if alone else f" [{ends[0]:.2f}, {ends[1]:.2f}]")
+    ends = found["interval"] if shown else None
+    return f"{found['mean']:.2f}" + (f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else "")
 
 
-def _table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(c).replace("|", "/") for c in line) + " |" for line in lines)
 

@@ -44,24 +44,29 @@ def test_a_file_that_is_not_there_is_said(tmp_path):
     assert tables.block("latency", tmp_path) == "*Not measured: `benchmarks/results/latency.json` is not there (`make bench`).*"
 
 
+def curve(means, subjects=7, structures=9):
+    dice = {str(click): {"mean": mean, "interval": ends, "subjects": subjects} for click, mean, ends in means}
+    return {"subjects": subjects, "structures": structures, "dice": dice}
+
+
 def test_the_accuracy_block_has_every_mean_with_its_interval(tmp_path):
-    line = {"model": "m", "by": "group", "value": "unseen subject", "subjects": 7, "measurements": 9, "interval": [0.1, 0.3]}
-    lines = [
-        line | {"click": 1, "dice": 0.2},
-        line | {"click": 3, "dice": 0.25, "interval": None},
-        line | {"by": "source", "click": 1, "dice": 0.9},
-    ]
-    (tmp_path / "default_evaluation.json").write_text(json.dumps({"summary": lines, "command": "samed3d evaluate X", "revision": "abc"}))
+    own = curve([(1, 0.2, [0.1, 0.3]), (10, 0.25, None)])
+    body = {"group": {"unseen subject": own}, "controls": {"unseen subject": {"other": curve([(1, 0.9, [0.8, 1.0])], 2, 3)}}}
+    body |= {"seeds": 5, "commands": {"clicks": "samed3d evaluate X", "box": "samed3d evaluate Y"}, "revision": "abc"}
+    (tmp_path / "default_evaluation.json").write_text(json.dumps(body))
     text = tables.block("accuracy", tmp_path)
-    assert "| unseen subject | `m` | 7 | 9 | 0.20 [0.10, 0.30] | 0.25 |" in text and "0.90" not in text
-    assert "1 click | 3 clicks" in text and "`samed3d evaluate X`; revision abc" in text
+    assert "| unseen subject | `default`, 5 seeds | 7 | 9 | 0.20 [0.10, 0.30] | 0.25 |" in text
+    assert "| unseen subject | `other` | 2 | 3 | 0.90 [0.80, 1.00] |  |" in text
+    assert "1 click | 10 clicks" in text and "`samed3d evaluate X`; `samed3d evaluate Y`; revision abc" in text
 
 
-def test_ways_of_clicking_have_lines_of_their_own(tmp_path):
-    line = {"model": "m", "by": "group", "value": "g", "click": 1, "subjects": 2, "measurements": 2, "interval": [0.1, 0.3]}
-    lines = [line | {"protocol": p, "policy": "own", "prompt": "click", "dice": d} for p, d in (("samed3d", 0.5), ("cvpr25", 0.6))]
-    text = tables.accuracy({"summary": lines})
-    assert "| samed3d own click | g | `m` | 2 | 2 | 0.50 [0.10, 0.30] |" in text and "| cvpr25 own click |" in text
+def test_every_protocol_first_prompt_and_model_has_a_line():
+    ends = {"first": {"click": 0, "mean": 0.5, "interval": [0.4, 0.6]}, "last": {"click": 5, "mean": 0.75, "interval": None}}
+    rows = [{"protocol": p, "prompt": w, "model": "m", "subjects": 2, "structures": 3} | ends for p, w in (("a", "click"), ("b", "box"))]
+    text = tables.protocols({"rows": rows, "wall_s": 1200.0, "processor_s": 2400.0})
+    assert "| a | `m` | 2 | 3 | 0.50 [0.40, 0.60] | 0.75 (5) |" in text and "| b, box first | `m` |" in text
+    assert text.endswith("The whole run took 20 minutes, 40 minutes of processor time.")
+    assert "took" not in tables.protocols({"rows": rows})
 
 
 def test_the_other_blocks_show_what_the_files_say():

@@ -89,6 +89,11 @@ def _voxel(zyx: Triple) -> IntTriple:
     return (z, y, x)
 
 
+def longest_edge_mm(volume: Volume) -> float:
+    """Of the image: what stands for scale where nothing is known of the structure, as for our own first crop."""
+    return max(n * s for n, s in zip(volume.grid.shape_zyx, volume.grid.spacing_zyx_mm, strict=True))
+
+
 def region_around(voxels: list[IntTriple], reach_mm: float, spacing_zyx_mm: Triple, shape_zyx: IntTriple) -> Region:
     """The part of a volume within ``reach_mm`` along each axis of some voxels."""
     reach = [int(np.ceil(reach_mm / s)) for s in spacing_zyx_mm]

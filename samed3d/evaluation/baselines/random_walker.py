@@ -13,26 +13,33 @@ from numpy.typing import NDArray
 
 from samed3d.crops import paste_crop, sample_crop
 from samed3d.errors import InputError
-from samed3d.evaluation.baselines.base import ClassicalMethod, Said
+from samed3d.evaluation.baselines.base import ClassicalMethod, Said, longest_edge_mm
 from samed3d.geometry import CropFrame, as_triple
+from samed3d.volume import Volume
+
+REACH, BETA = 0.15, 130.0
+"""Room around the positive clicks as a share of the image's longest edge; how much an edge of the image holds a walker back."""
 
 
 class RandomWalker(ClassicalMethod):
     """Which kind of click would a walker meet first, who rarely crosses an edge of the image?
 
-    The crop reaches ``reach_mm`` beyond the positive clicks and is sampled with at most ``cells`` voxels along each axis. Its border counts
-    as clicked negative, or a first click would take everything. A click paints a cube of ``2 * brush + 1`` cells: a walker hardly ever
-    meets a single one.
+    The crop reaches a share ``reach`` of the image's longest edge beyond the positive clicks and is sampled with at most ``cells`` voxels
+    along each axis. Its border counts as clicked negative, or a first click would take everything. A click paints a cube of
+    ``2 * brush + 1`` cells: a walker hardly ever meets a single one.
 
     Source:
-        Grady, Random walks for image segmentation, PAMI 2006; scikit-image's implementation with its default ``beta``.
+        Grady, Random walks for image segmentation, PAMI 2006; scikit-image's implementation. ``reach`` and ``beta`` were chosen on training
+        subjects (``benchmarks/tune_baselines.py``).
     """
 
     name = "random_walker"
-    reach_mm = 40.0
     cells = 28
-    beta = 130.0
     brush = 1
+
+    def __init__(self, volume: Volume, truth: NDArray[np.bool_] | None = None, reach: float = REACH, beta: float = BETA) -> None:
+        super().__init__(volume, truth)
+        self.reach_mm, self.beta = reach * longest_edge_mm(volume), beta
 
     def segment(self, said: Said) -> NDArray[np.bool_]:
         """Probability above one half, on the volume's own voxels."""

@@ -1,6 +1,7 @@
 """SimpleITK's region methods from clicks: confidence-connected growing, and fast marching as a geodesic distance.
 
-Their constants are the same for every image; only region growing's was chosen on data. Read ``random_walker.py`` next.
+Their constants were chosen on training subjects (docs/measure.md, ``benchmarks/tune_baselines.py``) and are the same for every image. Read
+``random_walker.py`` next.
 """
 
 from __future__ import annotations
@@ -8,13 +9,15 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from samed3d.evaluation.baselines.base import ClassicalMethod, Said, region_around
+from samed3d.evaluation.baselines.base import ClassicalMethod, Said, longest_edge_mm, region_around
 from samed3d.geometry import IntTriple
 from samed3d.volume import Volume, grow_region
 from samed3d.volume.regions import smoothed_gradient, travel_time
 
 MULTIPLIER = 1.25
-"""Width of the accepted intensities in standard deviations; the best of eight values on training subjects (docs/measure.md)."""
+"""Width of the accepted intensities in standard deviations."""
+REACH, SHARPNESS = 0.15, 2.0
+"""How far a front runs in flat regions, as a share of the image's longest edge; how much an edge of the image slows it."""
 
 
 class RegionGrowing(ClassicalMethod):
@@ -39,16 +42,19 @@ class FastMarching(ClassicalMethod):
     """
 
     name = "fast_marching"
-    limit_mm = 40.0
-    sigma_mm = 1.0
-    sharpness = 0.5
+    smoothing = 1.0
+    """Standard deviation of the Gaussian before the gradient, in voxels of the finest axis."""
+
+    def __init__(self, volume: Volume, truth: NDArray[np.bool_] | None = None, reach: float = REACH, sharpness: float = SHARPNESS) -> None:
+        super().__init__(volume, truth)
+        self.limit_mm, self.sharpness = reach * longest_edge_mm(volume), sharpness
 
     def segment(self, said: Said) -> NDArray[np.bool_]:
         """Race the fronts of the positive and the negative voxels."""
         spacing, shape = self.volume.grid.spacing_zyx_mm, self.volume.grid.shape_zyx
         region = region_around(said.inside, self.limit_mm, spacing, shape)
         block = np.ascontiguousarray(self.volume.array[region.slices])
-        gradient = smoothed_gradient(block, spacing, self.sigma_mm)
+        gradient = smoothed_gradient(block, spacing, self.smoothing * min(spacing))
         scale = max(float(np.median(gradient[gradient > 0])) if (gradient > 0).any() else 1.0, 1e-6)
         speed = 1.0 / (1.0 + self.sharpness * gradient / scale) + 1e-3
         found = travel_time(speed, spacing, _inside_of(said.inside, region.start_zyx)) < self.limit_mm

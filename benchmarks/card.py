@@ -1,0 +1,264 @@
+"""The measured part of the default checkpoint's card: its tables and its pictures, from saved runs of ``samed3d evaluate`` alone.
+
+    python benchmarks/card.py --clicks out/clicks --box out/box --controls out/controls
+    python benchmarks/card.py --page
+
+The card itself names the commands that made the three folders. Writes ``benchmarks/results/default_evaluation.json``, the blocks of
+``checkpoints/README.md`` that begin with ``<!-- measured: NAME -->``, and ``docs/images/default_typical.png`` and ``default_worst.png``,
+for which the saved prompts are given to the model again. ``--page`` makes the blocks from the JSON that is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from result_tables import Body, table, with_interval  # noqa: E402
+
+from samed3d.evaluation.case_drawing import case_png  # noqa: E402
+from samed3d.evaluation.pictures import line_key  # noqa: E402
+from samed3d.evaluation.replay import Answers, replay  # noqa: E402
+from samed3d.evaluation.rows import Row  # noqa: E402
+from samed3d.evaluation.saved import SavedRun, curves_of, modality_class, read_run, size_class, size_order  # noqa: E402
+from samed3d.evaluation.statistics import Estimate  # noqa: E402
+from samed3d.evaluation.summaries import FALL, by_model, click_curve, estimate, grouped, untrained  # noqa: E402
+from samed3d.metrics import dice  # noqa: E402
+
+CARD, RESULT = ROOT / "checkpoints/README.md", ROOT / "benchmarks/results/default_evaluation.json"
+IMAGES = ROOT / "docs/images"
+CLICKS = (1, 3, 5, 10)
+AIMS = {"unseen subject": (0.75, None, 0.85, 0.88), "held-out source": (0.55, None, 0.72, 0.80)}
+BOX_AIM = 0.78
+SHOWN = 5
+"""Data sets in each picture."""
+_MARK = re.compile(r"<!-- measured: (\w+) -->\n.*?<!-- end -->", flags=re.DOTALL)
+
+
+def main() -> None:
+    """Measure nothing: read, count, write."""
+    options = _options()
+    if not options.page:
+        runs = {name: read_run(getattr(options, name)) for name in ("clicks", "box", "controls")}
+        write(RESULT, json.dumps(body_of(runs), indent=1) + "\n")
+        draw(runs["clicks"])
+    write(CARD, card_with_blocks(CARD.read_text(encoding="utf-8"), json.loads(RESULT.read_text(encoding="utf-8"))))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clicks", type=Path, help="results folder: default, clicks only, several seeds")
+    parser.add_argument("--box", type=Path, help="results folder: default, a box first")
+    parser.add_argument("--controls", type=Path, help="results folder: default, its control without a prompt, baselines")
+    parser.add_argument("--page", action="store_true", help="only make the card's blocks from the JSON that is there")
+    options = parser.parse_args()
+    if not options.page and None in (options.clicks, options.box, options.controls):
+        parser.error("give --clicks, --box and --controls, or --page")
+    return options
+
+
+# Numbers
+
+
+def body_of(runs: dict[str, SavedRun]) -> Body:
+    """Everything that the card shows, and how it was measured."""
+    rows = untrained(runs["clicks"].rows)
+    parts: dict[str, Callable[[Row], str]] = {"group": lambda r: r["group"], "modality": modality_class, "size": size_class}
+    parts["source"] = lambda r: r["source"] + (" (held out)" if r["group"] == "held-out source" else "")
+    body: Body = {name: runs[name].results.get("command") for name in runs}
+    body = {"commands": body, "revision": runs["clicks"].results["revision"], "environment": runs["clicks"].results["environment"]}
+    for name, part in parts.items():
+        groups = grouped(rows, part, size_order if name == "size" else None)
+        body[name] = {key: curve_of(mine) for key, mine in groups.items()}
+    body["seeds"] = len({row["seed"] for row in rows})
+    body["behaviour"] = behaviour(rows)
+    box = [row for row in untrained(runs["box"].rows) if row["click"] == 0]
+    body["box"] = {key: number_of(estimate(mine, "dice")) for key, mine in grouped(box, parts["group"]).items()}
+    controls = grouped(untrained(runs["controls"].rows), parts["group"])
+    body["controls"] = {key: {model: curve_of(own) for model, own in by_model(mine).items()} for key, mine in controls.items()}
+    return body
+
+
+def curve_of(rows: Sequence[Row]) -> Body:
+    """Structures, subjects and Dice after each reported click."""
+    curve = {click: found for click, found in click_curve(rows).items() if click in (0, *CLICKS)}
+    structures = len({(row["source"], row["case"], row["label"]) for row in rows})
+    subjects = next(iter(curve.values())).subjects if curve else 0
+    return {"structures": structures, "subjects": subjects, "dice": {str(click): number_of(found) for click, found in curve.items()}}
+
+
+def number_of(found: Estimate) -> Body:
+    """A mean with its interval over subjects; null for one subject alone."""
+    ends = None if math.isnan(found.low) else [round(found.low, 4), round(found.high, 4)]
+    return {"mean": round(found.mean, 4), "interval": ends, "subjects": found.subjects, "measurements": found.measurements}
+
+
+def behaviour(rows: Sequence[Row]) -> Body:
+    """Whether clicks are obeyed, what negative ones do, and how often a click makes things worse."""
+    given = [row for row in rows if row.get("obeyed") is not None and row["seconds"]]
+    negative = [row for row in given if row["positive"] == 0]
+    steps = [b - a for _, _, scores in curves_of(rows, "dice") for a, b in zip(scores, scores[1:], strict=False)]
+    return {
+        "clicks": len(given),
+        "obeyed": sum(row["obeyed"] for row in given) / len(given),
+        "negative clicks": len(negative),
+        "negative clicks that added volume": sum(row["added_voxels"] > 0 for row in negative),
+        "steps": len(steps),
+        "steps that lowered Dice by more than 0.01": sum(step < -FALL for step in steps),
+    }
+
+
+# The card
+
+
+def card_with_blocks(card: str, body: Body) -> str:
+    """The card with each block made anew.
+
+    Raises:
+        ValueError: if it asks for a block that nobody makes, or lacks one.
+    """
+    asked = _MARK.findall(card)
+    if sorted(asked) != sorted(BLOCKS):
+        raise ValueError(f"the card must hold each block once: {', '.join(sorted(BLOCKS))}; it holds {', '.join(sorted(asked))}")
+    return _MARK.sub(lambda found: f"<!-- measured: {found[1]} -->\n{BLOCKS[found[1]](body)}\n<!-- end -->", card)
+
+
+def aims_block(body: Body) -> str:
+    """What was aimed at beside what was reached."""
+    rows = []
+    for group, aims in AIMS.items():
+        found = body["group"][group]
+        rows.append([f"**{group}**", found["subjects"], found["structures"], *(with_interval(found["dice"].get(str(c))) for c in CLICKS)])
+        rows.append(["aim", "", "", *("" if aim is None else f"{aim:.2f}" for aim in aims)])
+    box = [[f"**{group}**", found["subjects"], with_interval(found)] for group, found in body["box"].items()]
+    box.append(["aim, unseen subject", "", f"{BOX_AIM:.2f}"])
+    heads = [f"{c} click{'s' * (c > 1)}" for c in CLICKS]
+    first = table(["group", "subjects", "structures", *heads], rows)
+    return f"{first}\n\n{table(['box alone', 'subjects', 'Dice'], box)}\n\n{_origin(body, 'clicks', 'box')}"
+
+
+def parts_block(name: str) -> Callable[[Body], str]:
+    """Dice by one property of the structures."""
+
+    def made(body: Body) -> str:
+        rows = [
+            [
+                key,
+                found["subjects"],
+                found["structures"],
+                *(with_interval(found["dice"].get(str(c)), found["subjects"] > 2) for c in CLICKS),
+            ]
+            for key, found in body[name].items()
+        ]
+        return table([name, "subjects", "structures", *(f"{c} click{'s' * (c > 1)}" for c in CLICKS)], rows)
+
+    return made
+
+
+def behaviour_block(body: Body) -> str:
+    """Obedience and monotony beside their aims."""
+    found = body["behaviour"]
+    added, negative = found["negative clicks that added volume"], found["negative clicks"]
+    lowered, steps = found["steps that lowered Dice by more than 0.01"], found["steps"]
+    rows = [
+        ["a click's own voxel has the click's label", f"{found['obeyed']:.1%} of {found['clicks']:,}", ">= 99 %"],
+        ["a click off the object adds no volume", f"{1 - added / max(negative, 1):.1%} of {negative:,}", ">= 97 %"],
+        ["a step lowers Dice by more than 0.01", f"{lowered / max(steps, 1):.1%} of {steps:,}", "<= 5 %"],
+    ]
+    return table(["", "measured", "aim"], rows)
+
+
+def controls_block(body: Body) -> str:
+    """Other methods on the same clicks."""
+    parts = []
+    for group, models in body["controls"].items():
+        clicks = sorted({int(c) for found in models.values() for c in found["dice"]} - {0})
+        rows = [[f"`{model}`", *(with_interval(found["dice"].get(str(c))) for c in clicks)] for model, found in models.items()]
+        some = next(iter(models.values()))
+        head = f"{group}: {some['subjects']} subjects, {some['structures']} structures"
+        parts.append(table([head, *(f"{c} click{'s' * (c > 1)}" for c in clicks)], rows))
+    return "\n\n".join([*parts, _origin(body, "controls")])
+
+
+BLOCKS: dict[str, Callable[[Body], str]] = {
+    "aims": aims_block,
+    "behaviour": behaviour_block,
+    "controls": controls_block,
+    "modalities": parts_block("modality"),
+    "sizes": parts_block("size"),
+    "sources": parts_block("source"),
+}
+
+
+def _origin(body: Body, *names: str) -> str:
+    about = body["environment"]
+    commands = "; ".join(f"`{body['commands'][name]}`" for name in names)
+    return f"*{commands}; revision {body['revision']}; {about['processor']}, {about['cores']} cores, torch {about['torch']}.*"
+
+
+def write(path: Path, text: str) -> None:
+    """The whole file or nothing."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+# Pictures
+
+
+def draw(run: SavedRun) -> None:
+    """Typical and worst structures of several data sets, after 1 and after 5 clicks."""
+    curves = [(first, scores) for first, _, scores in curves_of(untrained(run.rows), "dice")]
+    by_source = grouped([first | {"last": scores[min(4, len(scores) - 1)]} for first, scores in curves], lambda row: row["source"])
+    largest = sorted(by_source.values(), key=lambda rows: -len({row["subject"] for row in rows}))
+    typical = [_nearest(rows, sorted(row["last"] for row in rows)[len(rows) // 2]) for rows in largest[:SHOWN]]
+    worst = sorted((min(rows, key=lambda row: row["last"]) for rows in by_source.values()), key=lambda row: row["last"])
+    lines = {line_key(line): line for line in run.turns()}
+    for name, chosen in (("typical", typical), ("worst", worst[:SHOWN])):
+        picture = _sheet(chosen, lines)
+        partial = IMAGES / f".default_{name}.part"
+        partial.write_bytes(picture)
+        os.replace(partial, IMAGES / f"default_{name}.png")
+
+
+def _nearest(rows: Sequence[Row], value: float) -> Row:
+    return min(rows, key=lambda row: abs(row["last"] - value))
+
+
+def _sheet(chosen: Sequence[Row], lines: dict[tuple[Any, ...], Body]) -> bytes:
+    """One row per structure: three planes after 1 click, three after 5, with names and Dice."""
+    from PIL import Image, ImageDraw
+
+    answers, rows = Answers(), []
+    for row in chosen:
+        line = lines[line_key(row)]
+        for clicks in (1, 5):
+            again = replay(line | {"turns": [turn for turn in line["turns"] if turn["click"] <= clicks]}, answers)
+            panel = Image.open(io.BytesIO(case_png(again.volume, again.truth, again.mask, again.prompts)))
+            name = row["name"] or f"label {row['label']}"
+            title = f"{row['source']}, {name}: {clicks} click{'s' * (clicks > 1)}, Dice {dice(again.mask, again.truth):.2f}"
+            rows.append((title, panel))
+    width, height = rows[0][1].size
+    sheet = Image.new("RGB", (2 * width + 12, (len(rows) // 2) * (height + 22)), (16, 17, 20))
+    pen = ImageDraw.Draw(sheet)
+    for number, (title, panel) in enumerate(rows):
+        x, y = number % 2 * (width + 12), number // 2 * (height + 22)
+        pen.text((x + 4, y + 4), title, fill=(220, 220, 220))
+        sheet.paste(panel, (x, y + 20))
+    data = io.BytesIO()
+    sheet.quantize(192).save(data, "PNG", optimize=True)
+    return data.getvalue()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Every protocol on every kind of contender in one command, timed: the default checkpoint, SAM-Med3D's architecture with random weights,
+all baselines and the control without a prompt.
+
+    python benchmarks/protocols.py --data DATA --out protocols.json            # one structure of one image of each data set
+    python benchmarks/protocols.py --data DATA --out protocols.json --quick    # the smallest images of six data sets
+
+The folder of ``samed3d evaluate``, with its ``report.html``, stays in ``--folder``; a run that was stopped goes on, and then its times are
+those of the last part alone and are not written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from samed3d.evaluation.saved import Way, read_run  # noqa: E402
+from samed3d.evaluation.summaries import by_model, click_curve, untrained  # noqa: E402
+
+MODELS = ("default", "sam_med3d_b", "no_prompt:default", "baselines")
+WAYS = ("--protocol", "all", "--policy", "centre", "--prompt", "all", "--clicks", "1,3,5")
+LIMITS = ("--limit", "1", "--labels-per-case", "1")
+
+
+def main() -> None:
+    """Run it, time it, write one JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON")
+    parser.add_argument("--folder", type=Path, default=ROOT / "out/protocols", help="what samed3d evaluate writes")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    begun = (options.folder / "parts").exists()
+    if (options.folder / "results.json").exists():
+        parser.error(f"--folder holds finished results, which leave nothing to time: {options.folder}")
+    models = [argument for name in MODELS for argument in ("--model", name)]
+    limits = ["--quick"] if options.quick else list(LIMITS)
+    arguments = ["evaluate", "--data", str(options.data), *models, *WAYS, *limits, "--processes", str(options.processes)]
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "samed3d", *arguments, "-o", str(options.folder), "--quiet"], cwd=ROOT, check=True)
+    wall, spent = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    body: dict[str, Any] = {"command": " ".join(["samed3d", *arguments]).replace(str(options.data), "DATA") + " -o DIR"}
+    if not begun:
+        body |= {"wall_s": round(wall, 1), "processor_s": round(spent.ru_utime + spent.ru_stime, 1)}
+    body["rows"] = rows_of(options.folder)
+    partial = options.out.with_name(f".{options.out.name}.part")
+    partial.write_text(json.dumps(body, indent=1) + "\n")
+    os.replace(partial, options.out)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """One entry per protocol, first prompt and model: what was measured, and Dice after the first and the last prompt."""
+    run = read_run(folder)
+    return [entry for way in run.ways for entry in _of_way(way, by_model(untrained(run.of(way))))]
+
+
+def _of_way(way: Way, models: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    found = []
+    for model, rows in models.items():
+        curve = click_curve(rows)
+        clicks = sorted(curve)
+        entry: dict[str, Any] = {"protocol": way.protocol, "prompt": way.prompt, "model": model, "subjects": curve[clicks[0]].subjects}
+        entry["structures"] = len({(row["source"], row["case"], row["label"]) for row in rows})
+        for name, click in (("first", clicks[0]), ("last", clicks[-1])):
+            ends = [round(curve[click].low, 4), round(curve[click].high, 4)]
+            entry[name] = {"click": click, "mean": round(curve[click].mean, 4), "interval": ends}
+        found.append(entry)
+    return found
+
+
+if __name__ == "__main__":
+    main()
