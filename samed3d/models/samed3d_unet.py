@@ -181,9 +181,9 @@ class SamedUNet(PromptableModel):
         x, iou = self._coarse(features, prompts)
         for level in range(len(self.blocks) - 1, -1, -1):
             skip = features[f"skip{STRIDES[level]}"]
-            x = skip + upsample(self.ups[level](x), skip) + self._prompt_input(level, features, prompts)
+            x = upsample(self.ups[level](x), skip).add_(skip).add_(self._prompt_input(level, features, prompts))
             x = self.blocks[level](x)
-        fine = self.out(F.relu(self.out_norm(x))).float()
+        fine = self.out(F.relu(self.out_norm(x), inplace=True)).float()
         lowres = fine.mean(dim=1, keepdim=True)
         if fine.shape[1] == 1:
             return MaskOutput(F.interpolate(fine, scale_factor=2, mode="trilinear"), iou, lowres)

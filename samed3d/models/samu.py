@@ -22,6 +22,7 @@ from samed3d.nn.prompt_attention import PromptAttention
 from samed3d.nn.prompt_encoder import RandomFourierPositions
 from samed3d.nn.prompt_maps import mask_map
 from samed3d.nn.released_decode import newest_click
+from samed3d.nn.unet import CoarseConv3d
 
 SOURCE = "SAMU (MedAGI 2024, LNCS 15184); widths and blocks are ours, the paper gives none"
 PROMPT_LEVELS = ("all", "decoder", "bottom", "none")
@@ -79,7 +80,7 @@ class DoubleConv(nn.Sequential):
     def __init__(self, before: int, after: int) -> None:
         layers: list[nn.Module] = []
         for channels in (before, after):
-            layers.append(nn.Conv3d(channels, after, kernel_size=3, padding=1, bias=False))
+            layers.append(CoarseConv3d(channels, after, kernel_size=3, padding=1, bias=False))
             layers += [nn.InstanceNorm3d(after, affine=True), nn.LeakyReLU(0.01)]
         super().__init__(*layers)
 

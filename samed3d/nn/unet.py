@@ -13,35 +13,36 @@ from torch import Tensor, nn
 from samed3d.nn.norm import LayerNorm3d
 
 
+class CoarseConv3d(nn.Conv3d):
+    """A convolution that may meet the coarsest grids: no bf16 on a CPU where an axis has fewer than three voxels.
+
+    oneDNN's weight gradient of a 3x3x3 bf16 convolution on two voxels reads memory that was never written (seen in torch 2.13 on a
+    processor with AVX512-BF16 and without AMX): now and then a loss that is not finite.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As the base class."""
+        if input.device.type != "cpu" or min(input.shape[2:]) > 2:
+            return super().forward(input)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(input.to(self.weight.dtype))
+
+
 class ResidualBlock(nn.Module):
     """``convs`` times norm, ReLU, 3x3x3 convolution, plus the input (pre-activation); starts as the identity."""
 
     def __init__(self, channels: int, convs: int = 2) -> None:
         super().__init__()
         self.norms = nn.ModuleList(LayerNorm3d(channels, eps=1e-5) for _ in range(convs))
-        self.convs = nn.ModuleList(nn.Conv3d(channels, channels, 3, padding=1, bias=False) for _ in range(convs))
+        self.convs = nn.ModuleList(CoarseConv3d(channels, channels, 3, padding=1, bias=False) for _ in range(convs))
         nn.init.zeros_(self.convs[-1].weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as ``x``."""
         y = x
         for norm, conv in zip(self.norms, self.convs, strict=True):
-            y = F.relu(norm(y))
-            if is_tiny(x):
-                with torch.autocast("cpu", enabled=False):
-                    y = conv(y.float())
-            else:
-                y = conv(y)
-        return x + y
-
-
-def is_tiny(x: Tensor) -> bool:
-    """Whether a (B, C, D, H, W) tensor on a CPU has an axis of fewer than three voxels: no bf16 there.
-
-    oneDNN's weight gradient of a 3x3x3 bf16 convolution on two voxels reads memory that was never written (seen in torch 2.13 on a
-    processor with AVX512-BF16 and without AMX): now and then a loss that is not finite.
-    """
-    return x.device.type == "cpu" and min(x.shape[2:]) < 3
+            y = conv(F.relu(norm(y), inplace=True))
+        return y.add_(x)  # in place: fresh tensors of this size cost more than the sums
 
 
 def space_to_depth(x: Tensor, factor: int = 2) -> Tensor:
