@@ -73,7 +73,7 @@ def test_a_config_is_frozen():
         ("data.crop=[32, 32]", r"'data\.crop' must be a list of 3 values, got \[32, 32\]"),
         ("data.crop=[32, 32, x]", r"'data\.crop\[2\]' must be a whole number, got 'x'"),
         ("data.corpus=one", r"'data\.corpus' must be a list of values, got 'one'"),
-        ("clicks.policy=random", r"'clicks\.policy' must be one of uniform, centre, ritm, got 'random'"),
+        ("clicks.policy=random", r"'clicks\.policy' must be one of uniform, centre, ritm, mixed, got 'random'"),
         ("model.overrides=3", r"'model\.overrides' must be a mapping, got 3"),
         ("data.spacing_mm=-1", r"data\.spacing_mm must be 0 \(the object's scale\) or more, got -1"),
         ("clicks.mask_only_turns=[first]", r"clicks\.mask_only_turns may hold last and random, got \['first'\]"),

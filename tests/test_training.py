@@ -13,9 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from samed3d.clicks import next_click, policy_clicks
 from samed3d.config import ClickConfig, LossConfig, OptimConfig, TrainConfig, load_config
-from samed3d.crops import BACKGROUND_LOGIT
 from samed3d.errors import InputError
 from samed3d.models import create_model, load
 from samed3d.models.base import Features, MaskOutput, ModelSpec, PromptableModel, PromptBatch
@@ -23,7 +21,7 @@ from samed3d.models.weights import read_header
 from samed3d.training import loop, start
 from samed3d.training.loop import train
 from samed3d.training.optimiser import AveragedWeights, learning_rate, parameter_groups
-from samed3d.training.step import InteractiveStep, seed_of, windowed
+from samed3d.training.step import InteractiveStep, seed_of
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "tiny_cpu.yaml"
 NARROW: dict[str, Any] = {
@@ -144,45 +142,6 @@ def test_mask_only_turns_bring_no_new_click():
     assert all(p.mask_logits is not None for p in newest.seen[1:])
     some = {p.points.shape[1] for seed in range(6) for p in session()(seed, mask_only_probability=0.5, memory="newest").seen[1:]}
     assert some == {0, 1}
-
-
-def test_a_window_leaves_the_mask_as_it_is_or_unknown_outside_a_box_around_the_click():
-    logits = torch.randn(1, 12, 16, 10, generator=torch.Generator().manual_seed(0))
-    point, generator = torch.tensor([1.0, 15.0, 5.0]), torch.Generator().manual_seed(3)
-    assert torch.equal(windowed(logits, point, 0.0, generator), logits)
-    for _ in range(20):
-        known = windowed(logits, point, 1.0, generator)
-        there = known == logits
-        assert bool((known[~there] == BACKGROUND_LOGIT).all())
-        assert bool(there[0, 1, 15, 5])
-        edges = [int(there[0].movedim(axis, 0).flatten(1).any(1).sum()) for axis in range(3)]
-        assert int(there.sum()) == math.prod(edges)  # a box
-        assert all(int(n * 0.5) <= edge <= n * 0.9 for edge, n in zip(edges, logits.shape[1:], strict=True))
-
-
-def test_windows_come_with_turns_that_bring_no_click_only():
-    windowed_masks = session(3)(mask_only_probability=1.0, window_probability=1.0).seen
-    assert windowed_masks[0].mask_logits is None
-    assert all(bool((prompts.mask_logits == BACKGROUND_LOGIT).any()) for prompts in windowed_masks[1:])
-    clicked = session(3)(window_probability=1.0).seen
-    assert not any(bool((prompts.mask_logits == BACKGROUND_LOGIT).any()) for prompts in clicked[1:])
-
-
-def test_mixed_clicks_begin_anywhere_and_then_follow_any_rule():
-    pred, target = torch.zeros(1, 1, 9, 9, 9, dtype=torch.bool), torch.zeros(1, 1, 9, 9, 9, dtype=torch.bool)
-    target[..., 1:8, 1:8, 1:8] = True
-
-    def clicks(mask: Tensor) -> set[tuple[float, ...]]:
-        found = [policy_clicks(mask, target, "mixed", torch.Generator().manual_seed(seed))[0] for seed in range(60)]
-        return {tuple(points.flatten().tolist()) for points in found}
-
-    first = clicks(pred)
-    assert len(first) > 40 and (4.0, 4.0, 4.0) not in first  # uniform: the centre is one voxel of 343
-    pred[..., 1:8, 1:8, 1] = True
-    later = clicks(pred)
-    deepest = next_click(pred[0, 0].numpy(), target[0, 0].numpy(), "centre")
-    assert deepest is not None and deepest[0] in later
-    assert len(later) > 20
 
 
 def test_a_box_first_has_no_click_beside_it_and_stays():

@@ -184,8 +184,8 @@ def computes_bf16(device: torch.device) -> bool:
         return False
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # no public name for it
-    return device.type == "cpu" and known is not None and bool(known())
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return device.type == "cpu" and bool(known.get("amx_tile") or known.get("avx512_bf16"))
 
 
 def _axes(values: Triple, tensor_axes: str) -> Triple:
