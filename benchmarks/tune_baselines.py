@@ -23,7 +23,7 @@ from samed3d.evaluation.run import evaluate  # noqa: E402
 
 GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "region_growing": {"multiplier": (0.75, 1.0, 1.25, 1.5, 2.0)},
-    "fast_marching": {"reach": (0.05, 0.1, 0.2), "sharpness": (0.5, 4.0)},
+    "fast_marching": {"reach": (0.1, 0.2, 0.4), "sharpness": (0.1, 0.3, 1.0)},
     "random_walker": {"reach": (0.1, 0.2), "beta": (130.0, 1000.0)},
 }
 CLICKS = (1, 3)

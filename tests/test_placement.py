@@ -8,7 +8,7 @@ import torch
 
 from samed3d.geometry import CropFrame, Region, bounding_region
 from samed3d.inference.placement import SMALL_FILL, place, touched_faces
-from samed3d.inference.predictor import CACHED_CROPS, CanonicalPrompts, Canvas, CropMask, CropPredictor
+from samed3d.inference.predictor import CanonicalPrompts, Canvas, CropMask, CropPredictor
 from tests.brightness_model import BrightnessModel
 
 
@@ -91,18 +91,6 @@ def test_tiles_blend_without_a_seam():
     inside = placed.canvas.logits[[i - placed.canvas.region.start_zyx[0] for i in range(8, 52)]]
     middle = inside[:, 10 - placed.canvas.region.start_zyx[1], 10 - placed.canvas.region.start_zyx[2]]
     assert float(middle.min()) > 0 and float(middle.max() - middle.min()) < float(middle.max())
-
-
-def test_features_are_kept_for_a_few_crops_only():
-    model = BrightnessModel((8, 8, 8))
-    session = predictor(bar(), model)
-    frames = [CropFrame((float(i), 4.0, 4.0), (1.0, 1.0, 1.0), (8, 8, 8)) for i in range(CACHED_CROPS + 1)]
-    for frame in frames:
-        session.decode(frame, CanonicalPrompts([]))
-    session.decode(frames[-1], CanonicalPrompts([]))
-    assert model.encoded == len(frames)
-    session.decode(frames[0], CanonicalPrompts([]))
-    assert model.encoded == len(frames) + 1
 
 
 def test_a_canvas_is_background_where_nothing_was_seen():

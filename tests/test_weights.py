@@ -8,16 +8,18 @@ import pickle
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from samed3d.errors import InputError
 from samed3d.models import MODELS, create_model, load
 from samed3d.models.weights import (
+    HEADER_KEY,
     find_checkpoint,
     import_upstream,
     list_checkpoints,
     load_state_strict,
     publish,
+    read_header,
     read_weights,
     save_weights,
 )
@@ -43,6 +45,17 @@ def test_header_says_what_the_file_is(tmp_path):
     assert header["model"] == NAME and header["config"]["dim"] == 24 and header["spec"]["spacing_mm"] == 1.5
     assert header["licence"] == "Apache-2.0" and header["metrics"] == {"dice_5": 0.5}
     assert state.keys() == model.state_dict().keys()
+
+
+def test_what_an_older_file_does_not_say_is_as_the_builder_says(tmp_path):
+    path = tmp_path / "old.safetensors"
+    save_weights(create_model("samed3d_unet", **MODELS["samed3d_unet"].tiny), path, {})
+    header = read_header(path)
+    assert header["spec"].pop("bf16") is True
+    header["spec"]["source"] = "as the file says"
+    save_file(load_file(path), path, metadata={HEADER_KEY: json.dumps(header)})
+    spec = load(path).spec
+    assert spec.bf16 and spec.source == "as the file says"
 
 
 def test_file_is_as_readable_as_any_other(tmp_path):
