@@ -81,6 +81,7 @@ def body_of(runs: dict[str, SavedRun]) -> Body:
         groups = grouped(rows, part, size_order if name == "size" else None)
         body[name] = {key: curve_of(mine) for key, mine in groups.items()}
     body["seeds"] = len({row["seed"] for row in rows})
+    body["by_seed"] = {key: seed_means(mine) for key, mine in grouped(rows, parts["group"]).items()}
     body["behaviour"] = behaviour(rows)
     box = [row for row in untrained(runs["box"].rows) if row["click"] == 0]
     body["box"] = {key: number_of(estimate(mine, "dice")) for key, mine in grouped(box, parts["group"]).items()}
@@ -95,6 +96,12 @@ def curve_of(rows: Sequence[Row]) -> Body:
     structures = len({(row["source"], row["case"], row["label"]) for row in rows})
     subjects = next(iter(curve.values())).subjects if curve else 0
     return {"structures": structures, "subjects": subjects, "dice": {str(click): number_of(found) for click, found in curve.items()}}
+
+
+def seed_means(rows: Sequence[Row]) -> dict[str, list[float]]:
+    """Mean Dice after each reported click, one number per seed."""
+    curves = [click_curve([row for row in rows if row["seed"] == seed]) for seed in sorted({row["seed"] for row in rows})]
+    return {str(click): [round(curve[click].mean, 4) for curve in curves] for click in CLICKS if all(click in curve for curve in curves)}
 
 
 def number_of(found: Estimate) -> Body:
@@ -140,6 +147,9 @@ def aims_block(body: Body) -> str:
         found = body["group"][group]
         rows.append([f"**{group}**", found["subjects"], found["structures"], *(with_interval(found["dice"].get(str(c))) for c in CLICKS)])
         rows.append(["aim", "", "", *("" if aim is None else f"{aim:.2f}" for aim in aims)])
+        seeds = body["by_seed"][group]
+        spread = [f"{min(seeds[str(c)]):.3f} to {max(seeds[str(c)]):.3f}" if str(c) in seeds else "" for c in CLICKS]
+        rows.append([f"lowest and highest of {body['seeds']} seeds", "", "", *spread])
     box = [[f"**{group}**", found["subjects"], with_interval(found)] for group, found in body["box"].items()]
     box.append(["aim, unseen subject", "", f"{BOX_AIM:.2f}"])
     heads = [f"{c} click{'s' * (c > 1)}" for c in CLICKS]

@@ -23,8 +23,8 @@ from samed3d.evaluation.run import evaluate  # noqa: E402
 
 GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "region_growing": {"multiplier": (0.75, 1.0, 1.25, 1.5, 2.0)},
-    "fast_marching": {"reach": (0.1, 0.2, 0.4), "sharpness": (0.1, 0.3, 1.0)},
-    "random_walker": {"reach": (0.1, 0.2), "beta": (130.0, 1000.0)},
+    "fast_marching": {"reach": (0.1, 0.2, 0.3), "sharpness": (0.1, 0.5)},
+    "random_walker": {"reach": (0.1, 0.2, 0.3), "beta": (30.0, 130.0)},
 }
 CLICKS = (1, 3)
 

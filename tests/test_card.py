@@ -44,6 +44,7 @@ def test_means_by_group_and_what_clicks_do(tmp_path):
     assert unseen["dice"]["1"]["mean"] == pytest.approx(0.335) and unseen["dice"]["3"]["mean"] == pytest.approx(0.535)
     assert "2" not in unseen["dice"]  # not among the clicks that are shown
     assert set(body["source"]) == {"a", "b", "a (held out)", "b (held out)"}
+    assert body["by_seed"]["unseen subject"] == {"1": [pytest.approx(0.335)], "3": [pytest.approx(0.535)]}
     assert body["box"]["unseen subject"]["mean"] == pytest.approx(0.835)
     assert body["controls"]["unseen subject"]["region_growing"]["dice"]["1"]["mean"] == pytest.approx(0.135)
     found = body["behaviour"]

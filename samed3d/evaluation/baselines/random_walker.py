@@ -17,7 +17,7 @@ from samed3d.evaluation.baselines.base import ClassicalMethod, Said, longest_edg
 from samed3d.geometry import CropFrame, as_triple
 from samed3d.volume import Volume
 
-REACH, BETA = 0.15, 130.0
+REACH, BETA = 0.3, 30.0
 """Room around the positive clicks as a share of the image's longest edge; how much an edge of the image holds a walker back."""
 
 

@@ -14,9 +14,9 @@ from samed3d.geometry import IntTriple
 from samed3d.volume import Volume, grow_region
 from samed3d.volume.regions import smoothed_gradient, travel_time
 
-MULTIPLIER = 1.25
+MULTIPLIER = 0.75
 """Width of the accepted intensities in standard deviations."""
-REACH, SHARPNESS = 0.15, 2.0
+REACH, SHARPNESS = 0.3, 0.5
 """How far a front runs in flat regions, as a share of the image's longest edge; how much an edge of the image slows it."""
 
 
