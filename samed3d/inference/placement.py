@@ -20,7 +20,7 @@ from samed3d.prompts import MASK_LOGIT_THRESHOLD
 logger = logging.getLogger(__name__)
 
 ZOOM_STEP = 1.6
-FIRST_LOOK = 0.35
+FIRST_LOOK = 0.5
 """Edge of the crop around a first click, as a share of the volume's longest edge; never finer than the image's own resolution."""
 LARGEST_CROP = 1.0
 """Zooming out ends when the crop's edge is this multiple of the volume's longest edge."""
