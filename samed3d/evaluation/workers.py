@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
@@ -108,6 +109,7 @@ _WORKER: dict[str, Job] = {}
 
 
 def _begin(job: Job, threads: int, counter: Any) -> None:
+    end_with_parent()
     torch.set_num_threads(threads)
     if job.device.startswith("cuda"):
         with counter.get_lock():
@@ -115,6 +117,19 @@ def _begin(job: Job, threads: int, counter: Any) -> None:
         torch.cuda.set_device(rank % torch.cuda.device_count())
     contenders = tuple(contender_of(name, job.device) for name in job.names if isinstance(name, str))
     _WORKER["job"] = replace(job, contenders=contenders)
+
+
+def end_with_parent() -> None:
+    """End this worker when the process that started it is gone: one that was killed cannot say so, and its workers would wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _measure_here(number: int) -> None:
