@@ -27,7 +27,7 @@ from samed3d.evaluation.saved import Way, read_run  # noqa: E402
 from samed3d.evaluation.summaries import by_model, click_curve, untrained  # noqa: E402
 
 MODELS = ("default", "sam_med3d_b", "no_prompt:default", "baselines")
-WAYS = ("--protocol", "all", "--policy", "centre", "--prompt", "all", "--clicks", "1,3,5")
+WAYS = ("--protocol", "all", "--policy", "centre", "--prompt", "click", "--prompt", "box", "--clicks", "1,3,5")
 LIMITS = ("--limit", "1", "--labels-per-case", "1")
 
 
