@@ -35,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from samed3d.crops import image_channels  # noqa: E402
 from samed3d.errors import InputError  # noqa: E402
+from samed3d.inference.predictor import computes_bf16  # noqa: E402
 from samed3d.models import create_model, load  # noqa: E402
 from samed3d.models.base import PromptableModel, PromptBatch  # noqa: E402
 
@@ -153,14 +154,17 @@ def measure_default(repeats: int) -> dict[str, Any]:
     """First mask (encode and decode) and later clicks of the default model on a 128^3 crop, and on a crop of its own shape."""
     model, weights = default_model()
     result: dict[str, Any] = {"model": model.spec.name, "weights": weights, "own_edge": model.spec.input_shape_zyx[0]}
+    bf16 = model.spec.bf16 and computes_bf16(torch.device("cpu"))  # as a session does
+    result["precision"] = "bf16" if bf16 else "fp32"
     for label, edge in (("crop128", EDGE), ("own_crop", model.spec.input_shape_zyx[0])):
         crop, click = random_crop(model, edge), one_click(edge)
-        start = time.perf_counter()
-        first = model(crop, click)
-        cold = time.perf_counter() - start
-        features = model.encode(crop)
-        later = PromptBatch(click.points.repeat(1, 3, 1), click.point_labels.repeat(1, 3), mask_logits=first.lowres_logits)
-        times, _ = alternate({"first": partial(model, crop, click), "later": partial(model.decode, features, later)}, repeats)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            start = time.perf_counter()
+            first = model(crop, click)
+            cold = time.perf_counter() - start
+            features = model.encode(crop)
+            later = PromptBatch(click.points.repeat(1, 3, 1), click.point_labels.repeat(1, 3), mask_logits=first.lowres_logits)
+            times, _ = alternate({"first": partial(model, crop, click), "later": partial(model.decode, features, later)}, repeats)
         result[label] = {"first_mask_cold_s": cold, "first_mask_s": times["first"], "later_click_s": times["later"]}
     return result
 

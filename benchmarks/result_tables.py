@@ -71,7 +71,8 @@ def latency(body: Body) -> str:
     sam, own = body["sam_med3d_b"], body["default"]
     rows = []
     for name, key in ((f"crop of {own['own_edge']}³, its own", "own_crop"), ("crop of 128³", "crop128")):
-        rows.append([f"`{own['model']}` ({own['weights']}), {name}", _s(own[key]["first_mask_s"]), _s(own[key]["later_click_s"])])
+        about = f"{own['weights']}, {own.get('precision', 'fp32')}"
+        rows.append([f"`{own['model']}` ({about}), {name}", _s(own[key]["first_mask_s"]), _s(own[key]["later_click_s"])])
     first = sam["encoder_s"] + sam["decode_ms"] / 1e3
     rows.append(["`sam_med3d_b` (random weights), crop of 128³", _s(first), _s(sam["decode_ms"] / 1e3)])
     if "end_to_end_s" in body["infer_py"]:
