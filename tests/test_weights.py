@@ -261,3 +261,12 @@ def test_licences_are_those_of_manifest_or_header(tmp_path):
     save_weights(model, tmp_path / "a.safetensors", {"licence": "mine"})
     save_weights(model, tmp_path / "b.safetensors", {})
     assert (licence_of(tmp_path / "a.safetensors"), licence_of(tmp_path / "b.safetensors")) == ("mine", "not stated")
+
+
+def test_the_shipped_checkpoint_says_what_it_is_and_names_no_path_of_a_machine():
+    path = find_checkpoint("default")
+    assert path is not None and path.stat().st_size <= 16 * 2**20
+    header = read_header(path)
+    assert header["training"]["data"]["validation_share"] > 0 and header["sources"] and header["licence"]
+    assert not set(header["sources"]) & set(header["training"]["data"]["hold_out"])
+    assert '"/' not in json.dumps(header)
