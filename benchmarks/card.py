@@ -85,7 +85,8 @@ def body_of(runs: dict[str, SavedRun]) -> Body:
     body["behaviour"] = behaviour(rows)
     box = [row for row in untrained(runs["box"].rows) if row["click"] == 0]
     body["box"] = {key: number_of(estimate(mine, "dice")) for key, mine in grouped(box, parts["group"]).items()}
-    controls = grouped(untrained(runs["controls"].rows), parts["group"])
+    same_way = [row for row in untrained(runs["controls"].rows) if (row["protocol"], row["prompt"]) == ("samed3d", "click")]
+    controls = grouped(same_way, parts["group"])
     body["controls"] = {key: {model: curve_of(own) for model, own in by_model(mine).items()} for key, mine in controls.items()}
     return body
 
