@@ -11,7 +11,7 @@ from data_prep.cached import cached_corpus
 from samed3d.data.corpus import Corpus
 from samed3d.models.weights import find_checkpoint, read_header
 from samed3d.training.before_after import Score, choose_targets, compare, to_markdown
-from samed3d.training.subjects import seen_by, split_subjects
+from samed3d.training.subjects import history_of, seen_by, split_subjects
 from tests.corpus_sources import make_source
 
 
@@ -65,8 +65,11 @@ def test_what_the_default_knew_of_a_subject():
     assert path is not None
     header = read_header(path)
     assert seen_by(header, header["training"]["data"]["hold_out"][0], "anyone") == "never"
-    answers = {seen_by(header, "another", f"s{n}") for n in range(40)}
-    assert answers == {"kept back", "unknown"}
+    assert {seen_by(header, header["sources"][0], f"s{n}") for n in range(40)} == {"kept back", "trained on"}
+    assert {seen_by(header, "another", f"s{n}") for n in range(40)} == {"never"}
+    assert history_of(header)["sources"] == header["sources"]
+    silent = {key: value for key, value in header.items() if key != "sources"}
+    assert {seen_by(silent, "another", f"s{n}") for n in range(40)} == {"kept back", "unknown"}
     tuned = {"trained_on": {"another": ["s1"]}, "training": header["training"], "base": {"history": header}}
     assert seen_by(tuned, "another", "s1") == "trained on"
     assert seen_by({}, "another", "s1") == "unknown"

@@ -79,7 +79,7 @@ def test_moving_and_removing_prompts_changes_the_mask(tmp_path):
 
 def test_several_objects_share_the_label_map_as_the_session_says(tmp_path):
     controller = started(ball(tmp_path), ClickedModel())
-    for number, at in ((1, BALL_IJK), (2, (17, 15, 11)), (3, (5, 5, 5))):
+    for number, at in ((1, BALL_IJK), (2, (19, 15, 11)), (3, (5, 5, 5))):
         controller.add(Point(at), number)
     assert set(np.unique(controller.labels)) == {0, 1, 2, 3}
     assert (controller.session.mask_of(1) & controller.session.mask_of(2)).any()  # so that there is something to settle

@@ -116,7 +116,7 @@ def test_bad_values_are_refused(change, rule):
 
 
 def test_an_unknown_optimiser_is_refused():
-    with pytest.raises(InputError, match=r"'optim\.name' must be one of adamw, sgd, got 'adam'"):
+    with pytest.raises(InputError, match=r"'optim\.name' must be one of adamw, sgd, muon, got 'adam'"):
         load_config(TrainConfig, None, ["optim.name=adam"])
 
 

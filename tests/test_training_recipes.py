@@ -98,7 +98,9 @@ def test_sam_med3d_as_published_has_two_rates_and_decays_everything():
     config = load_config(TrainConfig, ROOT / "configs" / "stage1.yaml")
     with torch.device("meta"):
         groups = parameter_groups(create_model("sam_med3d_b"), config.optim)
-    counted = Counter({(g["scale"], g["weight_decay"]): sum(p.numel() for p in g["params"]) for g in groups if g["params"]})
+    counted: Counter[tuple[float, float]] = Counter()
+    for group in groups:
+        counted[group["scale"], group["weight_decay"]] += sum(p.numel() for p in group["params"])
     assert counted == {(1.0, 0.1): 92_924_928, (0.1, 0.1): 8_668 + 7_575_636}
     clicks = config.clicks
     assert (clicks.interactions, clicks.memory, clicks.detach, clicks.mask_only_turns) == (11, "newest", False, ["last", "random"])

@@ -89,4 +89,4 @@ def seen_by(header: Mapping[str, Any], source: str, subject: str) -> str:
 
 def history_of(header: Mapping[str, Any]) -> dict[str, Any]:
     """What the header of a fine-tuned model keeps of its base's."""
-    return {key: header[key] for key in ("training", "trained_on", "base") if key in header}
+    return {key: header[key] for key in ("training", "trained_on", "sources", "base") if key in header}
