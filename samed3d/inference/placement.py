@@ -206,19 +206,21 @@ def _tile(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed 
     steps = as_triple([spacing / s for s in predictor.spacing_zyx_mm])
     frame, prior = _first_tile(predictor, prompts, previous, steps)
     first = predictor.decode(frame, prompts, prior)
-    tiles = {frame: first}
+    tiles = {frame}
     only_less = previous is not None and not prompts.newest_positive
     waiting = [] if only_less else _neighbours(first)
-    canvas = _blend(predictor, list(tiles.values()), previous)
+    blend = _Blend(None if previous is None else previous.canvas)
+    blend.add(predictor.paste(first))
     while waiting and len(tiles) < MAX_TILES:
         frame = waiting.pop(0)
         if frame in tiles:
             continue
         logger.info("tile %d", len(tiles) + 1)
-        tiles[frame] = predictor.decode(frame, prompts, predictor.lowres_of(canvas, frame, first.lowres_logits))
-        waiting += _neighbours(tiles[frame])
-        canvas = _blend(predictor, list(tiles.values()), previous)
-    return Placed(first, canvas)
+        tiles.add(frame)
+        crop = predictor.decode(frame, prompts, predictor.lowres_of(blend.canvas(), frame, first.lowres_logits))
+        waiting += _neighbours(crop)
+        blend.add(predictor.paste(crop))
+    return Placed(first, blend.canvas())
 
 
 def _first_tile(
@@ -254,20 +256,37 @@ def _neighbours(crop: CropMask) -> list[CropFrame]:
     return frames
 
 
-def _blend(predictor: CropPredictor, tiles: list[CropMask], previous: Placed | None) -> Canvas:
-    """Overlapping tiles averaged with weights that fall to the tiles' faces, over what was known before."""
-    pasted = [predictor.paste(tile) for tile in tiles]
-    region = Region((0, 0, 0), (0, 0, 0)) if previous is None else previous.canvas.region
-    for canvas in pasted:
-        region = region.union(canvas.region)
-    logits = torch.full(region.shape_zyx, BACKGROUND_LOGIT)
-    if previous is not None:
-        logits[previous.canvas.region.slices_in(region)] = previous.canvas.logits
-    total, weights = torch.zeros(region.shape_zyx), torch.zeros(region.shape_zyx)
-    for canvas in pasted:
-        where = canvas.region.slices_in(region)
-        hats = [1e-3 + 1 - torch.linspace(-1, 1, n + 2)[1:-1].abs() for n in canvas.region.shape_zyx]
+class _Blend:
+    """Overlapping tiles averaged with weights that fall to the tiles' faces, over what was known before; a tile is added once."""
+
+    def __init__(self, before: Canvas | None) -> None:
+        self._before = before
+        self._region = Region((0, 0, 0), (0, 0, 0)) if before is None else before.region
+        self._total, self._weights = torch.zeros(self._region.shape_zyx), torch.zeros(self._region.shape_zyx)
+
+    def add(self, tile: Canvas) -> None:
+        """Take in a tile's logits on the volume."""
+        whole = self._region.union(tile.region)
+        if whole != self._region:
+            self._total, self._weights = (_moved(part, self._region, whole) for part in (self._total, self._weights))
+            self._region = whole
+        where = tile.region.slices_in(whole)
+        hats = [1e-3 + 1 - torch.linspace(-1, 1, n + 2)[1:-1].abs() for n in tile.region.shape_zyx]
         weight = hats[0][:, None, None] * hats[1][:, None] * hats[2]
-        total[where] += canvas.logits * weight
-        weights[where] += weight
-    return Canvas(region, torch.where(weights > 0, total / weights.clamp(min=1e-9), logits))
+        self._total[where] += tile.logits * weight
+        self._weights[where] += weight
+
+    def canvas(self) -> Canvas:
+        """The average so far."""
+        logits = torch.full(self._region.shape_zyx, BACKGROUND_LOGIT)
+        if self._before is not None:
+            logits[self._before.region.slices_in(self._region)] = self._before.logits
+        return Canvas(self._region, torch.where(self._weights > 0, self._total / self._weights.clamp(min=1e-9), logits))
+
+
+def _moved(values: Tensor, region: Region, whole: Region) -> Tensor:
+    """An array of a region as one of a region around it, with zeros beyond."""
+    larger = torch.zeros(whole.shape_zyx)
+    if not region.is_empty:
+        larger[region.slices_in(whole)] = values
+    return larger
