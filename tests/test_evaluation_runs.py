@@ -213,3 +213,15 @@ def test_real_cases_by_two_baselines(data_dir, tmp_path):
     evaluate(data, ["dilated_ball", "oracle_bound@1"], tmp_path / "out", clicks=(1, 3), limit=1, split="all")
     best = {row["model"]: row["dice"] for row in read_rows(tmp_path / "out" / "cases.csv") if row["click"] == 3}
     assert best["oracle_bound@1"] > best["dilated_ball"] > 0.05
+
+
+def test_baselines_as_a_group_are_those_that_the_prompts_suit(tmp_path):
+    data = [write_set(tmp_path / "set", {"a": 0})]
+    evaluate(data, ["baselines"], tmp_path / "clicks", clicks=(1,), split="all", surfaces=False)
+    clicked = {row["model"] for row in read_rows(tmp_path / "clicks" / "cases.csv")}
+    assert clicked == {"region_growing", "fast_marching", "random_walker", "dilated_ball", "oracle_bound"}
+    evaluate(data, ["baselines"], tmp_path / "box", clicks=(1,), split="all", surfaces=False, prompts=("box",))
+    boxed = {row["model"] for row in read_rows(tmp_path / "box" / "cases.csv")}
+    assert "threshold_in_box" in boxed and "region_growing" not in boxed
+    with pytest.raises(InputError, match="'threshold_in_box' needs a box first"):
+        evaluate(data, ["dilated_ball", "threshold_in_box"], tmp_path / "named", clicks=(1,), split="all")

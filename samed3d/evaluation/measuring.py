@@ -201,6 +201,18 @@ class _Scorer:
         return row
 
 
+def fits(contender: Contender, protocols: Sequence[AnyProtocol], ask: Ask) -> bool:
+    """Whether a contender takes the first prompt of any of the protocols; says so where it does not."""
+    reasons = []
+    for protocol in protocols:
+        try:
+            return bool(usable_ways(contender, protocol, ask))
+        except InputError as error:
+            reasons.append(error)
+    logger.warning("left out: %s", reasons[0])
+    return False
+
+
 def measurable(contenders: Sequence[Contender], protocols: Sequence[AnyProtocol], ask: Ask) -> frozenset[tuple[str, str]]:
     """(contender, protocol) by name where the protocol gives a prompt that the contender takes; what is left out is logged.
 

@@ -28,7 +28,7 @@ from samed3d.errors import InputError
 from samed3d.evaluation.baselines import BASELINES
 from samed3d.evaluation.cases import LabelledCase, Split, find_cases
 from samed3d.evaluation.contenders import Contender, contender_of
-from samed3d.evaluation.measuring import Ask, measurable
+from samed3d.evaluation.measuring import Ask, fits, measurable
 from samed3d.evaluation.protocols import PROTOCOLS, protocol_of
 from samed3d.evaluation.protocols.samed3d import POLICIES, PROMPTS
 from samed3d.evaluation.rows import CASES_CSV, FIELDS, PROMPTS_JSONL, RESULTS_JSON, write_lines, write_rows
@@ -97,6 +97,10 @@ def evaluate(
     ask = Ask(max(clicks), seeds, ways[0], ways[1], 1 if quick else labels_per_case, tolerance_mm=tolerance_mm, surfaces=surfaces)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     contenders = [contender_of(name, device) if isinstance(name, str) else name for name in names]
+    if "baselines" in models:  # asked for as a group: those that these prompts suit
+        suited = [fits(c, [protocol_of(name) for name in used], ask) or c.name not in BASELINES for c in contenders]
+        names = [name for name, suits in zip(names, suited, strict=True) if suits]
+        contenders = [contender for contender, suits in zip(contenders, suited, strict=True) if suits]
     pairs = measurable(contenders, [protocol_of(name) for name in used], ask)
     kept_from = _split_of([name for name in names if isinstance(name, str)])
     cases = find_cases(list(data), kept_from, split, limit)
