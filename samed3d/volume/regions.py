@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 from samed3d.geometry import IntTriple, Triple
 
 
-def travel_time(speed: NDArray[np.floating], spacing_zyx_mm: Triple, seeds_zyx: Sequence[IntTriple]) -> NDArray[np.float32]:
+def travel_time(
+    speed: NDArray[np.floating], spacing_zyx_mm: Triple, seeds_zyx: Sequence[IntTriple], until: float = 1e6
+) -> NDArray[np.float32]:
     """ITK's fast marching: when a front that leaves the seeds at time 0 reaches each voxel.
 
     Args:
         speed: (D, H, W) of the front in mm per unit of time, > 0.
         spacing_zyx_mm: Voxel edges.
         seeds_zyx: Where it starts; at least one.
+        until: When it stops; what it has not reached by then has a time beyond that.
 
     Returns:
         (D, H, W) float32 times.
@@ -29,7 +32,8 @@ def travel_time(speed: NDArray[np.floating], spacing_zyx_mm: Triple, seeds_zyx: 
     image = sitk.GetImageFromArray(speed.astype(np.float32, copy=False))
     image.SetSpacing(spacing_zyx_mm[::-1])
     trials = [(int(x), int(y), int(z)) for z, y, x in seeds_zyx]
-    return sitk.GetArrayFromImage(sitk.FastMarching(image, trials, normalizationFactor=1.0, stoppingValue=1e6)).astype(np.float32)
+    times = sitk.GetArrayFromImage(sitk.FastMarching(image, trials, normalizationFactor=1.0, stoppingValue=until))
+    return np.minimum(times, 1e30).astype(np.float32)  # what is not reached has the largest double
 
 
 def smoothed_gradient(array: NDArray, spacing_zyx_mm: Triple, sigma_mm: float) -> NDArray[np.float32]:

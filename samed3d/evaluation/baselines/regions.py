@@ -57,10 +57,10 @@ class FastMarching(ClassicalMethod):
         gradient = smoothed_gradient(block, spacing, self.smoothing * min(spacing))
         scale = max(float(np.median(gradient[gradient > 0])) if (gradient > 0).any() else 1.0, 1e-6)
         speed = 1.0 / (1.0 + self.sharpness * gradient / scale) + 1e-3
-        found = travel_time(speed, spacing, _inside_of(said.inside, region.start_zyx)) < self.limit_mm
+        arrival = travel_time(speed, spacing, _inside_of(said.inside, region.start_zyx), self.limit_mm)
+        found = arrival < self.limit_mm
         if said.outside and (rivals := _within(said.outside, region.start_zyx, block.shape)):
-            arrival = travel_time(speed, spacing, _inside_of(said.inside, region.start_zyx))
-            found &= arrival <= travel_time(speed, spacing, rivals)
+            found &= arrival <= travel_time(speed, spacing, rivals, self.limit_mm)
         mask = np.zeros(shape, bool)
         mask[region.slices] = found
         return mask
