@@ -76,7 +76,8 @@ def body_of(runs: dict[str, SavedRun]) -> Body:
     parts: dict[str, Callable[[Row], str]] = {"group": lambda r: r["group"], "modality": modality_class, "size": size_class}
     parts["source"] = lambda r: r["source"] + (" (held out)" if r["group"] == "held-out source" else "")
     body: Body = {name: runs[name].results.get("command") for name in runs}
-    body = {"commands": body, "revision": runs["clicks"].results["revision"], "environment": runs["clicks"].results["environment"]}
+    revisions = {name: run.results["revision"] for name, run in runs.items()}
+    body = {"commands": body, "revisions": revisions, "environment": runs["clicks"].results["environment"]}
     for name, part in parts.items():
         groups = grouped(rows, part, size_order if name == "size" else None)
         body[name] = {key: curve_of(mine) for key, mine in groups.items()}
@@ -214,7 +215,8 @@ BLOCKS: dict[str, Callable[[Body], str]] = {
 def _origin(body: Body, *names: str) -> str:
     about = body["environment"]
     commands = "; ".join(f"`{body['commands'][name]}`" for name in names)
-    return f"*{commands}; revision {body['revision']}; {about['processor']}, {about['cores']} cores, torch {about['torch']}.*"
+    revisions = ", ".join(dict.fromkeys(str(body["revisions"][name]) for name in names))
+    return f"*{commands}; revision {revisions}; {about['processor']}, {about['cores']} cores, torch {about['torch']}.*"
 
 
 def write(path: Path, text: str) -> None:

@@ -190,7 +190,8 @@ def _origin(file: str, body: Body) -> str:
     command = about.get("command") or body.get("command") or "`; `".join(body.get("commands", {}).values())
     parts = [f"`benchmarks/results/{file}`"]
     parts += [f"`{command}`"] if command else []
-    parts += [f"revision {about.get('revision') or body.get('revision')}"] if about.get("revision") or body.get("revision") else []
+    revision = about.get("revision") or body.get("revision") or ", ".join(dict.fromkeys(map(str, body.get("revisions", {}).values())))
+    parts += [f"revision {revision}"] if revision else []
     machine = about.get("machine") or body.get("environment") or body.get("machine")
     if isinstance(machine, dict):
         cores = machine.get("cores") or machine.get("cpus")

@@ -52,7 +52,11 @@ def curve(means, subjects=7, structures=9):
 def test_the_accuracy_block_has_every_mean_with_its_interval(tmp_path):
     own = curve([(1, 0.2, [0.1, 0.3]), (10, 0.25, None)])
     body = {"group": {"unseen subject": own}, "controls": {"unseen subject": {"other": curve([(1, 0.9, [0.8, 1.0])], 2, 3)}}}
-    body |= {"seeds": 5, "commands": {"clicks": "samed3d evaluate X", "box": "samed3d evaluate Y"}, "revision": "abc"}
+    body |= {
+        "seeds": 5,
+        "commands": {"clicks": "samed3d evaluate X", "box": "samed3d evaluate Y"},
+        "revisions": {"clicks": "abc", "box": "abc"},
+    }
     (tmp_path / "default_evaluation.json").write_text(json.dumps(body))
     text = tables.block("accuracy", tmp_path)
     assert "| unseen subject | `default`, 5 seeds | 7 | 9 | 0.20 [0.10, 0.30] | 0.25 |" in text
