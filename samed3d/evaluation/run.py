@@ -98,9 +98,8 @@ def evaluate(
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     contenders = [contender_of(name, device) if isinstance(name, str) else name for name in names]
     if "baselines" in models:  # asked for as a group: those that these prompts suit
-        suited = [fits(c, [protocol_of(name) for name in used], ask) or c.name not in BASELINES for c in contenders]
-        names = [name for name, suits in zip(names, suited, strict=True) if suits]
-        contenders = [contender for contender, suits in zip(contenders, suited, strict=True) if suits]
+        unsuited = {c.name for c in contenders if c.name in BASELINES and not fits(c, [protocol_of(name) for name in used], ask)}
+        names, contenders = [n for n in names if n not in unsuited], [c for c in contenders if c.name not in unsuited]
     pairs = measurable(contenders, [protocol_of(name) for name in used], ask)
     kept_from = _split_of([name for name in names if isinstance(name, str)])
     cases = find_cases(list(data), kept_from, split, limit)
