@@ -29,7 +29,7 @@ from samed3d.evaluation.baselines import BASELINES
 from samed3d.evaluation.cases import LabelledCase, Split, find_cases
 from samed3d.evaluation.contenders import Contender, contender_of
 from samed3d.evaluation.measuring import Ask, fits, measurable
-from samed3d.evaluation.protocols import PROTOCOLS, protocol_of
+from samed3d.evaluation.protocols import PROTOCOLS, AnyProtocol, protocol_of
 from samed3d.evaluation.protocols.samed3d import POLICIES, PROMPTS
 from samed3d.evaluation.rows import CASES_CSV, FIELDS, PROMPTS_JSONL, RESULTS_JSON, write_lines, write_rows
 from samed3d.evaluation.summary import score_series, summarise
@@ -97,9 +97,7 @@ def evaluate(
     ask = Ask(max(clicks), seeds, ways[0], ways[1], 1 if quick else labels_per_case, tolerance_mm=tolerance_mm, surfaces=surfaces)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     contenders = [contender_of(name, device) if isinstance(name, str) else name for name in names]
-    if "baselines" in models:  # asked for as a group: those that these prompts suit
-        unsuited = {c.name for c in contenders if c.name in BASELINES and not fits(c, [protocol_of(name) for name in used], ask)}
-        names, contenders = [n for n in names if n not in unsuited], [c for c in contenders if c.name not in unsuited]
+    names, contenders = _suited(names, contenders, "baselines" in models, [protocol_of(name) for name in used], ask)
     pairs = measurable(contenders, [protocol_of(name) for name in used], ask)
     kept_from = _split_of([name for name in names if isinstance(name, str)])
     cases = find_cases(list(data), kept_from, split, limit)
@@ -123,6 +121,14 @@ def _each_once(models: Sequence[str | Contender]) -> list[str | Contender]:
     if doubled := {str(n) for n in names if names.count(n) > 1}:
         raise InputError(f"models must be given once each, got {', '.join(sorted(doubled))} twice")
     return names
+
+
+def _suited(
+    names: list[str | Contender], contenders: list[Contender], as_group: bool, protocols: list[AnyProtocol], ask: Ask
+) -> tuple[list[str | Contender], list[Contender]]:
+    """Without those baselines that these prompts do not suit, where they were asked for as a group."""
+    unsuited = {c.name for c in contenders if as_group and c.name in BASELINES and not fits(c, protocols, ask)}
+    return [n for n in names if n not in unsuited], [c for c in contenders if c.name not in unsuited]
 
 
 def _settings(job: Job, clicks: Sequence[int], split: str, kept_from: Split) -> dict[str, Any]:
