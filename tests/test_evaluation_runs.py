@@ -15,11 +15,14 @@ import pytest
 
 from samed3d.cli import main
 from samed3d.errors import InputError
+from samed3d.evaluation.cases import LabelledCase, Loaded
 from samed3d.evaluation.contenders import ModelContender
 from samed3d.evaluation.rows import FIELDS, curves, read_lines, read_rows
-from samed3d.evaluation.run import evaluate
+from samed3d.evaluation.run import QUICK_CASES, _smallest, evaluate
 from samed3d.evaluation.summary import score_series
-from samed3d.volume import write_mask
+from samed3d.geometry import Grid
+from samed3d.volume import Volume, write_mask
+from samed3d.volume.label_maps import EmptyLabelError
 from tests.brightness_model import BrightnessModel
 from tests.nnunet_tree import RAS, write_set
 from tests.test_evaluation import tiny_checkpoint
@@ -213,6 +216,30 @@ def test_real_cases_by_two_baselines(data_dir, tmp_path):
     evaluate(data, ["dilated_ball", "oracle_bound@1"], tmp_path / "out", clicks=(1, 3), limit=1, split="all")
     best = {row["model"]: row["dice"] for row in read_rows(tmp_path / "out" / "cases.csv") if row["click"] == 3}
     assert best["oracle_bound@1"] > best["dilated_ball"] > 0.05
+
+
+def test_a_quick_run_takes_what_covers_least_of_each_source(tmp_path):
+    def case(source: str, name: str, size: int, spacing: float, empty: bool = False) -> LabelledCase:
+        path = tmp_path / f"{source}.{name}"
+        path.write_bytes(bytes(size))
+        grid = Grid((4, 4, 4), (spacing,) * 3, (0.0, 0.0, 0.0), RAS.direction_lps)
+
+        def load() -> Loaded:
+            if empty:
+                raise EmptyLabelError("nothing labelled")
+            return Loaded(Volume(np.zeros((4, 4, 4), np.int16), grid, "memory"), np.ones((4, 4, 4), np.uint8))
+
+        return LabelledCase(source, name, name, "CT", "unseen subject", path, path, {}, load)
+
+    others = [case(f"s{n}", "only", 50, 2.0 + n) for n in range(QUICK_CASES)]
+    cases = [
+        case("large", "a", 10, 90.0),
+        case("fine", "big", 99, 0.1),
+        case("fine", "small", 20, 0.5),
+        case("none", "a", 5, 0.1, empty=True),
+    ]
+    found = [(c.source, c.case) for c in _smallest([*cases, *others])]
+    assert found == [("fine", "small"), *((f"s{n}", "only") for n in range(QUICK_CASES - 1))]
 
 
 def test_baselines_as_a_group_are_those_that_the_prompts_suit(tmp_path):

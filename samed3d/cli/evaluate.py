@@ -35,7 +35,7 @@ def evaluate(
     surfaces: Annotated[bool, typer.Option("--surfaces/--no-surfaces", help="Measure surface Dice and HD95 too.")] = True,
     processes: Annotated[int, typer.Option(min=1, help="Cases at once.")] = 1,
     device: Device = "auto",
-    quick: Annotated[bool, typer.Option("--quick", help="The smallest cases of six data sets, one structure each.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small cases of six data sets, one structure each.")] = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html too.")] = True,
     quiet: Quiet = False,
 ) -> None:

@@ -26,6 +26,7 @@ import torch
 import samed3d
 from samed3d.errors import InputError
 from samed3d.evaluation.baselines import BASELINES
+from samed3d.evaluation.baselines.base import longest_edge_mm
 from samed3d.evaluation.cases import LabelledCase, Split, find_cases
 from samed3d.evaluation.contenders import Contender, contender_of
 from samed3d.evaluation.measuring import Ask, fits, measurable
@@ -35,6 +36,7 @@ from samed3d.evaluation.rows import CASES_CSV, FIELDS, PROMPTS_JSONL, RESULTS_JS
 from samed3d.evaluation.summary import score_series, summarise
 from samed3d.evaluation.workers import Job, measure_cases
 from samed3d.models.weights import find_checkpoint, read_header
+from samed3d.volume.label_maps import EmptyLabelError
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,7 @@ def evaluate(
         device: Of networks.
         tolerance_mm: Of the surface Dice.
         surfaces: Whether surface Dice and HD95 are measured.
-        quick: The smallest cases of six sources, one structure each.
+        quick: Small cases of six sources, one structure each.
         progress: Show a progress bar.
 
     Returns:
@@ -146,12 +148,19 @@ def _settings(job: Job, clicks: Sequence[int], split: str, kept_from: Split) -> 
 
 
 def _smallest(cases: list[LabelledCase]) -> list[LabelledCase]:
-    """The smallest image of each of the ``QUICK_CASES`` sources whose smallest image is smallest."""
+    """The smallest file of each source, of the ``QUICK_CASES`` sources where it covers least (models with a spacing tile what is large)."""
     size = {id(c): c.image_path.stat().st_size for c in cases}
     per_source: dict[str, LabelledCase] = {}
     for case in sorted(cases, key=lambda c: size[id(c)]):
         per_source.setdefault(case.source, case)
-    return list(per_source.values())[:QUICK_CASES]
+    return sorted(per_source.values(), key=_longest_edge)[:QUICK_CASES]
+
+
+def _longest_edge(case: LabelledCase) -> float:
+    try:
+        return longest_edge_mm(case.read()[0])
+    except EmptyLabelError:
+        return float("inf")
 
 
 def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
