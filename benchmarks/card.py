@@ -75,7 +75,7 @@ def body_of(runs: dict[str, SavedRun]) -> Body:
     rows = untrained(runs["clicks"].rows)
     parts: dict[str, Callable[[Row], str]] = {"group": lambda r: r["group"], "modality": modality_class, "size": size_class}
     parts["source"] = lambda r: r["source"] + (" (held out)" if r["group"] == "held-out source" else "")
-    body: Body = {name: runs[name].results.get("command") for name in runs}
+    body: Body = {name: without_paths(run.results.get("command", "")) for name, run in runs.items()}
     revisions = {name: run.results["revision"] for name, run in runs.items()}
     body = {"commands": body, "revisions": revisions, "environment": runs["clicks"].results["environment"]}
     for name, part in parts.items():
@@ -90,6 +90,13 @@ def body_of(runs: dict[str, SavedRun]) -> Body:
     controls = grouped(same_way, parts["group"])
     body["controls"] = {key: {model: curve_of(own) for model, own in by_model(mine).items()} for key, mine in controls.items()}
     return body
+
+
+def without_paths(command: str) -> str:
+    """A command with DATA for the folders that it reads."""
+    words = command.split()
+    reads = [Path(word).is_dir() and before not in ("-o", "--output") for before, word in zip(["", *words], words, strict=False)]
+    return " ".join("DATA" if read else word for word, read in zip(words, reads, strict=True))
 
 
 def curve_of(rows: Sequence[Row]) -> Body:

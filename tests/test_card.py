@@ -64,6 +64,11 @@ def test_the_blocks_show_them_beside_their_aims(tmp_path):
     assert "MR" in card.parts_block("modality")(body)
 
 
+def test_a_command_names_no_folder_of_this_machine(tmp_path):
+    shown = card.without_paths(f"samed3d evaluate {tmp_path} --model default -o {tmp_path}")
+    assert shown == f"samed3d evaluate DATA --model default -o {tmp_path}"
+
+
 def test_a_card_must_hold_each_block_once():
     with pytest.raises(ValueError, match="must hold each block once"):
         card.card_with_blocks("<!-- measured: aims -->\n<!-- end -->", {})

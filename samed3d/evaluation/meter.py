@@ -22,7 +22,7 @@ import torch
 from samed3d.models.base import PromptableModel
 
 KEPT_MIB = 128
-"""Features that are kept beside those of the session itself."""
+"""Features that are kept beside those of the session itself; they are part of the peak memory that is told."""
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
