@@ -95,7 +95,7 @@ def body_of(runs: dict[str, SavedRun]) -> Body:
 def without_paths(command: str) -> str:
     """A command with DATA for the folders that it reads."""
     words = command.split()
-    reads = [Path(word).is_dir() and before not in ("-o", "--output") for before, word in zip(["", *words], words, strict=False)]
+    reads = [Path(word).is_dir() and before not in ("", "-o", "--output") for before, word in zip(["", *words], words, strict=False)]
     return " ".join("DATA" if read else word for word, read in zip(words, reads, strict=True))
 
 
