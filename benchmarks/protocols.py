@@ -2,7 +2,7 @@
 all baselines and the control without a prompt.
 
     python benchmarks/protocols.py --data DATA --out protocols.json            # one structure of one image of each data set
-    python benchmarks/protocols.py --data DATA --out protocols.json --quick    # the smallest images of six data sets
+    python benchmarks/protocols.py --data DATA --out protocols.json --quick    # small images of six data sets
 
 The folder of ``samed3d evaluate``, with its ``report.html``, stays in ``--folder``; a run that was stopped goes on, and then its times are
 those of the last part alone and are not written.
