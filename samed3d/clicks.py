@@ -1,21 +1,36 @@
 """Simulated users: where the next click falls, given what is wrong. Every rule takes its generator.
 
 Two forms: ``next_click``, ``noisy_click``, ``user_box`` and ``user_stroke`` for one full volume (evaluation, demo; numpy) and
-``error_clicks``, ``jittered_boxes`` for a batch of crops (training; torch, on any device). A perfect mask or an empty target gives no
-click, never an error.
+``error_clicks``, ``sample_clicks``, ``jittered_boxes`` for a batch of crops (training; torch, on any device). A perfect mask
+or an empty target gives no click, never an error.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from samed3d.batched_clicks import POLICIES, clicks_of_batch
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple, bounding_region
 
-POLICIES = ("uniform", "centre", "ritm")
+__all__ = [
+    "POLICIES",
+    "distance_inside",
+    "error_clicks",
+    "jittered_boxes",
+    "largest_component",
+    "next_click",
+    "noisy_click",
+    "policy_clicks",
+    "sample_clicks",
+    "user_box",
+    "user_stroke",
+]
 
 
 def distance_inside(mask: NDArray[np.bool_], spacing_zyx: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> NDArray[np.float32]:
@@ -191,7 +206,7 @@ def error_clicks(pred_mask: Tensor, target_mask: Tensor, generator: torch.Genera
 
 
 def policy_clicks(pred_mask: Tensor, target_mask: Tensor, policy: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """``error_clicks`` for any policy; ``"uniform"`` stays on the device, the others visit each sample on the CPU.
+    """``error_clicks`` for any policy, all samples from one generator; the others than ``"uniform"`` visit each sample on the CPU.
 
     ``"mixed"`` is uniform while there is no mask, then any of the others, drawn per call.
     """
@@ -209,6 +224,18 @@ def policy_clicks(pred_mask: Tensor, target_mask: Tensor, policy: str, generator
         labels.append(-1 if click is None else int(click[1]))
     device = pred_mask.device
     return torch.tensor(points, dtype=torch.float32, device=device)[:, None], torch.tensor(labels, device=device)[:, None]
+
+
+def sample_clicks(pred_mask: Tensor, target_mask: Tensor, policy: str, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+    """``policy_clicks`` with a generator for each sample: a sample's click does not depend on the batch that it is in.
+
+    On a GPU the whole batch is clicked at once (``batched_clicks.py``).
+    """
+    if pred_mask.is_cuda:
+        return clicks_of_batch(pred_mask, target_mask, policy, generators)
+    samples = zip(pred_mask, target_mask, generators, strict=True)
+    clicked = [policy_clicks(pred[None], target[None], policy, generator) for pred, target, generator in samples]
+    return torch.cat([points for points, _ in clicked]), torch.cat([labels for _, labels in clicked])
 
 
 def jittered_boxes(target_mask: Tensor, jitter: float, generator: torch.Generator) -> Tensor:

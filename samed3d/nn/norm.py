@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,4 +20,11 @@ class LayerNorm3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as ``x``."""
-        return F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, self.eps).movedim(-1, 1)
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
+        # CUDA's autocast would take and give fp32, three times the traffic; the kernel sums in fp32 whatever it reads and writes.
+        keep = x.is_cuda and x.dtype == torch.bfloat16 and torch.is_autocast_enabled("cuda")
+        with torch.autocast("cuda", enabled=False) if keep else nullcontext():
+            if keep:
+                weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+            return F.layer_norm(x.movedim(1, -1), weight.shape, weight, bias, self.eps).movedim(-1, 1)

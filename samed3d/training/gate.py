@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samed3d import losses
-from samed3d.clicks import policy_clicks
+from samed3d.clicks import sample_clicks
 from samed3d.config import ClickConfig
 from samed3d.models.base import MaskOutput, PromptBatch
 from samed3d.models.sam_med3d_moe import MixtureOfExperts
@@ -66,11 +66,7 @@ class GateStep(nn.Module):
 
     def _click(self, history: PromptBatch, mask: Tensor, target: Tensor, generators: list[torch.Generator]) -> None:
         """Add a click per sample to the history, or put it in the place of the last."""
-        pairs = [
-            policy_clicks(one[None], truth[None], self.clicks.policy, generator)
-            for one, truth, generator in zip(mask, target, generators, strict=True)
-        ]
-        points, labels = torch.cat([p for p, _ in pairs]), torch.cat([label for _, label in pairs])
+        points, labels = sample_clicks(mask, target, self.clicks.policy, generators)
         if self.keep_all:
             points, labels = torch.cat([history.points, points], dim=1), torch.cat([history.point_labels, labels], dim=1)
         history.points, history.point_labels = points, labels

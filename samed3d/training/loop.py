@@ -130,7 +130,14 @@ def _prepared(config: TrainConfig, folder: Path, accelerator: Accelerator, resum
         logger.warning("a step takes %d samples of %d structures: some come twice, in other crops", per_step, len(dataset.real))
     workers, ending = config.data.workers, multiprocessing.Event()
     start = partial(_start_worker, ending)
-    loader: Any = DataLoader(dataset, config.optim.batch, num_workers=workers, persistent_workers=workers > 0, worker_init_fn=start)
+    loader: Any = DataLoader(
+        dataset,
+        config.optim.batch,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=start,
+        pin_memory=accelerator.device.type == "cuda",
+    )
     validation = _validation(config, accelerator, folder)
     step, optimiser, loader = accelerator.prepare(step, optimiser, loader)
     if scaler is not None and accelerator.scaler is not None:

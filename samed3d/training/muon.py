@@ -9,11 +9,11 @@ Source: K. Jordan et al., Muon (2024), the update and the coefficients of its Ne
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -43,33 +43,45 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            move = _orthogonal_step if group["matrices"] else _adamw_step
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
+            with_gradient = [parameter for parameter in group["params"] if parameter.grad is not None]
+            steps = self._orthogonal_steps(with_gradient, group) if group["matrices"] else self._adamw_steps(with_gradient, group)
+            for parameter, move in steps:
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(move(parameter.grad, self.state[parameter], group), alpha=-group["lr"])
+                parameter.add_(move, alpha=-group["lr"])
         return loss
 
+    def _orthogonal_steps(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        alike: dict[torch.Size, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            alike.setdefault(parameter.flatten(1).shape, []).append(parameter)
+        for shape, same in alike.items():  # together: for a GPU, many small products are slow
+            matrices = torch.stack([_with_momentum(p.grad, self.state[p], group["momentum"]).flatten(1) for p in same])  # type: ignore[arg-type]
+            moves = orthogonalised(matrices) * (ADAMW_RMS * max(shape) ** 0.5)
+            yield from ((parameter, move.view_as(parameter)) for parameter, move in zip(same, moves, strict=True))
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """About the nearest matrix (m, n) with all singular values one: after five iterations they lie between about 0.7 and 1.2."""
+    def _adamw_steps(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        for parameter in parameters:
+            assert parameter.grad is not None
+            yield parameter, _adamw_step(parameter.grad, self.state[parameter], group)
+
+
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """About the nearest matrices (..., m, n) with all singular values one: after five iterations they lie between about 0.7 and 1.2."""
     a, b, c = NEWTON_SCHULZ
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = (x / (x.norm() + 1e-7)).bfloat16()
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
     for _ in range(ITERATIONS):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if tall else x).to(matrix.dtype)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
-def _orthogonal_step(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+def _with_momentum(gradient: Tensor, state: dict[str, Any], momentum: float) -> Tensor:
     if not state:
         state["momentum"] = torch.zeros_like(gradient)
-    mean: Tensor = state["momentum"].lerp_(gradient, 1 - group["momentum"])
-    matrix = gradient.lerp(mean, group["momentum"]).flatten(1)
-    return (orthogonalised(matrix) * (ADAMW_RMS * max(matrix.shape) ** 0.5)).view_as(gradient)
+    mean: Tensor = state["momentum"].lerp_(gradient, 1 - momentum)
+    return gradient.lerp(mean, momentum)
 
 
 def _adamw_step(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:

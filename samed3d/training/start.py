@@ -42,6 +42,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     on_gpu = config.run.device != "cpu" and torch.cuda.is_available()
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
+    from accelerate.utils import DataLoaderConfiguration
 
     AcceleratorState._reset_state()  # it outlives a run, and another run of this process may want another precision
     atexit.unregister(_end_process_group)
@@ -61,6 +62,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         gradient_accumulation_steps=config.optim.accumulate,
         log_with=list(config.run.trackers) or None,
         project_dir=config.run.folder,
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),  # the loader pins its batches on a GPU machine
         # A batch without boxes leaves the box weights without gradient on that rank.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )

@@ -8,7 +8,7 @@ then a model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from samed3d import losses
-from samed3d.clicks import jittered_boxes, policy_clicks
+from samed3d.clicks import jittered_boxes, sample_clicks
 from samed3d.config import ClickConfig, LossConfig
 from samed3d.crops import BACKGROUND_LOGIT
 from samed3d.models.base import Features, PromptableModel, PromptBatch
@@ -79,10 +79,10 @@ class InteractiveStep(nn.Module):
         numbers = range(image.shape[0]) if samples is None else samples.tolist()
         generators = [torch.Generator(device=target.device).manual_seed(seed_of(seed, number)) for number in numbers]
         mask_only = self._mask_only_turns(torch.Generator().manual_seed(seed))
-        features, distance = self._features(image)
         history = PromptBatch.empty(image.shape[0], image.device)
-        if "box" in self.model.spec.prompts:
+        if "box" in self.model.spec.prompts:  # before the encoder: drawing boxes would wait for it
             history.boxes, history.box_valid = self._boxes(target, generators)
+        features, distance = self._features(image)
         mask = torch.zeros_like(target)
         total, dices = image.new_zeros(()), []
         for turn in range(self.clicks.interactions):
@@ -140,14 +140,10 @@ class InteractiveStep(nn.Module):
         if mask_only:
             shown = history if self.keep_all else PromptBatch.empty(target.shape[0], target.device)
             if earlier is not None and self.clicks.window_probability:
-                samples = zip(earlier, history.points, generators, strict=True)
-                chance = self.clicks.window_probability
-                scale = target.shape[-1] / earlier.shape[-1]
-                earlier = torch.stack([windowed(logits, points[0] / scale, chance, generator) for logits, points, generator in samples])
+                first = history.points[:, 0] / (target.shape[-1] / earlier.shape[-1])
+                earlier = windowed(earlier, first, self.clicks.window_probability, generators)
         else:
-            pairs = zip(mask, target, generators, strict=True)
-            clicked = [policy_clicks(m[None], t[None], self.clicks.policy, generator) for m, t, generator in pairs]
-            points, labels = torch.cat([p for p, _ in clicked]), torch.cat([label for _, label in clicked])
+            points, labels = sample_clicks(mask, target, self.clicks.policy, generators)
             if turn == 0 and history.box_valid is not None:  # a box is the first prompt: no click beside it
                 labels = torch.where(history.box_valid[:, None], torch.full_like(labels, -1), labels)
             history.points = torch.cat([history.points, points], dim=1)
@@ -164,27 +160,28 @@ class InteractiveStep(nn.Module):
         return loss
 
 
-def windowed(logits: Tensor, point: Tensor, chance: float, generator: torch.Generator) -> Tensor:
-    """An earlier mask as it is after zooming out: by chance, it is known in a window of the crop only.
+def windowed(logits: Tensor, points: Tensor, chance: float, generators: Sequence[torch.Generator]) -> Tensor:
+    """Earlier masks as they are after zooming out: by chance, one is known in a window of its crop only.
 
     Args:
-        logits: (1, d, h, w) of the earlier mask.
-        point: (3,) a position in voxels of ``logits`` that lies in the window.
-        chance: Of a window; else the logits are returned as they are.
-        generator: On the tensors' device.
+        logits: (B, 1, d, h, w) of the earlier masks.
+        points: (B, 3) a position each, in voxels of ``logits``, that lies in the window.
+        chance: Of a window; else a mask's logits stay as they are.
+        generators: One per sample, on the tensors' device.
     """
-    draw = torch.rand(5, generator=generator, device=logits.device)
-    if float(draw[0]) >= chance:
-        return logits
-    shape = torch.tensor(logits.shape[1:], device=logits.device)
-    edge = (shape * (WINDOW_EDGE[0] + (WINDOW_EDGE[1] - WINDOW_EDGE[0]) * draw[1])).long()
-    first = (point.long() - edge + 1).clamp(min=0)
-    last = torch.minimum(point.long().clamp(min=0), shape - edge).maximum(first)
-    low = (first + (last - first + 1) * draw[2:]).long().minimum(last)
-    z, y, x = (slice(int(a), int(a + n)) for a, n in zip(low, edge, strict=True))
-    known = torch.full_like(logits, BACKGROUND_LOGIT)
-    known[:, z, y, x] = logits[:, z, y, x]
-    return known
+    draw = torch.stack([torch.rand(5, generator=generator, device=logits.device) for generator in generators])
+    shape, at = torch.tensor(logits.shape[2:], device=logits.device), points.long()
+    edge = (shape * (WINDOW_EDGE[0] + (WINDOW_EDGE[1] - WINDOW_EDGE[0]) * draw[:, 1:2])).long()
+    first = (at - edge + 1).clamp(min=0)
+    last = torch.minimum(at.clamp(min=0), shape - edge).maximum(first)
+    low = (first + (last - first + 1) * draw[:, 2:]).long().minimum(last)
+    known = (draw[:, 0] >= chance).view(-1, 1, 1, 1)
+    inside = torch.ones_like(known)
+    for axis, size in enumerate(logits.shape[2:]):
+        line = torch.arange(size, device=logits.device)
+        within = (line >= low[:, axis : axis + 1]) & (line < low[:, axis : axis + 1] + edge[:, axis : axis + 1])
+        inside = inside & within.view(-1, *(size if a == axis else 1 for a in range(3)))
+    return torch.where((known | inside)[:, None], logits, BACKGROUND_LOGIT)
 
 
 def seed_of(*numbers: int) -> int:

@@ -1,0 +1,113 @@
+"""Measure the models on a GPU: a click's time, training throughput, peak memory. Prints one JSON and writes it to a file.
+
+    python benchmarks/gpu.py --out benchmarks/results/gpu.json
+
+Needs torch, numpy, accelerate, einops and safetensors only. Crops are seeded noise; what is measured is time, not quality. Encoders are
+timed in turns with a matrix product of the same number of operations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.latency import default_model, describe_machine, one_click, random_crop  # noqa: E402
+from benchmarks.train import PUBLISHED, sam_med3d  # noqa: E402
+from samed3d.config import ClickConfig, LossConfig, OptimConfig  # noqa: E402
+from samed3d.models import create_model  # noqa: E402
+from samed3d.models.base import PromptableModel, PromptBatch  # noqa: E402
+from samed3d.training.optimiser import make_optimiser  # noqa: E402
+from samed3d.training.step import InteractiveStep  # noqa: E402
+
+DEVICE = torch.device("cuda")
+
+
+def milliseconds(run: Callable[[], object], repeats: int) -> float:
+    """Median time of a run on the GPU, after two warm-ups."""
+    times = []
+    for number in range(repeats + 2):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        if number > 1:
+            times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+@torch.inference_mode()
+def measure_clicks(model: PromptableModel, edge: int, bf16: bool, repeats: int) -> dict[str, float]:
+    """Encoding a crop and decoding one click on it, in milliseconds; the highest memory of both."""
+    crop, click = random_crop(model, edge).to(DEVICE), one_click(edge)
+    prompts = PromptBatch(click.points.to(DEVICE), click.point_labels.to(DEVICE))
+    torch.cuda.reset_peak_memory_stats()
+    with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+        features = model.encode(crop)
+        encode = milliseconds(lambda: model.encode(crop), repeats)
+        decode = milliseconds(lambda: model.decode(features, prompts), repeats)
+    return {"encode_ms": encode, "decode_ms": decode, "peak_mib": torch.cuda.max_memory_allocated() / 2**20}
+
+
+def measure_training(model: PromptableModel, clicks: ClickConfig, edge: int, batch: int, repeats: int) -> dict[str, float]:
+    """Samples per second of bf16 optimiser steps on a fixed batch, and their highest memory."""
+    step = InteractiveStep(model.train().to(DEVICE), clicks, LossConfig())
+    optimiser = make_optimiser(model, OptimConfig())
+    image = random_crop(model, edge).to(DEVICE).repeat(batch, 1, 1, 1, 1)
+    target = torch.zeros(batch, 1, edge, edge, edge, dtype=torch.bool, device=DEVICE)
+    target[..., edge // 4 : edge // 2, edge // 3 : edge // 2, edge // 4 : edge // 2] = True
+
+    def run() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = step(image, target, 0).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    torch.cuda.reset_peak_memory_stats()
+    took = milliseconds(run, repeats)
+    return {"batch": batch, "edge": edge, "samples_per_s": 1e3 * batch / took, "peak_mib": torch.cuda.max_memory_allocated() / 2**20}
+
+
+def main() -> None:
+    """Measure and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json", help="JSON file to write")
+    parser.add_argument("--repeats", type=int, default=20)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no GPU that torch can use")
+    result: dict[str, Any] = {"machine": describe_machine() | {"gpu": torch.cuda.get_device_name()}, "clicks": {}, "training": {}}
+    default, weights = default_model()
+    result["default"] = weights
+    models = {"default": default, "sam_med3d_b": sam_med3d(True, False).eval(), "samed3d_base": create_model("samed3d_base").eval()}
+    for name, model in models.items():
+        model.to(DEVICE)
+        edges = (64, 128) if name == "default" else (128,)
+        for edge in edges:
+            for precision in ("fp32", "bf16"):
+                result["clicks"][f"{name} {edge} {precision}"] = measure_clicks(model, edge, precision == "bf16", options.repeats)
+    del models["default"]
+    ours = ClickConfig(interactions=4, policy="mixed")
+    few = max(3, options.repeats // 4)
+    result["training"]["samed3d_unet"] = measure_training(create_model("samed3d_unet"), ours, 64, 64, few)
+    result["training"]["sam_med3d_b, 11 published interactions"] = measure_training(models.pop("sam_med3d_b"), PUBLISHED, 128, 6, few)
+    result["training"]["samed3d_base"] = measure_training(models.pop("samed3d_base"), ours, 128, 4, few)
+    text = json.dumps(result, indent=1)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
