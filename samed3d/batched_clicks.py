@@ -5,16 +5,16 @@ Same rules, other draws: a click follows from the sample's generator alone, but 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 POLICIES = ("uniform", "centre", "ritm")
-_CHUNK = 1 << 28
-"""Numbers that a step of the distance map may hold at once."""
-_STEPS_BETWEEN_LOOKS = 4
+_NEIGHBOURS = list(itertools.product((-1, 0, 1), repeat=3))
 
 
 def clicks_of_batch(pred_mask: Tensor, target_mask: Tensor, policy: str, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
@@ -40,10 +40,10 @@ def clicks_of_batch(pred_mask: Tensor, target_mask: Tensor, policy: str, generat
     draw = torch.stack([torch.rand(shape, generator=g, device=device) for g in generators])
     score = (draw + 1) * error
     centre, ritm = ((rule == POLICIES.index(name)).nonzero()[:, 0] for name in ("centre", "ritm"))
-    if len(centre):
-        score[centre] = squared_depth(largest_components(error[centre]))
+    if len(centre) or len(ritm):
+        parts = [largest_components(error[centre]), error[ritm] & target[ritm], error[ritm] & pred[ritm]]
+        score[centre], missed, surplus = squared_depth(torch.cat(parts)).split([len(part) for part in parts])
     if len(ritm):
-        missed, surplus = squared_depth(error[ritm] & target[ritm]), squared_depth(error[ritm] & pred[ritm])
         most = [depth.flatten(1).amax(dim=1).view(-1, 1, 1, 1) for depth in (missed, surplus)]
         depth = torch.where(most[0] >= most[1], missed, surplus)
         score[ritm] = (draw[ritm] + 1) * (4 * depth > torch.maximum(*most))  # more than half as deep, in squares
@@ -54,41 +54,64 @@ def clicks_of_batch(pred_mask: Tensor, target_mask: Tensor, policy: str, generat
 
 
 def squared_depth(mask: Tensor) -> Tensor:
-    """(B, D, H, W) bool to float32: squared Euclidean distance of each True voxel to the nearest False one; outside counts as False."""
+    """(B, D, H, W) bool to float32: squared Euclidean distance of each True voxel to the nearest False one; outside counts as False.
+
+    One axis after the other adds its squares. A few passes over small numbers: memory traffic is all that this costs.
+    """
     far = sum((n + 2) ** 2 for n in mask.shape[1:])
-    kind = torch.int16 if 2 * far < 1 << 15 else torch.int32  # it is the memory's speed that counts
-    size = mask[0].numel() * (max(mask.shape[1:]) + 2)
-    parts = []
-    for part in mask.split(max(1, _CHUNK // size)):
-        distance = part.to(kind) * far
-        for axis in (3, 2, 1):  # along one axis after the other, the squares add up
-            lines = F.pad(distance.movedim(axis, -1), (1, 1))
-            n = lines.shape[-1] - 2
-            offset = torch.arange(1, n + 1, device=mask.device)[:, None] - torch.arange(n + 2, device=mask.device)
-            distance = (lines.unsqueeze(-2) + offset.square().to(kind)).amin(dim=-1).movedim(-1, axis)
-        parts.append(distance)
-    return torch.cat(parts).float()
+    kind = torch.int16 if 2 * far < 1 << 15 else torch.int32
+    inside = F.pad(mask, (1, 1) * 3)  # by False
+    lines = inside.to(kind) * (max(inside.shape) - 1)
+    step = 1
+    while step < inside.shape[3]:  # along the last axis, distances are sums of powers of two
+        for to, of in _shifts(lines, 3, step):
+            torch.minimum(to, of + step, out=to)
+        step *= 2
+    squares = lines * lines
+    for axis in (2, 1):
+        before = squares.clone()
+        reach = math.isqrt(int(before.max())) if before.numel() else 0
+        for step in range(1, min(reach, inside.shape[axis] - 1) + 1):
+            for to, of in _shifts(squares, axis, step, before):
+                torch.minimum(to, of + step * step, out=to)
+    return squares[:, 1:-1, 1:-1, 1:-1].float()
+
+
+def _shifts(volumes: Tensor, axis: int, step: int, source: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of what lies ``step`` voxels apart along an axis, both ways: where to write and what to read, from ``source`` if given."""
+    source = volumes if source is None else source
+    n = volumes.shape[axis] - step
+    yield volumes.narrow(axis, step, n), source.narrow(axis, 0, n)
+    yield volumes.narrow(axis, 0, n), source.narrow(axis, step, n)
 
 
 def largest_components(mask: Tensor) -> Tensor:
-    """(B, D, H, W) bool to the 26-connected component with the most voxels of each sample."""
-    batch, shape, voxels = mask.shape[0], mask.shape[1:], mask[0].numel()
-    # Each voxel's label is the number of a voxel of its component, counted from the end, so that 0 is free for the background. The highest
-    # spreads to the neighbours, and each voxel takes over what the voxel that it names has by now.
-    numbers = torch.arange(voxels, 0, -1, device=mask.device).view(shape).expand_as(mask)
-    labels = torch.where(mask, numbers, 0)
+    """(B, D, H, W) bool to the 26-connected component with the most voxels of each sample; of equal ones the first in the volume.
+
+    Source: the hooking and short-cutting of FastSV (Zhang, Azad and Hu 2020), on the True voxels alone.
+    """
+    where = mask.nonzero()
+    count, found = len(where), torch.zeros_like(mask)
+    if not count:
+        return found
+    # True voxels by number, with a border; whatever is not one has the number ``count``, which no neighbour takes for the smallest.
+    number = torch.full([mask.shape[0], *(n + 2 for n in mask.shape[1:])], count, device=mask.device)
+    sample, z, y, x = where.unbind(1)
+    number[sample, z + 1, y + 1, x + 1] = torch.arange(count, device=mask.device)
+    neighbours = torch.stack([number[sample, z + 1 + dz, y + 1 + dy, x + 1 + dx] for dz, dy, dx in _NEIGHBOURS])
+    label = torch.arange(count + 1, device=mask.device)  # the number of another voxel of the same component, at last of its first
     while True:
-        before = labels
-        for _ in range(_STEPS_BETWEEN_LOOKS):
-            spread = F.max_pool3d(labels[:, None].double() if voxels > 1 << 24 else labels[:, None].float(), 3, stride=1, padding=1)
-            labels = spread[:, 0].long() * mask
-            flat = labels.flatten(1)
-            labels = (flat.gather(1, (voxels - flat).clamp(max=voxels - 1)) * (flat > 0)).view_as(labels)
-        if torch.equal(labels, before):
+        before = label
+        smallest = label[neighbours].amin(dim=0)
+        label = label.scatter_reduce(0, label[:-1], smallest, "amin")
+        label[:-1] = torch.minimum(label[:-1], smallest)
+        label = label[label]
+        if torch.equal(label, before):
             break
-    flat = labels.flatten(1)
-    counts = torch.zeros(batch, voxels + 1, dtype=torch.int32, device=mask.device)
-    counts.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.int32))
-    counts[:, 0] = 0
-    found = counts.flip(1).argmax(dim=1)  # of equal ones, the first in the volume
-    return (labels == (voxels - found).view(-1, 1, 1, 1)) & mask
+    label = label[:-1]
+    size = torch.bincount(label, minlength=count)[label]
+    most = torch.zeros(len(mask), dtype=size.dtype, device=mask.device).scatter_reduce(0, sample, size, "amax")
+    first = torch.full([len(mask)], count, device=mask.device)
+    first = first.scatter_reduce(0, sample, torch.where(size == most[sample], label, count), "amin")
+    found[sample, z, y, x] = label == first[sample]
+    return found

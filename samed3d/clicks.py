@@ -27,6 +27,7 @@ __all__ = [
     "next_click",
     "noisy_click",
     "policy_clicks",
+    "sample_boxes",
     "sample_clicks",
     "user_box",
     "user_stroke",
@@ -243,17 +244,27 @@ def jittered_boxes(target_mask: Tensor, jitter: float, generator: torch.Generato
 
     An empty target gives the whole crop. Boxes stay in the crop and keep at least one voxel per axis.
     """
-    boxes = []
-    draw = torch.rand(target_mask.shape[0], 2, 3, generator=generator, device=target_mask.device) * 2 - 1
-    for mask, moves in zip(target_mask[:, 0], draw, strict=True):
-        low, high = [], []
-        for axis, size in enumerate(mask.shape):
-            found = mask.movedim(axis, 0).flatten(1).any(dim=1).nonzero()
-            a, b = (float(found[0]), float(found[-1]) + 1) if len(found) else (0.0, float(size))
-            edge = b - a
-            a = min(max(0.0, a + float(moves[0, axis]) * jitter * edge), size - 1.0)
-            b = max(min(float(size), b + float(moves[1, axis]) * jitter * edge), a + 1.0)
-            low.append(a)
-            high.append(b)
-        boxes.append([low, high])
-    return torch.tensor(boxes, dtype=torch.float32, device=target_mask.device)
+    draw = torch.rand(target_mask.shape[0], 2, 3, generator=generator, device=target_mask.device)
+    return _moved_boxes(target_mask, jitter, draw)
+
+
+def sample_boxes(target_mask: Tensor, jitter: float, generators: Sequence[torch.Generator]) -> Tensor:
+    """``jittered_boxes`` with a generator for each sample."""
+    draw = torch.cat([torch.rand(1, 2, 3, generator=generator, device=target_mask.device) for generator in generators])
+    return _moved_boxes(target_mask, jitter, draw)
+
+
+def _moved_boxes(target_mask: Tensor, jitter: float, draw: Tensor) -> Tensor:
+    moves = (draw * 2 - 1).double()
+    low, high = [], []
+    for axis in range(3):
+        lines = target_mask[:, 0].movedim(axis + 1, 1).flatten(2).any(dim=2)
+        size = lines.shape[1]
+        there = lines.byte()
+        a = torch.where(lines.any(dim=1), there.argmax(dim=1), 0).double()
+        b = torch.where(lines.any(dim=1), size - there.flip(1).argmax(dim=1), size).double()
+        edge = b - a
+        a = (a + moves[:, 0, axis] * jitter * edge).clamp(min=0).clamp(max=size - 1)
+        low.append(a)
+        high.append(torch.maximum((b + moves[:, 1, axis] * jitter * edge).clamp(max=size), a + 1))
+    return torch.stack([torch.stack(low, dim=1), torch.stack(high, dim=1)], dim=1).float()

@@ -98,12 +98,14 @@ def normalise(crop: Tensor, inside: Tensor, method: str, clamp: tuple[float, flo
         chosen = chosen if chosen.numel() > 1 else crop.flatten()
         return ((crop - chosen.mean()) / chosen.std().clamp(min=1e-6))[None]
     channels = image_channels(method)
-    chosen = crop[inside]
+    everywhere = bool(inside.all())  # most crops: picking voxels would cost more than all else
+    chosen = crop.flatten() if everywhere else crop[inside]
     if chosen.numel() == 0:
         return crop.new_zeros(channels, *crop.shape)
-    scaled = ((crop - chosen.mean()) / chosen.std(correction=0).clamp(min=1e-6)).clamp(-CLAMP_SIGMA, CLAMP_SIGMA)
-    scaled = torch.where(inside, scaled, 0.0)
-    return scaled[None] if channels == 1 else torch.stack([scaled, _rank(scaled, inside)])
+    scaled = ((crop - chosen.mean()) / chosen.std(correction=0).clamp(min=1e-6)).clamp_(-CLAMP_SIGMA, CLAMP_SIGMA)
+    if not everywhere:
+        scaled = torch.where(inside, scaled, 0.0)
+    return scaled[None] if channels == 1 else torch.stack([scaled, _rank(scaled, None if everywhere else inside)])
 
 
 def image_channels(method: str) -> int:
@@ -118,13 +120,14 @@ def image_channels(method: str) -> int:
     return channels[method]
 
 
-def _rank(scaled: Tensor, inside: Tensor) -> Tensor:
+def _rank(scaled: Tensor, inside: Tensor | None) -> Tensor:
     """Each inside voxel's middle rank by a fine histogram, scaled to the mean 0 and deviation 1 of a uniform spread; outside 0.
 
-    Equal voxels share the middle of their ranks: a constant background gets one value that depends only on its share.
+    Equal voxels share the middle of their ranks: a constant background gets one value that depends only on its share. ``inside`` None is
+    everywhere.
     """
-    index = ((scaled + CLAMP_SIGMA) * ((RANK_BINS - 1) / (2 * CLAMP_SIGMA))).round().long()
-    counts = torch.bincount(index[inside], minlength=RANK_BINS).to(scaled.dtype)
+    index = ((scaled + CLAMP_SIGMA) * ((RANK_BINS - 1) / (2 * CLAMP_SIGMA))).round_().int()
+    counts = torch.bincount(index.flatten() if inside is None else index[inside], minlength=RANK_BINS).to(scaled.dtype)
     below = torch.cumsum(counts, dim=0) - counts
-    rank = ((below + 0.5 * counts) / counts.sum())[index]
-    return torch.where(inside, (rank - 0.5) * math.sqrt(12.0), 0.0)
+    rank = (((below + 0.5 * counts) / counts.sum() - 0.5) * math.sqrt(12.0)).index_select(0, index.flatten()).view_as(scaled)
+    return rank if inside is None else torch.where(inside, rank, 0.0)

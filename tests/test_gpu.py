@@ -71,7 +71,7 @@ def test_bf16_takes_less_memory():
         peaks.append(torch.cuda.max_memory_allocated() / 2**20)
         model.zero_grad()
     print(f"peak MiB of a step of 8 crops of 64^3, four clicks: fp32 {peaks[0]:.0f}, bf16 {peaks[1]:.0f}")
-    assert peaks[1] < 0.75 * peaks[0]
+    assert peaks[1] < 0.9 * peaks[0]
 
 
 def test_checkpointed_activations_take_less_memory_and_give_the_same_gradient():

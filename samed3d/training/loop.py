@@ -181,9 +181,9 @@ def _run(run: _Run, stop: StopRequest) -> None:
             seed = seed_of(config.run.seed, batches)
             torch.manual_seed(seed_of(seed, accelerator.process_index))  # for dropout and the like
             output: StepOutput = run.step(batch["image"], batch["target"], seed, batch["index"])
-            if not bool(torch.isfinite(output.loss)):
-                _give_up(run, output, batch, seed)
             accelerator.backward(output.loss)
+            if not bool(torch.isfinite(output.loss)):  # asked after the backward: a GPU has work until then
+                _give_up(run, output, batch, seed)
             if accelerator.sync_gradients and config.optim.grad_clip:
                 accelerator.clip_grad_norm_(run.step.parameters(), config.optim.grad_clip)
             run.optimiser.step()

@@ -9,11 +9,11 @@ Source: K. Jordan et al., Muon (2024), the update and the coefficients of its Ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -43,26 +43,55 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            with_gradient = [parameter for parameter in group["params"] if parameter.grad is not None]
-            steps = self._orthogonal_steps(with_gradient, group) if group["matrices"] else self._adamw_steps(with_gradient, group)
-            for parameter, move in steps:
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(move, alpha=-group["lr"])
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            moves = self._orthogonal_moves(parameters, group) if group["matrices"] else self._adamw_moves(parameters, group)
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(parameters, moves, alpha=-group["lr"])
         return loss
 
-    def _orthogonal_steps(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        alike: dict[torch.Size, list[nn.Parameter]] = {}
-        for parameter in parameters:
-            alike.setdefault(parameter.flatten(1).shape, []).append(parameter)
-        for shape, same in alike.items():  # together: for a GPU, many small products are slow
-            matrices = torch.stack([_with_momentum(p.grad, self.state[p], group["momentum"]).flatten(1) for p in same])  # type: ignore[arg-type]
-            moves = orthogonalised(matrices) * (ADAMW_RMS * max(shape) ** 0.5)
-            yield from ((parameter, move.view_as(parameter)) for parameter, move in zip(same, moves, strict=True))
+    def _orthogonal_moves(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        gradients = _gradients(parameters)
+        states = [self.state[parameter] for parameter in parameters]
+        for state, gradient in zip(states, gradients, strict=True):
+            if not state:
+                state["momentum"] = torch.zeros_like(gradient)
+        means = [state["momentum"] for state in states]
+        torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
+        steps = torch._foreach_lerp(gradients, means, group["momentum"])
+        alike: dict[torch.Size, list[int]] = {}
+        for number, parameter in enumerate(parameters):
+            alike.setdefault(parameter.flatten(1).shape, []).append(number)
+        moves = list(parameters)
+        for shape, numbers in alike.items():  # together: to a GPU, many small products are slow
+            matrices = orthogonalised(torch.stack([steps[number].flatten(1) for number in numbers]))
+            for number, matrix in zip(numbers, matrices * (ADAMW_RMS * max(shape) ** 0.5), strict=True):
+                moves[number] = matrix.view_as(parameters[number])
+        return moves
 
-    def _adamw_steps(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        for parameter in parameters:
-            assert parameter.grad is not None
-            yield parameter, _adamw_step(parameter.grad, self.state[parameter], group)
+    def _adamw_moves(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        gradients = _gradients(parameters)
+        states = [self.state[parameter] for parameter in parameters]
+        for state, gradient in zip(states, gradients, strict=True):
+            if not state:
+                state.update(step=torch.zeros(()), first=torch.zeros_like(gradient), second=torch.zeros_like(gradient))
+            state["step"] += 1
+        first, second = group["betas"]
+        means, squares = [state["first"] for state in states], [state["second"] for state in states]
+        torch._foreach_lerp_(means, gradients, 1 - first)
+        torch._foreach_lerp_(squares, torch._foreach_mul(gradients, gradients), 1 - second)
+        counts = [float(state["step"]) for state in states]
+        scales = torch._foreach_div(squares, [1 - second**count for count in counts])
+        torch._foreach_sqrt_(scales)
+        torch._foreach_add_(scales, EPS)
+        moves = torch._foreach_div(means, [1 - first**count for count in counts])
+        torch._foreach_div_(moves, scales)
+        return list(moves)
+
+
+def _gradients(parameters: list[Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -75,21 +104,3 @@ def orthogonalised(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if tall else x).to(matrices.dtype)
-
-
-def _with_momentum(gradient: Tensor, state: dict[str, Any], momentum: float) -> Tensor:
-    if not state:
-        state["momentum"] = torch.zeros_like(gradient)
-    mean: Tensor = state["momentum"].lerp_(gradient, 1 - momentum)
-    return gradient.lerp(mean, momentum)
-
-
-def _adamw_step(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    if not state:
-        state.update(step=torch.zeros(()), first=torch.zeros_like(gradient), second=torch.zeros_like(gradient))
-    state["step"] += 1
-    first, second = group["betas"]
-    state["first"].lerp_(gradient, 1 - first)
-    state["second"].lerp_(gradient.square(), 1 - second)
-    count = float(state["step"])
-    return state["first"] / (1 - first**count) / ((state["second"] / (1 - second**count)).sqrt() + EPS)

@@ -105,9 +105,9 @@ class AveragedWeights:
         self.count += 1
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
         state = model.state_dict()
-        for key, mean in self.shadow.items():
-            if mean.is_floating_point():
-                mean.lerp_(state[key].to(mean.device), 1 - decay)
+        keys = [key for key, mean in self.shadow.items() if mean.is_floating_point()]
+        if keys:
+            torch._foreach_lerp_([self.shadow[key] for key in keys], [state[key].to(self.shadow[key].device) for key in keys], 1 - decay)
 
     def state_of(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """The mean, or the model's own weights where there is none."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from samed3d import losses
-from samed3d.clicks import jittered_boxes, sample_clicks
+from samed3d.clicks import sample_boxes, sample_clicks
 from samed3d.config import ClickConfig, LossConfig
 from samed3d.crops import BACKGROUND_LOGIT
 from samed3d.models.base import Features, PromptableModel, PromptBatch
@@ -125,11 +125,12 @@ class InteractiveStep(nn.Module):
         """Boxes for the samples whose user draws one, or None when nobody does."""
         chance = torch.cat([torch.rand(1, generator=generator, device=target.device) for generator in generators])
         drawn = (chance < self.clicks.box_probability) & target.flatten(1).any(dim=1)
-        if not bool(drawn.any()):
+        numbers = drawn.nonzero().flatten()
+        if not len(numbers):
             return None, None
         boxes = torch.zeros(len(target), 2, 3, device=target.device)
-        for number in drawn.nonzero().flatten().tolist():  # the others draw nothing, here as in a batch without any box
-            boxes[number] = jittered_boxes(target[number : number + 1], BOX_JITTER, generators[number])[0]
+        # The others draw nothing, here as in a batch without any box.
+        boxes[numbers] = sample_boxes(target[numbers], BOX_JITTER, [generators[number] for number in numbers.tolist()])
         return boxes, drawn
 
     def _prompts(
