@@ -92,6 +92,21 @@ def latency(body: Body) -> str:
     return table(["", "first mask", "later click"], rows) + "\n\n" + table(["", "ratio within one run"], ratios)
 
 
+def gpu(body: Body) -> str:
+    """A click's time and a training step's throughput on a GPU, with the memory of each."""
+    clicks = [
+        [f"`{model}`", f"{edge}³", precision, f"{found['encode_ms']:.1f} ms", f"{found['decode_ms']:.1f} ms", f"{found['peak_mib']:.0f} MiB"]
+        for name, found in body["clicks"].items()
+        for model, edge, precision in [name.split(" ")]
+    ]
+    steps = [
+        [name, found["batch"], f"{found['edge']}³", f"{found['samples_per_s']:.0f}", f"{found['peak_mib'] / 1024:.1f} GiB"]
+        for name, found in body["training"].items()
+    ]
+    first = table(["model", "crop", "precision", "encode", "decode a click", "peak memory"], clicks)
+    return first + "\n\n" + table(["training step, bf16, fixed batch", "batch", "crop", "samples per second", "peak memory"], steps)
+
+
 def preparation(body: Body) -> str:
     """A corpus against a plain loop."""
     loop = body["preparation"]["loop"]
@@ -173,6 +188,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Body], str]]] = {
     "accuracy": ("default_evaluation.json", accuracy),
     "protocols": ("protocols.json", protocols),
     "latency": ("latency.json", latency),
+    "gpu": ("gpu.json", gpu),
     "training": ("train.json", training),
     "augmentation": ("augment.json", augmentation),
     "session": ("session.json", session),

@@ -131,9 +131,10 @@ class OptimConfig:
     """For sgd and muon: share of the last step that is taken again, 0 (none) to below 1."""
     warmup_steps: int = 0
     """Optimiser steps over which the rate rises from 0; 0 starts at the peak."""
-    schedule: Literal["cosine", "constant", "multistep", "power"] = "cosine"
-    """Course of the rate after the warm-up: half a cosine to 0 at the last step, flat, times ``gamma`` at each of ``milestones``, or as the
-    share of steps that are left to the power of ``exponent``."""
+    schedule: Literal["cosine", "cosine_minutes", "constant", "multistep", "power"] = "cosine"
+    """Course of the rate after the warm-up: half a cosine to 0 at the last step, or when ``max_minutes`` are over (whatever the machine
+    does in them; it starts again with ``--resume`` and is not repeatable to the last digit), flat, times ``gamma`` at each of
+    ``milestones``, or as the share of steps that are left to the power of ``exponent``."""
     exponent: float = 0.9
     """For power: 1 is a straight line to 0, more falls early, less falls late; above 0."""
     schedule_length: float = 1.0
@@ -178,6 +179,8 @@ class OptimConfig:
             good = isinstance(factor, int | float) and not isinstance(factor, bool) and factor > 0
             check(good, f"optim.lr_scale.{part}", "must be a number above 0", factor)
         check(self.max_minutes >= 0, "optim.max_minutes", "must be 0 (no limit) or more", self.max_minutes)
+        if self.schedule == "cosine_minutes":
+            check(self.max_minutes > 0, "optim.max_minutes", "must be above 0 with optim.schedule=cosine_minutes", self.max_minutes)
         if self.warmup_steps < 0 or (self.warmup_steps > self.steps and not self.epochs):
             raise InputError(f"optim.warmup_steps must be from 0 to optim.steps ({self.steps}), got {self.warmup_steps}")
 

@@ -80,7 +80,7 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> 
     _save(run)
     if accelerator.is_main_process:
         write_curves(folder)
-    if stop.reason:
+    if stop.reason and not (config.optim.schedule == "cosine_minutes" and stop.over):
         logger.warning("stopped at step %d of %d: %s; go on with --resume", run.progress.done, run.config.optim.steps, stop.reason)
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
@@ -177,7 +177,8 @@ def _run(run: _Run, stop: StopRequest) -> None:
     pending = 0
     for batch in _batches(run.loader):
         with accelerator.accumulate(run.step):
-            set_learning_rate(run.optimiser, config.optim, progress.done)
+            passed = stop.passed(accelerator) if config.optim.schedule == "cosine_minutes" else 0.0
+            set_learning_rate(run.optimiser, config.optim, progress.done, passed)
             seed = seed_of(config.run.seed, batches)
             torch.manual_seed(seed_of(seed, accelerator.process_index))  # for dropout and the like
             output: StepOutput = run.step(batch["image"], batch["target"], seed, batch["index"])
@@ -195,7 +196,7 @@ def _run(run: _Run, stop: StopRequest) -> None:
             continue
         progress.done, progress.samples, pending = progress.done + 1, progress.samples + pending, 0
         run.average.update(unwrapped(accelerator, run.step))
-        run.log.step(progress.done, learning_rate(config.optim, progress.done))
+        run.log.step(progress.done, learning_rate(config.optim, progress.done, passed))
         if config.validation.every and progress.done % config.validation.every == 0:
             _validate(run, stop)
         if stop.on_any(accelerator):

@@ -69,15 +69,20 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
     return [group for group in found if group["params"] or group["scale"] == 1.0]
 
 
-def set_learning_rate(optimiser: Any, optim: OptimConfig, done: int) -> None:
+def set_learning_rate(optimiser: Any, optim: OptimConfig, done: int, passed: float = 0.0) -> None:
     """Give every group the rate of the next optimiser step."""
-    rate = learning_rate(optim, done)
+    rate = learning_rate(optim, done, passed)
     for group in optimiser.param_groups:
         group["lr"] = rate * group.get("scale", 1.0)
 
 
-def learning_rate(optim: OptimConfig, done: int) -> float:
-    """The rate of the next optimiser step: linear warm-up, then as ``optim.schedule`` says, ``optim.cycles`` times over."""
+def learning_rate(optim: OptimConfig, done: int, passed: float = 0.0) -> float:
+    """The rate of the next optimiser step: linear warm-up, then as ``optim.schedule`` says, ``optim.cycles`` times over.
+
+    ``passed`` is the share of ``optim.max_minutes`` that is over, for ``cosine_minutes``, which falls during the warm-up too.
+    """
+    if optim.schedule == "cosine_minutes":
+        return optim.lr * min(1.0, (done + 1) / max(1, optim.warmup_steps)) * 0.5 * (1 + math.cos(math.pi * min(1.0, passed)))
     if done < optim.warmup_steps:
         return optim.lr * (done + 1) / optim.warmup_steps
     if optim.schedule == "constant":

@@ -55,9 +55,21 @@ class StopRequest:
     @property
     def asked(self) -> bool:
         """Whether this process should stop."""
-        if not self.reason and self.until is not None and time.monotonic() > self.until:
+        if not self.reason and self.over:
             self.reason = f"{self.max_minutes:g} minutes are over"
         return bool(self.reason)
+
+    @property
+    def over(self) -> bool:
+        """Whether the time limit has passed."""
+        return self.until is not None and time.monotonic() > self.until
+
+    def passed(self, accelerator: Accelerator) -> float:
+        """The share of the time limit that is over, the same on every process; 0 without a limit."""
+        share = 0.0 if self.until is None else 1 - (self.until - time.monotonic()) / (60 * self.max_minutes)
+        if accelerator.num_processes > 1:
+            share = float(accelerator.reduce(torch.tensor(share, device=accelerator.device), "mean"))
+        return share
 
     def on_any(self, accelerator: Accelerator) -> bool:
         """Whether any process should stop: all must do so at the same step, or the others wait for ever."""
