@@ -26,7 +26,7 @@ LARGEST_CROP = 1.0
 """Zooming out ends when the crop's edge is this multiple of the volume's longest edge."""
 BOX_FILL = 0.6
 """A box is placed to fill this share of the crop."""
-SMALL_FILL = 0.2
+SMALL_FILL = 0.4
 """A mask that fills less of the crop's edge is looked at again, closer."""
 GOOD_FILL = 0.45
 TOUCH_SHARE = 0.01
