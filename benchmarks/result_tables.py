@@ -95,7 +95,8 @@ def latency(body: Body) -> str:
 def gpu(body: Body) -> str:
     """A click's time and a training step's throughput on a GPU, with the memory of each."""
     clicks = [
-        [f"`{model}`", f"{edge}³", precision, f"{found['encode_ms']:.1f} ms", f"{found['decode_ms']:.1f} ms", f"{found['peak_mib']:.0f} MiB"]
+        [f"`{model}`", f"{edge}³", precision]
+        + [f"{found['encode_ms']:.1f} ms", f"{found['decode_ms']:.1f} ms", f"{found['peak_mib']:.0f} MiB"]
         for name, found in body["clicks"].items()
         for model, edge, precision in [name.split(" ")]
     ]

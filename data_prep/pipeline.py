@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from data_prep.manifest import read_problems, write_manifest
 from data_prep.readers import find_sources
 from data_prep.workers import run_tasks
 from samed3d.data.corpus import VERSION, image_path, labels_path
-from samed3d.data.storage import check_storage, write_text
+from samed3d.data.storage import check_storage, only_run_in, write_text
 from samed3d.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -113,7 +111,7 @@ def prepare(
     listed = _list_sources([(reader, folder.resolve()) for reader, folder in found_sources], out, licensed_only)
     if generated is not None:
         listed += _list_sources([(generated, None)], out, False)
-    with _locked(out):
+    with only_run_in(out):
         tasks, found = _plan(listed, out, settings)
         _check_space(out, tasks)
         _begin(out, listed, settings)
@@ -276,26 +274,3 @@ def _run(tasks: list[Task], jobs: int, cluster: str | None, progress: bool) -> l
                 bar.update(row, description=f"cases ({len(failed)} failed)")
             bar.advance(row)
     return failed
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """One run at a time in a folder. The lock goes with the process, however it ends; where the system has no locks there is none."""
-    made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ModuleNotFoundError:
-        yield
-        return
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"another run is writing to {out}; wait for it") from error
-        try:
-            yield
-        finally:
-            if made and [p.name for p in out.iterdir()] == [".lock"]:  # nothing came of it: leave no trace
-                (out / ".lock").unlink()
-                os.rmdir(out)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from samed3d.cli import main
+from samed3d.data.storage import only_run_in
 from samed3d.errors import InputError
 from samed3d.evaluation.cases import LabelledCase, Loaded
 from samed3d.evaluation.contenders import ModelContender
@@ -32,6 +33,15 @@ COST = {"seconds", "encode_seconds", "peak_mib"}
 
 def numbers(out: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in row.items() if k not in COST} for row in read_rows(out / "cases.csv")]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    write_set(tmp_path / "set", {"a": 0})
+    ask = {"clicks": (1,), "split": "all"}
+    with only_run_in(tmp_path / "out" / "parts"), pytest.raises(InputError, match="another run is writing to .*; wait for it"):
+        evaluate([tmp_path / "set"], ["region_growing"], tmp_path / "out", **ask)
+    evaluate([tmp_path / "set"], ["region_growing"], tmp_path / "out", **ask)
+    assert len(numbers(tmp_path / "out")) == 2 and not (tmp_path / "out" / "parts").exists()
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from data_prep.manifest import draw_splits
 from data_prep.pipeline import prepare
 from samed3d.cli import main
 from samed3d.data.corpus import Corpus, in_validation
+from samed3d.data.storage import only_run_in
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
 from samed3d.volume import write_volume
@@ -305,7 +306,7 @@ def test_a_full_disk_is_noticed_before_and_during_the_work(tmp_path, monkeypatch
 
 def test_a_second_run_in_the_same_folder_waits_its_turn(tmp_path):
     source = make_source(tmp_path / "s", cases=1)
-    with pipeline._locked(tmp_path / "out"), pytest.raises(InputError, match="another run is writing to"):
+    with only_run_in(tmp_path / "out"), pytest.raises(InputError, match="another run is writing to"):
         prepare([source], tmp_path / "out", LENIENT)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,33 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """As ``write_whole`` for text."""
     write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """One run at a time in a folder, which is made. The lock goes with the process, however it ends; some systems have none.
+
+    Raises:
+        InputError: if another run is in it.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"another run is writing to {folder}; wait for it") from error
+        try:
+            yield
+        finally:
+            if made and folder.exists() and [p.name for p in folder.iterdir()] == [".lock"]:  # nothing came of it: leave no trace
+                (folder / ".lock").unlink()
+                os.rmdir(folder)
 
 
 def _write_b2nd(path: Path, array: NDArray) -> None:

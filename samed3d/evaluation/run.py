@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 import samed3d
+from samed3d.data.storage import only_run_in
 from samed3d.errors import InputError
 from samed3d.evaluation.baselines import BASELINES
 from samed3d.evaluation.baselines.base import longest_edge_mm
@@ -113,8 +114,9 @@ def _run(job: Job, settings: dict[str, Any], clicks: Sequence[int], processes: i
     if _is_finished(out, settings):
         logger.info("already measured with these settings: %s", out)
         return
-    measure_cases(job, processes, progress)
-    _merge(job, settings, clicks, processes)
+    with only_run_in(job.parts):
+        measure_cases(job, processes, progress)
+        _merge(job, settings, clicks, processes)
 
 
 def _each_once(models: Sequence[str | Contender]) -> list[str | Contender]:
