@@ -10,7 +10,6 @@ the work that every sample needs before. Where torchio is not installed, ours is
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import statistics
 import sys
@@ -25,7 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.latency import describe_machine  # noqa: E402
+from benchmarks.latency import describe_machine, write_result  # noqa: E402
 from samed3d.crops import CropFrame, sample_crop  # noqa: E402
 from samed3d.data.augment import augment_intensity, orient  # noqa: E402
 from samed3d.data.synthesis import synthetic_case  # noqa: E402
@@ -126,10 +125,7 @@ def main() -> None:
         "samples": options.samples,
         "crops": {f"{edge}^3": measure(edge, options.samples) for edge in options.edges},
     }
-    text = json.dumps(result, indent=1)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(text + "\n")
-    print(text)
+    write_result(options.out, result)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ timed in turns with a matrix product of the same number of operations.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.latency import default_model, describe_machine, one_click, random_crop  # noqa: E402
+from benchmarks.latency import default_model, describe_machine, one_click, random_crop, write_result  # noqa: E402
 from benchmarks.train import PUBLISHED, sam_med3d  # noqa: E402
 from samed3d.config import ClickConfig, LossConfig, OptimConfig  # noqa: E402
 from samed3d.models import create_model  # noqa: E402
@@ -103,10 +102,7 @@ def main() -> None:
     result["training"]["samed3d_unet"] = measure_training(create_model("samed3d_unet"), ours, 64, 64, few)
     result["training"]["sam_med3d_b, 11 published interactions"] = measure_training(models.pop("sam_med3d_b"), PUBLISHED, 128, 6, few)
     result["training"]["samed3d_base"] = measure_training(models.pop("samed3d_base"), ours, 128, 4, few)
-    text = json.dumps(result, indent=1)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(text + "\n")
-    print(text)
+    write_result(options.out, result)
 
 
 if __name__ == "__main__":

@@ -202,6 +202,14 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Print a result as JSON and keep it."""
+    text = json.dumps(result, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+    print(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "latency.json", help="JSON file to write")
@@ -220,10 +228,7 @@ def main() -> None:
         "default": measure_default(repeats),
         "infer_py": measure_shell(min(repeats, 3)),
     }
-    text = json.dumps(result, indent=1)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(text + "\n")
-    print(text)
+    write_result(options.out, result)
 
 
 if __name__ == "__main__":

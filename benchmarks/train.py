@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.latency import describe_machine, in_own_process, load_oracle  # noqa: E402
+from benchmarks.latency import describe_machine, in_own_process, load_oracle, write_result  # noqa: E402
 from samed3d.config import ClickConfig, LossConfig, TrainConfig, load_config  # noqa: E402
 from samed3d.models import create_model  # noqa: E402
 from samed3d.models.base import PromptableModel  # noqa: E402
@@ -180,10 +180,7 @@ def main() -> None:
         "loader": measure_loader(12, options.workers),
         "two_processes": measure_processes(),
     }
-    text = json.dumps(result, indent=1)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(text + "\n")
-    print(text)
+    write_result(options.out, result)
 
 
 if __name__ == "__main__":
