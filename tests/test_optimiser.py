@@ -192,3 +192,11 @@ def test_sam3d_adapter_as_published():
     for epoch in (0, 100, 200):  # a line from 1 to 0.01 over 500 epochs
         assert learning_rate(run, epoch) == pytest.approx(4e-4 * (1 - 0.99 * epoch / 500), rel=1e-4)
     assert config.loss.dice_form == "plain"
+
+
+def test_a_cosine_over_minutes_follows_the_clock_and_not_the_steps():
+    optim = OptimConfig(lr=2.0, warmup_steps=4, steps=100_000, schedule="cosine_minutes", max_minutes=10)
+    assert [learning_rate(optim, 50, passed) for passed in (0, 0.5, 1, 1.2)] == pytest.approx([2.0, 1.0, 0.0, 0.0])
+    assert learning_rate(optim, 1, 0.5) == pytest.approx(0.5)
+    with pytest.raises(InputError, match=r"optim\.max_minutes must be above 0 with optim\.schedule=cosine_minutes"):
+        OptimConfig(schedule="cosine_minutes")

@@ -243,24 +243,6 @@ def test_learning_rate_warms_up_then_follows_half_a_cosine():
     assert [learning_rate(flat, done) for done in (0, 3, 4, 11)] == [0.5, 2.0, 2.0, 2.0]
 
 
-def test_a_cosine_over_minutes_follows_the_clock_and_not_the_steps():
-    optim = OptimConfig(lr=2.0, warmup_steps=4, steps=100_000, schedule="cosine_minutes", max_minutes=10)
-    assert [learning_rate(optim, 50, passed) for passed in (0, 0.5, 1, 1.2)] == pytest.approx([2.0, 1.0, 0.0, 0.0])
-    assert learning_rate(optim, 1, 0.5) == pytest.approx(0.5)
-    with pytest.raises(InputError, match=r"optim\.max_minutes must be above 0 with optim\.schedule=cosine_minutes"):
-        OptimConfig(schedule="cosine_minutes")
-
-
-def test_a_run_of_minutes_ends_with_the_rate_at_zero(tmp_path, caplog):
-    settings = ["optim.steps=100000", "optim.schedule=cosine_minutes", "optim.max_minutes=0.04", "optim.lr=0.01"]
-    with caplog.at_level(logging.WARNING):
-        train(tiny_config(tmp_path / "run", *settings), quiet=True)
-    rates = [row["lr"] for row in metrics(tmp_path / "run")]
-    assert len(rates) > 3 and rates[1:] == sorted(rates[1:], reverse=True) and rates[-1] < 0.003
-    assert "stopped" not in caplog.text
-    assert (tmp_path / "run" / "model.safetensors").is_file()
-
-
 def test_norms_biases_and_tokens_do_not_decay():
     model = narrow_model()
     decayed, kept = parameter_groups(model, OptimConfig(weight_decay=0.3))

@@ -261,3 +261,13 @@ def test_a_tracker_that_cannot_start_is_one_line_and_leaves_no_run(tmp_path, mon
     with pytest.raises(InputError, match=r"wandb cannot start \(No API key.*log in with: wandb login, or set WANDB_MODE=offline"):
         train(config, quiet=True)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_of_minutes_ends_with_the_rate_at_zero(tmp_path, caplog):
+    settings = ["optim.steps=100000", "optim.schedule=cosine_minutes", "optim.max_minutes=0.04", "optim.lr=0.01"]
+    with caplog.at_level(logging.WARNING):
+        train(tiny_config(tmp_path / "run", *settings), quiet=True)
+    rates = [row["lr"] for row in metrics(tmp_path / "run")]
+    assert len(rates) > 3 and rates[1:] == sorted(rates[1:], reverse=True) and rates[-1] < 0.003
+    assert "stopped" not in caplog.text
+    assert (tmp_path / "run" / "model.safetensors").is_file()
