@@ -6,8 +6,8 @@
     python benchmarks/collect.py --page               # only the page, from the JSON files that are there
 
 A benchmark that needs data is passed over with a line where there are none (``--data``, or ``SAMED3D_DATA``). One that fails leaves its
-earlier result alone and makes the exit code 1. Not here: ``compare_systems.py``, which trains for hours and wants a corpus. How a JSON
-becomes a table of the page is in ``result_tables.py``.
+earlier result alone and makes the exit code 1. Not here: ``compare_systems.py``, which trains for hours and wants a corpus, and ``gpu.py``,
+which is run by itself on a machine with a GPU. How a JSON becomes a table of the page is in ``result_tables.py``.
 """
 
 from __future__ import annotations

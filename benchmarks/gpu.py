@@ -2,8 +2,7 @@
 
     python benchmarks/gpu.py --out benchmarks/results/gpu.json
 
-Needs torch, numpy, accelerate, einops and safetensors only. Crops are seeded noise; what is measured is time, not quality. Encoders are
-timed in turns with a matrix product of the same number of operations.
+Needs torch, numpy, accelerate, einops and safetensors only. Crops are seeded noise; what is measured is time, not quality.
 """
 
 from __future__ import annotations

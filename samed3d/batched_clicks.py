@@ -47,8 +47,14 @@ def clicks_of_batch(pred_mask: Tensor, target_mask: Tensor, policy: str, generat
         most = [depth.flatten(1).amax(dim=1).view(-1, 1, 1, 1) for depth in (missed, surplus)]
         depth = torch.where(most[0] >= most[1], missed, surplus)
         score[ritm] = (draw[ritm] + 1) * (4 * depth > torch.maximum(*most))  # more than half as deep, in squares
+    return clicks_at_highest(score, error, target)
+
+
+def clicks_at_highest(score: Tensor, error: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Clicks (as ``clicks_of_batch``) on the voxel of the highest score of each sample; all three are (B, D, H, W)."""
+    height, width = score.shape[2:]
     flat = score.flatten(1).argmax(dim=1)
-    points = torch.stack([flat // (shape[1] * shape[2]), flat // shape[2] % shape[1], flat % shape[2]], dim=-1)
+    points = torch.stack([flat // (height * width), flat // width % height, flat % width], dim=-1)
     labels = target.flatten(1).gather(1, flat[:, None]).long()
     return points[:, None].float(), torch.where(error.flatten(1).any(dim=1, keepdim=True), labels, torch.full_like(labels, -1))
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from samed3d.batched_clicks import POLICIES, clicks_of_batch
+from samed3d.batched_clicks import POLICIES, clicks_at_highest, clicks_of_batch
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple, bounding_region
 
@@ -27,7 +27,6 @@ __all__ = [
     "next_click",
     "noisy_click",
     "policy_clicks",
-    "sample_boxes",
     "sample_clicks",
     "user_box",
     "user_stroke",
@@ -196,14 +195,9 @@ def error_clicks(pred_mask: Tensor, target_mask: Tensor, generator: torch.Genera
     Source:
         SAM-Med3D, section 3; its released code calls a voxel foreground at logit > 0.5, callers choose that when they make the mask.
     """
-    error = (pred_mask ^ target_mask).flatten(1)
+    error = (pred_mask ^ target_mask)[:, 0]
     draw = torch.rand(error.shape, generator=generator, device=error.device) + 1.0
-    flat = (draw * error).argmax(dim=1)
-    depth, height, width = pred_mask.shape[2:]
-    points = torch.stack([flat // (height * width), flat // width % height, flat % width], dim=-1)
-    labels = target_mask.flatten(1).gather(1, flat[:, None])[:, 0].long()
-    labels = torch.where(error.any(dim=1), labels, torch.full_like(labels, -1))
-    return points[:, None].float(), labels[:, None]
+    return clicks_at_highest(draw * error, error, target_mask[:, 0])
 
 
 def policy_clicks(pred_mask: Tensor, target_mask: Tensor, policy: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -239,22 +233,13 @@ def sample_clicks(pred_mask: Tensor, target_mask: Tensor, policy: str, generator
     return torch.cat([points for points, _ in clicked]), torch.cat([labels for _, labels in clicked])
 
 
-def jittered_boxes(target_mask: Tensor, jitter: float, generator: torch.Generator) -> Tensor:
+def jittered_boxes(target_mask: Tensor, jitter: float, generators: Sequence[torch.Generator]) -> Tensor:
     """A user's box per sample: the tight box with each face moved by up to ``jitter`` of the edge length, (B, 2, 3) half-open zyx.
 
-    An empty target gives the whole crop. Boxes stay in the crop and keep at least one voxel per axis.
+    An empty target gives the whole crop. Boxes stay in the crop and keep at least one voxel per axis. One generator per sample, on the
+    tensor's device.
     """
-    draw = torch.rand(target_mask.shape[0], 2, 3, generator=generator, device=target_mask.device)
-    return _moved_boxes(target_mask, jitter, draw)
-
-
-def sample_boxes(target_mask: Tensor, jitter: float, generators: Sequence[torch.Generator]) -> Tensor:
-    """``jittered_boxes`` with a generator for each sample."""
     draw = torch.cat([torch.rand(1, 2, 3, generator=generator, device=target_mask.device) for generator in generators])
-    return _moved_boxes(target_mask, jitter, draw)
-
-
-def _moved_boxes(target_mask: Tensor, jitter: float, draw: Tensor) -> Tensor:
     moves = (draw * 2 - 1).double()
     low, high = [], []
     for axis in range(3):

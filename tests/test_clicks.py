@@ -19,6 +19,11 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def one_each(count: int, seed: int = 0) -> list[torch.Generator]:
+    """A generator for each sample."""
+    return [seeded(100 * seed + number) for number in range(count)]
+
+
 def block(*corners: tuple[int, int], shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
     mask = np.zeros(shape, bool)
     mask[tuple(slice(a, b) for a, b in corners)] = True
@@ -212,32 +217,32 @@ def test_batches_follow_the_rule_of_the_policy(policy):
 
 
 def test_boxes_without_jitter_are_tight_and_half_open():
-    boxes = jittered_boxes(as_batch(block((1, 3), (2, 4), (3, 9)), block((0, 7), (0, 1), (8, 9))), 0.0, seeded())
+    boxes = jittered_boxes(as_batch(block((1, 3), (2, 4), (3, 9)), block((0, 7), (0, 1), (8, 9))), 0.0, one_each(2))
     assert boxes.tolist() == [[[1, 2, 3], [3, 4, 9]], [[0, 0, 8], [7, 1, 9]]]
 
 
 def test_jitter_moves_faces_by_at_most_its_share_and_stays_in_the_crop():
     target = as_batch(*[block((5, 15), (0, 20), (8, 28), shape=(20, 20, 36))] * 200)
-    boxes = jittered_boxes(target, 0.1, seeded())
+    boxes = jittered_boxes(target, 0.1, one_each(200))
     moved = boxes - torch.tensor([[5.0, 0.0, 8.0], [15.0, 20.0, 28.0]])
     assert (moved.abs() <= torch.tensor([1.0, 2.0, 2.0]) + 1e-5).all()
     assert (boxes[:, 0] >= 0).all() and (boxes[:, 1] <= torch.tensor([20.0, 20.0, 36.0])).all()
     for face in (moved[:, 0, 0], moved[:, 1, 0], moved[:, 0, 2], moved[:, 1, 2]):
         assert face.min() < -0.8 * face.abs().max() and face.max() > 0.8 * face.abs().max(), "both inward and outward"
     assert (moved[:, 0, 1] >= 0).all() and (moved[:, 1, 1] <= 0).all()
-    assert torch.equal(boxes, jittered_boxes(target, 0.1, seeded()))
+    assert torch.equal(boxes, jittered_boxes(target, 0.1, one_each(200)))
 
 
 def test_a_box_keeps_one_voxel_per_axis_whatever_the_jitter():
     corners = [block((0, 1), (0, 1), (0, 1)), block((6, 7), (7, 8), (8, 9)), block((3, 4), (3, 4), (3, 4))]
     for seed in range(20):
-        boxes = jittered_boxes(as_batch(*corners), 3.0, seeded(seed))
+        boxes = jittered_boxes(as_batch(*corners), 3.0, one_each(3, seed))
         assert ((boxes[:, 1] - boxes[:, 0]) > 1 - 1e-5).all()
         assert (boxes[:, 0] >= 0).all() and (boxes[:, 1] <= torch.tensor(SHAPE)).all()
 
 
 def test_an_empty_target_gives_the_whole_crop():
-    boxes = jittered_boxes(as_batch(np.zeros(SHAPE, bool)), 0.0, seeded())
+    boxes = jittered_boxes(as_batch(np.zeros(SHAPE, bool)), 0.0, one_each(1))
     assert boxes.tolist() == [[[0, 0, 0], list(SHAPE)]]
 
 
@@ -247,5 +252,5 @@ def test_no_rule_touches_a_global_generator(rng):
     for policy in clicks.POLICIES:
         policy_clicks(pred, target, policy, seeded())
         next_click(pred[0, 0].numpy(), target[0, 0].numpy(), policy, rng)
-    jittered_boxes(target, 0.1, seeded())
+    jittered_boxes(target, 0.1, one_each(1))
     assert torch.equal(torch_state, torch.get_rng_state()) and (numpy_state == np.random.get_state()[1]).all()

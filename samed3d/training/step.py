@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from samed3d import losses
-from samed3d.clicks import sample_boxes, sample_clicks
+from samed3d.clicks import jittered_boxes, sample_clicks
 from samed3d.config import ClickConfig, LossConfig
 from samed3d.crops import BACKGROUND_LOGIT
 from samed3d.models.base import Features, PromptableModel, PromptBatch
@@ -130,7 +130,7 @@ class InteractiveStep(nn.Module):
             return None, None
         boxes = torch.zeros(len(target), 2, 3, device=target.device)
         # The others draw nothing, here as in a batch without any box.
-        boxes[numbers] = sample_boxes(target[numbers], BOX_JITTER, [generators[number] for number in numbers.tolist()])
+        boxes[numbers] = jittered_boxes(target[numbers], BOX_JITTER, [generators[number] for number in numbers.tolist()])
         return boxes, drawn
 
     def _prompts(
