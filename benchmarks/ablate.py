@@ -3,10 +3,10 @@
     samed3d prepare DATA -o corpus --rules lenient
     python benchmarks/ablate.py --corpus corpus --data DATA --samples 3000 --out out/ablate
 
-Every row of ``ROWS`` is a run of the ordinary trainer from random weights, then ``samed3d evaluate``'s protocol on whole volumes: unseen
-subjects of the sources that were trained on, and whole sources that were left out. Small budgets say what learns faster, not what is best
-in the end; the row with another seed says how much of a difference is chance. Finished rows are not done again; ``table.md`` is made anew
-after each.
+Every row of ``ROWS`` is a run of the ordinary trainer from random weights, then ``samed3d evaluate``'s protocol on
+whole volumes: unseen subjects of the sources that were trained on, and whole sources that were left out. Small budgets
+say what learns faster, not what is best in the end; the row with another seed says how much of a difference is chance.
+Finished rows are not done again; ``table.md`` is made anew after each.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ def unet(**overrides: Any) -> dict[str, Any]:
 
 
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "base": ("the recipe: U-Net, real and a quarter generated, crops that follow the object, all clicks, boxes, Muon", {}),
+    "base": (
+        "the recipe: U-Net, real and a quarter generated, crops that follow the object, all clicks, boxes, Muon",
+        {},
+    ),
     "seed": ("the same with another seed (chance)", {"run.seed": 1}),
     "real": ("real volumes only", {"data.synthetic_share": 0}),
     "generated": ("generated volumes only", {"data.synthetic_share": 1, "data.corpus": []}),
@@ -54,7 +57,9 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw": ("AdamW instead of Muon", {"optim.name": "adamw", "optim.lr": 1e-3, "optim.betas": [0.9, 0.999]}),
 }
 """Name to what it is and what it changes."""
-ROWS["mixed_clicks"][1].update({"clicks.policy": "mixed", "clicks.mask_only_probability": 0.2, "clicks.window_probability": 0.7})
+ROWS["mixed_clicks"][1].update(
+    {"clicks.policy": "mixed", "clicks.mask_only_probability": 0.2, "clicks.window_probability": 0.7}
+)
 
 
 def main() -> None:
@@ -78,7 +83,9 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", required=True, help="a prepared corpus")
-    parser.add_argument("--data", type=Path, required=True, help="folder of labelled volumes to judge on: the corpus or its sources")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder of labelled volumes to judge on: the corpus or its sources"
+    )
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="NAME")
     parser.add_argument("--samples", type=int, default=3000, help="training samples of each row")
     parser.add_argument("--crop", type=int, default=32, help="edge of the crops in voxels, a multiple of 16")
@@ -97,13 +104,22 @@ def run_row(name: str, options: argparse.Namespace) -> dict[str, Any]:
     folder = train(config, quiet=True)
     minutes = (time.monotonic() - began) / 60
     limits = {"limit": options.limit, "labels_per_case": options.labels_per_case, "surfaces": False}
-    judged = evaluate([options.data], [str(folder / "model.safetensors")], options.out / "judged" / name, clicks=CLICKS, **limits)
+    judged = evaluate(
+        [options.data], [str(folder / "model.safetensors")], options.out / "judged" / name, clicks=CLICKS, **limits
+    )
     results = json.loads((judged / "results.json").read_text())
     lines = [line for line in results["summary"] if line["by"] == "group"]
     dice = {line["value"]: [one["dice"] for one in lines if one["value"] == line["value"]] for line in lines}
     counts = {line["value"]: [line["subjects"], line["measurements"]] for line in lines}
     samples = config.optim.batch * config.optim.steps
-    return {"row": name, "changed": ROWS[name][1], "samples": samples, "minutes": minutes, "dice": dice, "counts": counts}
+    return {
+        "row": name,
+        "changed": ROWS[name][1],
+        "samples": samples,
+        "minutes": minutes,
+        "dice": dice,
+        "counts": counts,
+    }
 
 
 def config_of(name: str, options: argparse.Namespace) -> TrainConfig:
@@ -136,7 +152,11 @@ def write_table(options: argparse.Namespace) -> str:
     heads = ["changed", "minutes", *(f"{group}, {click}" for group in GROUPS for click in CLICKS)]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
-        cells = [ROWS[row["row"]][0], f"{row['minutes']:.1f}", *(f"{value:.3f}" for group in GROUPS for value in row["dice"][group])]
+        cells = [
+            ROWS[row["row"]][0],
+            f"{row['minutes']:.1f}",
+            *(f"{value:.3f}" for group in GROUPS for value in row["dice"][group]),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

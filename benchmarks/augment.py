@@ -2,9 +2,10 @@
 
     python benchmarks/augment.py --out benchmarks/results/augment.json
 
-Ours and torchio's take the same generated crop and its mask in turns, in processor time, so that other load on the machine falls on both.
-Scale and place cost us nothing, since a crop is cut at a fractional step anyway; torchio's affine is given apart. ``cut`` is that cutting,
-the work that every sample needs before. Where torchio is not installed, ours is measured alone and a line says so.
+Ours and torchio's take the same generated crop and its mask in turns, in processor time, so that other load on the
+machine falls on both. Scale and place cost us nothing, since a crop is cut at a fractional step anyway; torchio's
+affine is given apart. ``cut`` is that cutting, the work that every sample needs before. Where torchio is not installed,
+ours is measured alone and a line says so.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def torchio_kinds(image: torch.Tensor) -> dict[str, tuple[float, Any]]:
 
 
 def torchio_ways(image: torch.Tensor, mask: torch.Tensor) -> dict[str, Way]:
-    """Every kind alone, and all of them with their chances, without and with the affine; none where torchio is not installed."""
+    """Every kind alone, and all of them with their chances, without and with the affine; none where torchio is not
+    installed.
+    """
     try:
         import torchio
     except ImportError:
@@ -75,13 +78,17 @@ def torchio_ways(image: torch.Tensor, mask: torch.Tensor) -> dict[str, Way]:
         def run(number: int) -> object:
             torch.manual_seed(number)  # torchio draws from torch's own generator
             return transform(
-                torchio.Subject(image=torchio.ScalarImage(tensor=image[None]), mask=torchio.LabelMap(tensor=mask[None].byte()))
+                torchio.Subject(
+                    image=torchio.ScalarImage(tensor=image[None]), mask=torchio.LabelMap(tensor=mask[None].byte())
+                )
             )
 
         return run
 
     kinds = torchio_kinds(image)
-    chances = [torchio.OneOf({kind: chance, torchio.Lambda(lambda x: x): 1 - chance}) for chance, kind in kinds.values()]
+    chances = [
+        torchio.OneOf({kind: chance, torchio.Lambda(lambda x: x): 1 - chance}) for chance, kind in kinds.values()
+    ]
     ways = {f"torchio_{name}": way(kind) for name, (_, kind) in kinds.items()}
     return ways | {"torchio": way(torchio.Compose(chances[:-1])), "torchio_with_affine": way(torchio.Compose(chances))}
 
@@ -102,19 +109,26 @@ def measure(edge: int, samples: int) -> dict[str, Any]:
             if number >= 0:  # the first warms up
                 spent[name].append(time.process_time() - start)
     seconds = {name: statistics.fmean(times) for name, times in spent.items()}
-    result: dict[str, Any] = {"ms": {name: 1e3 * s for name, s in seconds.items()}, "samples_per_s": {n: 1 / s for n, s in seconds.items()}}
+    result: dict[str, Any] = {
+        "ms": {name: 1e3 * s for name, s in seconds.items()},
+        "samples_per_s": {n: 1 / s for n, s in seconds.items()},
+    }
     if "torchio" in seconds:
         names = ("torchio", "torchio_with_affine")
         result["ours_times_as_fast_as"] = {name: seconds[name] / seconds["ours_with_blur"] for name in names}
         cut = seconds["cut"]
-        result["cut_and_ours_times_as_fast_as_cut_and"] = {n: (cut + seconds[n]) / (cut + seconds["ours_with_blur"]) for n in names}
+        result["cut_and_ours_times_as_fast_as_cut_and"] = {
+            n: (cut + seconds[n]) / (cut + seconds["ours_with_blur"]) for n in names
+        }
     return result
 
 
 def main() -> None:
     """Measure and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "augment.json", help="JSON file to write")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "augment.json", help="JSON file to write"
+    )
     parser.add_argument("--edges", type=int, nargs="+", default=[64, 128], help="edges of the crops in voxels")
     parser.add_argument("--samples", type=int, default=60, help="crops per way")
     options = parser.parse_args()

@@ -1,11 +1,14 @@
-"""The measured part of the default checkpoint's card: its tables and its pictures, from saved runs of ``samed3d evaluate`` alone.
+"""The measured part of the default checkpoint's card: its tables and its pictures, from saved runs of ``samed3d
+evaluate`` alone.
 
     python benchmarks/card.py --clicks out/clicks --box out/box --controls out/controls
     python benchmarks/card.py --page
 
-The card itself names the commands that made the three folders. Writes ``benchmarks/results/default_evaluation.json``, the blocks of
-``checkpoints/README.md`` that begin with ``<!-- measured: NAME -->``, and ``docs/images/default_typical.png`` and ``default_worst.png``,
-for which the saved prompts are given to the model again. ``--page`` makes the blocks from the JSON that is there.
+The card itself names the commands that made the three folders. Writes ``benchmarks/results/default_evaluation.json``,
+the blocks of
+``checkpoints/README.md`` that begin with ``<!-- measured: NAME -->``, and ``docs/images/default_typical.png`` and
+``default_worst.png``, for which the saved prompts are given to the model again. ``--page`` makes the blocks from the
+JSON that is there.
 """
 
 from __future__ import annotations
@@ -59,7 +62,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clicks", type=Path, help="results folder: default, clicks only, several seeds")
     parser.add_argument("--box", type=Path, help="results folder: default, a box first")
-    parser.add_argument("--controls", type=Path, help="results folder: default, its control without a prompt, baselines")
+    parser.add_argument(
+        "--controls", type=Path, help="results folder: default, its control without a prompt, baselines"
+    )
     parser.add_argument("--page", action="store_true", help="only make the card's blocks from the JSON that is there")
     options = parser.parse_args()
     if not options.page and None in (options.clicks, options.box, options.controls):
@@ -73,7 +78,11 @@ def _options() -> argparse.Namespace:
 def body_of(runs: dict[str, SavedRun]) -> Body:
     """Everything that the card shows, and how it was measured."""
     rows = untrained(runs["clicks"].rows)
-    parts: dict[str, Callable[[Row], str]] = {"group": lambda r: r["group"], "modality": modality_class, "size": size_class}
+    parts: dict[str, Callable[[Row], str]] = {
+        "group": lambda r: r["group"],
+        "modality": modality_class,
+        "size": size_class,
+    }
     parts["source"] = lambda r: r["source"] + (" (held out)" if r["group"] == "held-out source" else "")
     body: Body = {name: without_paths(run.results.get("command", "")) for name, run in runs.items()}
     revisions = {name: run.results["revision"] for name, run in runs.items()}
@@ -86,16 +95,23 @@ def body_of(runs: dict[str, SavedRun]) -> Body:
     body["behaviour"] = behaviour(rows)
     box = [row for row in untrained(runs["box"].rows) if row["click"] == 0]
     body["box"] = {key: number_of(estimate(mine, "dice")) for key, mine in grouped(box, parts["group"]).items()}
-    same_way = [row for row in untrained(runs["controls"].rows) if (row["protocol"], row["prompt"]) == ("samed3d", "click")]
+    same_way = [
+        row for row in untrained(runs["controls"].rows) if (row["protocol"], row["prompt"]) == ("samed3d", "click")
+    ]
     controls = grouped(same_way, parts["group"])
-    body["controls"] = {key: {model: curve_of(own) for model, own in by_model(mine).items()} for key, mine in controls.items()}
+    body["controls"] = {
+        key: {model: curve_of(own) for model, own in by_model(mine).items()} for key, mine in controls.items()
+    }
     return body
 
 
 def without_paths(command: str) -> str:
     """A command with DATA for the folders that it reads."""
     words = command.split()
-    reads = [Path(word).is_dir() and before not in ("", "-o", "--output") for before, word in zip(["", *words], words, strict=False)]
+    reads = [
+        Path(word).is_dir() and before not in ("", "-o", "--output")
+        for before, word in zip(["", *words], words, strict=False)
+    ]
     return " ".join("DATA" if read else word for word, read in zip(words, reads, strict=True))
 
 
@@ -104,19 +120,34 @@ def curve_of(rows: Sequence[Row]) -> Body:
     curve = {click: found for click, found in click_curve(rows).items() if click in (0, *CLICKS)}
     structures = len({(row["source"], row["case"], row["label"]) for row in rows})
     subjects = next(iter(curve.values())).subjects if curve else 0
-    return {"structures": structures, "subjects": subjects, "dice": {str(click): number_of(found) for click, found in curve.items()}}
+    return {
+        "structures": structures,
+        "subjects": subjects,
+        "dice": {str(click): number_of(found) for click, found in curve.items()},
+    }
 
 
 def seed_means(rows: Sequence[Row]) -> dict[str, list[float]]:
     """Mean Dice after each reported click, one number per seed."""
-    curves = [click_curve([row for row in rows if row["seed"] == seed]) for seed in sorted({row["seed"] for row in rows})]
-    return {str(click): [round(curve[click].mean, 4) for curve in curves] for click in CLICKS if all(click in curve for curve in curves)}
+    curves = [
+        click_curve([row for row in rows if row["seed"] == seed]) for seed in sorted({row["seed"] for row in rows})
+    ]
+    return {
+        str(click): [round(curve[click].mean, 4) for curve in curves]
+        for click in CLICKS
+        if all(click in curve for curve in curves)
+    }
 
 
 def number_of(found: Estimate) -> Body:
     """A mean with its interval over subjects; null for one subject alone."""
     ends = None if math.isnan(found.low) else [round(found.low, 4), round(found.high, 4)]
-    return {"mean": round(found.mean, 4), "interval": ends, "subjects": found.subjects, "measurements": found.measurements}
+    return {
+        "mean": round(found.mean, 4),
+        "interval": ends,
+        "subjects": found.subjects,
+        "measurements": found.measurements,
+    }
 
 
 def behaviour(rows: Sequence[Row]) -> Body:
@@ -145,7 +176,9 @@ def card_with_blocks(card: str, body: Body) -> str:
     """
     asked = _MARK.findall(card)
     if sorted(asked) != sorted(BLOCKS):
-        raise ValueError(f"the card must hold each block once: {', '.join(sorted(BLOCKS))}; it holds {', '.join(sorted(asked))}")
+        raise ValueError(
+            f"the card must hold each block once: {', '.join(sorted(BLOCKS))}; it holds {', '.join(sorted(asked))}"
+        )
     return _MARK.sub(lambda found: f"<!-- measured: {found[1]} -->\n{BLOCKS[found[1]](body)}\n<!-- end -->", card)
 
 
@@ -154,7 +187,14 @@ def aims_block(body: Body) -> str:
     rows = []
     for group, aims in AIMS.items():
         found = body["group"][group]
-        rows.append([f"**{group}**", found["subjects"], found["structures"], *(with_interval(found["dice"].get(str(c))) for c in CLICKS)])
+        rows.append(
+            [
+                f"**{group}**",
+                found["subjects"],
+                found["structures"],
+                *(with_interval(found["dice"].get(str(c))) for c in CLICKS),
+            ]
+        )
         rows.append(["aim", "", "", *("" if aim is None else f"{aim:.2f}" for aim in aims)])
         seeds = body["by_seed"][group]
         spread = [f"{min(seeds[str(c)]):.3f} to {max(seeds[str(c)]):.3f}" if str(c) in seeds else "" for c in CLICKS]
@@ -202,7 +242,10 @@ def controls_block(body: Body) -> str:
     parts = []
     for group, models in body["controls"].items():
         clicks = sorted({int(c) for found in models.values() for c in found["dice"]} - {0})
-        rows = [[f"`{model}`", *(with_interval(found["dice"].get(str(c))) for c in clicks)] for model, found in models.items()]
+        rows = [
+            [f"`{model}`", *(with_interval(found["dice"].get(str(c))) for c in clicks)]
+            for model, found in models.items()
+        ]
         some = next(iter(models.values()))
         head = f"{group}: {some['subjects']} subjects, {some['structures']} structures"
         parts.append(table([head, *(f"{c} click{'s' * (c > 1)}" for c in clicks)], rows))
@@ -239,7 +282,9 @@ def write(path: Path, text: str) -> None:
 def draw(run: SavedRun) -> None:
     """Typical and worst structures of several data sets, after 1 and after 5 clicks."""
     curves = [(first, scores) for first, _, scores in curves_of(untrained(run.rows), "dice")]
-    by_source = grouped([first | {"last": scores[min(4, len(scores) - 1)]} for first, scores in curves], lambda row: row["source"])
+    by_source = grouped(
+        [first | {"last": scores[min(4, len(scores) - 1)]} for first, scores in curves], lambda row: row["source"]
+    )
     largest = sorted(by_source.values(), key=lambda rows: -len({row["subject"] for row in rows}))
     typical = [_nearest(rows, sorted(row["last"] for row in rows)[len(rows) // 2]) for rows in largest[:SHOWN]]
     worst = sorted((min(rows, key=lambda row: row["last"]) for rows in by_source.values()), key=lambda row: row["last"])
@@ -266,7 +311,9 @@ def _sheet(chosen: Sequence[Row], lines: dict[tuple[Any, ...], Body]) -> bytes:
             again = replay(line | {"turns": [turn for turn in line["turns"] if turn["click"] <= clicks]}, answers)
             panel = Image.open(io.BytesIO(case_png(again.volume, again.truth, again.mask, again.prompts)))
             name = row["name"] or f"label {row['label']}"
-            title = f"{row['source']}, {name}: {clicks} click{'s' * (clicks > 1)}, Dice {dice(again.mask, again.truth):.2f}"
+            title = (
+                f"{row['source']}, {name}: {clicks} click{'s' * (clicks > 1)}, Dice {dice(again.mask, again.truth):.2f}"
+            )
             rows.append((title, panel))
     width, height = rows[0][1].size
     sheet = Image.new("RGB", (2 * width + 12, (len(rows) // 2) * (height + 22)), (16, 17, 20))

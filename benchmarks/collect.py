@@ -1,13 +1,15 @@
-"""Run the benchmarks one after another, keep each result as JSON with the machine described, and bring ``docs/benchmarks.md`` up to date.
+"""Run the benchmarks one after another, keep each result as JSON with the machine described, and bring
+``docs/benchmarks.md`` up to date.
 
     python benchmarks/collect.py                      # all of them, into benchmarks/results (make bench)
     python benchmarks/collect.py --quick              # few repeats, into out/bench; the page is left alone
     python benchmarks/collect.py --only latency synthesis
     python benchmarks/collect.py --page               # only the page, from the JSON files that are there
 
-A benchmark that needs data is passed over with a line where there are none (``--data``, or ``SAMED3D_DATA``). One that fails leaves its
-earlier result alone and makes the exit code 1. Not here: ``compare_systems.py``, which trains for hours and wants a corpus, and ``gpu.py``,
-which is run by itself on a machine with a GPU. How a JSON becomes a table of the page is in ``result_tables.py``.
+A benchmark that needs data is passed over with a line where there are none (``--data``, or ``SAMED3D_DATA``). One that
+fails leaves its earlier result alone and makes the exit code 1. Not here: ``compare_systems.py``, which trains for
+hours and wants a corpus, and ``gpu.py``, which is run by itself on a machine with a GPU. How a JSON becomes a table of
+the page is in ``result_tables.py``.
 """
 
 from __future__ import annotations
@@ -58,7 +60,10 @@ JOBS = (
     Job("export", ("--out", "{out}"), ("--rounds", "2")),
     Job("synthesis", (), ("--edges", "64", "--repeats", "3"), prints="json"),
     Job(
-        "storage", (f"{{data}}/{CT}/imagesTr/chaos_ct_sample_0000.nii.gz", f"{{data}}/{CT}/labelsTr/chaos_ct_sample.nii.gz"), None, "table"
+        "storage",
+        (f"{{data}}/{CT}/imagesTr/chaos_ct_sample_0000.nii.gz", f"{{data}}/{CT}/labelsTr/chaos_ct_sample.nii.gz"),
+        None,
+        "table",
     ),
     Job("protocols", ("--data", "{data}", "--out", "{out}"), None),
     Job("prepare", ("--data", "{data}", "--out", "{out}"), None),
@@ -70,11 +75,17 @@ def describe_machine() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     cpuinfo, meminfo = Path("/proc/cpuinfo"), Path("/proc/meminfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         model = names[0] if names else model
     memory = int(meminfo.read_text().split()[1]) / 2**20 if meminfo.exists() else None
     code = "import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else '', sep='|')"
-    torch, _, gpu = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.strip().partition("|")
+    torch, _, gpu = (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        .stdout.strip()
+        .partition("|")
+    )
     return {
         "processor": model,
         "cores": os.cpu_count(),
@@ -121,11 +132,19 @@ def run_job(job: Job, command: Sequence[str], out: Path, quick: bool, data: Path
     """
     machine, began = describe_machine(), time.perf_counter()
     environment = os.environ | ({"SAMED3D_DATA": str(data)} if data else {})
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["no message"])[-1]
     written = out if not job.prints else None
-    body = json.loads(written.read_text()) if written else json.loads(done.stdout) if job.prints == "json" else parsed_table(done.stdout)
+    body = (
+        json.loads(written.read_text())
+        if written
+        else json.loads(done.stdout)
+        if job.prints == "json"
+        else parsed_table(done.stdout)
+    )
     shown = [a.replace(str(data), "DATA") if data else a for a in command]
     shown = [str(Path(a).relative_to(ROOT)) if Path(a).is_relative_to(ROOT) else a for a in shown]
     about = {"command": " ".join(["python", *shown]), "revision": revision(), "quick": quick, "machine": machine}
@@ -138,7 +157,9 @@ def run_job(job: Job, command: Sequence[str], out: Path, quick: bool, data: Path
 
 def parsed_table(text: str) -> dict[str, Any]:
     """A Markdown table as JSON."""
-    cells = [[c.strip() for c in line.strip().strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    cells = [
+        [c.strip() for c in line.strip().strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
     return {"columns": cells[0], "rows": cells[2:]}
 
 

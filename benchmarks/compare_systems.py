@@ -3,12 +3,13 @@
     samed3d prepare DATA -o corpus --rules lenient
     python benchmarks/compare_systems.py --corpus corpus --minutes 30 --out out/compare
 
-Each promptable system starts from random weights, is trained through the ordinary trainer for ``--minutes`` (or ``--samples``) on crops of
-one size around one structure, with one policy of clicks, and then clicks through the same structures of the same held-back subjects by
-``samed3d evaluate``'s click loop. Architectures keep their widths; ViTs of 128^3 are built for the crop of the run, with smaller patches,
-so that all see the same voxels (``SMALLER``). ``--samples`` is fair to slow systems, ``--minutes`` to fast ones: say which. Automatic
-systems answer another question (all classes, no click) and are measured by ``samed3d evaluate`` on their own. Finished systems are not
-done again.
+Each promptable system starts from random weights, is trained through the ordinary trainer for ``--minutes`` (or
+``--samples``) on crops of one size around one structure, with one policy of clicks, and then clicks through the same
+structures of the same held-back subjects by
+``samed3d evaluate``'s click loop. Architectures keep their widths; ViTs of 128^3 are built for the crop of the run,
+with smaller patches, so that all see the same voxels (``SMALLER``). ``--samples`` is fair to slow systems,
+``--minutes`` to fast ones: say which. Automatic systems answer another question (all classes, no click) and are
+measured by ``samed3d evaluate`` on their own. Finished systems are not done again.
 """
 
 from __future__ import annotations
@@ -50,7 +51,15 @@ SMALLER: dict[str, dict[str, Any]] = {
     "samed3d_small": {},
 }
 """What is changed beside the input shape; the two ``samu_*`` controls are switches of ``samu``."""
-DEFAULT_SYSTEMS = ("sam_med3d_b", "fast_sam3d", "samu", "samu_no_prompt", "samu_extended", "samed3d_unet", "samed3d_small")
+DEFAULT_SYSTEMS = (
+    "sam_med3d_b",
+    "fast_sam3d",
+    "samu",
+    "samu_no_prompt",
+    "samu_extended",
+    "samed3d_unet",
+    "samed3d_small",
+)
 VALIDATION_SHARE = 0.2
 REPEATS = 5
 
@@ -65,11 +74,15 @@ def main() -> None:
         done = options.out / f"{system}.json"
         if not done.exists():
             # A process of its own, so that its peak of memory is its own.
-            worker = multiprocessing.get_context("spawn").Process(target=run_system, args=(system, options), daemon=True)
+            worker = multiprocessing.get_context("spawn").Process(
+                target=run_system, args=(system, options), daemon=True
+            )
             worker.start()
             worker.join()
             if worker.exitcode:
-                raise SystemExit(f"{system} failed with exit code {worker.exitcode}; what is finished stays in {options.out}")
+                raise SystemExit(
+                    f"{system} failed with exit code {worker.exitcode}; what is finished stays in {options.out}"
+                )
         rows.append(json.loads(done.read_text()))
     table = write_table(rows, options)
     (options.out / "table.md").write_text(table)
@@ -173,7 +186,9 @@ def click_times(model: PromptableModel) -> tuple[float, float]:
 
 
 def judge(model: PromptableModel, options: argparse.Namespace) -> dict[str, Any]:
-    """Mean Dice on whole volumes of held-back subjects after 1, 3 and 5 clicks; the same structures and first clicks for every system."""
+    """Mean Dice on whole volumes of held-back subjects after 1, 3 and 5 clicks; the same structures and first clicks
+    for every system.
+    """
     held = []
     for folder in options.corpus:
         corpus = Corpus(Path(folder))
@@ -193,7 +208,16 @@ def judge(model: PromptableModel, options: argparse.Namespace) -> dict[str, Any]
 def write_table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     """Markdown: one line per system."""
     budget = f"{options.samples} samples" if options.samples else f"{options.minutes:g} minutes"
-    heads = ["system", "trained parameters", "encode GFLOP", "decode GFLOP", "encode ms", "decode ms", "s per sample", "peak MiB"]
+    heads = [
+        "system",
+        "trained parameters",
+        "encode GFLOP",
+        "decode GFLOP",
+        "encode ms",
+        "decode ms",
+        "s per sample",
+        "peak MiB",
+    ]
     heads += ["samples", *(f"Dice, {click} click{'s' if click > 1 else ''}" for click in REPORTED_CLICKS)]
     first = rows[0]
     lines = [
@@ -206,7 +230,13 @@ def write_table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     for row in rows:
         step = "-" if row["s_per_sample"] is None else f"{row['s_per_sample']:.2f}"
         cells = [row["system"], f"{row['trained']:,}", f"{row['gflop_encode']:.1f}", f"{row['gflop_decode']:.1f}"]
-        cells += [f"{row['encode_ms']:.0f}", f"{row['decode_ms']:.0f}", step, f"{row['peak_mib']:.0f}", str(row["samples"])]
+        cells += [
+            f"{row['encode_ms']:.0f}",
+            f"{row['decode_ms']:.0f}",
+            step,
+            f"{row['peak_mib']:.0f}",
+            str(row["samples"]),
+        ]
         cells += [f"{row['dice'][str(click)]:.3f}" for click in REPORTED_CLICKS]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -1,8 +1,10 @@
-"""How fast and how exact an exported model is: ONNX under onnxruntime and TorchScript beside torch, one thread count, one run.
+"""How fast and how exact an exported model is: ONNX under onnxruntime and TorchScript beside torch, one thread count,
+one run.
 
     python benchmarks/export.py --model default --threads 1
 
-Each round times all in turn, so that whatever else the machine does falls on all alike; the ratio of medians is the figure. Results:
+Each round times all in turn, so that whatever else the machine does falls on all alike; the ratio of medians is the
+figure. Results:
 ``benchmarks/results/export.json``.
 """
 
@@ -20,7 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samed3d.inference.export import DecoderGraph, EncoderGraph, decoder_example, export, feature_names, image_example, model_of
+from samed3d.inference.export import (
+    DecoderGraph,
+    EncoderGraph,
+    decoder_example,
+    export,
+    feature_names,
+    image_example,
+    model_of,
+)
 from samed3d.models.base import PromptableModel
 
 
@@ -60,7 +70,10 @@ def compare(name: str, folder: Path, threads: int, rounds: int) -> dict[str, Any
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,
     }
-    for part, graph, arguments in (("encoder", EncoderGraph(model, names), (image,)), ("decoder", DecoderGraph(model, names), example)):
+    for part, graph, arguments in (
+        ("encoder", EncoderGraph(model, names), (image,)),
+        ("decoder", DecoderGraph(model, names), example),
+    ):
         session = onnxruntime.InferenceSession(folder / "onnx" / f"{part}.onnx", settings)
         flat = [t.numpy() for a in arguments for t in (a if isinstance(a, list) else [a])]
         feed = {i.name: array for i, array in zip(session.get_inputs(), flat, strict=True)}
@@ -68,7 +81,9 @@ def compare(name: str, folder: Path, threads: int, rounds: int) -> dict[str, Any
         body[part] = _race(
             {
                 "torch": lambda graph=graph, arguments=arguments: graph(*arguments),
-                "onnxruntime": lambda session=session, feed=feed: [torch.from_numpy(a) for a in session.run(None, feed)],
+                "onnxruntime": lambda session=session, feed=feed: [
+                    torch.from_numpy(a) for a in session.run(None, feed)
+                ],
                 "torchscript": lambda script=script, arguments=arguments: script(*arguments),
             },
             rounds,
@@ -78,7 +93,10 @@ def compare(name: str, folder: Path, threads: int, rounds: int) -> dict[str, Any
 
 def _race(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
     expected: list[Tensor] = list(runs["torch"]())
-    difference = {name: max(float((a - b).abs().max()) for a, b in zip(run(), expected, strict=True)) for name, run in runs.items()}
+    difference = {
+        name: max(float((a - b).abs().max()) for a, b in zip(run(), expected, strict=True))
+        for name, run in runs.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():

@@ -1,8 +1,10 @@
-"""Measure the models on a GPU: a click's time, training throughput, peak memory. Prints one JSON and writes it to a file.
+"""Measure the models on a GPU: a click's time, training throughput, peak memory. Prints one JSON and writes it to a
+file.
 
     python benchmarks/gpu.py --out benchmarks/results/gpu.json
 
-Needs torch, numpy, accelerate, einops and safetensors only. Crops are seeded noise; what is measured is time, not quality.
+Needs torch, numpy, accelerate, einops and safetensors only. Crops are seeded noise; what is measured is time, not
+quality.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ def measure_clicks(model: PromptableModel, edge: int, bf16: bool, repeats: int) 
     return {"encode_ms": encode, "decode_ms": decode, "peak_mib": torch.cuda.max_memory_allocated() / 2**20}
 
 
-def measure_training(model: PromptableModel, clicks: ClickConfig, edge: int, batch: int, repeats: int) -> dict[str, float]:
+def measure_training(
+    model: PromptableModel, clicks: ClickConfig, edge: int, batch: int, repeats: int
+) -> dict[str, float]:
     """Samples per second of bf16 optimiser steps on a fixed batch, and their highest memory."""
     step = InteractiveStep(model.train().to(DEVICE), clicks, LossConfig())
     optimiser = make_optimiser(model, OptimConfig())
@@ -74,32 +78,51 @@ def measure_training(model: PromptableModel, clicks: ClickConfig, edge: int, bat
 
     torch.cuda.reset_peak_memory_stats()
     took = milliseconds(run, repeats)
-    return {"batch": batch, "edge": edge, "samples_per_s": 1e3 * batch / took, "peak_mib": torch.cuda.max_memory_allocated() / 2**20}
+    return {
+        "batch": batch,
+        "edge": edge,
+        "samples_per_s": 1e3 * batch / took,
+        "peak_mib": torch.cuda.max_memory_allocated() / 2**20,
+    }
 
 
 def main() -> None:
     """Measure and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json", help="JSON file to write")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json", help="JSON file to write"
+    )
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no GPU that torch can use")
-    result: dict[str, Any] = {"machine": describe_machine() | {"gpu": torch.cuda.get_device_name()}, "clicks": {}, "training": {}}
+    result: dict[str, Any] = {
+        "machine": describe_machine() | {"gpu": torch.cuda.get_device_name()},
+        "clicks": {},
+        "training": {},
+    }
     default, weights = default_model()
     result["default"] = weights
-    models = {"default": default, "sam_med3d_b": sam_med3d(True, False).eval(), "samed3d_base": create_model("samed3d_base").eval()}
+    models = {
+        "default": default,
+        "sam_med3d_b": sam_med3d(True, False).eval(),
+        "samed3d_base": create_model("samed3d_base").eval(),
+    }
     for name, model in models.items():
         model.to(DEVICE)
         edges = (64, 128) if name == "default" else (128,)
         for edge in edges:
             for precision in ("fp32", "bf16"):
-                result["clicks"][f"{name} {edge} {precision}"] = measure_clicks(model, edge, precision == "bf16", options.repeats)
+                result["clicks"][f"{name} {edge} {precision}"] = measure_clicks(
+                    model, edge, precision == "bf16", options.repeats
+                )
     del models["default"]
     ours = ClickConfig(interactions=4, policy="mixed")
     few = max(3, options.repeats // 4)
     result["training"]["samed3d_unet"] = measure_training(create_model("samed3d_unet"), ours, 64, 64, few)
-    result["training"]["sam_med3d_b, 11 published interactions"] = measure_training(models.pop("sam_med3d_b"), PUBLISHED, 128, 6, few)
+    result["training"]["sam_med3d_b, 11 published interactions"] = measure_training(
+        models.pop("sam_med3d_b"), PUBLISHED, 128, 6, few
+    )
     result["training"]["samed3d_base"] = measure_training(models.pop("samed3d_base"), ours, 128, 4, few)
     write_result(options.out, result)
 

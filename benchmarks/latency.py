@@ -2,8 +2,9 @@
 
     python benchmarks/latency.py --out benchmarks/results/latency.json
 
-The encoder of ``sam_med3d_b`` is timed beside the padded oracle of the tests and beside a plain matrix product of the same FLOPs, the runs
-alternating, so that other load on the machine falls on all of them. Ratios are given in wall and in processor time.
+The encoder of ``sam_med3d_b`` is timed beside the padded oracle of the tests and beside a plain matrix product of the
+same FLOPs, the runs alternating, so that other load on the machine falls on all of them. Ratios are given in wall and
+in processor time.
 """
 
 from __future__ import annotations
@@ -123,7 +124,9 @@ def measure_encoder(repeats: int) -> dict[str, float]:
 
 @torch.inference_mode()
 def peak_memory_mib(padded: bool) -> float:
-    """Highest resident memory of this process after one encode and decode of ``sam_med3d_b``; run it in a process of its own."""
+    """Highest resident memory of this process after one encode and decode of ``sam_med3d_b``; run it in a process of
+    its own.
+    """
     model = sam_med3d()
     crop = random_crop(model)
     if padded:
@@ -151,7 +154,9 @@ def default_model() -> tuple[PromptableModel, str]:
 
 @torch.inference_mode()
 def measure_default(repeats: int) -> dict[str, Any]:
-    """First mask (encode and decode) and later clicks of the default model on a 128^3 crop, and on a crop of its own shape."""
+    """First mask (encode and decode) and later clicks of the default model on a 128^3 crop, and on a crop of its own
+    shape.
+    """
     model, weights = default_model()
     result: dict[str, Any] = {"model": model.spec.name, "weights": weights, "own_edge": model.spec.input_shape_zyx[0]}
     bf16 = model.spec.bf16 and computes_bf16(torch.device("cpu"))  # as a session does
@@ -163,8 +168,12 @@ def measure_default(repeats: int) -> dict[str, Any]:
             first = model(crop, click)
             cold = time.perf_counter() - start
             features = model.encode(crop)
-            later = PromptBatch(click.points.repeat(1, 3, 1), click.point_labels.repeat(1, 3), mask_logits=first.lowres_logits)
-            times, _ = alternate({"first": partial(model, crop, click), "later": partial(model.decode, features, later)}, repeats)
+            later = PromptBatch(
+                click.points.repeat(1, 3, 1), click.point_labels.repeat(1, 3), mask_logits=first.lowres_logits
+            )
+            times, _ = alternate(
+                {"first": partial(model, crop, click), "later": partial(model.decode, features, later)}, repeats
+            )
         result[label] = {"first_mask_cold_s": cold, "first_mask_s": times["first"], "later_click_s": times["later"]}
     return result
 
@@ -177,7 +186,15 @@ def measure_shell(repeats: int) -> dict[str, Any]:
         return {"skipped": f"{CT_CASE} is not in the data folder; set SAMED3D_DATA"}
     imports = "import samed3d.cli, samed3d.inference.session, samed3d.models, samed3d.volume"
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "infer.py", str(image), "--point", CT_POINT_IJK, "-o", str(Path(out) / "mask.nii.gz")]
+        command = [
+            sys.executable,
+            "infer.py",
+            str(image),
+            "--point",
+            CT_POINT_IJK,
+            "-o",
+            str(Path(out) / "mask.nii.gz"),
+        ]
         seconds: dict[str, list[float]] = {"end_to_end_s": [], "imports_s": []}
         for _ in range(repeats):
             for name, arguments in (("end_to_end_s", command), ("imports_s", [sys.executable, "-c", imports])):
@@ -187,7 +204,11 @@ def measure_shell(repeats: int) -> dict[str, Any]:
                 if done.returncode:
                     last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
                     return {"skipped": f"{name}: exit code {done.returncode}: {last_line}"}
-    return {"image": str(CT_CASE), "point_ijk": CT_POINT_IJK, **{name: statistics.median(values) for name, values in seconds.items()}}
+    return {
+        "image": str(CT_CASE),
+        "point_ijk": CT_POINT_IJK,
+        **{name: statistics.median(values) for name, values in seconds.items()},
+    }
 
 
 def describe_machine() -> dict[str, Any]:
@@ -212,7 +233,9 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "latency.json", help="JSON file to write")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "latency.json", help="JSON file to write"
+    )
     parser.add_argument("--quick", action="store_true", help="two repeats instead of seven")
     parser.add_argument("--threads", type=int, help="torch threads; with 1, processor times hold on a busy machine")
     options = parser.parse_args()
@@ -220,7 +243,10 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     # Memory first: on Linux a child's peak counts from its parent's size at the time it was started.
-    memory = {"peak_memory_mib": in_own_process(peak_memory_mib, False), "padded_peak_memory_mib": in_own_process(peak_memory_mib, True)}
+    memory = {
+        "peak_memory_mib": in_own_process(peak_memory_mib, False),
+        "padded_peak_memory_mib": in_own_process(peak_memory_mib, True),
+    }
     result = {
         "machine": describe_machine(),
         "repeats": repeats,

@@ -2,9 +2,10 @@
 
     python benchmarks/prepare.py --data DATA --out benchmarks/results/prepare.json
 
-The loop does what SAM-Med3D's released script does: for each data set, each class and each case, resample to 1.5 mm, write a binary label
-and a copy of the image as .nii.gz. It resamples with SimpleITK alone, which is quicker than the released torchio pipeline. Microscopy is
-left out: at 1.5 mm nothing remains of it. The corpus is made twice from the same images, at 1.5 mm (the same work) and at native spacing.
+The loop does what SAM-Med3D's released script does: for each data set, each class and each case, resample to 1.5 mm,
+write a binary label and a copy of the image as .nii.gz. It resamples with SimpleITK alone, which is quicker than the
+released torchio pipeline. Microscopy is left out: at 1.5 mm nothing remains of it. The corpus is made twice from the
+same images, at 1.5 mm (the same work) and at native spacing.
 """
 
 from __future__ import annotations
@@ -61,13 +62,17 @@ def folder_bytes(folder: Path) -> int:
 def data_sets(data: Path, names: list[str]) -> list[Path]:
     """Data sets with images and a scale in mm."""
     found = [
-        p.parent for p in sorted(data.glob("*/dataset.json")) if (p.parent / "imagesTr").is_dir() and not names or p.parent.name in names
+        p.parent
+        for p in sorted(data.glob("*/dataset.json"))
+        if (p.parent / "imagesTr").is_dir() and not names or p.parent.name in names
     ]
     return [p for p in found if "microscopy" not in json.loads((p / "dataset.json").read_text()).get("modality", "")]
 
 
 def plain_loop(sets: list[Path], out: Path) -> int:
-    """The released script's work: one binary label and one image copy per class and case. Returns the number of masks."""
+    """The released script's work: one binary label and one image copy per class and case. Returns the number of
+    masks.
+    """
     import SimpleITK as sitk
 
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
@@ -108,13 +113,22 @@ def compare_preparation(data: Path, names: list[str], place: Path) -> dict[str, 
     sets = data_sets(data, names)
     wall, busy, masks = clock(lambda: plain_loop(sets, place / "loop"))
     size = folder_bytes(place / "loop")
-    result: dict[str, Any] = {"data_sets": len(sets), "loop": {"wall_s": wall, "processor_s": busy, "bytes": size, "masks": masks}}
+    result: dict[str, Any] = {
+        "data_sets": len(sets),
+        "loop": {"wall_s": wall, "processor_s": busy, "bytes": size, "masks": masks},
+    }
     rules = rules_from("lenient", [])
     jobs = os.cpu_count() or 1
-    runs = (("at 1.5 mm, 1 process", SPACING_MM, 1), (f"at 1.5 mm, {jobs} processes", SPACING_MM, jobs), ("native, 1 process", None, 1))
+    runs = (
+        ("at 1.5 mm, 1 process", SPACING_MM, 1),
+        (f"at 1.5 mm, {jobs} processes", SPACING_MM, jobs),
+        ("native, 1 process", None, 1),
+    )
     for number, (title, spacing, count) in enumerate(runs):
         target = place / f"corpus{number}"
-        one_wall, one_busy, made = clock(lambda t=target, s=spacing, c=count: prepare(sets, t, Settings(rules, s), jobs=c))
+        one_wall, one_busy, made = clock(
+            lambda t=target, s=spacing, c=count: prepare(sets, t, Settings(rules, s), jobs=c)
+        )
         held = folder_bytes(target)
         result[title] = {
             "wall_s": one_wall,
@@ -142,7 +156,9 @@ def large_case(folder: Path) -> Path:
         (folder / sub).mkdir(parents=True)
         write_volume(folder / sub / f"{name}.nii.gz", array, grid)
     names = {"background": 0} | {f"block {v}": v for v in range(1, 9)}
-    (folder / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, "labels": names, "file_ending": ".nii.gz"}))
+    (folder / "dataset.json").write_text(
+        json.dumps({"channel_names": {"0": "CT"}, "labels": names, "file_ending": ".nii.gz"})
+    )
     return folder
 
 
@@ -156,16 +172,25 @@ def measure_memory(source: Path, out: Path) -> dict[str, float]:
     )
 
     def peak(*arguments: str) -> int:
-        done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         return int(done.stdout.split()[-1])
 
     idle, used = peak(), peak(str(source), str(out))
     volume = int(np.prod(LARGE)) * 3  # int16 image, uint8 labels
-    return {"idle_bytes": idle, "peak_bytes": used, "volume_bytes": volume, "peak_above_idle_in_volumes": (used - idle) / volume}
+    return {
+        "idle_bytes": idle,
+        "peak_bytes": used,
+        "volume_bytes": volume,
+        "peak_above_idle_in_volumes": (used - idle) / volume,
+    }
 
 
 def measure_crops(corpus: Path, source: Path, repeats: int = 20) -> dict[str, float]:
-    """A random crop of image and labels from the corpus, the file opened afresh each time, beside reading the two .nii.gz."""
+    """A random crop of image and labels from the corpus, the file opened afresh each time, beside reading the two
+    .nii.gz.
+    """
     rng = np.random.default_rng(0)
     case = Corpus(corpus).cases[0]
     times = []
@@ -195,7 +220,9 @@ def measure_manifest(folder: Path, rows: int = 100_000) -> dict[str, float]:
         for row in range(rows):
             category = names[row % 5]
             known = f"set{row % 40}/case{row // 8},set{row % 40},p{row // 16},train,CT,0,{row % 5 + 1},{category},{category},abdomen,"
-            file.write(f"{known},{1000 + row},{2.5 * row},1,2,3,40,50,60,1,{int(row % 3 > 0)},side of 9 mm under 15,CC-BY-4.0\n")
+            file.write(
+                f"{known},{1000 + row},{2.5 * row},1,2,3,40,50,60,1,{int(row % 3 > 0)},side of 9 mm under 15,CC-BY-4.0\n"
+            )
     start = time.perf_counter()
     table = Table.read(path)
     opened = time.perf_counter() - start

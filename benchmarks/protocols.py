@@ -1,11 +1,11 @@
-"""Every protocol on every kind of contender in one command, timed: the default checkpoint, SAM-Med3D's architecture with random weights,
-all baselines and the control without a prompt.
+"""Every protocol on every kind of contender in one command, timed: the default checkpoint, SAM-Med3D's architecture
+with random weights, all baselines and the control without a prompt.
 
-    python benchmarks/protocols.py --data DATA --out protocols.json            # one structure of one image of each data set
-    python benchmarks/protocols.py --data DATA --out protocols.json --quick    # small images of six data sets
+    python benchmarks/protocols.py --data DATA --out protocols.json            # one structure of one image of each data
+    set python benchmarks/protocols.py --data DATA --out protocols.json --quick    # small images of six data sets
 
-The folder of ``samed3d evaluate``, with its ``report.html``, stays in ``--folder``; a run that was stopped goes on, and then its times are
-those of the last part alone and are not written.
+The folder of ``samed3d evaluate``, with its ``report.html``, stays in ``--folder``; a run that was stopped goes on, and
+then its times are those of the last part alone and are not written.
 """
 
 from __future__ import annotations
@@ -45,9 +45,20 @@ def main() -> None:
         parser.error(f"--folder holds finished results, which leave nothing to time: {options.folder}")
     models = [argument for name in MODELS for argument in ("--model", name)]
     limits = ["--quick"] if options.quick else list(LIMITS)
-    arguments = ["evaluate", "--data", str(options.data), *models, *WAYS, *limits, "--processes", str(options.processes)]
+    arguments = [
+        "evaluate",
+        "--data",
+        str(options.data),
+        *models,
+        *WAYS,
+        *limits,
+        "--processes",
+        str(options.processes),
+    ]
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "samed3d", *arguments, "-o", str(options.folder), "--quiet"], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "samed3d", *arguments, "-o", str(options.folder), "--quiet"], cwd=ROOT, check=True
+    )
     wall, spent = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     body: dict[str, Any] = {"command": " ".join(["samed3d", *arguments]).replace(str(options.data), "DATA") + " -o DIR"}
     if not begun:
@@ -59,7 +70,9 @@ def main() -> None:
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """One entry per protocol, first prompt and model: what was measured, and Dice after the first and the last prompt."""
+    """One entry per protocol, first prompt and model: what was measured, and Dice after the first and the last
+    prompt.
+    """
     run = read_run(folder)
     return [entry for way in run.ways for entry in _of_way(way, by_model(untrained(run.of(way))))]
 
@@ -69,7 +82,12 @@ def _of_way(way: Way, models: dict[str, list[dict[str, Any]]]) -> list[dict[str,
     for model, rows in models.items():
         curve = click_curve(rows)
         clicks = sorted(curve)
-        entry: dict[str, Any] = {"protocol": way.protocol, "prompt": way.prompt, "model": model, "subjects": curve[clicks[0]].subjects}
+        entry: dict[str, Any] = {
+            "protocol": way.protocol,
+            "prompt": way.prompt,
+            "model": model,
+            "subjects": curve[clicks[0]].subjects,
+        }
         entry["structures"] = len({(row["source"], row["case"], row["label"]) for row in rows})
         for name, click in (("first", clicks[0]), ("last", clicks[-1])):
             ends = [round(curve[click].low, 4), round(curve[click].high, 4)]

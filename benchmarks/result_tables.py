@@ -1,7 +1,8 @@
-"""The measured tables of ``docs/benchmarks.md``: one function per JSON of ``results/``, and where each stands on the page.
+"""The measured tables of ``docs/benchmarks.md``: one function per JSON of ``results/``, and where each stands on the
+page.
 
-The page is written by hand but for its blocks, which begin with ``<!-- measured: NAME -->`` and end with ``<!-- end -->``. A block whose
-JSON is not there says so: no number of ours is on the page that is not in a file.
+The page is written by hand but for its blocks, which begin with ``<!-- measured: NAME -->`` and end with ``<!-- end
+-->``. A block whose JSON is not there says so: no number of ours is on the page that is not in a file.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ def page_with_blocks(page: str, results: Path) -> str:
     """
     asked = _MARK.findall(page)
     if sorted(asked) != sorted(BLOCKS):
-        raise ValueError(f"the page must hold each block once: {', '.join(sorted(BLOCKS))}; it holds {', '.join(sorted(asked))}")
+        raise ValueError(
+            f"the page must hold each block once: {', '.join(sorted(BLOCKS))}; it holds {', '.join(sorted(asked))}"
+        )
     return _MARK.sub(lambda found: f"<!-- measured: {found[1]} -->\n{block(found[1], results)}\n<!-- end -->", page)
 
 
@@ -43,7 +46,9 @@ def accuracy(body: Body) -> str:
     clicks = sorted({int(c) for found in body["group"].values() for c in found["dice"]})
     head = ["group", "model", "subjects", "structures", *(f"{c} click{'s' * (c != 1)}" for c in clicks)]
     kinds = [(group, f"`default`, {body['seeds']} seeds", found) for group, found in body["group"].items()]
-    kinds += [(group, f"`{model}`", found) for group, models in body["controls"].items() for model, found in models.items()]
+    kinds += [
+        (group, f"`{model}`", found) for group, models in body["controls"].items() for model, found in models.items()
+    ]
     cells = [[found["dice"].get(str(c)) for c in clicks] for *_, found in kinds]
     rows = [
         [group, model, found["subjects"], found["structures"], *(with_interval(one) for one in mine)]
@@ -72,18 +77,25 @@ def latency(body: Body) -> str:
     rows = []
     for name, key in ((f"crop of {own['own_edge']}³, its own", "own_crop"), ("crop of 128³", "crop128")):
         about = f"{own['weights']}, {own.get('precision', 'fp32')}"
-        rows.append([f"`{own['model']}` ({about}), {name}", _s(own[key]["first_mask_s"]), _s(own[key]["later_click_s"])])
+        rows.append(
+            [f"`{own['model']}` ({about}), {name}", _s(own[key]["first_mask_s"]), _s(own[key]["later_click_s"])]
+        )
     first = sam["encoder_s"] + sam["decode_ms"] / 1e3
     rows.append(["`sam_med3d_b` (random weights), crop of 128³", _s(first), _s(sam["decode_ms"] / 1e3)])
     if "end_to_end_s" in body["infer_py"]:
-        rows.append(["`infer.py` on a 512 x 512 x 78 CT, process start to file", _s(body["infer_py"]["end_to_end_s"]), ""])
+        rows.append(
+            ["`infer.py` on a 512 x 512 x 78 CT, process start to file", _s(body["infer_py"]["end_to_end_s"]), ""]
+        )
     ratios = [
         [
             "encoder of `sam_med3d_b` without its window padding, against a plain padded one",
             f"**{sam['times_faster_than_padded']:.1f} x** faster",
         ],
         ["the same, largest difference of outputs", f"{sam['max_abs_difference']:.1e}"],
-        ["the same, peak memory of the process", f"{sam['peak_memory_mib']:.0f} against {sam['padded_peak_memory_mib']:.0f} MiB"],
+        [
+            "the same, peak memory of the process",
+            f"{sam['peak_memory_mib']:.0f} against {sam['padded_peak_memory_mib']:.0f} MiB",
+        ],
         [
             f"encoder ({sam['encoder_gflop']:.0f} GFLOP) against a matrix product of as many",
             f"{sam['times_matrix_product']:.2f} x its time",
@@ -101,11 +113,21 @@ def gpu(body: Body) -> str:
         for model, edge, precision in [name.split(" ")]
     ]
     steps = [
-        [name, found["batch"], f"{found['edge']}³", f"{found['samples_per_s']:.0f}", f"{found['peak_mib'] / 1024:.1f} GiB"]
+        [
+            name,
+            found["batch"],
+            f"{found['edge']}³",
+            f"{found['samples_per_s']:.0f}",
+            f"{found['peak_mib'] / 1024:.1f} GiB",
+        ]
         for name, found in body["training"].items()
     ]
     first = table(["model", "crop", "precision", "encode", "decode a click", "peak memory"], clicks)
-    return first + "\n\n" + table(["training step, bf16, fixed batch", "batch", "crop", "samples per second", "peak memory"], steps)
+    return (
+        first
+        + "\n\n"
+        + table(["training step, bf16, fixed batch", "batch", "crop", "samples per second", "peak memory"], steps)
+    )
 
 
 def preparation(body: Body) -> str:
@@ -122,7 +144,12 @@ def preparation(body: Body) -> str:
         for name, found in body.items() if name.startswith("crops_of_")
     ]  # fmt: skip
     memory, manifest = body["memory"], body["manifest"]
-    more.append(["peak memory above idle, 512 x 512 x 600", f"{memory['peak_above_idle_in_volumes']:.2f} x the volume as stored"])
+    more.append(
+        [
+            "peak memory above idle, 512 x 512 x 600",
+            f"{memory['peak_above_idle_in_volumes']:.2f} x the volume as stored",
+        ]
+    )
     more.append([f"open and filter a table of {manifest['rows']:,} structures", _s(manifest["open_and_filter_s"])])
     return table(["", "wall time", "faster", "size", "smaller", "masks"], rows) + "\n\n" + table(["", "measured"], more)
 
@@ -130,7 +157,12 @@ def preparation(body: Body) -> str:
 def synthesis(body: Body) -> str:
     """Generated volumes per second of one thread."""
     rows = [
-        [f"{edge}³", f"{found['case_ms']:.0f} ms", f"{found['cases_per_s']:.2f}", f"{found['elementwise_passes_per_case']:.0f}"]
+        [
+            f"{edge}³",
+            f"{found['case_ms']:.0f} ms",
+            f"{found['cases_per_s']:.2f}",
+            f"{found['elementwise_passes_per_case']:.0f}",
+        ]
         for edge, found in body["edges"].items()
     ]
     return table(["volume", "processor time each", "per second and thread", "in plain passes over the volume"], rows)
@@ -148,7 +180,9 @@ def export(body: Body) -> str:
         for part in ("encoder", "decoder")
         for form, found in body[part].items()
     ]
-    return f"Model `{body['model']}`, {body['threads']} thread.\n\n" + table(["", "form", "time", "speed", "largest difference"], rows)
+    return f"Model `{body['model']}`, {body['threads']} thread.\n\n" + table(
+        ["", "form", "time", "speed", "largest difference"], rows
+    )
 
 
 def training(body: Body) -> str:
@@ -159,11 +193,16 @@ def training(body: Body) -> str:
 def augmentation(body: Body) -> str:
     """Milliseconds of a crop by every way, and how many times ours is as fast."""
     names = list(next(iter(body["crops"].values()))["ms"])
-    rows = [[name.replace("_", " "), *(_number(found["ms"][name]) + " ms" for found in body["crops"].values())] for name in names]
+    rows = [
+        [name.replace("_", " "), *(_number(found["ms"][name]) + " ms" for found in body["crops"].values())]
+        for name in names
+    ]
     for name in ("torchio", "torchio_with_affine"):
         ratios = [found.get("ours_times_as_fast_as", {}).get(name) for found in body["crops"].values()]
         if None not in ratios:
-            rows.append([f"ours with blur beside {name.replace('_', ' ')}", *(f"{_number(r)} x as fast" for r in ratios)])
+            rows.append(
+                [f"ours with blur beside {name.replace('_', ' ')}", *(f"{_number(r)} x as fast" for r in ratios)]
+            )
     return table(["", *body["crops"]], rows)
 
 
@@ -173,11 +212,16 @@ def session(body: Body) -> str:
     names = dict.fromkeys(name for found in body["cases"].values() for name in found["seconds"])
     rows = []
     for name in names:
-        cells = [(found["seconds"].get(name), found["ratio to a later click"].get(name)) for found in body["cases"].values()]
+        cells = [
+            (found["seconds"].get(name), found["ratio to a later click"].get(name)) for found in body["cases"].values()
+        ]
         rows.append([name, *("" if s is None else f"{_s(s)} ({_number(r)} x)" for s, r in cells)])
     same = all(found["same after opening again"] for found in body["cases"].values())
     note = "the same as" if same else "NOT the same as"
-    return table(head, rows) + f"\n\nIn brackets the ratio to a later click. The masks after opening again were {note} before."
+    return (
+        table(head, rows)
+        + f"\n\nIn brackets the ratio to a later click. The masks after opening again were {note} before."
+    )
 
 
 def server(body: Body) -> str:
@@ -207,7 +251,11 @@ def _origin(file: str, body: Body) -> str:
     command = about.get("command") or body.get("command") or "`; `".join(body.get("commands", {}).values())
     parts = [f"`benchmarks/results/{file}`"]
     parts += [f"`{command}`"] if command else []
-    revision = about.get("revision") or body.get("revision") or ", ".join(dict.fromkeys(map(str, body.get("revisions", {}).values())))
+    revision = (
+        about.get("revision")
+        or body.get("revision")
+        or ", ".join(dict.fromkeys(map(str, body.get("revisions", {}).values())))
+    )
     parts += [f"revision {revision}"] if revision else []
     machine = about.get("machine") or body.get("environment") or body.get("machine")
     if isinstance(machine, dict):
@@ -245,7 +293,9 @@ def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
 
 def _leaves(body: Any, prefix: str = "") -> list[list[str]]:
     if isinstance(body, dict):
-        return [line for key, value in body.items() for line in _leaves(value, f"{prefix} {key}".strip().replace("_", " "))]
+        return [
+            line for key, value in body.items() for line in _leaves(value, f"{prefix} {key}".strip().replace("_", " "))
+        ]
     if isinstance(body, list):
         return [[prefix, ", ".join(_number(v) for v in body)]]
     return [[prefix, _number(body)]]

@@ -1,10 +1,11 @@
-"""Measure the server under load: many clients clicking at once, then many sessions opened and deleted. Prints one JSON and writes it.
+"""Measure the server under load: many clients clicking at once, then many sessions opened and deleted. Prints one JSON
+and writes it.
 
     python benchmarks/server_load.py --out benchmarks/results/server_load.json
 
-Each client has a session of its own on the same volume and clicks at seeded positions, now and then undoing one. Afterwards the same
-edits are run alone, without a server: every prompt that was acknowledged must be in the session and every mask must be the same, voxel
-for voxel.
+Each client has a session of its own on the same volume and clicks at seeded positions, now and then undoing one.
+Afterwards the same edits are run alone, without a server: every prompt that was acknowledged must be in the session and
+every mask must be the same, voxel for voxel.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ class Server:
         return self.process.wait(60)
 
 
-def click(server: Server, image: str, client_number: int, seconds: float, think: float, centre: tuple[float, ...]) -> Clicking:
+def click(
+    server: Server, image: str, client_number: int, seconds: float, think: float, centre: tuple[float, ...]
+) -> Clicking:
     """One client: open, click until the time is over."""
     done, rng = Clicking(client_number), np.random.default_rng(client_number)
     client = Client(server.url, timeout=300)
@@ -175,7 +178,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         found: list[Clicking] = []
         threads = [
             threading.Thread(
-                target=lambda n=n: found.append(click(server, str(image), n, arguments.seconds, arguments.think, centre))  # type: ignore[misc]
+                target=lambda n=n: found.append(
+                    click(server, str(image), n, arguments.seconds, arguments.think, centre)
+                )  # type: ignore[misc]
             )
             for n in range(arguments.clients)
         ]
@@ -205,8 +210,16 @@ def summary(found: list[Clicking]) -> dict[str, Any]:
         "edits": sum(len(done.edits) for done in found),
         "edits_per_client": {"least": min(len(d.edits) for d in found), "most": max(len(d.edits) for d in found)},
         "errors": [error for done in found for error in done.errors],
-        "latency_s": {"p50": percentile(seconds, 0.5), "p95": percentile(seconds, 0.95), "most": percentile(seconds, 1.0)},
-        "prediction_s": {"p50": percentile(model, 0.5), "p95": percentile(model, 0.95), "mean": round(statistics.fmean(model), 4)},
+        "latency_s": {
+            "p50": percentile(seconds, 0.5),
+            "p95": percentile(seconds, 0.95),
+            "most": percentile(seconds, 1.0),
+        },
+        "prediction_s": {
+            "p50": percentile(model, 0.5),
+            "p95": percentile(model, 0.95),
+            "mean": round(statistics.fmean(model), 4),
+        },
     }
 
 
@@ -225,7 +238,9 @@ def main() -> int:
         parser.error("--image and --point belong together")
     with tempfile.TemporaryDirectory() as name:
         result = measure(arguments, Path(name))
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items() if key != "out"}
+    settings = {
+        key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items() if key != "out"
+    }
     machine = {
         "cores": os.cpu_count(),
         "load_before": os.getloadavg()[0],

@@ -1,8 +1,10 @@
-"""Measure what a session costs on a real volume: prompts, undo, redo, opening after a kill. Prints one JSON and writes it to a file.
+"""Measure what a session costs on a real volume: prompts, undo, redo, opening after a kill. Prints one JSON and writes
+it to a file.
 
     SAMED3D_DATA=DIR python benchmarks/session.py --out benchmarks/results/session.json
 
-Times are medians in one run; the ratios are to a later click in the same place, which is one decode and one write to the disk.
+Times are medians in one run; the ratios are to a later click in the same place, which is one decode and one write to
+the disk.
 """
 
 from __future__ import annotations
@@ -83,10 +85,20 @@ def one_case(folder: Path, network: Any, scratch: Path) -> dict[str, Any]:
     body = {
         "size_ijk": volume.grid.size_ijk,
         "clicks": len(seconds),
-        "seconds": {"first click": seconds[0], "later click": later, "undo": statistics.median(undo), "redo": statistics.median(redo)},
+        "seconds": {
+            "first click": seconds[0],
+            "later click": later,
+            "undo": statistics.median(undo),
+            "redo": statistics.median(redo),
+        },
         "same after opening again": same,
     }
-    body["seconds"] |= {"remove a prompt in the middle": remove, "scribble": scribble, "suggest_click": suggest, "mask": mask}
+    body["seconds"] |= {
+        "remove a prompt in the middle": remove,
+        "scribble": scribble,
+        "suggest_click": suggest,
+        "mask": mask,
+    }
     body["seconds"] |= {"open again, all prompts replayed": replay}
     body["ratio to a later click"] = {name: round(value / later, 3) for name, value in body["seconds"].items()}
     body["seconds"] = {name: round(value, 4) for name, value in body["seconds"].items()}
@@ -105,7 +117,11 @@ def main() -> None:
     network = load(options.model)
     with tempfile.TemporaryDirectory() as scratch:
         cases = {name: one_case(data / name, network, Path(scratch)) for name in CASES if (data / name).is_dir()}
-    machine = {"processor": platform.processor() or platform.machine(), "load": os.getloadavg()[0], "torch": torch.__version__}
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "load": os.getloadavg()[0],
+        "torch": torch.__version__,
+    }
     body = {"model": options.model, "threads": options.threads, "machine": machine, "cases": cases}
     text = json.dumps(body, indent=1)
     options.out.parent.mkdir(parents=True, exist_ok=True)

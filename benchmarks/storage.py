@@ -2,8 +2,8 @@
 
     python benchmarks/storage.py IMAGE.nii.gz LABELS.nii.gz ...
 
-Each file is stored in every way; crops are 128^3 or as large as the volume. Times are of one thread, in processor time, the file opened
-afresh for each crop. Beside them, reading the .nii.gz whole. Needs blosc2 and zarr.
+Each file is stored in every way; crops are 128^3 or as large as the volume. Times are of one thread, in processor time,
+the file opened afresh for each crop. Beside them, reading the .nii.gz whole. Needs blosc2 and zarr.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def b2nd(chunk: int, codec: str, level: int, shuffle: bool) -> Way:
         chunks = tuple(min(chunk, n) for n in array.shape)
         blocks = tuple(min(32, n) for n in chunks)
         wanted = blosc2.Filter.SHUFFLE if shuffle and array.itemsize > 1 else blosc2.Filter.NOFILTER
-        settings = blosc2.CParams(codec=blosc2.Codec[codec], clevel=level, filters=[wanted], typesize=array.itemsize, nthreads=1)
+        settings = blosc2.CParams(
+            codec=blosc2.Codec[codec], clevel=level, filters=[wanted], typesize=array.itemsize, nthreads=1
+        )
         blosc2.asarray(array, chunks=chunks, blocks=blocks, urlpath=str(path), mode="w", cparams=settings)
 
     return write, lambda path: blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=1))
@@ -50,9 +52,16 @@ def zarr3(chunk: int, level: int) -> Way:
     from zarr.codecs import BloscCodec
 
     def write(path: Path, array: NDArray) -> None:
-        codec = BloscCodec(cname="zstd", clevel=level, shuffle="shuffle" if array.itemsize > 1 else "noshuffle", typesize=array.itemsize)
+        codec = BloscCodec(
+            cname="zstd",
+            clevel=level,
+            shuffle="shuffle" if array.itemsize > 1 else "noshuffle",
+            typesize=array.itemsize,
+        )
         chunks = tuple(min(chunk, n) for n in array.shape)
-        zarr.create_array(store=str(path), shape=array.shape, chunks=chunks, dtype=array.dtype, compressors=[codec])[:] = array
+        zarr.create_array(store=str(path), shape=array.shape, chunks=chunks, dtype=array.dtype, compressors=[codec])[
+            :
+        ] = array
 
     return write, lambda path: zarr.open_array(str(path), mode="r")
 
@@ -99,7 +108,9 @@ def main() -> None:
     ways = {f"b2nd zstd-1, chunk {n}": b2nd(n, "ZSTD", 1, True) for n in (32, 64, 128)}
     ways |= {"b2nd zstd-5, chunk 64": b2nd(64, "ZSTD", 5, True), "b2nd lz4-5, chunk 64": b2nd(64, "LZ4", 5, True)}
     ways |= {f"zarr 3 zstd-1, chunk {n}": zarr3(n, 1) for n in (64, 128)} | {"npz": npz()}
-    print("| volume | stored as | files | MB | write ms | crop ms | times quicker than the .nii.gz |\n|---|---|---|---|---|---|---|")
+    print(
+        "| volume | stored as | files | MB | write ms | crop ms | times quicker than the .nii.gz |\n|---|---|---|---|---|---|---|"
+    )
     for path in options.files:
         volume = read_volume(path)
         array = np.ascontiguousarray(volume.view.to_canonical(volume.array))

@@ -41,7 +41,8 @@ def measure(edge: int, repeats: int) -> dict[str, float]:
         "cases_per_s": 1 / case_s,
         "elementwise_passes_per_case": case_s / pass_s,
         "render_ms": 1e3 * seconds_each(lambda: render(labels, generator), repeats),
-        "deform_and_render_ms": 1e3 * seconds_each(lambda: synthetic_case(shape, generator, labels, deform=True), repeats),
+        "deform_and_render_ms": 1e3
+        * seconds_each(lambda: synthetic_case(shape, generator, labels, deform=True), repeats),
     }
     for kind in KINDS:
         result[f"labels_{kind}_ms"] = 1e3 * seconds_each(partial(random_labels, shape, generator, kind=kind), repeats)

@@ -1,10 +1,11 @@
-"""Measure training: samples per second against a plain loop, memory per sample, the loader's idle share, two processes against one.
+"""Measure training: samples per second against a plain loop, memory per sample, the loader's idle share, two processes
+against one.
 
     python benchmarks/train.py --out benchmarks/results/train.json
 
 The step of ``sam_med3d_b`` with eleven interactions (half its depth unless ``--full``, so that the padded encoder's
-backward fits a small machine) is timed beside a plain loop: the same step with the padded encoder of the tests, which computes what the
-released code does.
+backward fits a small machine) is timed beside a plain loop: the same step with the padded encoder of the tests, which
+computes what the released code does.
 Steps alternate, so that other load on the machine falls on both. ``--device cuda`` adds bf16 and a compiled encoder.
 """
 
@@ -40,11 +41,28 @@ from samed3d.training.step import InteractiveStep  # noqa: E402
 
 HALF = {"depth": 6, "global_blocks": (2, 5)}
 PUBLISHED = ClickConfig(
-    interactions=11, box_probability=0.0, mask_only_probability=0.0, mask_only_turns=["last", "random"], detach=False, memory="newest"
+    interactions=11,
+    box_probability=0.0,
+    mask_only_probability=0.0,
+    mask_only_turns=["last", "random"],
+    detach=False,
+    memory="newest",
 )
-NARROW = {"widths": [8] * 4, "decoder_widths": [8] * 4, "encoder_blocks": [1] * 4, "joint_blocks": 1, "similarity_heads": [0, 2, 2]}
+NARROW = {
+    "widths": [8] * 4,
+    "decoder_widths": [8] * 4,
+    "encoder_blocks": [1] * 4,
+    "joint_blocks": 1,
+    "similarity_heads": [0, 2, 2],
+}
 CURVE = [
-    *(f"model.overrides={NARROW}", "data.crop=[16,16,16]", "clicks.interactions=2", "run.precision=fp32", "run.device=cpu"),
+    *(
+        f"model.overrides={NARROW}",
+        "data.crop=[16,16,16]",
+        "clicks.interactions=2",
+        "run.precision=fp32",
+        "run.device=cpu",
+    ),
     *("run.log_every=1", "optim.steps=20", "optim.warmup_steps=1"),
 ]
 
@@ -62,7 +80,9 @@ def sam_med3d(full: bool, padded: bool) -> PromptableModel:
     return model
 
 
-def one_step(model: PromptableModel, batch: int, device: str, bf16: bool = False, compiled: bool = False) -> Callable[[], float]:
+def one_step(
+    model: PromptableModel, batch: int, device: str, bf16: bool = False, compiled: bool = False
+) -> Callable[[], float]:
     """A function that does one optimiser step on a fixed batch and returns its loss."""
     loss = LossConfig(iou=0.0, turns="sum", dice_smooth=1e-5)
     step = InteractiveStep(model, PUBLISHED, loss, compiled=compiled).to(device)
@@ -88,7 +108,10 @@ def one_step(model: PromptableModel, batch: int, device: str, bf16: bool = False
 
 def measure_step(full: bool, batch: int, device: str, repeats: int) -> dict[str, Any]:
     """Samples per second of our step and of the plain loop, by turns; their losses must agree."""
-    runs = {"ours": one_step(sam_med3d(full, False), batch, device), "padded": one_step(sam_med3d(full, True), batch, device)}
+    runs = {
+        "ours": one_step(sam_med3d(full, False), batch, device),
+        "padded": one_step(sam_med3d(full, True), batch, device),
+    }
     if device == "cuda":
         runs["ours_bf16"] = one_step(sam_med3d(full, False), batch, device, bf16=True)
         runs["ours_bf16_compiled"] = one_step(sam_med3d(full, False), batch, device, bf16=True, compiled=True)
@@ -103,7 +126,9 @@ def measure_step(full: bool, batch: int, device: str, repeats: int) -> dict[str,
             busy[name].append(time.process_time() - processor)
     seconds = {name: statistics.median(values) for name, values in wall.items()}
     result: dict[str, Any] = {"samples_per_s": {name: batch / value for name, value in seconds.items()}}
-    result["times_faster_than_padded"] = {name: seconds["padded"] / value for name, value in seconds.items() if name != "padded"}
+    result["times_faster_than_padded"] = {
+        name: seconds["padded"] / value for name, value in seconds.items() if name != "padded"
+    }
     if device == "cpu":
         result["times_faster_processor_time"] = statistics.median(busy["padded"]) / statistics.median(busy["ours"])
     return result | {"losses": {name: losses[name] for name in ("ours", "padded")}}
@@ -147,7 +172,17 @@ def measure_processes() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         train(load_config(TrainConfig, None, [*CURVE, "optim.batch=2", f"run.folder={folder}/one"]), quiet=True)
         settings = [f"--set={item}" for item in [*CURVE, "optim.batch=1", f"run.folder={folder}/two"]]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", "-q", *settings]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            "train.py",
+            "-q",
+            *settings,
+        ]
         subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
         for name in ("one", "two"):
             rows = [json.loads(line) for line in (Path(folder) / name / "metrics.jsonl").read_text().splitlines()]
@@ -162,7 +197,9 @@ def measure_processes() -> dict[str, float]:
 def main() -> None:
     """Measure and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "train.json", help="JSON file to write")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "train.json", help="JSON file to write"
+    )
     parser.add_argument("--full", action="store_true", help="sam_med3d_b in full")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -172,7 +209,10 @@ def main() -> None:
     memory = {}
     if options.device == "cpu":
         names = {"ours": False, "padded": True}
-        memory = {f"peak_mib_{name}": in_own_process(peak_mib, options.full, padded, options.batch) for name, padded in names.items()}
+        memory = {
+            f"peak_mib_{name}": in_own_process(peak_mib, options.full, padded, options.batch)
+            for name, padded in names.items()
+        }
     result = {
         "machine": describe_machine(),
         "geometry": "sam_med3d_b" if options.full else f"sam_med3d_b with {HALF}",

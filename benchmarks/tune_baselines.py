@@ -2,8 +2,9 @@
 
     python benchmarks/tune_baselines.py --data DATA --out out/tune
 
-Training subjects are those of the default checkpoint's split, so that nothing here was measured on what the baselines are later compared
-on. The table that the constants in ``samed3d/evaluation/baselines/`` follow from is in ``docs/measure.md``.
+Training subjects are those of the default checkpoint's split, so that nothing here was measured on what the baselines
+are later compared on. The table that the constants in ``samed3d/evaluation/baselines/`` follow from is in
+``docs/measure.md``.
 """
 
 from __future__ import annotations
@@ -45,11 +46,17 @@ def main() -> None:
         contenders = [BaselineContender(f"{method}@{n}", **setting) for n, setting in enumerate(settings)]
         limits = {"limit": options.limit, "labels_per_case": options.labels_per_case, "surfaces": False}
         rows = read_rows(
-            evaluate([options.data], ["default", *contenders], options.out / method, clicks=CLICKS, split="train", **limits) / CASES_CSV
+            evaluate(
+                [options.data], ["default", *contenders], options.out / method, clicks=CLICKS, split="train", **limits
+            )
+            / CASES_CSV
         )
         found = []
         for contender, setting in zip(contenders, settings, strict=True):
-            means = [statistics.fmean(r["dice"] for r in rows if r["model"] == contender.name and r["click"] == c) for c in CLICKS]
+            means = [
+                statistics.fmean(r["dice"] for r in rows if r["model"] == contender.name and r["click"] == c)
+                for c in CLICKS
+            ]
             found.append((statistics.fmean(means), means, setting))
         for mean, means, setting in sorted(found, key=lambda f: -f[0]):
             shown = ", ".join(f"{key} {value:g}" for key, value in setting.items())

@@ -1,7 +1,8 @@
-"""A corpus of a raw folder in the user's cache: made at the first use, found at the next, made anew when a file of the folder changed.
+"""A corpus of a raw folder in the user's cache: made at the first use, found at the next, made anew when a file of the
+folder changed.
 
-For commands that want labelled volumes without asking where a corpus shall lie. Everything that can be clicked on is kept (the lenient
-rules), at native resolution. Read ``pipeline.py`` for the work itself.
+For commands that want labelled volumes without asking where a corpus shall lie. Everything that can be clicked on is
+kept (the lenient rules), at native resolution. Read ``pipeline.py`` for the work itself.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def cached_corpus(data: Path, *, jobs: int = 1, progress: bool = False) -> Path:
     """The corpus of a folder of labelled volumes.
 
     Args:
-        data: A data set of any layout that ``samed3d prepare`` recognises, a folder of them, or a corpus, which is returned as it is.
+        data: A data set of any layout that ``samed3d prepare`` recognises, a folder of them, or a corpus, which is
+            returned as it is.
         jobs: Processes.
         progress: Show a progress bar.
 
@@ -39,7 +41,9 @@ def cached_corpus(data: Path, *, jobs: int = 1, progress: bool = False) -> Path:
         InputError: if the folder is missing or not recognised, or holds no labelled image that could be used.
     """
     if not data.is_dir():
-        raise InputError(f"data must be a folder of labelled volumes, got {'a file' if data.exists() else 'nothing there'}: {data}")
+        raise InputError(
+            f"data must be a folder of labelled volumes, got {'a file' if data.exists() else 'nothing there'}: {data}"
+        )
     if (data / "corpus.json").is_file():
         return data
     out = cache_folder() / f"{safe_name(data.resolve().name)}-{content_key(data)}"
@@ -47,7 +51,11 @@ def cached_corpus(data: Path, *, jobs: int = 1, progress: bool = False) -> Path:
     for problem in result.failed:
         logger.warning("left out %s: %s", problem.path, " ".join(problem.reason.split()))
     if not result.counts["masks"]:
-        why = f"; the first of {len(result.failed)} problems: {' '.join(result.failed[0].reason.split())}" if result.failed else ""
+        why = (
+            f"; the first of {len(result.failed)} problems: {' '.join(result.failed[0].reason.split())}"
+            if result.failed
+            else ""
+        )
         raise InputError(
             f"data must hold labelled structures of at least {rules_from('lenient', []).min_voxels} voxels, got none: {data}{why}"
         )
@@ -61,7 +69,9 @@ def cache_folder() -> Path:
 
 
 def content_key(data: Path) -> str:
-    """Changes with the names, sizes and times of the files under a folder, with where it is, and with the version of corpora."""
+    """Changes with the names, sizes and times of the files under a folder, with where it is, and with the version of
+    corpora.
+    """
     files = sorted(p for p in data.rglob("*") if p.is_file())
     about = [[str(p.relative_to(data)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
     text = json.dumps([VERSION, str(data.resolve()), about])

@@ -1,7 +1,7 @@
 """What a reader of source data hands to the pipeline: facts about the source, cases, and the arrays of one case.
 
-A reader (``readers/``) lists cases without touching a voxel and loads one case when asked; the pipeline (``pipeline.py``)
-cleans and stores it. Nothing here reads or writes a file. Read ``pipeline.py`` next.
+A reader (``readers/``) lists cases without touching a voxel and loads one case when asked; the pipeline
+(``pipeline.py``) cleans and stores it. Nothing here reads or writes a file. Read ``pipeline.py`` next.
 """
 
 from __future__ import annotations

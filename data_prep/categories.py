@@ -1,8 +1,9 @@
-"""One name per structure: ``kidney_right``, ``Right Kidney`` and ``rt. kidney`` are all "right kidney", in group "abdomen".
+"""One name per structure: ``kidney_right``, ``Right Kidney`` and ``rt. kidney`` are all "right kidney", in group
+"abdomen".
 
-A name is lowered and taken apart into side and rest; the rest is looked up in a table of categories and their other names, and what the
-table does not know keeps its own words, with a group by telling words in the name or, failing that, in the source's name. Nothing is ever
-merged that only sounds alike.
+A name is lowered and taken apart into side and rest; the rest is looked up in a table of categories and their other
+names, and what the table does not know keeps its own words, with a group by telling words in the name or, failing that,
+in the source's name. Nothing is ever merged that only sounds alike.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-# Group -> categories; after a colon the other names it goes by (side and plural removed). A star marks what comes as a left and right pair.
+# Group -> categories; after a colon the other names it goes by (side and plural removed). A star marks what comes as a
+# left and right pair.
 _TABLE = {
     "brain": (
         "brain: whole brain, cerebrum",
@@ -171,12 +173,21 @@ _TABLE = {
 
 # Telling words for names that are not in the table, in order: the first match decides.
 _WORDS = (
-    ("lesion", "tumou?r|lesion|sarcoma|metasta|cancer|carcinoma|glioma|nodule|cyst|polyp|infarct|stroke|ptv|gtv|ctv|plaque|aneurysm"),
+    (
+        "lesion",
+        "tumou?r|lesion|sarcoma|metasta|cancer|carcinoma|glioma|nodule|cyst|polyp|infarct|stroke|ptv|gtv|ctv|plaque|aneurysm",
+    ),
     ("cell", "cells?|nuclei|mitochondri|organoid|ovule|plantseg"),
     ("heart", "ventricular myocard|myocard|atri(um|al)|cardiac|heart|aortic valve"),
     ("vessel", "arter(y|ial|ies)|veins?|vena|venous|vessels?|aort|sinus of"),
-    ("muscle", "muscle|musculus|gluteus|psoas|masseter|pterygoid|rectus|oblique|constrictor|scalenus|capitis|palatoglossus|buccinator"),
-    ("bone", "bone|vertebra|spine|skull|rib|costal|articular|spinosus|process|cartilage|menisc|knee|teeth|tooth|joint|disc"),
+    (
+        "muscle",
+        "muscle|musculus|gluteus|psoas|masseter|pterygoid|rectus|oblique|constrictor|scalenus|capitis|palatoglossus|buccinator",
+    ),
+    (
+        "bone",
+        "bone|vertebra|spine|skull|rib|costal|articular|spinosus|process|cartilage|menisc|knee|teeth|tooth|joint|disc",
+    ),
     (
         "brain",
         "brain|cerebr|cerebell|cort(ex|ical)|gyrus|sulcus|lobule|thalam|hypothal|hippocamp|amygdal|putamen|pallid|caudate|capsule|callos"
@@ -196,7 +207,16 @@ _FAMILIES = (
     ("MR", r"\bmr|magnetic|t1|t2|flair|dwi|adc|ssfp|swi|\bpd\b"),
 )
 GROUPS = (*_TABLE, "other")
-_SIDES = {"left": "left", "lt": "left", "l": "left", "lh": "left", "right": "right", "rt": "right", "r": "right", "rh": "right"}
+_SIDES = {
+    "left": "left",
+    "lt": "left",
+    "l": "left",
+    "lh": "left",
+    "right": "right",
+    "rt": "right",
+    "r": "right",
+    "rh": "right",
+}
 # Names that say where in something: the something is in the source's name.
 _PLACES = (
     "",
@@ -241,7 +261,9 @@ def categorise(name: str, context: str = "") -> Category:
         context: Name of the source, for the group of a name that says nothing ("anterior" in "msd_hippocampus").
     """
     whole = _plain(name)
-    if re.fullmatch(r"(label|structure|class|value|object|roi|) ?\d*", whole):  # a number means something only within its source
+    if re.fullmatch(
+        r"(label|structure|class|value|object|roi|) ?\d*", whole
+    ):  # a number means something only within its source
         whole = f"{_plain(context)} {whole}".strip()
         return Category(whole or "unnamed", _group_by_words(whole) or "other")
     table = _by_name()
@@ -312,6 +334,8 @@ def _group_by_words(plain: str) -> str:
 
 
 def modality_family(modality: str) -> str:
-    """CT, MR, PET, ultrasound, microscopy ... of what a source says ("MR (T2, fat-suppressed)"); its own words where none fits."""
+    """CT, MR, PET, ultrasound, microscopy ... of what a source says ("MR (T2, fat-suppressed)"); its own words where
+    none fits.
+    """
     lower = modality.lower()
     return next((family for family, pattern in _FAMILIES if re.search(pattern, lower)), modality or "not stated")

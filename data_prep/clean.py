@@ -1,10 +1,12 @@
 """What is kept of a label map: the published rules, each an option, each dropped mask with its reason.
 
-SAM-Med3D's corpus keeps a mask of at least 1 cm3 with every side at least 1.5 cm, drops cases of more than 99 % background, keeps the five
-largest pieces of each mask and splits what lies on both sides into left and right. The paper does not say of what the background is
-counted; here it is the whole label map. Those rules are ``RULES["published"]``; ``RULES["lenient"]`` keeps all that can be clicked on.
+SAM-Med3D's corpus keeps a mask of at least 1 cm3 with every side at least 1.5 cm, drops cases of more than 99 %
+background, keeps the five largest pieces of each mask and splits what lies on both sides into left and right. The paper
+does not say of what the background is counted; here it is the whole label map. Those rules are ``RULES["published"]``;
+``RULES["lenient"]`` keeps all that can be clicked on.
 
-A dropped mask stays in the stored label map, so that nothing is lost; it is only never a target. Read ``pipeline.py`` next.
+A dropped mask stays in the stored label map, so that nothing is lost; it is only never a target. Read ``pipeline.py``
+next.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ def rules_from(preset: str, changes: list[str]) -> Rules:
         except (KeyError, ValueError) as error:
             raise InputError(f"--rule {name} must be a {kinds[name].__name__}, got {text!r}") from error
         if values[name] < 0 or (name == "max_background" and values[name] > 1):
-            raise InputError(f"--rule {name} must be {'from 0 to 1' if name == 'max_background' else '0 or more'}, got {text}")
+            raise InputError(
+                f"--rule {name} must be {'from 0 to 1' if name == 'max_background' else '0 or more'}, got {text}"
+            )
     return replace(presets[preset], **values)  # type: ignore[arg-type]
 
 
@@ -103,18 +107,24 @@ def tidy_layer(array: NDArray) -> NDArray:
     """
     if array.dtype.kind == "f":
         if not np.array_equal(array, np.round(array)):
-            raise InputError("labels must be whole numbers, got fractions; was the label map resampled with interpolation?")
+            raise InputError(
+                "labels must be whole numbers, got fractions; was the label map resampled with interpolation?"
+            )
         array = array.astype(np.int64)
     if array.dtype.kind not in "biu":
         raise InputError(f"labels must be whole numbers, got {array.dtype}")
     low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
     if low < 0:
         raise InputError(f"label values must be 0 or more, got {low}")
-    return np.ascontiguousarray(array, dtype=np.uint8 if high < 256 else np.uint16 if high <= LARGEST_VALUE else np.int64)
+    return np.ascontiguousarray(
+        array, dtype=np.uint8 if high < 256 else np.uint16 if high <= LARGEST_VALUE else np.int64
+    )
 
 
 def compact_values(array: NDArray, names: dict[int, str]) -> tuple[NDArray, dict[int, str]]:
-    """The layer with values 1, 2, 3 ... where they exceed ``LARGEST_VALUE`` (instance ids do), and the names moved along."""
+    """The layer with values 1, 2, 3 ... where they exceed ``LARGEST_VALUE`` (instance ids do), and the names moved
+    along.
+    """
     if array.dtype != np.int64:
         return array, names
     values, index = np.unique(array, return_inverse=True)
@@ -138,7 +148,8 @@ def clean_layer(
     """Apply the rules to one layer and measure what is there.
 
     Args:
-        array: (D, H, W) unsigned, canonical (x runs to the right); changed in place: small pieces become 0, right halves get a new value.
+        array: (D, H, W) unsigned, canonical (x runs to the right); changed in place: small pieces become 0, right
+            halves get a new value.
         names: Name of each value.
         spacing_zyx_mm: Voxel edges.
         rules: What to keep.
@@ -168,13 +179,23 @@ def clean_layer(
         pieces, sizes = _pieces(mask)
         if rules.keep_components and len(sizes) > rules.keep_components:
             _remove_small(array[box], pieces, sizes, rules.keep_components)
-        if rules.split_sides and category.paired and free <= LARGEST_VALUE and (right := _right_half(pieces, sizes)) is not None:
+        if (
+            rules.split_sides
+            and category.paired
+            and free <= LARGEST_VALUE
+            and (right := _right_half(pieces, sizes)) is not None
+        ):
             array[box][right & (array[box] == value)] = free
-            parts = {value: (f"{name} (left)", _on_side(category, "left")), free: (f"{name} (right)", _on_side(category, "right"))}
+            parts = {
+                value: (f"{name} (left)", _on_side(category, "left")),
+                free: (f"{name} (right)", _on_side(category, "right")),
+            }
             free += 1
         for part, (called, kind) in parts.items():
             reason = "" if named or instances else f"value {value} has no name in the source"
-            found.append(_measured(array, box, part, called, kind, len(sizes), spacing_zyx_mm, rules, background, reason, seed))
+            found.append(
+                _measured(array, box, part, called, kind, len(sizes), spacing_zyx_mm, rules, background, reason, seed)
+            )
     return array, found
 
 
@@ -244,7 +265,8 @@ def _remove_small(block: NDArray, pieces: NDArray, sizes: NDArray, keep: int) ->
 def _right_half(pieces: NDArray, sizes: NDArray) -> NDArray | None:
     """The pieces on the right of a structure of two halves, or None where it has no two halves side by side.
 
-    The two largest pieces must be of like size and lie beside each other along x; every other piece goes to the nearer one.
+    The two largest pieces must be of like size and lie beside each other along x; every other piece goes to the nearer
+    one.
     """
     if len(sizes) < 2:
         return None
@@ -258,7 +280,10 @@ def _right_half(pieces: NDArray, sizes: NDArray) -> NDArray | None:
     left, right = sorted((first, second), key=lambda piece: centres[piece])
     middle = (centres[left] + centres[right]) / 2
     cut = int(np.ceil(middle))
-    if profiles[left, :cut].sum() < _OWN_SIDE * sizes[left - 1] or profiles[right, cut:].sum() < _OWN_SIDE * sizes[right - 1]:
+    if (
+        profiles[left, :cut].sum() < _OWN_SIDE * sizes[left - 1]
+        or profiles[right, cut:].sum() < _OWN_SIDE * sizes[right - 1]
+    ):
         return None
     chosen = centres > middle
     chosen[0] = False

@@ -1,7 +1,8 @@
-"""One case from its source files to its arrays and its record in the corpus. Runs in a worker; knows nothing of other cases.
+"""One case from its source files to its arrays and its record in the corpus. Runs in a worker; knows nothing of other
+cases.
 
-The record (``records/SOURCE/CASE.json``) is written last: a case with a record is finished, and one without is done again.
-Read ``manifest.py`` next for what becomes of the records.
+The record (``records/SOURCE/CASE.json``) is written last: a case with a record is finished, and one without is done
+again. Read ``manifest.py`` next for what becomes of the records.
 """
 
 from __future__ import annotations
@@ -135,7 +136,9 @@ def store(task: Task, raw: RawArrays, notes: list[str]) -> None:
         write_array(image_path(folder, key, suffix, settings.storage), array)
         images.append({"channel": suffix, "modality": channel, "dtype": str(array.dtype), "content_hash": content})
     if kept:
-        write_array(labels_path(folder, key, settings.storage), np.stack(layers) if len(layers) > 1 else layers[0][None])
+        write_array(
+            labels_path(folder, key, settings.storage), np.stack(layers) if len(layers) > 1 else layers[0][None]
+        )
     record = {
         "version": VERSION,
         "fingerprint": task.fingerprint,
@@ -168,36 +171,52 @@ def _labels(
         instances = task.facts.label_kind == "instance"
         seed = f"{task.case.source}/{task.case.id}/{number}"
         rules = task.settings.rules
-        array, found = clean_layer(array, names, spacing, rules, instances=instances, source=task.case.source, seed=seed)
+        array, found = clean_layer(
+            array, names, spacing, rules, instances=instances, source=task.case.source, seed=seed
+        )
         layers.append(array)
         structures += [(number, s) for s in found]
     if not structures:
-        raise InputError(f"label is empty: no structure in {next(iter(task.case.paths.values()), task.case.id)}; leave the case out")
+        raise InputError(
+            f"label is empty: no structure in {next(iter(task.case.paths.values()), task.case.id)}; leave the case out"
+        )
     widest = np.result_type(*[a.dtype for a in layers])
     return [a.astype(widest, copy=False) for a in layers], structures
 
 
 def _check_grids(raw: RawArrays, settings: Settings) -> None:
-    """Images and labels must be of one shape and place; a reader repairs what may be repaired, this is the last look."""
+    """Images and labels must be of one shape and place; a reader repairs what may be repaired, this is the last
+    look.
+    """
     for layer in raw.layers:
         if layer.array.shape != raw.grid.shape_zyx:
-            raise InputError(f"image and label must have one shape, got {raw.grid.shape_zyx} and {layer.array.shape} (zyx)")
+            raise InputError(
+                f"image and label must have one shape, got {raw.grid.shape_zyx} and {layer.array.shape} (zyx)"
+            )
     for _, volume in raw.images:
         if volume.array.shape != raw.grid.shape_zyx:
-            raise InputError(f"image must have the label's shape {raw.grid.shape_zyx}, got {volume.array.shape} (zyx): {volume.source}")
+            raise InputError(
+                f"image must have the label's shape {raw.grid.shape_zyx}, got {volume.array.shape} (zyx): {volume.source}"
+            )
         difference = grid_difference(raw.grid, volume.grid)
         if difference and not settings.repair_geometry:
-            raise InputError(f"image and label must share one grid: {difference}: {volume.source}; use --repair-geometry")
+            raise InputError(
+                f"image and label must share one grid: {difference}: {volume.source}; use --repair-geometry"
+            )
 
 
 def compact_image(array: NDArray) -> NDArray:
-    """The image as int16 or uint8 where that loses nothing (files often hold integers as float or int32), else as float32."""
+    """The image as int16 or uint8 where that loses nothing (files often hold integers as float or int32), else as
+    float32.
+    """
     if array.dtype in (np.uint8, np.int16):
         return array
     if array.dtype.kind == "f" and not all(np.array_equal(plane, np.round(plane)) for plane in array):
         return array.astype(np.float32, copy=False)
     low, high = float(array.min()), float(array.max())
-    fits = next((t for t in (np.uint8, np.int16, np.int32) if np.iinfo(t).min <= low and high <= np.iinfo(t).max), np.float32)
+    fits = next(
+        (t for t in (np.uint8, np.int16, np.int32) if np.iinfo(t).min <= low and high <= np.iinfo(t).max), np.float32
+    )
     return array.astype(fits)
 
 
@@ -211,7 +230,9 @@ def content_hash(array: NDArray) -> str:
 
 
 def fingerprint(case: RawCase, settings: Settings, about: str = "") -> str:
-    """Changes with the case's files (size, time), how it is listed, the settings, and ``about``, what the source says of itself."""
+    """Changes with the case's files (size, time), how it is listed, the settings, and ``about``, what the source says
+    of itself.
+    """
     parts: list[Any] = [asdict(case), asdict(settings), about]
     for text in sorted(set(case.paths.values())):
         parts += [(name, size, time) for name, size, time in _stats(text)]

@@ -37,7 +37,10 @@ def write_manifest(folder: Path, settings: dict[str, Any], problems: list[tuple[
         The counts, as in ``corpus.json``.
     """
     records = read_records(folder)
-    sources = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("records/*/source.json"))}
+    sources = {
+        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("records/*/source.json"))
+    }
     groups, splits = draw_splits(records, settings["validation_share"])
     twins = duplicates(records)
     cases = [row for r in records for row in _case_rows(r, groups, splits, twins, sources)]
@@ -45,7 +48,9 @@ def write_manifest(folder: Path, settings: dict[str, Any], problems: list[tuple[
     _write_table(folder / "cases.csv", CASE_COLUMNS, cases)
     _write_table(folder / "labels.csv", LABEL_COLUMNS, [row for row, _ in labels])
     _write_table(
-        folder / "problems.csv", PROBLEM_COLUMNS, [{"source": s, "path": p.path, "reason": p.reason} for s, p in sorted(problems, key=str)]
+        folder / "problems.csv",
+        PROBLEM_COLUMNS,
+        [{"source": s, "path": p.path, "reason": p.reason} for s, p in sorted(problems, key=str)],
     )
     points = np.array([p for _, p in labels], dtype=np.uint16).reshape(-1, POINTS, 3)
     write_whole(folder / "points.npy", lambda part: _save(part, points))
@@ -82,11 +87,13 @@ def read_problems(folder: Path) -> list[tuple[str, Problem]]:
 def draw_splits(records: list[Record], validation_share: float) -> tuple[dict[str, str], dict[str, str]]:
     """Who stands on which side.
 
-    A subject is on one side with all its cases, in whatever source; so are subjects that share an image. A split that the source
-    prescribes as "test" holds for all cases of the subject in that source, and for copies of its images elsewhere.
+    A subject is on one side with all its cases, in whatever source; so are subjects that share an image. A split that
+    the source prescribes as "test" holds for all cases of the subject in that source, and for copies of its images
+    elsewhere.
 
     Returns:
-        Subject to split group (the subjects held out with it, joined), and case to split: a group is held out where any of it is.
+        Subject to split group (the subjects held out with it, joined), and case to split: a group is held out where any
+        of it is.
     """
     hashes = _by_hash(records)
     parent: dict[str, str] = {r["subject"]: r["subject"] for r in records}
@@ -170,7 +177,9 @@ def _case_rows(
         }
 
 
-def _label_rows(r: Record, splits: dict[str, str], sources: dict[str, dict[str, Any]]) -> Iterable[tuple[Record, Record]]:
+def _label_rows(
+    r: Record, splits: dict[str, str], sources: dict[str, dict[str, Any]]
+) -> Iterable[tuple[Record, Record]]:
     facts = sources.get(r["source"], {})
     for entry in r["labels"]:
         row = {
@@ -181,7 +190,18 @@ def _label_rows(r: Record, splits: dict[str, str], sources: dict[str, dict[str, 
             "modality": r["modality"] or facts.get("modality", ""),
             **{
                 name: entry[name]
-                for name in ("layer", "value", "name", "category", "anatomy", "side", "voxels", "mm3", "components", "reason")
+                for name in (
+                    "layer",
+                    "value",
+                    "name",
+                    "category",
+                    "anatomy",
+                    "side",
+                    "voxels",
+                    "mm3",
+                    "components",
+                    "reason",
+                )
             },
             **dict(zip(("z0", "y0", "x0"), entry["start_zyx"], strict=True)),
             **dict(zip(("z1", "y1", "x1"), entry["stop_zyx"], strict=True)),

@@ -1,7 +1,7 @@
 """What is in a corpus, for people: the table that a paper would print, and a page with pictures of every category.
 
-The page is one HTML file with its pictures inside; each shows image and mask through a voxel of the structure, so that a wrong name, a
-shifted mask or a swapped side catches the eye. Reads a corpus, changes nothing in it but the page.
+The page is one HTML file with its pictures inside; each shows image and mask through a voxel of the structure, so that
+a wrong name, a shifted mask or a swapped side catches the eye. Reads a corpus, changes nothing in it but the page.
 """
 
 from __future__ import annotations
@@ -97,11 +97,21 @@ def summarise(corpus: Corpus) -> list[Section]:
         _by_source(corpus),
     ]
     frequent = Counter(kept["category"].tolist()).most_common(15)
-    sections.append(Section("most frequent categories", ("category", "masks"), [(name, f"{n:,}") for name, n in frequent]))
+    sections.append(
+        Section("most frequent categories", ("category", "masks"), [(name, f"{n:,}") for name, n in frequent])
+    )
     dropped = Counter(kind_of_reason(r) for r in labels.where(kept="0")["reason"].tolist()).most_common()
     if dropped:
-        sections.append(Section("dropped masks (labels.csv has each)", ("reason", "masks"), [(reason, f"{n:,}") for reason, n in dropped]))
-    twins = [(row, first) for row, first in zip(cases["id"].tolist(), cases["duplicate_of"].tolist(), strict=True) if first]
+        sections.append(
+            Section(
+                "dropped masks (labels.csv has each)",
+                ("reason", "masks"),
+                [(reason, f"{n:,}") for reason, n in dropped],
+            )
+        )
+    twins = [
+        (row, first) for row, first in zip(cases["id"].tolist(), cases["duplicate_of"].tolist(), strict=True) if first
+    ]
     if twins:
         sections.append(Section("same image twice (kept on one side of the split)", ("image", "same as"), twins))
     return sections
@@ -116,7 +126,10 @@ def kind_of_reason(reason: str) -> str:
         "side ": "side in mm under",
         "background": "background in % over",
     }
-    return next((f"{kind} {limit}" for word, kind in kinds.items() if limit and word in measured), "value without a name in its source")
+    return next(
+        (f"{kind} {limit}" for word, kind in kinds.items() if limit and word in measured),
+        "value without a name in its source",
+    )
 
 
 def write_page(corpus: Corpus, path: Path, examples: int = 2) -> int:
@@ -143,7 +156,9 @@ def write_page(corpus: Corpus, path: Path, examples: int = 2) -> int:
         for name in names:
             pictures = "".join(_picture(corpus, case, label) for case, label in found[name])
             sources = ", ".join(sorted({case.source for case, _ in found[name]}))
-            parts.append(f"<div class=card><b>{_safe(name)}</b><small>{masks[name]:,} masks; {_safe(sources)}</small><br>{pictures}</div>")
+            parts.append(
+                f"<div class=card><b>{_safe(name)}</b><small>{masks[name]:,} masks; {_safe(sources)}</small><br>{pictures}</div>"
+            )
     write_text(path, "\n".join(parts) + "\n")
     return len(found)
 
@@ -219,7 +234,9 @@ def _picture(corpus: Corpus, case: CaseRecord, label: LabelRecord) -> str:
 
 
 def _view(corpus: Corpus, case: CaseRecord, label: LabelRecord, axis: int, voxel: NDArray) -> NDArray[np.uint8]:
-    """(pixels, pixels, 3): the plane across ``axis`` around the structure, seen from the feet or the front (right is on the left)."""
+    """(pixels, pixels, 3): the plane across ``axis`` around the structure, seen from the feet or the front (right is on
+    the left).
+    """
     from PIL import Image
 
     index: list[slice] = []

@@ -1,8 +1,10 @@
-"""From folders of labelled volumes to a corpus: find, check, convert in parallel, list what was kept, dropped and refused.
+"""From folders of labelled volumes to a corpus: find, check, convert in parallel, list what was kept, dropped and
+refused.
 
-A run can be killed at any moment and started again: finished cases are recognised by their record and not done twice, and the result is the
-same, byte for byte. A later run with further sources adds them. Nothing outside the target folder is written. The parts: ``readers/`` (what
-lies where), ``convert.py`` (one case), ``clean.py`` (the rules), ``workers.py`` (processes and clusters), ``manifest.py`` (the tables).
+A run can be killed at any moment and started again: finished cases are recognised by their record and not done twice,
+and the result is the same, byte for byte. A later run with further sources adds them. Nothing outside the target folder
+is written. The parts: ``readers/`` (what lies where), ``convert.py`` (one case), ``clean.py`` (the rules),
+``workers.py`` (processes and clusters), ``manifest.py`` (the tables).
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ class Result:
             remedy = "; --rules lenient (into another folder) keeps small ones" if self.min_volume_mm3 else ""
             lines.append(f"{dropped:,} masks dropped by the rules, each with its reason in labels.csv{remedy}")
         if twins := self.counts["duplicate_images"]:
-            lines.append(f"{twins:,} images are there twice (duplicate_of in cases.csv); they stay on one side of the split")
+            lines.append(
+                f"{twins:,} images are there twice (duplicate_of in cases.csv); they stay on one side of the split"
+            )
         return "\n".join(lines)
 
 
@@ -99,7 +103,8 @@ def prepare(
         progress: Show a progress bar with the time left, on stderr.
 
     Raises:
-        InputError: if a source is not recognised, the target is not ours, or the disk is too small. Nothing is written then.
+        InputError: if a source is not recognised, the target is not ours, or the disk is too small. Nothing is written
+            then.
     """
     settings = settings or Settings()
     check_storage(settings.storage)
@@ -107,7 +112,9 @@ def prepare(
     known = _existing_settings(out)
     _check_settings(out, known, settings)
     images, labels = patterns
-    found_sources = find_sources(list(sources), source_format, image_pattern=images, label_pattern=labels) if sources else []
+    found_sources = (
+        find_sources(list(sources), source_format, image_pattern=images, label_pattern=labels) if sources else []
+    )
     listed = _list_sources([(reader, folder.resolve()) for reader, folder in found_sources], out, licensed_only)
     if generated is not None:
         listed += _list_sources([(generated, None)], out, False)
@@ -141,7 +148,9 @@ def _existing_settings(out: Path) -> dict[str, Any] | None:
             raise InputError(f"output folder is not empty and holds no corpus of ours: {out}; choose another") from None
         return None
     if body["version"] != VERSION:
-        raise InputError(f"output holds a corpus of version {body['version']}, this is version {VERSION}: {out}; choose another folder")
+        raise InputError(
+            f"output holds a corpus of version {body['version']}, this is version {VERSION}: {out}; choose another folder"
+        )
     return dict(body["settings"])
 
 
@@ -151,7 +160,9 @@ def _check_settings(out: Path, known: dict[str, Any] | None, settings: Settings)
         flat = [{**s, **s["rules"]} for s in (known, wanted)]
         changed = sorted(k for k in flat[1] if k != "rules" and flat[0].get(k) != flat[1][k])
         said = ", ".join(f"{k} {flat[0].get(k)} there, {flat[1][k]} now" for k in changed)
-        raise InputError(f"output holds a corpus made with other settings ({said}): {out}; choose another folder or use the same settings")
+        raise InputError(
+            f"output holds a corpus made with other settings ({said}): {out}; choose another folder or use the same settings"
+        )
 
 
 def _as_json(settings: Settings) -> dict[str, Any]:
@@ -171,11 +182,15 @@ def _list_sources(found: Sequence[tuple[Reader, Path | None]], out: Path, licens
         at = out / "records" / facts.name / "source.json"
         said = "" if folder is None else str(folder)
         if at.exists() and (before := json.loads(at.read_text(encoding="utf-8"))["folder"]) != said:
-            raise InputError(f"the corpus has a source called {facts.name!r} already, from {before}, got {folder}; rename the folder")
+            raise InputError(
+                f"the corpus has a source called {facts.name!r} already, from {before}, got {folder}; rename the folder"
+            )
         cases, problems = reader.cases(folder or Path())
         listed.append(_Source(reader, said, facts, *_distinct(cases, problems)))
     if not listed and found:
-        raise InputError("no source is left: none states a clear licence; give --licensed-only up, or state it in source.json")
+        raise InputError(
+            "no source is left: none states a clear licence; give --licensed-only up, or state it in source.json"
+        )
     return listed
 
 
@@ -190,7 +205,10 @@ def _distinct(cases: list[RawCase], problems: list[Problem]) -> tuple[list[RawCa
         elif case.id.lower() in kept:  # lower: some file systems do not tell A from a
             first = kept[case.id.lower()]
             problems.append(
-                Problem(path, f"two cases have the id {case.id!r}, the other is {next(iter(first.paths.values()), '')}; rename one")
+                Problem(
+                    path,
+                    f"two cases have the id {case.id!r}, the other is {next(iter(first.paths.values()), '')}; rename one",
+                )
             )
         else:
             kept[case.id.lower()] = case
@@ -202,7 +220,9 @@ def _plan(listed: list[_Source], out: Path, settings: Settings) -> tuple[list[Ta
     tasks, found = [], 0
     for source in listed:
         files = [Path(source.folder) / name for name in ("dataset.json", "source.json")] if source.folder else []
-        about = "".join(path.read_text(encoding="utf-8", errors="replace") for path in files if path.is_file())  # they name the labels
+        about = "".join(
+            path.read_text(encoding="utf-8", errors="replace") for path in files if path.is_file()
+        )  # they name the labels
         for case in source.cases:
             mark = fingerprint(case, settings, about)
             if _is_finished(out, case, mark, settings.storage):
@@ -226,7 +246,9 @@ def _is_finished(out: Path, case: RawCase, mark: str, storage: str) -> bool:
 
 
 def _check_space(out: Path, tasks: list[Task]) -> None:
-    """The sources' own size is the estimate: they are compressed as well, and masks that are dropped make up for what is not."""
+    """The sources' own size is the estimate: they are compressed as well, and masks that are dropped make up for what
+    is not.
+    """
     need = sum(input_bytes(task.case) for task in tasks) + _SPARE_BYTES
     place = next(p for p in (out, *out.parents) if p.exists())
     free = shutil.disk_usage(place).free
@@ -237,7 +259,9 @@ def _check_space(out: Path, tasks: list[Task]) -> None:
 
 
 def _begin(out: Path, listed: list[_Source], settings: Settings) -> None:
-    """Write what the run is, and clear away what an interrupted one left: half files, and records of cases that are no longer listed."""
+    """Write what the run is, and clear away what an interrupted one left: half files, and records of cases that are no
+    longer listed.
+    """
     write_text(out / "settings.json", json.dumps({"version": VERSION, "settings": _as_json(settings)}, indent=1) + "\n")
     for part in out.rglob(".part-*"):
         part.unlink(missing_ok=True)
@@ -253,7 +277,14 @@ def _begin(out: Path, listed: list[_Source], settings: Settings) -> None:
 
 def _run(tasks: list[Task], jobs: int, cluster: str | None, progress: bool) -> list[tuple[str, Problem]]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),

@@ -1,4 +1,5 @@
-"""Another voxel grid over the same box: images by a triangle filter as wide as the step, labels by the nearest voxel. Numpy and scipy only.
+"""Another voxel grid over the same box: images by a triangle filter as wide as the step, labels by the nearest voxel.
+Numpy and scipy only.
 
 The same weights as a training crop's (``samed3d/crops.py``), plane by plane.
 """
@@ -14,9 +15,15 @@ from numpy.typing import NDArray
 from samed3d.geometry import IntTriple, Triple
 
 
-def target_shape(shape_zyx: IntTriple, spacing_zyx_mm: Triple, spacing_mm: float | None, max_side: int | None) -> IntTriple:
-    """Voxels along each axis on cubic voxels of ``spacing_mm``, with axes of more than ``max_side`` voxels coarsened after that."""
-    wanted = [max(1, round(n * s / spacing_mm)) if spacing_mm else n for n, s in zip(shape_zyx, spacing_zyx_mm, strict=True)]
+def target_shape(
+    shape_zyx: IntTriple, spacing_zyx_mm: Triple, spacing_mm: float | None, max_side: int | None
+) -> IntTriple:
+    """Voxels along each axis on cubic voxels of ``spacing_mm``, with axes of more than ``max_side`` voxels coarsened
+    after that.
+    """
+    wanted = [
+        max(1, round(n * s / spacing_mm)) if spacing_mm else n for n, s in zip(shape_zyx, spacing_zyx_mm, strict=True)
+    ]
     if max_side:
         wanted = [-(-n // -(-n // max_side)) for n in wanted]
     return (wanted[0], wanted[1], wanted[2])
@@ -25,7 +32,8 @@ def target_shape(shape_zyx: IntTriple, spacing_zyx_mm: Triple, spacing_mm: float
 def resample_image(array: NDArray, shape_zyx: IntTriple) -> NDArray:
     """A (D, H, W) image on ``shape_zyx`` voxels; its own type, rounded where that is an integer.
 
-    Works plane by plane, in the order that handles fewer planes: neither a float copy of the volume nor a large temporary is made.
+    Works plane by plane, in the order that handles fewer planes: neither a float copy of the volume nor a large
+    temporary is made.
     """
     if array.shape == shape_zyx:
         return array
@@ -60,7 +68,9 @@ def resample_labels(array: NDArray, shape_zyx: IntTriple) -> NDArray:
     """A (D, H, W) label map on ``shape_zyx`` voxels; no value is mixed with another."""
     if array.shape == shape_zyx:
         return array
-    z, y, x = (np.clip(np.round(_centres(n, m)).astype(int), 0, n - 1) for n, m in zip(array.shape, shape_zyx, strict=True))
+    z, y, x = (
+        np.clip(np.round(_centres(n, m)).astype(int), 0, n - 1) for n, m in zip(array.shape, shape_zyx, strict=True)
+    )
     result = np.empty(shape_zyx, array.dtype)
     for target, source in enumerate(z.tolist()):
         same = target > 0 and source == z[target - 1]
@@ -89,6 +99,8 @@ def _weights(size: int, count: int) -> Any:
     values = np.clip(1.0 - np.abs(columns - centres[:, None]) / width, 0.0, None) * ((columns >= 0) & (columns < size))
     values /= values.sum(axis=1, keepdims=True)
     rows = np.repeat(np.arange(count), columns.shape[1])
-    matrix = csr_matrix((values.ravel().astype(np.float32), (rows, np.clip(columns, 0, size - 1).ravel())), shape=(count, size))
+    matrix = csr_matrix(
+        (values.ravel().astype(np.float32), (rows, np.clip(columns, 0, size - 1).ravel())), shape=(count, size)
+    )
     matrix.eliminate_zeros()
     return matrix

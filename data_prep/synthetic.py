@@ -1,6 +1,7 @@
 """Generated cases as a source like any other: listed by number, loaded by making them. Same seed, same corpus.
 
-So they are stored, resumed, spread over processes and shown like real ones. What is made: ``samed3d/data/generated.py``.
+So they are stored, resumed, spread over processes and shown like real ones. What is made:
+``samed3d/data/generated.py``.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class SyntheticReader:
         if self.kind not in GENERATED_KINDS:
             raise InputError(f"--kind must be one of {', '.join(GENERATED_KINDS)}, got {self.kind!r}")
         if (self.kind == "labelmaps") != bool(self.label_maps):
-            raise InputError(f"--label-maps must be given with --kind labelmaps and with no other, got --kind {self.kind}")
+            raise InputError(
+                f"--label-maps must be given with --kind labelmaps and with no other, got --kind {self.kind}"
+            )
 
     def recognises(self, folder: Path) -> bool:
         """Never: it is asked for by name."""
@@ -55,21 +58,34 @@ class SyntheticReader:
         """A source of its own for every kind and seed."""
         name = f"{NAME}_{self.kind}_{self.seed}"
         licence = "as the label maps" if self.label_maps else "generated, no terms"
-        return SourceFacts(name, NAME, "generated", licence, "unclear" if self.label_maps else "ok", "samed3d prepare synthetic")
+        return SourceFacts(
+            name, NAME, "generated", licence, "unclear" if self.label_maps else "ok", "samed3d prepare synthetic"
+        )
 
     def cases(self, folder: Path) -> tuple[list[RawCase], list[Problem]]:
-        """As many as were asked for. A painted label map keeps its subject, so that splits keep people apart here as well."""
+        """As many as were asked for. A painted label map keeps its subject, so that splits keep people apart here as
+        well.
+        """
         source = self.source(folder).name
-        maps = [case for reader, place in find_sources(self.label_maps) for case in reader.cases(place)[0]] if self.label_maps else []
+        maps = (
+            [case for reader, place in find_sources(self.label_maps) for case in reader.cases(place)[0]]
+            if self.label_maps
+            else []
+        )
         if self.label_maps and not maps:
-            raise InputError(f"--label-maps must hold labelled cases, got none in {', '.join(map(str, self.label_maps))}")
+            raise InputError(
+                f"--label-maps must hold labelled cases, got none in {', '.join(map(str, self.label_maps))}"
+            )
         listed = []
         for number in range(self.count):
             paths = {"kind": self.kind, "seed": f"{self.seed} {number}", "size": str(self.size)}
             subject, name = f"{source}_{number:06d}", f"{self.kind}_{number:06d}"
             if maps:
                 chosen = maps[int(np.random.default_rng([self.seed, number, 1]).integers(len(maps)))]
-                paths |= {"case": json.dumps(asdict(chosen)), **{f"map_{key}": value for key, value in chosen.paths.items()}}
+                paths |= {
+                    "case": json.dumps(asdict(chosen)),
+                    **{f"map_{key}": value for key, value in chosen.paths.items()},
+                }
                 subject = chosen.subject
             listed.append(RawCase(name, source, subject, "generated", None, NAME, paths))
         return listed, []
@@ -93,7 +109,9 @@ def load_synthetic(case: RawCase, *, repair_geometry: bool = False) -> RawArrays
     layer = real.layers[0]
     given = resample_labels(np.ascontiguousarray(view.to_canonical(layer.array)), shape)
     values = np.unique(given[given > 0])  # as 1, 2, 3 ...: painting counts in 16 bits
-    image, labels, unit, _ = generated_case("labelmaps", seed, shape, np.searchsorted(values, given, side="left") + (given > 0))
+    image, labels, unit, _ = generated_case(
+        "labelmaps", seed, shape, np.searchsorted(values, given, side="left") + (given > 0)
+    )
     names = {number: layer.names.get(int(value), f"label_{value}") for number, value in enumerate(values, start=1)}
     grid = Grid(unit.shape_zyx, (spacing[2], spacing[1], spacing[0]), direction_lps=unit.direction_lps)
     return RawArrays([("generated", Volume(image, grid, case.id))], grid, [LabelLayer(labels, names)])

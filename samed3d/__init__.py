@@ -1,6 +1,7 @@
 """Fully-3D promptable segmentation: open a volume, click, get the whole structure back in the volume's own grid.
 
-The public names below are loaded when first used, so that ``import samed3d`` costs nothing. Read ``inference/session.py`` next.
+The public names below are loaded when first used, so that ``import samed3d`` costs nothing. Read
+``inference/session.py`` next.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""The rules of ``clicks.py`` for a whole batch at once, without leaving the device: a GPU must not wait for a CPU's distance maps.
+"""The rules of ``clicks.py`` for a whole batch at once, without leaving the device: a GPU must not wait for a CPU's
+distance maps.
 
-Same rules, other draws: a click follows from the sample's generator alone, but is not the one that the CPU would have drawn.
+Same rules, other draws: a click follows from the sample's generator alone, but is not the one that the CPU would have
+drawn.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ POLICIES = ("uniform", "centre", "ritm")
 _NEIGHBOURS = list(itertools.product((-1, 0, 1), repeat=3))
 
 
-def clicks_of_batch(pred_mask: Tensor, target_mask: Tensor, policy: str, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+def clicks_of_batch(
+    pred_mask: Tensor, target_mask: Tensor, policy: str, generators: Sequence[torch.Generator]
+) -> tuple[Tensor, Tensor]:
     """One click per sample, by one rule or by ``"mixed"``: uniform while a sample has no mask, then any rule.
 
     Args:
@@ -27,7 +31,8 @@ def clicks_of_batch(pred_mask: Tensor, target_mask: Tensor, policy: str, generat
         generators: B of them, on the tensors' device.
 
     Returns:
-        Points (B, 1, 3) float zyx and labels (B, 1): 1 for a missed voxel, 0 for a surplus one, -1 where nothing is wrong.
+        Points (B, 1, 3) float zyx and labels (B, 1): 1 for a missed voxel, 0 for a surplus one, -1 where nothing is
+        wrong.
     """
     pred, target = pred_mask[:, 0], target_mask[:, 0]
     error = pred ^ target
@@ -56,11 +61,14 @@ def clicks_at_highest(score: Tensor, error: Tensor, target: Tensor) -> tuple[Ten
     flat = score.flatten(1).argmax(dim=1)
     points = torch.stack([flat // (height * width), flat // width % height, flat % width], dim=-1)
     labels = target.flatten(1).gather(1, flat[:, None]).long()
-    return points[:, None].float(), torch.where(error.flatten(1).any(dim=1, keepdim=True), labels, torch.full_like(labels, -1))
+    return points[:, None].float(), torch.where(
+        error.flatten(1).any(dim=1, keepdim=True), labels, torch.full_like(labels, -1)
+    )
 
 
 def squared_depth(mask: Tensor) -> Tensor:
-    """(B, D, H, W) bool to float32: squared Euclidean distance of each True voxel to the nearest False one; outside counts as False.
+    """(B, D, H, W) bool to float32: squared Euclidean distance of each True voxel to the nearest False one; outside
+    counts as False.
 
     One axis after the other adds its squares. A few passes over small numbers: memory traffic is all that this costs.
     """
@@ -84,7 +92,9 @@ def squared_depth(mask: Tensor) -> Tensor:
 
 
 def _shifts(volumes: Tensor, axis: int, step: int, source: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of what lies ``step`` voxels apart along an axis, both ways: where to write and what to read, from ``source`` if given."""
+    """Views of what lies ``step`` voxels apart along an axis, both ways: where to write and what to read, from
+    ``source`` if given.
+    """
     source = volumes if source is None else source
     n = volumes.shape[axis] - step
     yield volumes.narrow(axis, step, n), source.narrow(axis, 0, n)
@@ -92,7 +102,8 @@ def _shifts(volumes: Tensor, axis: int, step: int, source: Tensor | None = None)
 
 
 def largest_components(mask: Tensor) -> Tensor:
-    """(B, D, H, W) bool to the 26-connected component with the most voxels of each sample; of equal ones the first in the volume.
+    """(B, D, H, W) bool to the 26-connected component with the most voxels of each sample; of equal ones the first in
+    the volume.
 
     Source: the hooking and short-cutting of FastSV (Zhang, Azad and Hu 2020), on the True voxels alone.
     """
@@ -100,12 +111,15 @@ def largest_components(mask: Tensor) -> Tensor:
     count, found = len(where), torch.zeros_like(mask)
     if not count:
         return found
-    # True voxels by number, with a border; whatever is not one has the number ``count``, which no neighbour takes for the smallest.
+    # True voxels by number, with a border; whatever is not one has the number ``count``, which no neighbour takes for
+    # the smallest.
     number = torch.full([mask.shape[0], *(n + 2 for n in mask.shape[1:])], count, device=mask.device)
     sample, z, y, x = where.unbind(1)
     number[sample, z + 1, y + 1, x + 1] = torch.arange(count, device=mask.device)
     neighbours = torch.stack([number[sample, z + 1 + dz, y + 1 + dy, x + 1 + dx] for dz, dy, dx in _NEIGHBOURS])
-    label = torch.arange(count + 1, device=mask.device)  # the number of another voxel of the same component, at last of its first
+    label = torch.arange(
+        count + 1, device=mask.device
+    )  # the number of another voxel of the same component, at last of its first
     while True:
         before = label
         smallest = label[neighbours].amin(dim=0)

@@ -1,8 +1,9 @@
 """Simulated users: where the next click falls, given what is wrong. Every rule takes its generator.
 
-Two forms: ``next_click``, ``noisy_click``, ``user_box`` and ``user_stroke`` for one full volume (evaluation, demo; numpy) and
-``error_clicks``, ``sample_clicks``, ``jittered_boxes`` for a batch of crops (training; torch, on any device). A perfect mask
-or an empty target gives no click, never an error.
+Two forms: ``next_click``, ``noisy_click``, ``user_box`` and ``user_stroke`` for one full volume (evaluation, demo;
+numpy) and
+``error_clicks``, ``sample_clicks``, ``jittered_boxes`` for a batch of crops (training; torch, on any device). A perfect
+mask or an empty target gives no click, never an error.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ __all__ = [
 ]
 
 
-def distance_inside(mask: NDArray[np.bool_], spacing_zyx: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> NDArray[np.float32]:
+def distance_inside(
+    mask: NDArray[np.bool_], spacing_zyx: tuple[float, float, float] = (1.0, 1.0, 1.0)
+) -> NDArray[np.float32]:
     """Euclidean distance of each True voxel to the nearest False one; beyond the array counts as False."""
     padded = np.pad(mask, 1)
     try:
@@ -72,9 +75,10 @@ def next_click(
     Args:
         pred_mask: Current mask; all False before the first click.
         target_mask: What the user wants.
-        policy: ``"uniform"``: uniform over all wrong voxels (SAM-Med3D). ``"centre"``: the voxel deepest inside the largest wrong
-            component (the CVPR 2025 challenge's rule). ``"ritm"``: of missed and of surplus voxels take the deeper kind, then a random
-            voxel at more than half that depth (RITM, as in SAM-Med3D's released validation).
+        policy: ``"uniform"``: uniform over all wrong voxels (SAM-Med3D). ``"centre"``: the voxel deepest inside the
+            largest wrong component (the CVPR 2025 challenge's rule). ``"ritm"``: of missed and of surplus voxels take
+            the deeper kind, then a random voxel at more than half that depth (RITM, as in SAM-Med3D's released
+            validation).
         rng: Needed for ``"uniform"`` and ``"ritm"``.
 
     Returns:
@@ -136,20 +140,28 @@ def noisy_click(
     if meant is None:
         return None
     offsets = rng.normal(0.0, sigma_mm, 3) / np.asarray(spacing_zyx_mm)
-    z, y, x = (int(np.clip(round(v + o), 0, n - 1)) for v, o, n in zip(meant[0], offsets, target_mask.shape, strict=True))
+    z, y, x = (
+        int(np.clip(round(v + o), 0, n - 1)) for v, o, n in zip(meant[0], offsets, target_mask.shape, strict=True)
+    )
     return (z, y, x), meant[1]
 
 
-def user_box(target_mask: NDArray[np.bool_], jitter: float, rng: np.random.Generator) -> tuple[IntTriple, IntTriple] | None:
-    """A person's 3D box: the tight one with each face moved by up to ``jitter`` of the edge, half-open zyx; None for an empty target.
+def user_box(
+    target_mask: NDArray[np.bool_], jitter: float, rng: np.random.Generator
+) -> tuple[IntTriple, IntTriple] | None:
+    """A person's 3D box: the tight one with each face moved by up to ``jitter`` of the edge, half-open zyx; None for an
+    empty target.
 
-    The box stays in the volume and keeps at least one voxel per axis. ``jittered_boxes`` is the same for a batch in training.
+    The box stays in the volume and keeps at least one voxel per axis. ``jittered_boxes`` is the same for a batch in
+    training.
     """
     tight = bounding_region(target_mask)
     if tight.is_empty:
         return None
     low, high = [], []
-    for a, b, size, moves in zip(tight.start_zyx, tight.stop_zyx, target_mask.shape, rng.uniform(-jitter, jitter, (3, 2)), strict=True):
+    for a, b, size, moves in zip(
+        tight.start_zyx, tight.stop_zyx, target_mask.shape, rng.uniform(-jitter, jitter, (3, 2)), strict=True
+    ):
         start = min(max(0, round(a + moves[0] * (b - a))), size - 1)
         low.append(start)
         high.append(max(min(size, round(b + moves[1] * (b - a))), start + 1))
@@ -157,10 +169,12 @@ def user_box(target_mask: NDArray[np.bool_], jitter: float, rng: np.random.Gener
 
 
 def user_stroke(target_mask: NDArray[np.bool_], rng: np.random.Generator) -> list[IntTriple]:
-    """A person's stroke: along the middle of the structure in one of its larger slices, zyx voxels inside it; empty for an empty target.
+    """A person's stroke: along the middle of the structure in one of its larger slices, zyx voxels inside it; empty for
+    an empty target.
 
-    The slice (of the array's first axis) is drawn among those with at least half the largest slice's area; there the largest component
-    is followed along its longer side from middle to middle of its runs, and a fifth is left out at either end.
+    The slice (of the array's first axis) is drawn among those with at least half the largest slice's area; there the
+    largest component is followed along its longer side from middle to middle of its runs, and a fifth is left out at
+    either end.
     """
     areas = target_mask.sum(axis=(1, 2))
     if not areas.any():
@@ -190,18 +204,23 @@ def error_clicks(pred_mask: Tensor, target_mask: Tensor, generator: torch.Genera
         generator: On the tensors' device.
 
     Returns:
-        Points (B, 1, 3) float zyx and labels (B, 1): 1 for a missed voxel, 0 for a surplus one, -1 where nothing is wrong.
+        Points (B, 1, 3) float zyx and labels (B, 1): 1 for a missed voxel, 0 for a surplus one, -1 where nothing is
+        wrong.
 
     Source:
-        SAM-Med3D, section 3; its released code calls a voxel foreground at logit > 0.5, callers choose that when they make the mask.
+        SAM-Med3D, section 3; its released code calls a voxel foreground at logit > 0.5, callers choose that when they
+        make the mask.
     """
     error = (pred_mask ^ target_mask)[:, 0]
     draw = torch.rand(error.shape, generator=generator, device=error.device) + 1.0
     return clicks_at_highest(draw * error, error, target_mask[:, 0])
 
 
-def policy_clicks(pred_mask: Tensor, target_mask: Tensor, policy: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """``error_clicks`` for any policy, all samples from one generator; the others than ``"uniform"`` visit each sample on the CPU.
+def policy_clicks(
+    pred_mask: Tensor, target_mask: Tensor, policy: str, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """``error_clicks`` for any policy, all samples from one generator; the others than ``"uniform"`` visit each sample
+    on the CPU.
 
     ``"mixed"`` is uniform while there is no mask, then any of the others, drawn per call.
     """
@@ -218,10 +237,14 @@ def policy_clicks(pred_mask: Tensor, target_mask: Tensor, policy: str, generator
         points.append(click[0] if click else (0, 0, 0))
         labels.append(-1 if click is None else int(click[1]))
     device = pred_mask.device
-    return torch.tensor(points, dtype=torch.float32, device=device)[:, None], torch.tensor(labels, device=device)[:, None]
+    return torch.tensor(points, dtype=torch.float32, device=device)[:, None], torch.tensor(labels, device=device)[
+        :, None
+    ]
 
 
-def sample_clicks(pred_mask: Tensor, target_mask: Tensor, policy: str, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+def sample_clicks(
+    pred_mask: Tensor, target_mask: Tensor, policy: str, generators: Sequence[torch.Generator]
+) -> tuple[Tensor, Tensor]:
     """``policy_clicks`` with a generator for each sample: a sample's click does not depend on the batch that it is in.
 
     On a GPU the whole batch is clicked at once (``batched_clicks.py``).
@@ -234,10 +257,11 @@ def sample_clicks(pred_mask: Tensor, target_mask: Tensor, policy: str, generator
 
 
 def jittered_boxes(target_mask: Tensor, jitter: float, generators: Sequence[torch.Generator]) -> Tensor:
-    """A user's box per sample: the tight box with each face moved by up to ``jitter`` of the edge length, (B, 2, 3) half-open zyx.
+    """A user's box per sample: the tight box with each face moved by up to ``jitter`` of the edge length, (B, 2, 3)
+    half-open zyx.
 
-    An empty target gives the whole crop. Boxes stay in the crop and keep at least one voxel per axis. One generator per sample, on the
-    tensor's device.
+    An empty target gives the whole crop. Boxes stay in the crop and keep at least one voxel per axis. One generator per
+    sample, on the tensor's device.
     """
     draw = torch.cat([torch.rand(1, 2, 3, generator=generator, device=target_mask.device) for generator in generators])
     moves = (draw * 2 - 1).double()

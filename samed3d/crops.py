@@ -1,7 +1,8 @@
 """A model's window on a volume: sample it, normalise it, paste the answer back. Torch only, no file access.
 
-A crop is axis-aligned, so resampling is three small matrix products, one per axis: linear interpolation when zooming in, a triangle
-filter as wide as the step when zooming out (no aliasing). Only the part of the volume under the crop is ever touched.
+A crop is axis-aligned, so resampling is three small matrix products, one per axis: linear interpolation when zooming
+in, a triangle filter as wide as the step when zooming out (no aliasing). Only the part of the volume under the crop is
+ever touched.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ BACKGROUND_LOGIT = -8.0
 
 
 def _axis_matrix(positions: Tensor, size: int, step: float) -> Tensor:
-    """Weights (len(positions), size) that sample a line of ``size`` voxels at fractional ``positions``; beyond the ends the last counts."""
+    """Weights (len(positions), size) that sample a line of ``size`` voxels at fractional ``positions``; beyond the ends
+    the last counts.
+    """
     width = max(1.0, step)
     inside = positions.clamp(0, size - 1)
     weights = (1 - (torch.arange(size, dtype=torch.float32) - inside[:, None]).abs() / width).clamp(min=0)
@@ -42,8 +45,8 @@ def sample_crop(array: NDArray, frame: CropFrame) -> tuple[Tensor, Tensor]:
     """Sample a canonical (D, H, W) array on a frame.
 
     Returns:
-        The crop (frame shape) float32, where voxels outside the volume repeat its border, and ``inside``, a bool mask of the same shape
-        that is True where the crop voxel's centre lies in the volume.
+        The crop (frame shape) float32, where voxels outside the volume repeat its border, and ``inside``, a bool mask
+        of the same shape that is True where the crop voxel's centre lies in the volume.
     """
     matrices, slices, flags = [], [], []
     for axis in range(3):
@@ -82,8 +85,9 @@ def normalise(crop: Tensor, inside: Tensor, method: str, clamp: tuple[float, flo
     Args:
         crop: (D, H, W) raw intensities.
         inside: (D, H, W) bool, which voxels belong to the volume.
-        method: ``"zscore"``: mean and deviation of the inside voxels, cut at +-4, outside 0. ``"zscore_rank"``: that, and a second channel
-            with each voxel's rank among the inside voxels (0 mean, about unit deviation), which shows soft tissue beside air and bone.
+        method: ``"zscore"``: mean and deviation of the inside voxels, cut at +-4, outside 0. ``"zscore_rank"``: that,
+            and a second channel with each voxel's rank among the inside voxels (0 mean, about unit deviation), which
+            shows soft tissue beside air and bone.
             ``"zscore_positive"``: outside counts as 0, mean and deviation of voxels > 0 (SAM-Med3D).
         clamp: Intensity limits applied first, or None.
 
@@ -121,13 +125,18 @@ def image_channels(method: str) -> int:
 
 
 def _rank(scaled: Tensor, inside: Tensor | None) -> Tensor:
-    """Each inside voxel's middle rank by a fine histogram, scaled to the mean 0 and deviation 1 of a uniform spread; outside 0.
+    """Each inside voxel's middle rank by a fine histogram, scaled to the mean 0 and deviation 1 of a uniform spread;
+    outside 0.
 
-    Equal voxels share the middle of their ranks: a constant background gets one value that depends only on its share. ``inside`` None is
-    everywhere.
+    Equal voxels share the middle of their ranks: a constant background gets one value that depends only on its share.
+    ``inside`` None is everywhere.
     """
     index = ((scaled + CLAMP_SIGMA) * ((RANK_BINS - 1) / (2 * CLAMP_SIGMA))).round_().int()
     counts = torch.bincount(index.flatten() if inside is None else index[inside], minlength=RANK_BINS).to(scaled.dtype)
     below = torch.cumsum(counts, dim=0) - counts
-    rank = (((below + 0.5 * counts) / counts.sum() - 0.5) * math.sqrt(12.0)).index_select(0, index.flatten()).view_as(scaled)
+    rank = (
+        (((below + 0.5 * counts) / counts.sum() - 0.5) * math.sqrt(12.0))
+        .index_select(0, index.flatten())
+        .view_as(scaled)
+    )
     return rank if inside is None else torch.where(inside, rank, 0.0)

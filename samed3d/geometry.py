@@ -1,7 +1,7 @@
 """Where voxels are: image grids, positions, boxes and model crops. Pure numpy.
 
-Conventions of the whole package: arrays are (D, H, W) = z, y, x. Positions from outside are ``ijk`` (x first, 0-based, as ITK-SNAP,
-Slicer and NIfTI show them) or ``ras`` in millimetres. Only this file and ``volume/`` convert between them.
+Conventions of the whole package: arrays are (D, H, W) = z, y, x. Positions from outside are ``ijk`` (x first, 0-based,
+as ITK-SNAP, Slicer and NIfTI show them) or ``ras`` in millimetres. Only this file and ``volume/`` convert between them.
 
 Not here: reading files (``volume/``), sampling a crop's intensities (``crops.py``). Read ``prompts.py`` next.
 """
@@ -88,10 +88,12 @@ def zyx_to_ijk(zyx: Triple) -> Triple:
 
 @dataclass(frozen=True)
 class CanonicalView:
-    """How to see an array in the axis order superior, anterior, right (z, y, x of RAS+) by transposing and flipping only.
+    """How to see an array in the axis order superior, anterior, right (z, y, x of RAS+) by transposing and flipping
+    only.
 
-    A volume stored in any axis order or handedness gives the same canonical array, so a result does not depend on how a file was
-    stored; oblique volumes are seen along their nearest axes. No voxel value is interpolated and nothing is copied.
+    A volume stored in any axis order or handedness gives the same canonical array, so a result does not depend on how a
+    file was stored; oblique volumes are seen along their nearest axes. No voxel value is interpolated and nothing is
+    copied.
 
     Attributes:
         axes: For each canonical axis (z, y, x), the stored zyx axis it comes from.
@@ -220,9 +222,11 @@ def bounding_region(mask: NDArray) -> Region:
 
 @dataclass(frozen=True)
 class CropFrame:
-    """A model's window on a canonical volume: an axis-aligned box of any real position and size, sampled on a fixed grid.
+    """A model's window on a canonical volume: an axis-aligned box of any real position and size, sampled on a fixed
+    grid.
 
-    Crop voxel centre ``c`` lies at volume position ``origin + (c + 0.5) * step - 0.5`` along each axis, in volume voxels.
+    Crop voxel centre ``c`` lies at volume position ``origin + (c + 0.5) * step - 0.5`` along each axis, in volume
+    voxels.
 
     Attributes:
         origin_zyx_vox: Low corner (voxel edge, so 0 is the edge of the first voxel) in volume voxels; may be negative.
@@ -247,11 +251,15 @@ class CropFrame:
 
     def to_crop(self, zyx: Triple) -> Triple:
         """A volume voxel position as a crop voxel position."""
-        return as_triple([(v + 0.5 - o) / s - 0.5 for v, o, s in zip(zyx, self.origin_zyx_vox, self.step_zyx_vox, strict=True)])
+        return as_triple(
+            [(v + 0.5 - o) / s - 0.5 for v, o, s in zip(zyx, self.origin_zyx_vox, self.step_zyx_vox, strict=True)]
+        )
 
     def to_volume(self, zyx: Triple) -> Triple:
         """A crop voxel position as a volume voxel position."""
-        return as_triple([o + (v + 0.5) * s - 0.5 for v, o, s in zip(zyx, self.origin_zyx_vox, self.step_zyx_vox, strict=True)])
+        return as_triple(
+            [o + (v + 0.5) * s - 0.5 for v, o, s in zip(zyx, self.origin_zyx_vox, self.step_zyx_vox, strict=True)]
+        )
 
     def contains(self, zyx: Triple, margin_vox: float = 0.0) -> bool:
         """Whether a volume position lies inside, at least ``margin_vox`` crop voxels from every face."""
@@ -265,10 +273,14 @@ class CropFrame:
 
     def shifted(self, offset_zyx_vox: Triple) -> CropFrame:
         """Moved by an offset in volume voxels."""
-        return replace(self, origin_zyx_vox=as_triple([o + d for o, d in zip(self.origin_zyx_vox, offset_zyx_vox, strict=True)]))
+        return replace(
+            self, origin_zyx_vox=as_triple([o + d for o, d in zip(self.origin_zyx_vox, offset_zyx_vox, strict=True)])
+        )
 
     def snapped(self) -> CropFrame:
-        """Moved by at most half a volume voxel so that its first voxel centre is a volume voxel's: at step 1 nothing is interpolated."""
+        """Moved by at most half a volume voxel so that its first voxel centre is a volume voxel's: at step 1 nothing is
+        interpolated.
+        """
         first = [o + 0.5 * s - 0.5 for o, s in zip(self.origin_zyx_vox, self.step_zyx_vox, strict=True)]
         return self.shifted(as_triple([float(np.floor(f + 0.5)) - f for f in first]))
 

@@ -1,4 +1,5 @@
-"""A promptable model without weights: the mask is whatever is brighter than the crop's mean. Shows what placement and sessions do."""
+"""A promptable model without weights: the mask is whatever is brighter than the crop's mean. Shows what placement and
+sessions do."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from samed3d.models.base import Features, MaskOutput, ModelSpec, PromptableModel
 class BrightnessModel(PromptableModel):
     """Logit = 4 x (normalised intensity - 1); counts its calls and keeps the prompts it was given."""
 
-    def __init__(self, shape: tuple[int, int, int] = (16, 16, 16), spacing_mm: float | None = None, **spec: object) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int] = (16, 16, 16), spacing_mm: float | None = None, **spec: object
+    ) -> None:
         super().__init__()
         self.spec = ModelSpec("brightness", shape, spacing_mm, **spec)  # type: ignore[arg-type]
         self.config = {}

@@ -1,4 +1,5 @@
-"""A promptable model without training whose every answer depends on every prompt and on the mask before it, also where it should not."""
+"""A promptable model without training whose every answer depends on every prompt and on the mask before it, also where
+it should not."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from samed3d.models.base import Features, MaskOutput, ModelSpec, PromptableModel
 
 
 class ClickedModel(PromptableModel):
-    """Logit = brightness + a bump per click + part of the earlier mask; a click off the object also adds a bump beside itself."""
+    """Logit = brightness + a bump per click + part of the earlier mask; a click off the object also adds a bump beside
+    itself."""
 
     def __init__(self, shape: tuple[int, int, int] = (16, 16, 16), spacing_mm: float | None = None) -> None:
         super().__init__()

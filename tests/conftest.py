@@ -1,4 +1,5 @@
-"""Fixtures shared by all tests: tiny seeded volumes in awkward grids, and the folder of real data where there is one."""
+"""Fixtures shared by all tests: tiny seeded volumes in awkward grids, and the folder of real data where there is
+one."""
 
 from __future__ import annotations
 

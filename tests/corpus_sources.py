@@ -39,7 +39,9 @@ def write_case(folder: Path, name: str, image: np.ndarray, labels: np.ndarray, g
     write_volume(folder / "labelsTr" / f"{name}.nii.gz", labels, grid)
 
 
-def make_source(folder: Path, cases: int = 3, first_seed: int = 0, labels: dict[str, int] | None = None, **about: object) -> Path:
+def make_source(
+    folder: Path, cases: int = 3, first_seed: int = 0, labels: dict[str, int] | None = None, **about: object
+) -> Path:
     """A source of a few cases; ``about`` goes into ``dataset.json``."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(cases):
@@ -58,7 +60,11 @@ def make_source(folder: Path, cases: int = 3, first_seed: int = 0, labels: dict[
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder with its bytes; the lock does not count."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != ".lock"
+    }
 
 
 def store_case(
@@ -69,8 +75,11 @@ def store_case(
     labels: np.ndarray,
     spacing_zyx: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> None:
-    """Put one case into a corpus without files of its source; ``case`` is its subject as well. Values are named s1, s2, ..."""
-    grid = Grid(labels.shape, spacing_zyx[::-1], direction_lps=(-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0))  # RAS: stored as it is
+    """Put one case into a corpus without files of its source; ``case`` is its subject as well. Values are named s1, s2,
+    ..."""
+    grid = Grid(
+        labels.shape, spacing_zyx[::-1], direction_lps=(-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
+    )  # RAS: stored as it is
     names = {int(v): f"s{v}" for v in np.unique(labels) if v}
     images = [] if image is None else [("CT", Volume(image, grid, case))]
     facts = SourceFacts(source, "test", modality="CT")

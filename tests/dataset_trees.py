@@ -1,4 +1,5 @@
-"""Tiny data sets on disk in each layout that the readers know, as the real ones are laid out. Voxels are seeded and small."""
+"""Tiny data sets on disk in each layout that the readers know, as the real ones are laid out. Voxels are seeded and
+small."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ def image_array(seed: int = 0, shape: tuple[int, int, int] = SHAPE, dtype: str =
     return np.random.default_rng(seed).integers(0, 100, shape).astype(dtype)
 
 
-def label_array(values: tuple[int, ...] = (1, 2), shape: tuple[int, int, int] = SHAPE, dtype: str = "uint8") -> np.ndarray:
+def label_array(
+    values: tuple[int, ...] = (1, 2), shape: tuple[int, int, int] = SHAPE, dtype: str = "uint8"
+) -> np.ndarray:
     """Each value fills one x plane; the rest is background."""
     array = np.zeros(shape, dtype)
     for n, value in enumerate(values):
@@ -50,7 +53,9 @@ def put_json(path: Path, body: dict) -> Path:
     return path
 
 
-def nnunet_v2(folder: Path, *, cases: tuple[str, ...] = ("case_001", "case_002"), ending: str = ".nii.gz", **changes: object) -> Path:
+def nnunet_v2(
+    folder: Path, *, cases: tuple[str, ...] = ("case_001", "case_002"), ending: str = ".nii.gz", **changes: object
+) -> Path:
     """Two channels, regions, and a labelled test part."""
     about = {
         "channel_names": {"0": "FLAIR", "1": "T1c"},
@@ -127,10 +132,16 @@ def totalseg(folder: Path, *, image: str = "ct") -> Path:
     """Two subjects, one mask per structure (some empty), and the table that prescribes the split."""
     for n, subject in enumerate(("s0000", "s0001")):
         put(folder / subject / f"{image}.nii.gz", image_array(n))
-        masks = {"liver": label_array((1,)), "spleen": np.roll(label_array((1,)), 2, axis=2), "prostate": np.zeros(SHAPE, np.uint8)}
+        masks = {
+            "liver": label_array((1,)),
+            "spleen": np.roll(label_array((1,)), 2, axis=2),
+            "prostate": np.zeros(SHAPE, np.uint8),
+        }
         for name, mask in masks.items():
             put(folder / subject / "segmentations" / f"{name}.nii.gz", mask)
-    (folder / "meta.csv").write_text("image_id;age;gender;institute;study_type;split\ns0000;69;m;B;ct thorax;val\ns0001;52;f;C;ct;test\n")
+    (folder / "meta.csv").write_text(
+        "image_id;age;gender;institute;study_type;split\ns0000;69;m;B;ct thorax;val\ns0001;52;f;C;ct;test\n"
+    )
     return folder
 
 
@@ -142,7 +153,8 @@ def plain(folder: Path, *, suffix: str = ".nii.gz") -> Path:
 
 
 def sa_med3d(folder: Path) -> Path:
-    """Two categories of one data set with the image stored twice, and a second data set that uses the same case name."""
+    """Two categories of one data set with the image stored twice, and a second data set that uses the same case
+    name."""
     masks = {"liver": label_array((1,)), "spleen": np.roll(label_array((1,)), 2, axis=2)}
     for category, mask in masks.items():
         put(folder / category / "ct_WORD" / "imagesTr" / "word_0001.nii.gz", image_array(1))
@@ -156,7 +168,9 @@ def npz(folder: Path) -> Path:
     """Two files as the challenge gives them: 8-bit image, labels, spacing in x, y, z."""
     folder.mkdir(parents=True, exist_ok=True)
     for n, name in enumerate(("CT_AMOS_amos_0018", "MR_ProstateT2_7")):
-        np.savez_compressed(folder / f"{name}.npz", imgs=image_array(n, dtype="uint8"), gts=label_array(), spacing=(0.7, 0.8, 5.0))
+        np.savez_compressed(
+            folder / f"{name}.npz", imgs=image_array(n, dtype="uint8"), gts=label_array(), spacing=(0.7, 0.8, 5.0)
+        )
     return folder
 
 

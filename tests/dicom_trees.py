@@ -1,4 +1,5 @@
-"""A tiny DICOM tree: an image series per folder, RTSTRUCT by hand with pydicom, DICOM-SEG by highdicom (not by the code under test)."""
+"""A tiny DICOM tree: an image series per folder, RTSTRUCT by hand with pydicom, DICOM-SEG by highdicom (not by the code
+under test)."""
 
 from __future__ import annotations
 
@@ -29,15 +30,27 @@ def _file(path: Path, sop_class: UID, modality: str, patient: str, series: str) 
     data.SOPClassUID, data.SOPInstanceUID = sop_class, meta.MediaStorageSOPInstanceUID
     data.PatientID, data.PatientName, data.PatientBirthDate, data.PatientSex = patient, "", "", ""
     data.Modality, data.SeriesInstanceUID, data.StudyInstanceUID = modality, series, uid(patient, "study")
-    data.StudyDate, data.StudyTime, data.StudyID, data.AccessionNumber, data.ReferringPhysicianName = "20200101", "101010", "1", "", ""
+    data.StudyDate, data.StudyTime, data.StudyID, data.AccessionNumber, data.ReferringPhysicianName = (
+        "20200101",
+        "101010",
+        "1",
+        "",
+        "",
+    )
     data.SeriesNumber, data.InstanceNumber, data.Manufacturer = 1, 1, "none"
     return data
 
 
 def image_series(
-    folder: Path, array: np.ndarray, *, patient: str = "P1", name: str = "a", spacing: tuple[float, float, float] = (0.8, 0.7, 2.5)
+    folder: Path,
+    array: np.ndarray,
+    *,
+    patient: str = "P1",
+    name: str = "a",
+    spacing: tuple[float, float, float] = (0.8, 0.7, 2.5),
 ) -> str:
-    """Write (D, H, W) int16 as a CT series of oblique slices, named so that file order is not slice order; returns its UID.
+    """Write (D, H, W) int16 as a CT series of oblique slices, named so that file order is not slice order; returns its
+    UID.
 
     Args:
         spacing: Of columns, rows and slices (x, y, z), mm.
@@ -67,7 +80,9 @@ def slices_of(folder: Path) -> list[Dataset]:
     return sorted((pydicom.dcmread(p) for p in folder.glob("*.dcm")), key=lambda d: int(d.InstanceNumber))
 
 
-def structure_set(path: Path, series_folder: Path, contours_ijk: dict[str, list[np.ndarray]], *, refers_to: str | None = "") -> Path:
+def structure_set(
+    path: Path, series_folder: Path, contours_ijk: dict[str, list[np.ndarray]], *, refers_to: str | None = ""
+) -> Path:
     """Write an RTSTRUCT.
 
     Args:
@@ -96,7 +111,11 @@ def structure_set(path: Path, series_folder: Path, contours_ijk: dict[str, list[
     origin = np.array(first.ImagePositionPatient, float)
     step = np.array(slices[1].ImagePositionPatient, float) - origin
     matrix = np.stack([cosines[:3] * columns, cosines[3:] * rows, step], axis=1)
-    data.StructureSetROISequence, data.ROIContourSequence, data.RTROIObservationsSequence = Sequence(), Sequence(), Sequence()
+    data.StructureSetROISequence, data.ROIContourSequence, data.RTROIObservationsSequence = (
+        Sequence(),
+        Sequence(),
+        Sequence(),
+    )
     for number, (name, polygons) in enumerate(contours_ijk.items(), start=1):
         roi, drawn = Dataset(), Dataset()
         roi.ROINumber, roi.ROIName, roi.ROIGenerationAlgorithm = number, name, "MANUAL"
@@ -114,7 +133,8 @@ def structure_set(path: Path, series_folder: Path, contours_ijk: dict[str, list[
 
 
 def segmentation(path: Path, series_folder: Path, masks: dict[str, np.ndarray], *, kind: str = "BINARY") -> Path:
-    """Write a DICOM-SEG of (D, H, W) masks on a series with highdicom; empty frames are left out, as scanners and viewers do."""
+    """Write a DICOM-SEG of (D, H, W) masks on a series with highdicom; empty frames are left out, as scanners and
+    viewers do."""
     import highdicom as hd
     from highdicom.seg import Segmentation, SegmentDescription
     from pydicom.sr.codedict import codes

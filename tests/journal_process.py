@@ -1,4 +1,5 @@
-"""A process that edits a session with a journal and says each edit aloud once it is acknowledged; it is made to be killed.
+"""A process that edits a session with a journal and says each edit aloud once it is acknowledged; it is made to be
+killed.
 
 Arguments: image, journal, seed. After each acknowledged edit it prints a line: the edit's number.
 """

@@ -1,4 +1,5 @@
-"""Things to measure whose answers are known: a subject that knows the target, and a contender around any such subject."""
+"""Things to measure whose answers are known: a subject that knows the target, and a contender around any such
+subject."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ class Scripted:
 class Fake(Contender):
     """A contender that opens whatever ``make`` gives, and keeps it."""
 
-    def __init__(self, make: Callable[[Volume, np.ndarray], Clickable], takes: tuple[str, ...] = ("point", "box", "scribble")) -> None:
+    def __init__(
+        self, make: Callable[[Volume, np.ndarray], Clickable], takes: tuple[str, ...] = ("point", "box", "scribble")
+    ) -> None:
         super().__init__("fake", frozenset(takes))
         self.make, self.opened = make, []
 
@@ -39,7 +42,9 @@ class Fake(Contender):
         return self.opened[-1]
 
 
-def measured(contender: Contender, volume: Volume, labels: np.ndarray, protocol: str = "samed3d", clicks: int = 3, **ask: object) -> Part:
+def measured(
+    contender: Contender, volume: Volume, labels: np.ndarray, protocol: str = "samed3d", clicks: int = 3, **ask: object
+) -> Part:
     """One case in memory through a protocol."""
     from pathlib import Path
 

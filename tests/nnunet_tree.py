@@ -17,7 +17,8 @@ RAS = Grid((20, 24, 28), (1.0, 1.5, 2.0), (0.0, 0.0, 0.0), (-1.0, 0.0, 0.0, 0.0,
 
 
 def scene(seed: int, shape_zyx: tuple[int, int, int] = RAS.shape_zyx) -> tuple[np.ndarray, np.ndarray]:
-    """Image (int16) and labels (uint8), canonical: a bright cuboid 1, a dark cuboid 2 and a speck 3 of eight voxels, all off centre."""
+    """Image (int16) and labels (uint8), canonical: a bright cuboid 1, a dark cuboid 2 and a speck 3 of eight voxels,
+    all off centre."""
     rng = np.random.default_rng(seed)
     labels = np.zeros(shape_zyx, np.uint8)
     shift = int(rng.integers(0, 3))
@@ -29,7 +30,8 @@ def scene(seed: int, shape_zyx: tuple[int, int, int] = RAS.shape_zyx) -> tuple[n
 
 
 def stored_as(canonical: np.ndarray, axes: Sequence[int], flips: Sequence[bool]) -> tuple[np.ndarray, Grid]:
-    """The same volume in another storage order: stored zyx axis ``a`` is canonical axis ``axes[a]``, reversed where ``flips[a]``."""
+    """The same volume in another storage order: stored zyx axis ``a`` is canonical axis ``axes[a]``, reversed where
+    ``flips[a]``."""
     array = np.transpose(canonical, axes)[tuple(slice(None, None, -1 if f else 1) for f in flips)]
     spacing = [RAS.spacing_zyx_mm[a] for a in axes]
     directions = np.asarray(RAS.direction_lps).reshape(3, 3)
@@ -63,5 +65,9 @@ def write_set(
         array, grid = stored_as(labels, axes, flips)
         write_mask(folder / "labelsTr" / f"{name}.nii.gz", array, grid)
         for channel in range(channels):
-            write_volume(folder / "imagesTr" / f"{name}_{channel:04d}.nii.gz", stored_as(image + 1000 * channel, axes, flips)[0], grid)
+            write_volume(
+                folder / "imagesTr" / f"{name}_{channel:04d}.nii.gz",
+                stored_as(image + 1000 * channel, axes, flips)[0],
+                grid,
+            )
     return folder

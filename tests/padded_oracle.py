@@ -1,7 +1,8 @@
 """The oracle for windowed attention: plain, slow and padded. Only tests and benchmarks use it.
 
-It pads the token grid with zeros to whole windows, computes query, key and value of every padding token and a full softmax over all keys
-of the window, as SAM-Med3D's released encoder does. It runs on the weights of an ``ImageEncoder`` and shares no code with its attention.
+It pads the token grid with zeros to whole windows, computes query, key and value of every padding token and a full
+softmax over all keys of the window, as SAM-Med3D's released encoder does. It runs on the weights of an ``ImageEncoder``
+and shares no code with its attention.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def _one_window(attention: GridAttention, x: Tensor, is_pad: Tensor) -> Tensor:
     heads, head_dim, count = attention.heads, dim // attention.heads, kd * kh * kw
     qkv = attention.qkv(x).reshape(batch, count, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
     q, k, v = qkv[0], qkv[1], qkv[2]  # (B, heads, count, head_dim)
-    logits = (q * head_dim**-0.5) @ k.transpose(-1, -2) + _bias(attention, q.reshape(batch, heads, kd, kh, kw, head_dim))
+    logits = (q * head_dim**-0.5) @ k.transpose(-1, -2) + _bias(
+        attention, q.reshape(batch, heads, kd, kh, kw, head_dim)
+    )
     if not attention.pad_sink:
         logits = logits.masked_fill(is_pad.reshape(-1), float("-inf"))
     out = logits.softmax(-1) @ v

@@ -6,10 +6,17 @@ from pathlib import Path
 from samed3d.evaluation.rows import write_lines, write_rows
 
 SCORES = {"ours": (0.3, 0.6, 0.9), "theirs": (0.2, 0.4, 0.6)}
-SETTINGS = {"split": "val", "seeds": 1, "clicks": [1, 2, 3], "kept_from": {"validation_share": 0.2, "seed": 0, "hold_out": ["b"]}}
+SETTINGS = {
+    "split": "val",
+    "seeds": 1,
+    "clicks": [1, 2, 3],
+    "kept_from": {"validation_share": 0.2, "seed": 0, "hold_out": ["b"]},
+}
 
 
-def make_rows(scores=SCORES, subjects=8, group="unseen subject", protocol="samed3d", policy="centre", shift=0.0, **more):
+def make_rows(
+    scores=SCORES, subjects=8, group="unseen subject", protocol="samed3d", policy="centre", shift=0.0, **more
+):
     """Rows of some models on one structure of each subject: subject n scores n hundredths more at every click."""
     rows = []
     for model, curve in scores.items():

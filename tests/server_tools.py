@@ -49,7 +49,9 @@ def served(folder: Path, **options: Any) -> Iterator[TestClient]:
     from samed3d.apps.service import ServerOptions
 
     options = {"sessions": folder / "sessions", "roots": (folder,), **options}
-    with TestClient(create_app(ServerOptions(**options), tiny_model), base_url="http://localhost", raise_server_exceptions=False) as client:
+    with TestClient(
+        create_app(ServerOptions(**options), tiny_model), base_url="http://localhost", raise_server_exceptions=False
+    ) as client:
         yield client
 
 
@@ -105,7 +107,9 @@ class ServerProcess:
         self.folder, self.port = folder, port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["samed3d.apps.server", "uvicorn.lifespan.on", "uvicorn.protocols.http.auto", "tests.server_tools"])
+        context.set_forkserver_preload(
+            ["samed3d.apps.server", "uvicorn.lifespan.on", "uvicorn.protocols.http.auto", "tests.server_tools"]
+        )
         self.process = context.Process(target=run_tiny_server, args=(folder, self.port, limits), daemon=True)
         self.process.start()
         self._wait()

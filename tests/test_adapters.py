@@ -11,7 +11,15 @@ from torch import nn
 from samed3d.errors import InputError
 from samed3d.models import MODELS, create_model
 from samed3d.models.base import PromptBatch
-from samed3d.nn.adapters import FactLinear, FactShared, LoraConv3d, LoraLinear, adapter_names, add_adapters, merge_adapters
+from samed3d.nn.adapters import (
+    FactLinear,
+    FactShared,
+    LoraConv3d,
+    LoraLinear,
+    adapter_names,
+    add_adapters,
+    merge_adapters,
+)
 from samed3d.nn.vit import ImageEncoder
 
 ARCHITECTURES = ("samed3d_unet", "samed3d_tiny", "sam_med3d_b")
@@ -64,7 +72,9 @@ def test_an_adapted_model_starts_equal_then_differs_and_merges_to_the_same(name,
 @pytest.mark.parametrize(("dim", "depth", "expected"), [(768, 12, 73_728), (1024, 24, 114_688), (1280, 32, 147_456)])
 def test_fact_of_rank_32_has_the_published_number_of_parameters(dim, depth, expected):
     with torch.device("meta"):
-        encoder = ImageEncoder(None, (2, 2, 2), dim, depth, dim // 64, 0, (), 8, misbroadcast_relpos=False, pad_sink=False)
+        encoder = ImageEncoder(
+            None, (2, 2, 2), dim, depth, dim // 64, 0, (), 8, misbroadcast_relpos=False, pad_sink=False
+        )
         assert add_adapters(encoder, "fact", rank=32) == expected
 
 
@@ -129,7 +139,11 @@ def test_adapters_of_full_precision_beside_half_weights_stay_finite_and_learn(dt
     out = adapted(100 * torch.randn(4, 8).to(dtype))
     out.float().square().mean().backward()
     assert out.dtype == dtype and adapted.lora_up.dtype == torch.float32
-    assert torch.isfinite(out).all() and torch.isfinite(adapted.lora_up.grad).all() and adapted.lora_up.grad.abs().max() > 0
+    assert (
+        torch.isfinite(out).all()
+        and torch.isfinite(adapted.lora_up.grad).all()
+        and adapted.lora_up.grad.abs().max() > 0
+    )
 
 
 def test_gradients_reach_every_adapter_under_autocast():
@@ -146,7 +160,10 @@ def test_gradients_reach_every_adapter_under_autocast():
 
 @pytest.mark.parametrize(
     ("kind", "rank", "said"),
-    [("dora", 4, "adapter must be one of lora, fact, got 'dora'"), ("lora", 0, "rank of an adapter must be 1 or more, got 0")],
+    [
+        ("dora", 4, "adapter must be one of lora, fact, got 'dora'"),
+        ("lora", 0, "rank of an adapter must be 1 or more, got 0"),
+    ],
 )
 def test_a_wrong_kind_or_rank_is_refused(kind, rank, said):
     with pytest.raises(InputError, match=said):

@@ -1,4 +1,5 @@
-"""Augmentation: what a seed gave stays what it gives, the blur against a known one, and the benchmark beside torchio."""
+"""Augmentation: what a seed gave stays what it gives, the blur against a known one, and the benchmark beside
+torchio."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ def ramp() -> torch.Tensor:
 
 def drawn(seed: int, blur_probability: float = 0.0) -> torch.Tensor:
     image = ramp()
-    return augment_intensity(image, torch.ones_like(image, dtype=torch.bool), torch.Generator().manual_seed(seed), blur_probability)
+    return augment_intensity(
+        image, torch.ones_like(image, dtype=torch.bool), torch.Generator().manual_seed(seed), blur_probability
+    )
 
 
 @pytest.mark.parametrize(
@@ -34,7 +37,9 @@ def drawn(seed: int, blur_probability: float = 0.0) -> torch.Tensor:
 def test_a_seed_gives_what_it_gave_before_there_was_a_blur(seed, mean, deviation):
     """A run that was begun then goes on with the same samples."""
     image = drawn(seed)
-    assert float(image.mean()) == pytest.approx(mean, abs=1e-3) and float(image.std()) == pytest.approx(deviation, abs=1e-3)
+    assert float(image.mean()) == pytest.approx(mean, abs=1e-3) and float(image.std()) == pytest.approx(
+        deviation, abs=1e-3
+    )
 
 
 def test_the_blur_comes_when_it_is_asked_for():

@@ -39,7 +39,10 @@ def image_of(source: Path) -> Path:
 
 def test_segment_writes_a_label_map_on_the_images_grid(tmp_path, weights, source, capsys):
     image, out = image_of(source), tmp_path / "labels.nii.gz"
-    assert main(["segment", str(image), "--model", str(weights), "-o", str(out), "--report", str(tmp_path / "r.json")]) == 0
+    assert (
+        main(["segment", str(image), "--model", str(weights), "-o", str(out), "--report", str(tmp_path / "r.json")])
+        == 0
+    )
     volume, labels = read_volume(image), read_volume(out)
     assert labels.grid == volume.grid
     from samed3d.models import load
@@ -73,7 +76,9 @@ def test_prompts_for_an_automatic_model_are_refused_in_one_line(tmp_path, weight
 
 def test_evaluate_measures_its_classes(tmp_path, weights, source, capsys):
     out = tmp_path / "eval"
-    assert main(["evaluate", str(source), "--model", str(weights), "-o", str(out), "--split", "all", "--limit", "2"]) == 0
+    assert (
+        main(["evaluate", str(source), "--model", str(weights), "-o", str(out), "--split", "all", "--limit", "2"]) == 0
+    )
     summary = json.loads((out / "results.json").read_text())["summary"]
     assert {line["name"] for line in summary} == {"liver", "kidney"}
     both = ["--model", str(weights), "--model", "region_growing"]

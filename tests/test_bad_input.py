@@ -67,7 +67,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_weights(folder: Path) -> None:
-    """A good file, one whose header names another architecture, one that is no safetensors, and an upstream checkpoint."""
+    """A good file, one whose header names another architecture, one that is no safetensors, and an upstream
+    checkpoint."""
     tiny = create_model("samed3d_tiny", **MODELS["samed3d_tiny"].tiny)
     save_weights(tiny, folder / "tiny.safetensors", {})
     tiny.config = {**tiny.config, "dim": 48}
@@ -77,7 +78,9 @@ def write_weights(folder: Path) -> None:
 
 
 @pytest.fixture
-def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def run(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
     """Run a command among the inputs, check all that every failure has in common, and return the line on stderr."""
     monkeypatch.chdir(place)
 
@@ -96,7 +99,9 @@ def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     return fail
 
 
-def segment(image: str = "good.nii.gz", *more: str, output: str = "OUT/mask.nii.gz", model: str = "tiny.safetensors") -> tuple[str, ...]:
+def segment(
+    image: str = "good.nii.gz", *more: str, output: str = "OUT/mask.nii.gz", model: str = "tiny.safetensors"
+) -> tuple[str, ...]:
     return ("segment", image, "-o", output, "--model", model, *more)
 
 
@@ -109,34 +114,61 @@ BAD = {
     "folder without slices": (segment("no_slices", *CLICK), r"no DICOM series in folder: no_slices"),
     "2D": (segment("flat.nii.gz", *CLICK), r"must be 3D"),
     "single slice": (segment("slice.mha", *CLICK), r"must be 3D, got a single slice"),
-    "4D": (segment("time.nii.gz", *CLICK), r"has 2 volumes \(4D\), one is needed: pick one with --channel N \(0 to 1\)"),
+    "4D": (
+        segment("time.nii.gz", *CLICK),
+        r"has 2 volumes \(4D\), one is needed: pick one with --channel N \(0 to 1\)",
+    ),
     "RGB": (segment("colour.mha", *CLICK), r"has 3 channels, one is needed: pick one with --channel N \(0 to 2\)"),
     "channel too high": (segment("colour.mha", *CLICK, "--channel", "3"), r"--channel must be 0 to 2, got 3"),
     "NaN and inf": (segment("holes.nii.gz", *CLICK), r"image holds 4 NaN or infinite voxels of 1680"),
     "constant": (segment("constant.nii.gz", *CLICK), r"image is constant, every voxel is 7"),
     "zero spacing": (segment("thin.nii", *CLICK), r"spacing must be > 0"),
-    "point outside": (segment("good.nii.gz", "--point", "14,5,5"), r"point must lie inside the volume, ijk \(0, 0, 0\) to \(13, 11, 9\)"),
+    "point outside": (
+        segment("good.nii.gz", "--point", "14,5,5"),
+        r"point must lie inside the volume, ijk \(0, 0, 0\) to \(13, 11, 9\)",
+    ),
     "negative point outside": (
         segment("good.nii.gz", *CLICK, "--negative-point", "0,0,-2"),
         r"must lie inside the volume.*got \(0, 0, -2\)",
     ),
     "RAS point outside": (segment("good.nii.gz", "--point", "500,0,0", "--space", "ras"), r"mm RAS \(= voxel"),
-    "box outside": (segment("good.nii.gz", "--box", "20,20,20,30,30,30"), r"box must meet the volume, ijk \(0, 0, 0\) to \(13, 11, 9\)"),
-    "box min over max": (segment("good.nii.gz", "--box", "5,5,5,1,9,9"), r"box min must not exceed box max.*\(5, 5, 5\).*\(1, 9, 9\)"),
-    "too few numbers": (segment("good.nii.gz", "--point", "1,2"), r"--point needs 3 numbers separated by commas, got '1,2'"),
+    "box outside": (
+        segment("good.nii.gz", "--box", "20,20,20,30,30,30"),
+        r"box must meet the volume, ijk \(0, 0, 0\) to \(13, 11, 9\)",
+    ),
+    "box min over max": (
+        segment("good.nii.gz", "--box", "5,5,5,1,9,9"),
+        r"box min must not exceed box max.*\(5, 5, 5\).*\(1, 9, 9\)",
+    ),
+    "too few numbers": (
+        segment("good.nii.gz", "--point", "1,2"),
+        r"--point needs 3 numbers separated by commas, got '1,2'",
+    ),
     "not numbers": (segment("good.nii.gz", "--point", "a,b,c"), r"--point needs 3 numbers"),
     "not finite": (segment("good.nii.gz", "--point", "nan,1,1"), r"--point needs 3 numbers"),
     "unknown space": (segment("good.nii.gz", *CLICK, "--space", "lps"), r"space must be one of ijk, ras, got 'lps'"),
     "no prompt": (segment("none.nii.gz"), r"needs at least one prompt; give --point I,J,K"),
-    "none positive": (segment("none.nii.gz", "--negative-point", "1,1,1"), r"needs a positive point or a box, got 1 negative only"),
-    "prompt file missing": (segment("good.nii.gz", "--prompts", "none.json"), r"prompt file cannot be read: none\.json"),
+    "none positive": (
+        segment("none.nii.gz", "--negative-point", "1,1,1"),
+        r"needs a positive point or a box, got 1 negative only",
+    ),
+    "prompt file missing": (
+        segment("good.nii.gz", "--prompts", "none.json"),
+        r"prompt file cannot be read: none\.json",
+    ),
     "prompt file broken": (segment("good.nii.gz", "--prompts", "prompts_broken.json"), r"prompt file is not JSON"),
-    "prompt file empty": (segment("good.nii.gz", "--prompts", "prompts_none.json"), r"'prompts' must be a list that is not empty"),
+    "prompt file empty": (
+        segment("good.nii.gz", "--prompts", "prompts_none.json"),
+        r"'prompts' must be a list that is not empty",
+    ),
     "prompt file negative": (
         segment("good.nii.gz", "--prompts", "prompts_negative.json"),
         r"object 4 \(liver\) of prompts_negative\.json needs a pos",
     ),
-    "prompt file and click": (segment("good.nii.gz", *CLICK, "--prompts", "p.json"), r"--prompts cannot be combined with --point"),
+    "prompt file and click": (
+        segment("good.nii.gz", *CLICK, "--prompts", "p.json"),
+        r"--prompts cannot be combined with --point",
+    ),
     "unknown model": (segment("good.nii.gz", *CLICK, model="samed3d_unt"), r"'samed3d_unt'; nearest.*samed3d_unet"),
     "other architecture": (segment("good.nii.gz", *CLICK, model="other.safetensors"), r"mis-shaped \(\d+\)"),
     "broken weights": (
@@ -144,15 +176,27 @@ BAD = {
         r"checkpoint must be a \.safetensors file written by samed3d",
     ),
     "upstream weights": (segment("good.nii.gz", *CLICK, model="upstream.pth"), r"samed3d import-weights"),
-    "unknown device": (segment("good.nii.gz", *CLICK, "--device", "tpu"), r"device must be auto, cpu or cuda, got 'tpu'"),
+    "unknown device": (
+        segment("good.nii.gz", *CLICK, "--device", "tpu"),
+        r"device must be auto, cpu or cuda, got 'tpu'",
+    ),
     "no output folder": (
         segment("good.nii.gz", *CLICK, output="OUT/none/m.nii.gz"),
         r"output folder does not exist: .*none; create it first",
     ),
-    "output suffix": (segment("good.nii.gz", *CLICK, output="OUT/m.png"), r"output name must end in one of .*got 'm\.png'"),
-    "preview suffix": (segment("good.nii.gz", *CLICK, "--preview", "OUT/p.jpg"), r"output name must end in one of \.png, got 'p\.jpg'"),
+    "output suffix": (
+        segment("good.nii.gz", *CLICK, output="OUT/m.png"),
+        r"output name must end in one of .*got 'm\.png'",
+    ),
+    "preview suffix": (
+        segment("good.nii.gz", *CLICK, "--preview", "OUT/p.jpg"),
+        r"output name must end in one of \.png, got 'p\.jpg'",
+    ),
     "report folder": (segment("good.nii.gz", *CLICK, "--report", "OUT/none/r.json"), r"output folder does not exist"),
-    "output is the image": (segment("good.nii.gz", *CLICK, output="good.nii.gz"), r"the image and --output must be different files"),
+    "output is the image": (
+        segment("good.nii.gz", *CLICK, output="good.nii.gz"),
+        r"the image and --output must be different files",
+    ),
     "two outputs in one": (
         segment("good.nii.gz", *CLICK, "--probability", "OUT/mask.nii.gz"),
         r"--output and --probability must be different",
@@ -162,10 +206,16 @@ BAD = {
         ("train", "--set", "optim.lrr=1", "--set", "run.folder=OUT/run"),
         r"unknown config key 'optim\.lrr'; did you mean optim\.lr",
     ),
-    "unknown key in file": (("train", "--config", "config.yaml", "--set", "run.folder=OUT/run"), r"unknown config key 'optim\.learning'"),
+    "unknown key in file": (
+        ("train", "--config", "config.yaml", "--set", "run.folder=OUT/run"),
+        r"unknown config key 'optim\.learning'",
+    ),
     "config missing": (("train", "--config", "none.yaml"), r"config file cannot be read: none\.yaml"),
     "demo: unknown model": (("demo", "-o", "OUT/demo", "--model", "none"), r"no checkpoint or file is called 'none'"),
-    "import: missing": (("import-weights", "none.pth", "-o", "OUT/w.safetensors"), r"checkpoint does not exist: none\.pth"),
+    "import: missing": (
+        ("import-weights", "none.pth", "-o", "OUT/w.safetensors"),
+        r"checkpoint does not exist: none\.pth",
+    ),
     "import: not torch": (("import-weights", "text.nii.gz", "-o", "OUT/w.safetensors"), r"checkpoint"),
     "import: suffix": (("import-weights", "upstream.pth", "-o", "OUT/w.pth"), r"must end in one of \.safetensors"),
     "data missing": (("evaluate", "none", "-o", "OUT/results"), r"data folder does not exist: none"),

@@ -36,7 +36,11 @@ def scene(noise: float = 0.05) -> tuple[Volume, np.ndarray]:
     return Volume(image.astype(np.float32), grid, "memory"), ball
 
 
-SETTINGS = {RegionGrowing: {"multiplier": 4.0}, FastMarching: {"reach": 1.0, "sharpness": 0.5}, RandomWalker: {"reach": 1.0, "beta": 130.0}}
+SETTINGS = {
+    RegionGrowing: {"multiplier": 4.0},
+    FastMarching: {"reach": 1.0, "sharpness": 0.5},
+    RandomWalker: {"reach": 1.0, "beta": 130.0},
+}
 """The scene is small beside its ball; the methods' own constants are for whole images."""
 
 

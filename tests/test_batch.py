@@ -1,4 +1,5 @@
-"""Many images from a list: every line is checked first, a run that stopped goes on, and one bad image does not stop the others."""
+"""Many images from a list: every line is checked first, a run that stopped goes on, and one bad image does not stop the
+others."""
 
 from __future__ import annotations
 
@@ -103,7 +104,9 @@ def test_one_bad_image_does_not_stop_the_others(images):
 def test_another_format(images):
     (images / "list.csv").write_text("image,prompts\ncase0.nii.gz,p.json\n")
     run(images, format="seg.nrrd")
-    assert read_volume(images / "out" / "case0.seg.nrrd", channel=1).array[3, 9, 9] == 4  # it overlaps the first, so it has its own layer
+    assert (
+        read_volume(images / "out" / "case0.seg.nrrd", channel=1).array[3, 9, 9] == 4
+    )  # it overlaps the first, so it has its own layer
 
 
 @pytest.mark.parametrize(
@@ -150,9 +153,9 @@ def test_from_the_command_line(images, place, capsys):  # noqa: F811
 
 def test_strokes_masks_formats_and_sessions_from_the_command_line(place, tmp_path, capsys):  # noqa: F811
     first = str(tmp_path / "first.nii.gz")
-    assert main(segment(place, "--scribble", "7,8,7;11,8,7", "-o", first, "--session", str(tmp_path / "s.json"))) == 0, (
-        capsys.readouterr().err
-    )
+    assert (
+        main(segment(place, "--scribble", "7,8,7;11,8,7", "-o", first, "--session", str(tmp_path / "s.json"))) == 0
+    ), capsys.readouterr().err
     assert read_volume(first).array[7, 8, 7:12].all()
     more = ["--mask", first, "--negative-scribble", "7,8,7;9,8,7", "-o", str(tmp_path / "second.seg.nrrd")]
     assert main(segment(place, *more)) == 0, capsys.readouterr().err

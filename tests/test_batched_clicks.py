@@ -1,4 +1,5 @@
-"""A batch clicked at once, as on a GPU, obeys the rules of the clicks on one volume; here on the CPU, in test_gpu.py on a GPU."""
+"""A batch clicked at once, as on a GPU, obeys the rules of the clicks on one volume; here on the CPU, in test_gpu.py on
+a GPU."""
 
 from __future__ import annotations
 
@@ -51,7 +52,9 @@ def test_a_winding_component_is_followed_to_its_end():
 def test_centre_clicks_are_those_of_one_volume():
     pred, target = blobs(6, (12, 16, 14), 0.2, 1), blobs(6, (12, 16, 14), 0.0, 2)
     points, labels = clicks_of_batch(pred[:, None], target[:, None], "centre", generators(6))
-    for one, wanted, point, label in zip(pred.numpy(), target.numpy(), points[:, 0].long().tolist(), labels[:, 0].tolist(), strict=True):
+    for one, wanted, point, label in zip(
+        pred.numpy(), target.numpy(), points[:, 0].long().tolist(), labels[:, 0].tolist(), strict=True
+    ):
         click = next_click(one, wanted, "centre")
         depth = distance_inside(largest_component(one ^ wanted))
         if click is None:

@@ -49,7 +49,10 @@ def test_the_table_compares_with_the_chance_of_the_clicks():
     text = to_markdown([line, unsure], before, "default", [("p", "trained on"), ("q", "never")])
     assert "2 structures of 2 kept-back subjects, 2 seeds of the clicks" in text
     assert "| 1 | 0.350 | 0.650 | +0.300 | +0.300 to +0.300 | ± 0.141 | yes | 100% |" in text
-    assert "`default` was trained on p: its Dice before is not that of an unseen subject" in text and "q" not in text.split("trained on")[1]
+    assert (
+        "`default` was trained on p: its Dice before is not that of an unseen subject" in text
+        and "q" not in text.split("trained on")[1]
+    )
 
 
 def test_one_seed_and_one_subject_claim_nothing():

@@ -22,7 +22,9 @@ def test_the_card_holds_the_numbers_of_the_file():
 def saved(tmp_path):
     """Clicks of eight unseen subjects and of eight of a held-out source, a box first, and a control."""
     flags = {"positive": 1, "added_voxels": 5}
-    own = make_rows({"default": (0.3, 0.6, 0.5)}, **flags) + make_rows({"default": (0.1, 0.2, 0.3)}, group="held-out source", **flags)
+    own = make_rows({"default": (0.3, 0.6, 0.5)}, **flags) + make_rows(
+        {"default": (0.1, 0.2, 0.3)}, group="held-out source", **flags
+    )
     for row in own:
         if row["click"] == 2:
             row |= {
@@ -59,7 +61,11 @@ def test_the_blocks_show_them_beside_their_aims(tmp_path):
     assert "| **unseen subject** | 8 | 8 | 0.34 [" in aims and "| aim |  |  | 0.75 |  | 0.85 | 0.88 |" in aims
     assert "| **unseen subject** | 8 | 0.83 [" in aims and "`samed3d evaluate DATA -o out`" in aims
     text = card.behaviour_block(body)
-    assert "| 95.8% of 48 | >= 99 % |" in text and "| 50.0% of 16 | >= 97 % |" in text and "| 25.0% of 32 | <= 5 % |" in text
+    assert (
+        "| 95.8% of 48 | >= 99 % |" in text
+        and "| 50.0% of 16 | >= 97 % |" in text
+        and "| 25.0% of 32 | <= 5 % |" in text
+    )
     assert "| `region_growing` | 0.14 [" in card.controls_block(body)
     assert "MR" in card.parts_block("modality")(body)
 

@@ -56,7 +56,11 @@ def test_the_measures_of_a_mask():
     assert (found.voxels, found.components) == (150, 1)
     assert (found.region.start_zyx, found.region.stop_zyx) == ((4, 10, 2), (9, 20, 5))
     points = np.array(found.points)
-    assert points.shape == (POINTS, 3) and (array[tuple(points.T)] == 3).all() and len(np.unique(points, axis=0)) > POINTS // 2
+    assert (
+        points.shape == (POINTS, 3)
+        and (array[tuple(points.T)] == 3).all()
+        and len(np.unique(points, axis=0)) > POINTS // 2
+    )
 
 
 def test_points_are_spread_over_the_whole_mask_and_do_not_change():
@@ -87,7 +91,10 @@ def test_both_kidneys_under_one_name_become_left_and_right():
     ("name", "boxes"),
     [
         ("liver", [(1, slice(5, 15), slice(5, 15), slice(2, 12)), (1, slice(5, 15), slice(5, 15), slice(26, 36))]),
-        ("left kidney", [(1, slice(5, 15), slice(5, 15), slice(2, 12)), (1, slice(5, 15), slice(5, 15), slice(26, 36))]),
+        (
+            "left kidney",
+            [(1, slice(5, 15), slice(5, 15), slice(2, 12)), (1, slice(5, 15), slice(5, 15), slice(26, 36))],
+        ),
         ("kidney", [(1, slice(5, 15), slice(5, 15), slice(2, 12))]),
         ("kidney", [(1, slice(5, 15), slice(5, 15), slice(2, 12)), (1, slice(25, 35), slice(5, 15), slice(2, 12))]),
         ("kidney", [(1, slice(5, 15), slice(5, 15), slice(2, 12)), (1, slice(5, 7), slice(5, 7), slice(26, 28))]),
@@ -101,7 +108,9 @@ def test_what_is_no_pair_is_not_split(name, boxes):
 
 def test_splitting_makes_room_beyond_eight_bits():
     boxes = [(250, slice(5, 15), slice(5, 15), slice(2, 12)), (250, slice(5, 15), slice(5, 15), slice(26, 36))]
-    array, found = clean_layer(block((40, 40, 40), *boxes), {250: "lung", 255: "liver"}, MM, rules_from("lenient", ["split_sides=true"]))
+    array, found = clean_layer(
+        block((40, 40, 40), *boxes), {250: "lung", 255: "liver"}, MM, rules_from("lenient", ["split_sides=true"])
+    )
     assert sorted(f.value for f in found) == [250, 256] and array.dtype == np.uint16 and (array == 256).sum() == 1000
 
 
@@ -111,7 +120,9 @@ def test_a_value_without_a_name_is_dropped_and_said():
 
 
 def test_instances_share_the_category_of_their_source():
-    _, found = clean_layer(block((40, 40, 40), cube(1, 0, 9), cube(2, 20, 9)), {}, MM, ALL, instances=True, source="plantseg_nuclei")
+    _, found = clean_layer(
+        block((40, 40, 40), cube(1, 0, 9), cube(2, 20, 9)), {}, MM, ALL, instances=True, source="plantseg_nuclei"
+    )
     assert {(f.category.name, f.category.group, f.reason) for f in found} == {("plantseg nuclei", "cell", "")}
 
 

@@ -40,7 +40,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def segment(place: Path, *more: str) -> list[str]:
-    return ["segment", str(place / "image.nii.gz"), "--model", str(place / "tiny.safetensors"), "--device", "cpu", *more]
+    return [
+        "segment",
+        str(place / "image.nii.gz"),
+        "--model",
+        str(place / "tiny.safetensors"),
+        "--device",
+        "cpu",
+        *more,
+    ]
 
 
 def test_help_answers_without_torch_or_simpleitk():
@@ -72,7 +80,13 @@ def test_every_door_opens_the_same_program(door, usage):
 
 
 def test_a_door_passes_the_exit_code_on():
-    done = subprocess.run([sys.executable, "infer.py", "x.nii.gz", "-o", "y.nii.gz"], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "infer.py", "x.nii.gz", "-o", "y.nii.gz"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("samed3d: error: segment needs at least one prompt") and done.stderr.count("\n") == 1
 
@@ -80,7 +94,13 @@ def test_a_door_passes_the_exit_code_on():
 def test_segment_writes_everything_on_the_images_grid(place, tmp_path, capsys):
     outputs = {name: tmp_path / name for name in ("mask.nii.gz", "probability.nii.gz", "preview.png", "report.json")}
     more = ["--point", "9,8,7", "--negative-point", "1,1,1", "-o", str(outputs["mask.nii.gz"]), "--probability"]
-    more += [str(outputs["probability.nii.gz"]), "--preview", str(outputs["preview.png"]), "--report", str(outputs["report.json"])]
+    more += [
+        str(outputs["probability.nii.gz"]),
+        "--preview",
+        str(outputs["preview.png"]),
+        "--report",
+        str(outputs["report.json"]),
+    ]
     assert main(segment(place, *more)) == 0, capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(outputs)
 
@@ -104,7 +124,16 @@ def test_quiet_prints_nothing(place, tmp_path, capsys):
 def test_the_same_click_in_ijk_and_in_ras_gives_the_same_probability(place, tmp_path):
     ras = GRID.ijk_to_ras_mm((9, 8, 7))
     for name, numbers, space in (("a", "9,8,7", "ijk"), ("b", ",".join(map(repr, ras)), "ras")):
-        more = ["--point", numbers, "--space", space, "-o", str(tmp_path / f"m{name}.mha"), "--probability", str(tmp_path / f"{name}.mha")]
+        more = [
+            "--point",
+            numbers,
+            "--space",
+            space,
+            "-o",
+            str(tmp_path / f"m{name}.mha"),
+            "--probability",
+            str(tmp_path / f"{name}.mha"),
+        ]
         assert main(segment(place, *more)) == 0
     first, second = (read_volume(tmp_path / f"{n}.mha").array for n in "ab")
     assert np.abs(first - second).max() < 1e-4
@@ -148,7 +177,12 @@ def test_train_passes_config_overrides_and_resume(monkeypatch, capsys):
     monkeypatch.setattr(loop, "train", record)
     tiny = str(ROOT / "configs" / "tiny_cpu.yaml")
     assert main(["train", "--config", tiny, "--set", "optim.lr=1e-4", "--set", "optim.steps=20", "--resume", "-q"]) == 0
-    assert (seen["config"].optim.lr, seen["config"].optim.steps, seen["resume"], seen["quiet"]) == (1e-4, 20, True, True)
+    assert (seen["config"].optim.lr, seen["config"].optim.steps, seen["resume"], seen["quiet"]) == (
+        1e-4,
+        20,
+        True,
+        True,
+    )
     assert capsys.readouterr().out == ""
     assert main(["train", "--config", tiny]) == 0
     assert (seen["resume"], seen["quiet"]) == (False, False)
@@ -161,11 +195,31 @@ def test_evaluate_passes_its_options(monkeypatch, tmp_path, capsys):
     seen = {}
     monkeypatch.setattr(run, "evaluate", lambda *values, **named: seen.update(values=values, **named))
     assert (
-        main(["evaluate", str(tmp_path), "-o", str(tmp_path / "out"), "--model", "a", "--model", "b", "--clicks", "1,2", "--no-report"])
+        main(
+            [
+                "evaluate",
+                str(tmp_path),
+                "-o",
+                str(tmp_path / "out"),
+                "--model",
+                "a",
+                "--model",
+                "b",
+                "--clicks",
+                "1,2",
+                "--no-report",
+            ]
+        )
         == 0
     )
     assert seen["values"] == ([tmp_path], ["a", "b"], tmp_path / "out")
-    assert (seen["clicks"], seen["seeds"], seen["split"], seen["limit"], seen["progress"]) == ((1, 2), 1, "val", None, False)
+    assert (seen["clicks"], seen["seeds"], seen["split"], seen["limit"], seen["progress"]) == (
+        (1, 2),
+        1,
+        "val",
+        None,
+        False,
+    )
     assert main(["evaluate", str(tmp_path), "-o", str(tmp_path / "out"), "--clicks", "0,1"]) == 2
     assert "--clicks needs whole numbers from 1" in capsys.readouterr().err
 
@@ -190,7 +244,9 @@ def test_models_shows_one_models_modules(capsys):
 
 def test_import_weights_round_trip(monkeypatch, tmp_path, capsys):
     entry = MODELS["sam_med3d_b"]
-    monkeypatch.setitem(MODELS, "sam_med3d_b", ModelEntry(lambda **more: entry.build(**{**entry.tiny, **more}), entry.tiny))
+    monkeypatch.setitem(
+        MODELS, "sam_med3d_b", ModelEntry(lambda **more: entry.build(**{**entry.tiny, **more}), entry.tiny)
+    )
     upstream = create_model("sam_med3d_b").state_dict()
     torch.save({"model_state_dict": {f"module.{k}": v for k, v in upstream.items()}}, tmp_path / "turbo.pth")
     target = tmp_path / "turbo.safetensors"
@@ -210,14 +266,30 @@ def test_import_weights_of_published_variants(monkeypatch, tmp_path, capsys):
         monkeypatch.setitem(MODELS, name, ModelEntry(lambda b=entry.build, t=tiny, **given: b(**{**t, **given}), tiny))
     state = create_model("sam_med3d_b", boxes="stored").state_dict()
     torch.save({"model_state_dict": state}, tmp_path / "bbox_init.pth")
-    assert main(["import-weights", str(tmp_path / "bbox_init.pth"), "-o", str(tmp_path / "b.safetensors")]) == 0, capsys.readouterr().err
+    assert main(["import-weights", str(tmp_path / "bbox_init.pth"), "-o", str(tmp_path / "b.safetensors")]) == 0, (
+        capsys.readouterr().err
+    )
     stored, header = read_weights(tmp_path / "b.safetensors")
     assert header["config"]["boxes"] == "stored" and stored.keys() == state.keys()
-    student = ["import-weights", str(tmp_path / "bbox_init.pth"), "-o", str(tmp_path / "s.safetensors"), "--model", "fast_sam3d"]
+    student = [
+        "import-weights",
+        str(tmp_path / "bbox_init.pth"),
+        "-o",
+        str(tmp_path / "s.safetensors"),
+        "--model",
+        "fast_sam3d",
+    ]
     assert main(student) == 0, capsys.readouterr().err
     taught, _ = read_weights(tmp_path / "s.safetensors")
     assert torch.equal(taught["mask_decoder.mask_tokens.weight"], state["mask_decoder.mask_tokens.weight"])
-    wrong = ["import-weights", str(tmp_path / "bbox_init.pth"), "-o", str(tmp_path / "x.safetensors"), "--model", "sam_vit_b"]
+    wrong = [
+        "import-weights",
+        str(tmp_path / "bbox_init.pth"),
+        "-o",
+        str(tmp_path / "x.safetensors"),
+        "--model",
+        "sam_vit_b",
+    ]
     assert main(wrong) == 2
     assert "is no sam_vit_b" in capsys.readouterr().err and not (tmp_path / "x.safetensors").exists()
 

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from samed3d import clicks
-from samed3d.clicks import POLICIES, distance_inside, error_clicks, jittered_boxes, largest_component, next_click, policy_clicks
+from samed3d.clicks import (
+    POLICIES,
+    distance_inside,
+    error_clicks,
+    jittered_boxes,
+    largest_component,
+    next_click,
+    policy_clicks,
+)
 from samed3d.errors import InputError
 
 SHAPE = (7, 8, 9)
@@ -41,7 +49,8 @@ def without_fast_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_even(counts: np.ndarray, draws: int) -> None:
-    """Pearson's statistic of equal chances: its mean is the degrees of freedom, its deviation the root of twice that."""
+    """Pearson's statistic of equal chances: its mean is the degrees of freedom, its deviation the root of twice
+    that."""
     expected = draws / len(counts)
     statistic = float(((counts - expected) ** 2 / expected).sum())
     freedom = len(counts) - 1
@@ -72,7 +81,9 @@ def test_first_click_is_uniform_in_the_target(rng):
 
 def test_centre_is_the_deepest_voxel_of_the_largest_wrong_component():
     shape = (12, 12, 20)
-    target = block((1, 10), (1, 4), (1, 4), shape=shape) | block((2, 7), (6, 11), (10, 15), shape=shape)  # 81 voxels, thin; 125, thick
+    target = block((1, 10), (1, 4), (1, 4), shape=shape) | block(
+        (2, 7), (6, 11), (10, 15), shape=shape
+    )  # 81 voxels, thin; 125, thick
     assert next_click(np.zeros(shape, bool), target, "centre") == ((4, 8, 12), True)
     assert next_click(target, np.zeros(shape, bool), "centre") == ((4, 8, 12), False)
     # The component with the most voxels, not the deepest: here the slab is thinner and larger.
@@ -82,7 +93,9 @@ def test_centre_is_the_deepest_voxel_of_the_largest_wrong_component():
 
 
 def test_centre_joins_voxels_that_touch_by_a_corner():
-    target = block((0, 2), (0, 2), (0, 2)) | block((2, 4), (2, 4), (2, 4)) | block((4, 7), (0, 2), (7, 9))  # 8 + 8 joined against 12
+    target = (
+        block((0, 2), (0, 2), (0, 2)) | block((2, 4), (2, 4), (2, 4)) | block((4, 7), (0, 2), (7, 9))
+    )  # 8 + 8 joined against 12
     zyx, _ = next_click(np.zeros(SHAPE, bool), target, "centre")
     assert max(zyx) < 4
 
@@ -94,7 +107,10 @@ def test_centre_counts_the_array_border_as_outside():
 
 def test_ritm_takes_the_deeper_kind_beyond_half_its_depth(rng):
     shape = (11, 11, 24)
-    missed, surplus = block((1, 10), (1, 10), (1, 10), shape=shape), block((4, 7), (4, 7), (15, 18), shape=shape)  # depths 5 and 2
+    missed, surplus = (
+        block((1, 10), (1, 10), (1, 10), shape=shape),
+        block((4, 7), (4, 7), (15, 18), shape=shape),
+    )  # depths 5 and 2
     drawn = [next_click(surplus, missed, "ritm", rng) for _ in range(1000)]
     allowed = block((3, 8), (3, 8), (3, 8), shape=shape)  # depth 3, 4 and 5 of 5
     counts = np.zeros(shape, int)
@@ -130,14 +146,18 @@ def test_one_wrong_voxel_is_found_anywhere(policy, rng):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_same_seed_same_clicks(policy, rng):
     pred, target = rng.random(SHAPE) > 0.6, rng.random(SHAPE) > 0.5
-    first, second, other = ([next_click(pred, target, policy, r) for _ in range(9)] for r in map(np.random.default_rng, (3, 3, 4)))
+    first, second, other = (
+        [next_click(pred, target, policy, r) for _ in range(9)] for r in map(np.random.default_rng, (3, 3, 4))
+    )
     assert first == second
     assert (first == other) == (policy == "centre")
 
 
 def test_integers_count_as_masks(rng):
     target = block((1, 3), (2, 4), (3, 6)).astype(np.uint8)
-    assert next_click(np.zeros_like(target), target * 7, "centre") == next_click(np.zeros(SHAPE, bool), target > 0, "centre")
+    assert next_click(np.zeros_like(target), target * 7, "centre") == next_click(
+        np.zeros(SHAPE, bool), target > 0, "centre"
+    )
 
 
 def test_bad_arguments_are_named():
@@ -191,7 +211,12 @@ def test_error_clicks_are_uniform_over_the_wrong_voxels():
     target, pred = block((1, 3), (2, 4), (3, 6)), block((2, 4), (2, 4), (4, 7))
     draws, counts, generator = 3000, np.zeros(SHAPE, int), seeded()
     points, labels = error_clicks(as_batch(*[pred] * draws), as_batch(*[target] * draws), generator)
-    assert points.shape == (draws, 1, 3) and points.dtype == torch.float32 and labels.shape == (draws, 1) and labels.dtype == torch.int64
+    assert (
+        points.shape == (draws, 1, 3)
+        and points.dtype == torch.float32
+        and labels.shape == (draws, 1)
+        and labels.dtype == torch.int64
+    )
     for point, label in zip(points[:, 0].long().tolist(), labels[:, 0].tolist(), strict=True):
         counts[tuple(point)] += 1
         assert label == int(target[tuple(point)])

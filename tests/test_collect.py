@@ -41,7 +41,10 @@ def test_every_published_number_has_a_source():
 
 
 def test_a_file_that_is_not_there_is_said(tmp_path):
-    assert tables.block("latency", tmp_path) == "*Not measured: `benchmarks/results/latency.json` is not there (`make bench`).*"
+    assert (
+        tables.block("latency", tmp_path)
+        == "*Not measured: `benchmarks/results/latency.json` is not there (`make bench`).*"
+    )
 
 
 def curve(means, subjects=7, structures=9):
@@ -51,7 +54,10 @@ def curve(means, subjects=7, structures=9):
 
 def test_the_accuracy_block_has_every_mean_with_its_interval(tmp_path):
     own = curve([(1, 0.2, [0.1, 0.3]), (10, 0.25, None)])
-    body = {"group": {"unseen subject": own}, "controls": {"unseen subject": {"other": curve([(1, 0.9, [0.8, 1.0])], 2, 3)}}}
+    body = {
+        "group": {"unseen subject": own},
+        "controls": {"unseen subject": {"other": curve([(1, 0.9, [0.8, 1.0])], 2, 3)}},
+    }
     body |= {
         "seeds": 5,
         "commands": {"clicks": "samed3d evaluate X", "box": "samed3d evaluate Y"},
@@ -65,8 +71,14 @@ def test_the_accuracy_block_has_every_mean_with_its_interval(tmp_path):
 
 
 def test_every_protocol_first_prompt_and_model_has_a_line():
-    ends = {"first": {"click": 0, "mean": 0.5, "interval": [0.4, 0.6]}, "last": {"click": 5, "mean": 0.75, "interval": None}}
-    rows = [{"protocol": p, "prompt": w, "model": "m", "subjects": 2, "structures": 3} | ends for p, w in (("a", "click"), ("b", "box"))]
+    ends = {
+        "first": {"click": 0, "mean": 0.5, "interval": [0.4, 0.6]},
+        "last": {"click": 5, "mean": 0.75, "interval": None},
+    }
+    rows = [
+        {"protocol": p, "prompt": w, "model": "m", "subjects": 2, "structures": 3} | ends
+        for p, w in (("a", "click"), ("b", "box"))
+    ]
     text = tables.protocols({"rows": rows, "wall_s": 1200.0, "processor_s": 2400.0})
     assert "| a | `m` | 2 | 3 | 0.50 [0.40, 0.60] | 0.75 (5) |" in text and "| b, box first | `m` |" in text
     assert text.endswith("The whole run took 20 minutes, 40 minutes of processor time.")
@@ -80,7 +92,9 @@ def test_the_other_blocks_show_what_the_files_say():
     assert "| decoder | onnxruntime | 50 ms | 1.50 x | 2.0e-06 |" in tables.export(
         {"model": "m", "threads": 1, "encoder": part, "decoder": part}
     )
-    assert "| loop samples per s | 1.23 |" in tables.training({"loop": {"samples_per_s": 1.234}, "collected": {"seconds": 9}})
+    assert "| loop samples per s | 1.23 |" in tables.training(
+        {"loop": {"samples_per_s": 1.234}, "collected": {"seconds": 9}}
+    )
 
 
 def test_a_page_must_hold_each_block_once(tmp_path):
@@ -128,4 +142,7 @@ def test_what_cannot_run_is_passed_over_with_a_reason(tmp_path, job, quick, told
 
 
 def test_a_printed_table_is_kept():
-    assert collect.parsed_table("noise\n| a | b |\n|---|---|\n| 1 | |\n") == {"columns": ["a", "b"], "rows": [["1", ""]]}
+    assert collect.parsed_table("noise\n| a | b |\n|---|---|\n| 1 | |\n") == {
+        "columns": ["a", "b"],
+        "rows": [["1", ""]],
+    }

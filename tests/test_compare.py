@@ -47,7 +47,9 @@ def test_models_with_other_names_are_paired_with_each_other(tmp_path):
 
 def test_the_text_holds_every_number_of_the_table(tmp_path):
     text = comparison_text(compare_runs(two_runs(tmp_path)))
-    old, new = (next(line for line in text.splitlines() if line.startswith(name)) for name in ("old: ours", "new: ours"))
+    old, new = (
+        next(line for line in text.splitlines() if line.startswith(name)) for name in ("old: ours", "new: ours")
+    )
     # Mean over eight subjects of value + 0.01 n is value + 0.035; the last click of the newer run is capped at 1.
     assert old.split()[2:] == ["8", "8", "0.335", "0.635", "0.935", "0.635", "500", "ms", "50", "ms"]
     assert new.split()[4:6] == ["0.385", "0.685"]
@@ -67,7 +69,11 @@ def test_the_page_opens_alone_and_names_both_runs(tmp_path):
         (make_rows({"ours": (0.5,)}, protocol="cvpr25"), SETTINGS, "ways of clicking .*samed3d.*cvpr25"),
         (make_rows({"ours": (0.5,)}, policy="uniform"), SETTINGS, "ways of clicking .*centre clicks.*uniform clicks"),
         (None, SETTINGS | {"split": "all"}, "split .*old: val; new: all"),
-        (None, SETTINGS | {"kept_from": {"validation_share": 0.1, "seed": 0, "hold_out": []}}, "subjects kept from training"),
+        (
+            None,
+            SETTINGS | {"kept_from": {"validation_share": 0.1, "seed": 0, "hold_out": []}},
+            "subjects kept from training",
+        ),
         (make_rows({"ours": (0.5, 0.5, 0.5)}, case="elsewhere"), SETTINGS, "data .no structure and seed in common"),
     ],
 )

@@ -21,7 +21,16 @@ def bench():
 
 
 def options(tmp_path, **more) -> argparse.Namespace:
-    given = {"corpus": ["corpus"], "minutes": 0.0, "samples": 100, "crop": 32, "batch": 4, "lr": 1e-3, "seed": 0, "out": tmp_path}
+    given = {
+        "corpus": ["corpus"],
+        "minutes": 0.0,
+        "samples": 100,
+        "crop": 32,
+        "batch": 4,
+        "lr": 1e-3,
+        "seed": 0,
+        "out": tmp_path,
+    }
     return argparse.Namespace(**{**given, **more})
 
 
@@ -47,8 +56,22 @@ def test_minutes_limit_a_long_run(bench, tmp_path):
 
 
 def test_the_table_has_a_line_per_system(bench, tmp_path):
-    row = {"system": "samu", "trained": 12_034_342, "gflop_encode": 4.2, "gflop_decode": 11.1, "encode_ms": 40.0, "decode_ms": 90.0}
-    row |= {"peak_mib": 900.0, "samples": 100, "s_per_sample": 0.5, "dice": {"1": 0.5, "3": 0.6, "5": 0.7}, "structures": 6, "subjects": 3}
+    row = {
+        "system": "samu",
+        "trained": 12_034_342,
+        "gflop_encode": 4.2,
+        "gflop_decode": 11.1,
+        "encode_ms": 40.0,
+        "decode_ms": 90.0,
+    }
+    row |= {
+        "peak_mib": 900.0,
+        "samples": 100,
+        "s_per_sample": 0.5,
+        "dice": {"1": 0.5, "3": 0.6, "5": 0.7},
+        "structures": 6,
+        "subjects": 3,
+    }
     lines = bench.write_table([row, {**row, "s_per_sample": None}], options(tmp_path)).splitlines()
     assert lines[0].startswith("From random weights, 100 samples each, crops of 32^3")
     assert lines[4] == "| samu | 12,034,342 | 4.2 | 11.1 | 40 | 90 | 0.50 | 900 | 100 | 0.500 | 0.600 | 0.700 |"

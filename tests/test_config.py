@@ -41,7 +41,9 @@ def test_file_then_overrides_the_last_wins(tmp_path):
 def test_round_trip_through_plain_values(tmp_path):
     import yaml
 
-    config = load_config(TrainConfig, None, ["data.crop=[32,48,64]", "model.overrides={width: 8}", "clicks.policy=centre"])
+    config = load_config(
+        TrainConfig, None, ["data.crop=[32,48,64]", "model.overrides={width: 8}", "clicks.policy=centre"]
+    )
     path = write(tmp_path, yaml.safe_dump(to_dict(config)))
     assert load_config(TrainConfig, path) == config
 
@@ -77,7 +79,10 @@ def test_a_config_is_frozen():
         ("model.overrides=3", r"'model\.overrides' must be a mapping, got 3"),
         ("data.spacing_mm=-1", r"data\.spacing_mm must be 0 \(the object's scale\) or more, got -1"),
         ("clicks.mask_only_turns=[first]", r"clicks\.mask_only_turns may hold last and random, got \['first'\]"),
-        ("optim.milestones=[0.6, 0.5]", r"optim\.milestones must be rising shares of a cycle, above 0 and at most 1, got \[0\.6, 0\.5\]"),
+        (
+            "optim.milestones=[0.6, 0.5]",
+            r"optim\.milestones must be rising shares of a cycle, above 0 and at most 1, got \[0\.6, 0\.5\]",
+        ),
         ("optim.lr_scale={mask_decoder: 0}", r"optim\.lr_scale\.mask_decoder must be a number above 0, got 0"),
         ("optim.cycles=0", r"optim\.cycles must be 1 or more, got 0"),
         ("run.keep=-1", r"run\.keep must be 0 \(last\.pt alone\) or more, got -1"),
@@ -97,7 +102,10 @@ def test_refused_overrides(override, message):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.synthetic_share=0.5", r"data\.synthetic_share must be 1 while data\.corpus is empty, got 0\.5; .*data\.corpus"),
+        (
+            "data.synthetic_share=0.5",
+            r"data\.synthetic_share must be 1 while data\.corpus is empty, got 0\.5; .*data\.corpus",
+        ),
         ("data.corpus=[a]", r"data\.synthetic_share must be below 1 when data\.corpus is given"),
         ("data.fill=[0.9, 0.2]", r"data\.fill must be two rising numbers above 0, got \(0\.9, 0\.2\)"),
         ("data.crop=[4, 32, 32]", r"data\.crop must be at least 8 voxels"),
@@ -165,7 +173,11 @@ def test_every_field_says_what_it_means():
         for at, item in enumerate(node.body):
             if isinstance(item, ast.AnnAssign):
                 after = node.body[at + 1] if at + 1 < len(node.body) else None
-                said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
+                said = (
+                    isinstance(after, ast.Expr)
+                    and isinstance(after.value, ast.Constant)
+                    and isinstance(after.value.value, str)
+                )
                 assert said, f"{node.name}.{ast.unparse(item.target)} has no text under it"
                 checked += 1
     assert checked > 25

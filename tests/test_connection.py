@@ -1,4 +1,5 @@
-"""The client's connection: kept while it is used, opened anew after a pause, so that a click after thinking is not lost."""
+"""The client's connection: kept while it is used, opened anew after a pause, so that a click after thinking is not
+lost."""
 
 from __future__ import annotations
 

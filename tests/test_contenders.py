@@ -46,11 +46,17 @@ def program(folder: Path, ending: str) -> str:
 def test_an_external_program_gets_prompts_and_answers(tmp_path):
     volume, labels = scene()
     rows = measured(
-        ExternalProgram(program(tmp_path, "sitk.WriteImage(sitk.Cast(grown, sitk.sitkUInt8), out)")), volume, labels, clicks=2
+        ExternalProgram(program(tmp_path, "sitk.WriteImage(sitk.Cast(grown, sitk.sitkUInt8), out)")),
+        volume,
+        labels,
+        clicks=2,
     ).rows
     assert rows[0]["dice"] == 1.0 and rows[0]["encode_seconds"] is None and rows[0]["seconds"] > 0
     empty = measured(
-        ExternalProgram(program(tmp_path, "sitk.WriteImage(sitk.Cast(grown * 0, sitk.sitkUInt8), out)")), volume, labels, clicks=1
+        ExternalProgram(program(tmp_path, "sitk.WriteImage(sitk.Cast(grown * 0, sitk.sitkUInt8), out)")),
+        volume,
+        labels,
+        clicks=1,
     )
     assert empty.rows[0]["dice"] == 0, "an empty mask is an answer"
 
@@ -74,7 +80,8 @@ def test_answers_that_cannot_be_used_are_named(tmp_path, ending, message):
 
 def test_commands_that_cannot_be_run_are_named():
     with pytest.raises(
-        InputError, match=r"--external needs \{image\} \{prompts\} \{out\} in the command, \{out\} missing: a \{image\} \{prompts\}"
+        InputError,
+        match=r"--external needs \{image\} \{prompts\} \{out\} in the command, \{out\} missing: a \{image\} \{prompts\}",
     ):
         contender_of("external:a {image} {prompts}")
     with pytest.raises(InputError, match="--external cannot be read as a command"):
@@ -92,9 +99,15 @@ def test_a_server_of_the_nninteractive_protocol_scores_as_the_session_behind_it(
     volume = write_ball(tmp_path / "ball.nii.gz")
     labels = (volume.array > 0.5).astype(np.uint8)
     with ServerProcess(tmp_path) as server:
-        rows = measured(contender_of(f"server:{server.url}"), volume, labels, clicks=2, prompts=("click", "box", "scribble")).rows
+        rows = measured(
+            contender_of(f"server:{server.url}"), volume, labels, clicks=2, prompts=("click", "box", "scribble")
+        ).rows
     local = measured(
-        ModelContender("m", BrightnessModel((16, 16, 16))), volume, labels, clicks=2, prompts=("click", "box", "scribble")
+        ModelContender("m", BrightnessModel((16, 16, 16))),
+        volume,
+        labels,
+        clicks=2,
+        prompts=("click", "box", "scribble"),
     ).rows
     assert len(rows) == len(local) == 8
     assert all(abs(a["dice"] - b["dice"]) < 0.1 and a["dice"] > 0.5 for a, b in zip(rows, local, strict=True))
@@ -108,7 +121,9 @@ def test_a_server_that_is_not_there_is_named():
 
 def test_an_architecture_is_measured_with_random_weights_and_says_so(monkeypatch):
     entry = MODELS["sam_med3d_b"]
-    monkeypatch.setitem(MODELS, "sam_med3d_b", ModelEntry(lambda **more: entry.build(**{**entry.tiny, **more}), entry.tiny))
+    monkeypatch.setitem(
+        MODELS, "sam_med3d_b", ModelEntry(lambda **more: entry.build(**{**entry.tiny, **more}), entry.tiny)
+    )
     one, other = contender_of("sam_med3d_b"), contender_of("sam_med3d_b")
     assert one.name == "sam_med3d_b (random weights)" and one.takes == {"point", "scribble"}
     for (name, a), b in zip(one.model.state_dict().items(), other.model.state_dict().values(), strict=True):
@@ -119,7 +134,11 @@ def test_an_architecture_is_measured_with_random_weights_and_says_so(monkeypatch
 def test_the_control_without_a_prompt_is_told_a_random_place():
     volume, labels = scene()
     honest, misled = contender_of("oracle_bound"), contender_of("no_prompt:dilated_ball")
-    assert misled.name == "no_prompt:dilated_ball" and misled.takes == contender_of("dilated_ball").takes and not honest.fingerprint
+    assert (
+        misled.name == "no_prompt:dilated_ball"
+        and misled.takes == contender_of("dilated_ball").takes
+        and not honest.fingerprint
+    )
     places = set()
     for i in range(12):
         opened = misled.open(volume, labels == 1)
@@ -152,14 +171,19 @@ def test_any_object_with_encode_and_decode_can_be_measured():
     rows = measured(ModelContender("duck", Duck()), *scene(), clicks=2).rows
     assert rows[0]["dice"] > 0.5 and rows[0]["encode_seconds"] is not None
     with pytest.raises(
-        InputError, match="a model to measure needs spec, encode, decode, eval and to; 'x' lacks spec, encode, decode, eval, to"
+        InputError,
+        match="a model to measure needs spec, encode, decode, eval and to; 'x' lacks spec, encode, decode, eval, to",
     ):
         ModelContender("x", object())
 
 
 def test_names_that_mean_nothing_get_the_nearest(tmp_path):
-    with pytest.raises(InputError, match=r"no checkpoint or file is called 'region_growin', nor .* nearest names: region_growing"):
+    with pytest.raises(
+        InputError, match=r"no checkpoint or file is called 'region_growin', nor .* nearest names: region_growing"
+    ):
         contender_of("region_growin")
-    with pytest.raises(InputError, match=r"only oracle_bound takes a number, as oracle_bound@6 \(mm > 0\), got 'oracle_bound@0'"):
+    with pytest.raises(
+        InputError, match=r"only oracle_bound takes a number, as oracle_bound@6 \(mm > 0\), got 'oracle_bound@0'"
+    ):
         contender_of("oracle_bound@0")
     assert contender_of("oracle_bound@3mm").name == "oracle_bound@3mm"

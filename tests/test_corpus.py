@@ -1,4 +1,5 @@
-"""The corpus on disk: what was written is read, by crops; broken ones are named; the split depends on the subject alone."""
+"""The corpus on disk: what was written is read, by crops; broken ones are named; the split depends on the subject
+alone."""
 
 from __future__ import annotations
 
@@ -73,7 +74,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x", "old")]
 
 
-@pytest.mark.parametrize(("suffix", "body"), [(".b2nd", b"no frame"), (".npz", b"no zip"), (".b2nd", None), (".npz", None)])
+@pytest.mark.parametrize(
+    ("suffix", "body"), [(".b2nd", b"no frame"), (".npz", b"no zip"), (".b2nd", None), (".npz", None)]
+)
 def test_a_damaged_or_missing_array_is_named(tmp_path, suffix, body):
     if body is not None:
         (tmp_path / f"a{suffix}").write_bytes(body)
@@ -87,7 +90,9 @@ def corpus(tmp_path, rng) -> Corpus:
     labels[2:9, 3:17, 1:9] = 1
     labels[12:28, 3:17, 1:9] = 4
     for number in range(4):
-        store_case(tmp_path, "set", f"p{number}", rng.integers(0, 9, labels.shape).astype(np.int16), labels, (3.0, 2.0, 1.0))
+        store_case(
+            tmp_path, "set", f"p{number}", rng.integers(0, 9, labels.shape).astype(np.int16), labels, (3.0, 2.0, 1.0)
+        )
     store_case(tmp_path, "maps", "m", None, labels)
     return Corpus(store_corpus(tmp_path))
 
@@ -101,7 +106,9 @@ def test_cases_say_what_is_in_them(corpus):
     assert case.spacing_zyx_mm == (3.0, 2.0, 1.0) and [r.value for r in case.labels] == [1, 4]
     labels = corpus.labels(case)[:]
     for record in case.labels:
-        assert record.voxels == int((labels == record.value).sum()) and record.region == bounding_region(labels == record.value)
+        assert record.voxels == int((labels == record.value).sum()) and record.region == bounding_region(
+            labels == record.value
+        )
         assert record.points.shape == (POINTS, 3) and (labels[tuple(record.points.T.astype(int))] == record.value).all()
     assert corpus.label_table.columns.keys() == set(LABEL_COLUMNS)
     assert corpus.label_table.numbers("mm3").max() == 16 * 14 * 8 * 6.0
@@ -124,7 +131,9 @@ def test_a_broken_table_is_named(tmp_path):
 
 
 def test_no_corpus_a_broken_one_and_other_versions_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"no corpus at .*corpus\.json is missing or broken; make one with samed3d prepare"):
+    with pytest.raises(
+        InputError, match=r"no corpus at .*corpus\.json is missing or broken; make one with samed3d prepare"
+    ):
         Corpus(tmp_path)
     (tmp_path / "corpus.json").write_text("{")
     with pytest.raises(InputError, match="no corpus at"):
@@ -192,7 +201,10 @@ print([data[i]["case"] for i in range(3)])
 def test_a_missing_blosc2_says_what_to_install(tmp_path, monkeypatch):
     write_array(tmp_path / "a.b2nd", np.zeros((4, 4, 4), np.uint8))
     monkeypatch.setitem(sys.modules, "blosc2", None)
-    with pytest.raises(InputError, match=r"a \.b2nd corpus needs blosc2: pip install 'samed3d\[corpus\]', or prepare with --storage npz"):
+    with pytest.raises(
+        InputError,
+        match=r"a \.b2nd corpus needs blosc2: pip install 'samed3d\[corpus\]', or prepare with --storage npz",
+    ):
         open_array(tmp_path / "a.b2nd")
 
 
@@ -200,6 +212,8 @@ def test_the_split_depends_on_the_subject_its_seed_and_the_share_alone():
     subjects = [f"s{n}" for n in range(2000)]
     chosen = {s for s in subjects if in_validation(s, 0.1)}
     assert 140 < len(chosen) < 260
-    assert chosen <= {s for s in subjects if in_validation(s, 0.2)}, "a larger share keeps whom the smaller one held back"
+    assert chosen <= {s for s in subjects if in_validation(s, 0.2)}, (
+        "a larger share keeps whom the smaller one held back"
+    )
     assert chosen != {s for s in subjects if in_validation(s, 0.1, seed=1)}
     assert not any(in_validation(s, 0.0) for s in subjects) and all(in_validation(s, 1.0) for s in subjects)

@@ -57,7 +57,9 @@ def test_zooming_in_is_torch_interpolation_by_voxel_edges(factor):
     array = random_array((4, 5, 6))
     shape = tuple(n * factor for n in array.shape)
     crop, inside = sample_crop(array, CropFrame((0.0, 0.0, 0.0), (1 / factor,) * 3, shape))
-    expected = F.interpolate(torch.from_numpy(array)[None, None], scale_factor=factor, mode="trilinear", align_corners=False)[0, 0]
+    expected = F.interpolate(
+        torch.from_numpy(array)[None, None], scale_factor=factor, mode="trilinear", align_corners=False
+    )[0, 0]
     torch.testing.assert_close(crop, expected, atol=1e-6, rtol=0)
     assert inside.all()
 
@@ -72,7 +74,9 @@ def test_fine_crops_agree_with_grid_sample_anywhere(seed):
         at = frame.origin_zyx_vox[axis] + (torch.arange(frame.shape_zyx[axis]) + 0.5) * frame.step_zyx_vox[axis] - 0.5
         lines.append((2 * at + 1) / array.shape[axis] - 1)
     grid = torch.stack(torch.meshgrid(*lines, indexing="ij"), dim=-1).flip(-1)[None].float()
-    expected = F.grid_sample(torch.from_numpy(array)[None, None], grid, padding_mode="border", align_corners=False)[0, 0]
+    expected = F.grid_sample(torch.from_numpy(array)[None, None], grid, padding_mode="border", align_corners=False)[
+        0, 0
+    ]
     torch.testing.assert_close(sample_crop(array, frame)[0], expected, atol=2e-5, rtol=0)
 
 
@@ -191,7 +195,9 @@ def test_paste_of_a_fine_crop_averages():
 
 
 def test_paste_outside_the_volume_is_empty():
-    region, values = paste_crop(torch.zeros(4, 4, 4), CropFrame((50.0, 0.0, 0.0), (1.0, 1.0, 1.0), (4, 4, 4)), (9, 9, 9))
+    region, values = paste_crop(
+        torch.zeros(4, 4, 4), CropFrame((50.0, 0.0, 0.0), (1.0, 1.0, 1.0), (4, 4, 4)), (9, 9, 9)
+    )
     assert region.is_empty and values.numel() == 0
 
 
@@ -237,7 +243,9 @@ def test_rank_is_monotone_with_unit_deviation_for_any_histogram():
     scaled, rank = normalise(crop, inside, "zscore_rank")
     order = rank[inside][crop[inside].argsort()]
     assert (order.diff() >= -1e-5).all()
-    assert float(rank[inside].mean()) == pytest.approx(0, abs=0.02) and float(rank[inside].std()) == pytest.approx(1, abs=0.02)
+    assert float(rank[inside].mean()) == pytest.approx(0, abs=0.02) and float(rank[inside].std()) == pytest.approx(
+        1, abs=0.02
+    )
     assert not rank[~inside].any()
     assert torch.equal(scaled[None], normalise(crop, inside, "zscore"))
 
@@ -259,12 +267,18 @@ def test_degenerate_crops_stay_finite(method):
     none = torch.zeros(shape, dtype=torch.bool)
     one = none.clone()
     one[0, 0, 0] = True
-    for crop in (torch.zeros(shape), torch.full(shape, -1024.0), torch.randn(shape, generator=torch.Generator().manual_seed(0))):
+    for crop in (
+        torch.zeros(shape),
+        torch.full(shape, -1024.0),
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)),
+    ):
         for inside in (none, one, ~none):
             out = normalise(crop, inside, method)
             assert out.shape == (image_channels(method), *shape) and torch.isfinite(out).all()
 
 
 def test_unknown_method_is_named():
-    with pytest.raises(ValueError, match="normalisation must be one of zscore, zscore_positive, zscore_rank, got 'minmax'"):
+    with pytest.raises(
+        ValueError, match="normalisation must be one of zscore, zscore_positive, zscore_rank, got 'minmax'"
+    ):
         normalise(torch.zeros(2, 2, 2), torch.ones(2, 2, 2, dtype=torch.bool), "minmax")

@@ -16,7 +16,15 @@ from samed3d.evaluation.challenge_npz import read_array, read_boxes, read_object
 from samed3d.evaluation.contenders import BaselineContender
 from samed3d.evaluation.measuring import Ask, measure
 from samed3d.evaluation.protocols import protocol_of
-from samed3d.evaluation.protocols.cvpr25 import Cvpr25, as_prompt, challenge_click, challenge_nsd, joined, round_inputs, simulated_boxes
+from samed3d.evaluation.protocols.cvpr25 import (
+    Cvpr25,
+    as_prompt,
+    challenge_click,
+    challenge_nsd,
+    joined,
+    round_inputs,
+    simulated_boxes,
+)
 from samed3d.metrics import dice, nsd_subvoxel
 from samed3d.prompts import Box, Point
 from tests.measured_subjects import Fake, Scripted
@@ -76,11 +84,15 @@ def test_the_box_is_exact_along_z_and_drawn_on_the_middle_slice():
     labels[5, 90:130, 250:350] = 1  # the middle of the four slices that have it is the third
     boxes = [simulated_boxes(labels, 1, np.random.RandomState(seed))[0] for seed in range(40)]
     assert {(b["z_min"], b["z_max"], b["z_mid"]) for b in boxes} == {(2, 8, 5)}
-    shifts = {(250 - b["z_mid_x_min"], b["z_mid_x_max"] - 349, 90 - b["z_mid_y_min"], b["z_mid_y_max"] - 129) for b in boxes}
+    shifts = {
+        (250 - b["z_mid_x_min"], b["z_mid_x_max"] - 349, 90 - b["z_mid_y_min"], b["z_mid_y_max"] - 129) for b in boxes
+    }
     assert shifts == {(2 * s, 2 * s, s, s) for s in range(6)}, "0 to 5 pixels of a 256-pixel image"
     edge = np.zeros((1, 256, 256), np.uint8)
     edge[0, :4, 250:] = 1
-    assert all(b["z_mid_y_min"] == 0 and b["z_mid_x_max"] == 255 for b in simulated_boxes(edge, 1, np.random.RandomState(1)))
+    assert all(
+        b["z_mid_y_min"] == 0 and b["z_mid_x_max"] == 255 for b in simulated_boxes(edge, 1, np.random.RandomState(1))
+    )
     prompt = as_prompt(boxes[0] | {"z_mid_x_min": 3, "z_mid_x_max": 7, "z_mid_y_min": 4, "z_mid_y_max": 6})
     assert prompt == Box((3, 4, 2), (7, 6, 8))
 
@@ -115,7 +127,10 @@ def test_distances_ignore_spacing_and_ties_are_drawn_with_one_seed():
 def test_large_parts_are_halved_first():
     target = np.zeros((21, 21, 21), bool)
     target[3:18, 3:18, 3:18] = True
-    fine, coarse = challenge_click(np.zeros_like(target), target), challenge_click(np.zeros_like(target), target, most_voxels=100)
+    fine, coarse = (
+        challenge_click(np.zeros_like(target), target),
+        challenge_click(np.zeros_like(target), target, most_voxels=100),
+    )
     assert fine[0] == (10, 10, 10) and coarse[1] and max(abs(v - 10) for v in coarse[0]) <= 3
 
 
@@ -136,7 +151,9 @@ def test_six_rounds_of_both_structures_and_the_four_figures(tmp_path):
     nothing = np.zeros_like(a)
     subject = EachRound({1: [nothing, half, half, a], 2: [nothing, nothing, b]})
     case, part = measured_case(path, Fake(lambda *_: subject))
-    assert [type(p) for p in subject.prompts[1]] == [Box, Point, Point, Point], "perfect from the third click on: no more are given"
+    assert [type(p) for p in subject.prompts[1]] == [Box, Point, Point, Point], (
+        "perfect from the third click on: no more are given"
+    )
     assert [type(p) for p in subject.prompts[2]] == [Box, Point, Point]
     rows = {(r["label"], r["click"]): r for r in part.rows}
     assert sorted(rows) == [(label, click) for label in (2, 7) for click in range(6)]
@@ -170,7 +187,9 @@ def test_without_boxes_nothing_is_predicted_before_the_first_click(tmp_path):
 def test_click_only_methods_begin_with_the_clicks(tmp_path):
     path = write_case(tmp_path / "CT_a.npz", truth())
     _, part = measured_case(path, BaselineContender("region_growing", multiplier=1.25))
-    assert [r["dice"] for r in part.rows if r["click"] == 0] == [0, 0] and all(r["dice"] > 0.3 for r in part.rows if r["click"] == 1)
+    assert [r["dice"] for r in part.rows if r["click"] == 0] == [0, 0] and all(
+        r["dice"] > 0.3 for r in part.rows if r["click"] == 1
+    )
 
 
 def test_one_object_too_many_for_the_boxes_of_the_file_is_no_box(tmp_path):

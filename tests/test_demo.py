@@ -40,7 +40,9 @@ class StandIn:
     def add(self, prompt, object_id, name):
         self.clicked.append((object_id, name, prompt.at, prompt.positive))
         count = sum(o == object_id for o, *_ in self.clicked)
-        self.mask = ((self.truth == object_id) & (np.arange(GRID.shape_zyx[0])[:, None, None] < 1 + 2 * count)).astype(np.uint8)
+        self.mask = ((self.truth == object_id) & (np.arange(GRID.shape_zyx[0])[:, None, None] < 1 + 2 * count)).astype(
+            np.uint8
+        )
         self.labels[self.mask > 0] = object_id
         return type("Update", (), {"seconds": 0.5})()
 
@@ -83,7 +85,13 @@ def test_the_first_click_is_the_middle_of_the_organ(stand_in, tmp_path):
 def test_demo_leaves_the_volume_the_masks_and_the_figures(stand_in, tmp_path, capsys):
     demo.run_demo(tmp_path, model="tiny", device="cpu", quiet=True)
     assert capsys.readouterr().out == ""
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["ct.nii.gz", "masks.nii.gz", "preview.png", "prompts.json", "results.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "ct.nii.gz",
+        "masks.nii.gz",
+        "preview.png",
+        "prompts.json",
+        "results.json",
+    ]
     assert read_volume(tmp_path / "ct.nii.gz").grid == read_volume(tmp_path / "masks.nii.gz").grid
 
 

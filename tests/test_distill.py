@@ -37,7 +37,9 @@ def crops() -> tuple[torch.Tensor, torch.Tensor]:
 
 def step_of(student: PromptableModel, teacher: Teacher | None, weight: float = 2.0) -> InteractiveStep:
     clicks = ClickConfig(interactions=2, mask_only_probability=0.0)
-    return InteractiveStep(student, clicks, LossConfig(distill=weight if teacher else 0.0, teacher="t" if teacher else ""), teacher)
+    return InteractiveStep(
+        student, clicks, LossConfig(distill=weight if teacher else 0.0, teacher="t" if teacher else ""), teacher
+    )
 
 
 def test_the_loss_is_the_clicks_loss_and_the_weighted_distance():
@@ -62,14 +64,18 @@ def test_the_encoder_runs_once_and_the_teacher_is_outside():
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     step = step_of(student, Teacher(teacher))
     names = {n for n, _ in step.named_parameters()}
-    assert names == {f"model.{n}" for n, _ in student.named_parameters()} and len(step.state_dict()) == len(student.state_dict())
+    assert names == {f"model.{n}" for n, _ in student.named_parameters()} and len(step.state_dict()) == len(
+        student.state_dict()
+    )
     step.train()
     assert not teacher.training and student.training
     optimiser = torch.optim.AdamW(step.parameters(), lr=1e-2)
     step(image, target, 0).loss.backward()
     optimiser.step()
     assert len(calls) == 1
-    assert all(p.grad is None for p in teacher.parameters()) and all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
+    assert all(p.grad is None for p in teacher.parameters()) and all(
+        torch.equal(before[k], v) for k, v in teacher.state_dict().items()
+    )
     assert student.get_parameter("image_encoder.pos_embed").grad is not None
 
 
@@ -92,11 +98,17 @@ def test_wrong_teachers_and_layers_are_named():
     student = model(0)
     with pytest.raises(InputError, match=r"distill_layers must be pairs from -1 to 2 and -1 to 2, got \[3, 0\]"):
         Teacher(model(1), [(3, 0)]).distance(student.layer_features(image), image)
-    with pytest.raises(InputError, match=r"must name blocks of one shape, got \(2, 2, 2, 24\) and \(2, 2, 2, 32\) for \[0, 0\]"):
+    with pytest.raises(
+        InputError, match=r"must name blocks of one shape, got \(2, 2, 2, 24\) and \(2, 2, 2, 32\) for \[0, 0\]"
+    ):
         Teacher(model(1, dim=32), [(0, 0)]).distance(student.layer_features(image), image)
-    with pytest.raises(InputError, match=r"loss\.teacher must be a model that hands out its layers' features .*, got 'samed3d_unet'"):
+    with pytest.raises(
+        InputError, match=r"loss\.teacher must be a model that hands out its layers' features .*, got 'samed3d_unet'"
+    ):
         Teacher(narrow_model())
-    with pytest.raises(InputError, match=r"model\.name with loss\.distill must be a model that hands out .*, got 'samed3d_unet'"):
+    with pytest.raises(
+        InputError, match=r"model\.name with loss\.distill must be a model that hands out .*, got 'samed3d_unet'"
+    ):
         InteractiveStep(narrow_model(), ClickConfig(), LossConfig(distill=1.0, teacher="t"), Teacher(model(1)))
 
 

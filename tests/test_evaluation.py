@@ -75,7 +75,13 @@ def test_a_perfect_mask_gets_no_further_click_and_repeats_its_row():
     rows = measured(contender, volume, labels, clicks=5).rows
     assert len(contender.opened[0].prompts) == 1 and [r["click"] for r in rows] == [1, 2, 3, 4, 5]
     assert all(r["dice"] == 1 and r["obeyed"] == 1 and r["hd95_mm"] == 0 for r in rows)
-    assert [r["seconds"] for r in rows[1:]] == [0.0] * 4 and [r["added_voxels"] for r in rows] == [int(labels.sum()), 0, 0, 0, 0]
+    assert [r["seconds"] for r in rows[1:]] == [0.0] * 4 and [r["added_voxels"] for r in rows] == [
+        int(labels.sum()),
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_clicks_are_in_ijk_first_inside_then_at_the_centre_of_the_error():
@@ -91,7 +97,11 @@ def test_clicks_are_in_ijk_first_inside_then_at_the_centre_of_the_error():
     found = np.argwhere(target)[:, ::-1]
     assert np.abs(np.array(centre) - found.mean(axis=0)).max() <= 1.5 and given[2].at == centre
     diagonal = float(np.linalg.norm(np.multiply(labels.shape, RAS.spacing_zyx_mm)))
-    assert rows[0]["hd95_mm"] == pytest.approx(diagonal, abs=1e-4) and rows[0]["nsd"] == 0 and rows[0]["volume_error"] == -1
+    assert (
+        rows[0]["hd95_mm"] == pytest.approx(diagonal, abs=1e-4)
+        and rows[0]["nsd"] == 0
+        and rows[0]["volume_error"] == -1
+    )
 
 
 def test_surplus_voxels_get_a_negative_click():
@@ -110,7 +120,9 @@ def test_small_structures_are_passed_over():
 
 def test_a_mask_of_another_shape_is_refused():
     volume, labels = one_label()
-    with pytest.raises(InputError, match=r"mask of 'fake' must have the image's shape \(20, 24, 28\) \(D, H, W\), got \(3, 3, 3\)"):
+    with pytest.raises(
+        InputError, match=r"mask of 'fake' must have the image's shape \(20, 24, 28\) \(D, H, W\), got \(3, 3, 3\)"
+    ):
         measured(Fake(lambda *_: Scripted(np.ones((3, 3, 3)))), volume, labels)
 
 
@@ -160,7 +172,10 @@ def test_groups_of_a_split():
 def test_sides_of_the_split(tmp_path):
     folder = two_sets(tmp_path / "data")
     split = Split(0.2, 0, ("two",))
-    sides = {which: [(c.source, c.case, c.group) for c in find_cases([folder], split, which)] for which in ("val", "train", "all")}
+    sides = {
+        which: [(c.source, c.case, c.group) for c in find_cases([folder], split, which)]
+        for which in ("val", "train", "all")
+    }
     assert sides["val"] == [("one", "a", "unseen subject"), ("two", "c", "held-out source")]
     assert sides["train"] == [("one", "b", "trained on")]
     assert len(sides["all"]) == 3, "label maps have no image to click on"
@@ -179,7 +194,9 @@ def test_bad_sides_empty_sides_and_other_grids_are_named(tmp_path):
         find_cases([folder / "two"], Split(), "val")
     image = folder / "two" / "imagesTr" / "c_0000.nii.gz"
     write_volume(image, scene(2)[0], Grid(RAS.shape_zyx, (1.0, 1.5, 3.0), RAS.origin_lps_mm, RAS.direction_lps))
-    with pytest.raises(InputError, match=r"share one grid \(.* differ by up to 19 mm\): .*c_0000.nii.gz and .*c.nii.gz"):
+    with pytest.raises(
+        InputError, match=r"share one grid \(.* differ by up to 19 mm\): .*c_0000.nii.gz and .*c.nii.gz"
+    ):
         find_cases([folder / "two"], Split(), "all")[0].read()
 
 
@@ -215,16 +232,27 @@ def test_rows_are_complete_for_a_network_and_a_baseline(tmp_path):
         and len(body["settings"]["hash"]) == 16
         and {line["click"] for line in body["summary"]} == {1, 3}
     )
-    grown = [float(r["dice"]) for r in rows if r["model"] == "region_growing" and r["source"] == "one" and r["click"] == "3"]
-    (line,) = [s for s in body["summary"] if (s["model"], s["by"], s["value"], s["click"]) == ("region_growing", "source", "one", 3)]
-    assert line["dice"] == pytest.approx(np.mean(grown), abs=1e-4) and (line["subjects"], line["measurements"]) == (1, 4)
+    grown = [
+        float(r["dice"]) for r in rows if r["model"] == "region_growing" and r["source"] == "one" and r["click"] == "3"
+    ]
+    (line,) = [
+        s
+        for s in body["summary"]
+        if (s["model"], s["by"], s["value"], s["click"]) == ("region_growing", "source", "one", 3)
+    ]
+    assert line["dice"] == pytest.approx(np.mean(grown), abs=1e-4) and (line["subjects"], line["measurements"]) == (
+        1,
+        4,
+    )
     assert sorted(p.name for p in out.iterdir()) == ["cases.csv", "prompts.jsonl", "results.json"]
 
 
 def test_the_same_seed_gives_the_same_rows(tmp_path):
     write_set(tmp_path / "set", {"a": 0})
     weights = tiny_checkpoint(tmp_path / "tiny.safetensors")
-    outs = [evaluate([tmp_path / "set"], [str(weights)], tmp_path / name, clicks=(3,), split="all") for name in ("x", "y")]
+    outs = [
+        evaluate([tmp_path / "set"], [str(weights)], tmp_path / name, clicks=(3,), split="all") for name in ("x", "y")
+    ]
     one, other = ([without_cost(row) for row in rows_of(out)] for out in outs)
     assert one == other and len(one) == 6
 
@@ -242,7 +270,9 @@ def test_results_of_another_configuration_are_kept(tmp_path):
     data, out = [tmp_path / "set"], tmp_path / "out"
     evaluate(data, ["region_growing"], out, clicks=(1,), split="all")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(InputError, match=r"holds results of another configuration \(other clicks, ask\): .*out; choose another"):
+    with pytest.raises(
+        InputError, match=r"holds results of another configuration \(other clicks, ask\): .*out; choose another"
+    ):
         evaluate(data, ["region_growing"], out, clicks=(2,), split="all")
     with pytest.raises(InputError, match=r"another configuration \(other models\)"):
         evaluate(data, ["dilated_ball"], out, clicks=(1,), split="all")
@@ -288,7 +318,10 @@ def test_intervals_are_over_subjects_not_over_structures():
     """Many structures of one subject do not make the figure surer."""
     few = summarise([row(f"p{i}", i / 10) for i in range(10)], (1,))[0]
     many = summarise([row(f"p{i}", i / 10) for i in range(10) for _ in range(50)], (1,))[0]
-    assert few["interval"] == many["interval"] and few["interval"][0] < few["dice"] - 0.1 < few["dice"] + 0.1 < few["interval"][1]
+    assert (
+        few["interval"] == many["interval"]
+        and few["interval"][0] < few["dice"] - 0.1 < few["dice"] + 0.1 < few["interval"][1]
+    )
 
 
 def test_the_split_of_the_first_trained_checkpoint_counts(tmp_path):

@@ -38,7 +38,10 @@ def numbers(out: Path) -> list[dict[str, object]]:
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     write_set(tmp_path / "set", {"a": 0})
     ask = {"clicks": (1,), "split": "all"}
-    with only_run_in(tmp_path / "out" / "parts"), pytest.raises(InputError, match="another run is writing to .*; wait for it"):
+    with (
+        only_run_in(tmp_path / "out" / "parts"),
+        pytest.raises(InputError, match="another run is writing to .*; wait for it"),
+    ):
         evaluate([tmp_path / "set"], ["region_growing"], tmp_path / "out", **ask)
     evaluate([tmp_path / "set"], ["region_growing"], tmp_path / "out", **ask)
     assert len(numbers(tmp_path / "out")) == 2 and not (tmp_path / "out" / "parts").exists()
@@ -48,7 +51,13 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
 def test_two_processes_give_the_numbers_of_one(tmp_path):
     write_set(tmp_path / "set", {"a": 0, "b": 1, "c": 2})
     weights = str(tiny_checkpoint(tmp_path / "tiny.safetensors"))
-    ask = {"clicks": (2,), "split": "all", "seeds": 2, "protocols": ("samed3d", "cvpr25"), "prompts": ("click", "scribble")}
+    ask = {
+        "clicks": (2,),
+        "split": "all",
+        "seeds": 2,
+        "protocols": ("samed3d", "cvpr25"),
+        "prompts": ("click", "scribble"),
+    }
     for name, processes in (("one", 1), ("two", 2)):
         evaluate([tmp_path / "set"], [weights, "region_growing"], tmp_path / name, processes=processes, **ask)
     assert numbers(tmp_path / "one") == numbers(tmp_path / "two")
@@ -73,11 +82,17 @@ def test_a_run_that_broke_off_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "measure", breaking)
     with pytest.raises(InputError, match="no memory left"):
         evaluate([tmp_path / "set"], ["dilated_ball"], tmp_path / "out", **ask)
-    assert sorted(p.name[0] for p in (tmp_path / "out" / "parts").glob("*.json")) == ["0", "0", "s"], "two cases and the settings"
+    assert sorted(p.name[0] for p in (tmp_path / "out" / "parts").glob("*.json")) == ["0", "0", "s"], (
+        "two cases and the settings"
+    )
     with pytest.raises(InputError, match="another configuration"):
         evaluate([tmp_path / "set"], ["dilated_ball"], tmp_path / "out", clicks=(2,), split="all")
     evaluate([tmp_path / "set"], ["dilated_ball"], tmp_path / "out", **ask)
-    assert calls == ["a", "b", "c", "c"] and {row["case"] for row in read_rows(tmp_path / "out" / "cases.csv")} == {"a", "b", "c"}
+    assert calls == ["a", "b", "c", "c"] and {row["case"] for row in read_rows(tmp_path / "out" / "cases.csv")} == {
+        "a",
+        "b",
+        "c",
+    }
     evaluate([tmp_path / "set"], ["dilated_ball"], tmp_path / "whole", **ask)
     assert numbers(tmp_path / "out") == numbers(tmp_path / "whole")
 
@@ -91,7 +106,18 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
         "image = sitk.ReadImage(sys.argv[1])\nsitk.WriteImage(sitk.Cast(image > 150, sitk.sitkUInt8), sys.argv[3])\n"
     )
     command = f"{sys.executable} {slow} {{image}} {{prompts}} {{out}}"
-    arguments = [str(tmp_path / "set"), "--external", command, "--clicks", "1", "--split", "all", "--labels-per-case", "1", "-q"]
+    arguments = [
+        str(tmp_path / "set"),
+        "--external",
+        command,
+        "--clicks",
+        "1",
+        "--split",
+        "all",
+        "--labels-per-case",
+        "1",
+        "-q",
+    ]
     words = [sys.executable, "-m", "samed3d", "evaluate", *arguments, "-o", str(tmp_path / "out")]
     began = subprocess.Popen(words, cwd=Path(__file__).resolve().parents[1], start_new_session=True)
     parts = tmp_path / "out" / "parts"
@@ -122,18 +148,41 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
 def test_all_protocols_of_the_command_line_and_what_the_files_hold(tmp_path, capsys):
     write_set(tmp_path / "set", {"a": 0})
     models = [word for name in ("region_growing", "threshold_in_box") for word in ("--model", name)]
-    options = [*models, "--protocol", "all", "--prompt", "all", "--clicks", "1", "--split", "all", "--labels-per-case", "1"]
+    options = [
+        *models,
+        "--protocol",
+        "all",
+        "--prompt",
+        "all",
+        "--clicks",
+        "1",
+        "--split",
+        "all",
+        "--labels-per-case",
+        "1",
+    ]
     out = tmp_path / "out"
     assert main(["evaluate", "--data", str(tmp_path / "set"), *options, "-o", str(out)]) == 0
     assert f"results in {out}" in capsys.readouterr().out and "radioactive-3d" in (out / "report.html").read_text()
     rows = read_rows(out / "cases.csv")
     assert list(rows[0]) == list(FIELDS) and all(0 <= row["dice"] <= 1 for row in rows)
-    assert {(row["model"], row["protocol"]) for row in rows} >= {("region_growing", "radioactive-3d"), ("threshold_in_box", "cvpr25")}
+    assert {(row["model"], row["protocol"]) for row in rows} >= {
+        ("region_growing", "radioactive-3d"),
+        ("threshold_in_box", "cvpr25"),
+    }
     lines = read_lines(out / "prompts.jsonl")
     assert len(lines) == len(curves(rows)) and all(line["turns"] for line in lines)
     body = json.loads((out / "results.json").read_text())
-    assert body["command"].startswith("samed3d") and body["environment"]["cores"] and body["protocols"]["cvpr25"]["title"]
-    assert {s["score"] for s in body["scores"] if s["protocol"] == "cvpr25"} >= {"DSC_AUC", "NSD_AUC", "DSC_Final", "NSD_Final", "area"}
+    assert (
+        body["command"].startswith("samed3d") and body["environment"]["cores"] and body["protocols"]["cvpr25"]["title"]
+    )
+    assert {s["score"] for s in body["scores"] if s["protocol"] == "cvpr25"} >= {
+        "DSC_AUC",
+        "NSD_AUC",
+        "DSC_Final",
+        "NSD_Final",
+        "area",
+    }
     assert {s["click"] for s in body["summary"] if s["protocol"] == "radioactive-3d"} == set(range(1, 7))
 
 
@@ -173,10 +222,16 @@ def test_scores_of_series_by_hand():
     }
     series = [[0.5, 0.82, 0.91], [0.1, 0.3, 0.2]]
     rows = [
-        row | {"subject": f"p{n}", "label": n, "click": c + 1, "dice": d} for n, dices in enumerate(series) for c, d in enumerate(dices)
+        row | {"subject": f"p{n}", "label": n, "click": c + 1, "dice": d}
+        for n, dices in enumerate(series)
+        for c, d in enumerate(dices)
     ]
     found = {s["score"]: s["value"] for s in score_series(rows)}
-    assert found["clicks to 0.8"] == (2 + 4) / 2 and found["failures at 0.8"] == 0.5 and found["clicks to 0.9"] == (3 + 4) / 2
+    assert (
+        found["clicks to 0.8"] == (2 + 4) / 2
+        and found["failures at 0.8"] == 0.5
+        and found["clicks to 0.9"] == (3 + 4) / 2
+    )
     assert found["area"] == pytest.approx(((0.25 + 0.82 + 0.455) / 2 + (0.05 + 0.3 + 0.1) / 2) / 2, abs=1e-4)
     assert found["monotone"] == (1 + 0.5) / 2 and found["seconds to 0.8"] == (2 * 3.0 + 3 * 3.0) / 2
 
@@ -188,7 +243,10 @@ def test_scores_of_series_by_hand():
         (["--policy", "lazy"], "policy must be one of uniform, centre, ritm, noisy or all, got 'lazy'"),
         (["--prompt", "lasso"], "prompt must be one of click, box, scribble or all, got 'lasso'"),
         (["--model", "dilated_ball", "--prompt", "box"], "model 'dilated_ball' needs a point or a scribble first"),
-        (["--model", "dilated_ball", "--model", "dilated_ball"], "models must be given once each, got dilated_ball twice"),
+        (
+            ["--model", "dilated_ball", "--model", "dilated_ball"],
+            "models must be given once each, got dilated_ball twice",
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_one_line(tmp_path, capsys, options, message):
@@ -212,7 +270,10 @@ def test_data_that_cannot_be_measured_is_one_line(tmp_path, capsys):
         ([], "evaluate needs data"),
         ([str(tmp_path / "nothing")], "no labelled case on side 'all'"),
         ([str(tmp_path / "gone")], "data folder does not exist"),
-        ([str(tmp_path / "set"), "--data", str(tmp_path / "set")], "case ids must be unique within a source, got 'a' of 'set' twice"),
+        (
+            [str(tmp_path / "set"), "--data", str(tmp_path / "set")],
+            "case ids must be unique within a source, got 'a' of 'set' twice",
+        ),
         ([str(tmp_path / "specks")], "nothing could be measured: no structure of at least 100 voxels in 1 cases"),
     ):
         assert main(["evaluate", *words, "--model", "dilated_ball", "--split", "all", "-o", str(tmp_path / "out")]) == 2

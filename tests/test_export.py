@@ -17,9 +17,12 @@ QUICK_SEMANTIC = "sam3d"
 
 
 def graphs(semantic: bool) -> list:
-    """Names of the models of one kind that can be a graph; all but the quickest are slow, as the exporter takes seconds for each."""
+    """Names of the models of one kind that can be a graph; all but the quickest are slow, as the exporter takes seconds
+    for each."""
     names = [
-        n for n in list_models() if isinstance(create_model(n, **MODELS[n].tiny), PromptableModel) != semantic and n != "sam_med3d_moe"
+        n
+        for n in list_models()
+        if isinstance(create_model(n, **MODELS[n].tiny), PromptableModel) != semantic and n != "sam_med3d_moe"
     ]
     return [n if n in (QUICK, QUICK_SEMANTIC) else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
@@ -38,7 +41,9 @@ def on_disk(folder, name: str):
 
 def prompts(model, clicks: int, mask: bool, box: bool) -> PromptBatch:
     generator = torch.Generator().manual_seed(clicks)
-    batch = PromptBatch(8 * torch.rand(1, clicks, 3, generator=generator), torch.randint(0, 2, (1, clicks), generator=generator))
+    batch = PromptBatch(
+        8 * torch.rand(1, clicks, 3, generator=generator), torch.randint(0, 2, (1, clicks), generator=generator)
+    )
     if "mask" in model.spec.prompts:
         click = PromptBatch(torch.ones(1, 1, 3), torch.ones(1, 1, dtype=torch.int64))
         shape = model(image_example(model), click).lowres_logits.shape
@@ -60,12 +65,17 @@ def check_onnx(model, folder) -> None:
     encoder, decoder = (onnxruntime.InferenceSession(folder / f"{part}.onnx") for part in ("encoder", "decoder"))
     assert [i.name for i in decoder.get_inputs()] == decoder_inputs(model)
     image = image_example(model)
-    features = dict(zip([i.name for i in encoder.get_outputs()], encoder.run(None, {"image": image.numpy()}), strict=True))
+    features = dict(
+        zip([i.name for i in encoder.get_outputs()], encoder.run(None, {"image": image.numpy()}), strict=True)
+    )
     for name, value in model.encode(image).items():
         np.testing.assert_allclose(features[f"feature_{name}"], value.numpy(), atol=1e-4, rtol=1e-4)
     for clicks, mask, box in ((1, False, False), (5, True, False), (3, True, True)):
         batch = prompts(model, clicks, mask, box)
-        feed = {**features, **dict(zip(decoder_inputs(model)[len(features) :], (t.numpy() for t in tensors(batch)), strict=True))}
+        feed = {
+            **features,
+            **dict(zip(decoder_inputs(model)[len(features) :], (t.numpy() for t in tensors(batch)), strict=True)),
+        }
         expected = model(image, batch)
         logits, iou, lowres = decoder.run(None, feed)
         np.testing.assert_allclose(logits, expected.logits.numpy(), atol=1e-4, rtol=1e-4)
@@ -138,7 +148,11 @@ def test_model_json_says_what_a_caller_needs(tmp_path):
     _, path = on_disk(tmp_path, QUICK)
     export(path, "torchscript", tmp_path / "out")
     about = json.loads((tmp_path / "out" / "model.json").read_text())
-    assert about["model"] == QUICK and about["spec"]["input_shape_zyx"] == [16, 16, 16] and about["spec"]["spacing_mm"] == 1.5
+    assert (
+        about["model"] == QUICK
+        and about["spec"]["input_shape_zyx"] == [16, 16, 16]
+        and about["spec"]["spacing_mm"] == 1.5
+    )
     assert about["files"]["encoder.pt"] == {"inputs": ["image"], "outputs": ["feature_image"]}
 
 

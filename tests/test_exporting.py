@@ -1,4 +1,5 @@
-"""Masks in every format, read back by other programs: DICOM-SEG by highdicom, RTSTRUCT by our reader, .seg.nrrd by ITK and its header."""
+"""Masks in every format, read back by other programs: DICOM-SEG by highdicom, RTSTRUCT by our reader, .seg.nrrd by ITK
+and its header."""
 
 from __future__ import annotations
 
@@ -28,7 +29,11 @@ def masks(rng) -> dict[str, np.ndarray]:
     """One with holes and islands, one that overlaps it, one with gaps between its slices."""
     gaps = np.zeros(SHAPE, np.uint8)
     gaps[1, 2:5, 3:6] = gaps[4, 4:8, 1:9] = 1
-    return {"léber": (rng.random(SHAPE) < 0.5).astype(np.uint8), "tumour": (rng.random(SHAPE) < 0.1).astype(np.uint8), "gaps": gaps}
+    return {
+        "léber": (rng.random(SHAPE) < 0.5).astype(np.uint8),
+        "tumour": (rng.random(SHAPE) < 0.1).astype(np.uint8),
+        "gaps": gaps,
+    }
 
 
 @pytest.fixture
@@ -88,10 +93,17 @@ def test_an_rtstruct_names_its_slices_and_keeps_colours(tmp_path, dicom_session)
     for contour in data.ROIContourSequence[2].ContourSequence:
         image = positions[str(contour.ContourImageSequence[0].ReferencedSOPInstanceUID)]
         normal = np.cross(*np.array(image.ImageOrientationPatient, float).reshape(2, 3))
-        off = (np.array(contour.ContourData, float).reshape(-1, 3) - np.array(image.ImagePositionPatient, float)) @ normal
+        off = (
+            np.array(contour.ContourData, float).reshape(-1, 3) - np.array(image.ImagePositionPatient, float)
+        ) @ normal
         np.testing.assert_allclose(off, 0, atol=1e-3)
     assert (
-        len(data.ReferencedFrameOfReferenceSequence[0].RTReferencedStudySequence[0].RTReferencedSeriesSequence[0].ContourImageSequence)
+        len(
+            data.ReferencedFrameOfReferenceSequence[0]
+            .RTReferencedStudySequence[0]
+            .RTReferencedSeriesSequence[0]
+            .ContourImageSequence
+        )
         == SHAPE[0]
     )
 
@@ -99,7 +111,9 @@ def test_an_rtstruct_names_its_slices_and_keeps_colours(tmp_path, dicom_session)
 def test_dicom_is_refused_where_it_cannot_be_right(tmp_path, dicom_session):
     volume, mask = ball_volume()
     other = with_masks(Session(volume, ClickedModel()), {"ball": mask})
-    with pytest.raises(InputError, match="DICOM can be written for an image that was read from a DICOM folder only, got ball"):
+    with pytest.raises(
+        InputError, match="DICOM can be written for an image that was read from a DICOM folder only, got ball"
+    ):
         other.export(tmp_path / "seg.dcm")
     empty = Session.open(tmp_path / "ct", ClickedModel())
     empty.new_object("nothing")
@@ -128,7 +142,10 @@ def test_a_slicer_segmentation_keeps_names_colours_and_overlaps(tmp_path):
     ]  # fmt: skip
     assert fields["Segment1_Color"] == "1 0.501961 0" and fields["Segment1_Extent"] == "12 14 14 16 10 11"
     image = sitk.ReadImage(str(tmp_path / "s.seg.nrrd"))  # the list axis becomes components
-    assert image.GetSpacing() == pytest.approx(volume.grid.spacing_xyz_mm) and image.GetOrigin() == volume.grid.origin_lps_mm
+    assert (
+        image.GetSpacing() == pytest.approx(volume.grid.spacing_xyz_mm)
+        and image.GetOrigin() == volume.grid.origin_lps_mm
+    )
     layers = sitk.GetArrayFromImage(image)
     np.testing.assert_array_equal(layers[..., 0], 2 * ball + 6 * apart)
     np.testing.assert_array_equal(layers[..., 1], 4 * small)

@@ -1,4 +1,5 @@
-"""FastSAM3D: its count, its features for distillation, its start from a teacher, and sparse attention against a plain form of it."""
+"""FastSAM3D: its count, its features for distillation, its start from a teacher, and sparse attention against a plain
+form of it."""
 
 import pytest
 import torch
@@ -48,7 +49,10 @@ def test_gradients_flow_into_the_features():
 
 
 def test_one_pattern_of_one_segment_is_full_attention():
-    full, dilated = seeded(GridAttention(12, 2, (2, 3, 4), 0, False, False)), DilatedAttention(12, 2, (2, 3, 4), ((24, 1),))
+    full, dilated = (
+        seeded(GridAttention(12, 2, (2, 3, 4), 0, False, False)),
+        DilatedAttention(12, 2, (2, 3, 4), ((24, 1),)),
+    )
     dilated.load_state_dict(full.state_dict())
     x = torch.randn(2, 2, 3, 4, 12, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(dilated(x), full(x), atol=1e-5, rtol=1e-5)
@@ -56,7 +60,8 @@ def test_one_pattern_of_one_segment_is_full_attention():
 
 @torch.no_grad()
 def test_dilated_attention_is_attention_to_the_tokens_of_its_groups():
-    """Against a loop over tokens: keys of all patterns in one softmax, positions by offset, each token at its own place."""
+    """Against a loop over tokens: keys of all patterns in one softmax, positions by offset, each token at its own
+    place."""
     patterns, grid = ((4, 1), (8, 2)), (2, 2, 4)
     attention = seeded(DilatedAttention(6, 1, grid, patterns))
     x = torch.randn(1, *grid, 6, generator=torch.Generator().manual_seed(2))
@@ -65,7 +70,12 @@ def test_dilated_attention_is_attention_to_the_tokens_of_its_groups():
     tables = (attention.rel_pos_d, attention.rel_pos_h, attention.rel_pos_w)
     out = torch.zeros(16, 6)
     for token in range(16):
-        seen = [key for segment, step in patterns for key in range(16) if key // segment == token // segment and (key - token) % step == 0]
+        seen = [
+            key
+            for segment, step in patterns
+            for key in range(16)
+            if key // segment == token // segment and (key - token) % step == 0
+        ]
         assert len(seen) == 8
         logits = []
         for key in seen:
@@ -123,5 +133,7 @@ def test_a_student_starts_from_its_teacher():
 
 def test_a_teacher_of_another_shape_is_refused():
     student = create_model("fast_sam3d", **TINY)
-    with pytest.raises(InputError, match=r"teacher must hold image_encoder\.\S+ of shape .* use a sam_med3d_b checkpoint"):
+    with pytest.raises(
+        InputError, match=r"teacher must hold image_encoder\.\S+ of shape .* use a sam_med3d_b checkpoint"
+    ):
         from_teacher(student.state_dict(), {})

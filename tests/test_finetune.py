@@ -90,7 +90,9 @@ def test_the_training_draws_nobody_who_is_measured(base, five, tmp_path):
     assert len(drawn) == 4 and not {case.rpartition("/")[2] for case in map(str, drawn)} & kept
 
 
-@pytest.mark.parametrize(("train", "adapter"), [("all", None), ("decoder", None), ("adapters", None), ("adapters", "fact")])
+@pytest.mark.parametrize(
+    ("train", "adapter"), [("all", None), ("decoder", None), ("adapters", None), ("adapters", "fact")]
+)
 def test_what_learns_is_what_was_asked_for(base, five, tmp_path, train, adapter):
     out = tmp_path / "run"
     more = ["--rank", "2", *(["--adapter", adapter] if adapter else [])] if train == "adapters" else []
@@ -122,7 +124,22 @@ def test_segment_takes_an_adapter_file(base, five, tmp_path):
     assert command(base, five, out, "--adapter", "lora", "--quiet") == 0
     image = five / "imagesTr" / "case0_0000.nii.gz"
     mask = tmp_path / "mask.nii.gz"
-    assert main(["segment", str(image), "--point", "14,12,5", "--model", str(out / "model.safetensors"), "-o", str(mask), "--quiet"]) == 0
+    assert (
+        main(
+            [
+                "segment",
+                str(image),
+                "--point",
+                "14,12,5",
+                "--model",
+                str(out / "model.safetensors"),
+                "-o",
+                str(mask),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     assert mask.is_file()
 
 
@@ -150,7 +167,9 @@ def test_a_fine_tuned_model_can_be_tuned_again_and_remembers_whom_it_knows(base,
     assert header["base"]["history"]["trained_on"] == read_header(tmp_path / "one" / "model.safetensors")["trained_on"]
     known = header["trained_on"]["five"][0]
     assert seen_by(header, "five", known) == "trained on"
-    assert "its Dice before is not that" not in capsys.readouterr().out  # the same split: nobody measured was learned from
+    assert (
+        "its Dice before is not that" not in capsys.readouterr().out
+    )  # the same split: nobody measured was learned from
 
 
 @pytest.mark.parametrize("layout", ["msd", "plain", "nnunet"])
@@ -168,14 +187,31 @@ def test_raw_folders_of_several_layouts_are_recognised(layout, base, tmp_path):
             dataset_trees.put(folder / "labelsTr" / f"p{number}.nii.gz", labels)
     if layout == "msd":
         pairs = [{"image": f"./imagesTr/p{n}.nii.gz", "label": f"./labelsTr/p{n}.nii.gz"} for n in range(2)]
-        body = {"name": "x", "modality": {"0": "CT"}, "labels": {"0": "background", "1": "a", "2": "b"}, "training": pairs}
+        body = {
+            "name": "x",
+            "modality": {"0": "CT"},
+            "labels": {"0": "background", "1": "a", "2": "b"},
+            "training": pairs,
+        }
         (folder / "dataset.json").write_text(json.dumps(body))
     assert command(base, folder, tmp_path / "run", "--quiet") == 0
 
 
 def test_minutes_become_steps_by_a_measurement(base, five, tmp_path):
     quick = [a for a in QUICK if a not in ("--steps",)][1:]
-    arguments = ["train", "--finetune", str(base), "--data", str(five), "-o", str(tmp_path / "run"), *quick, "--minutes", "0.02", "-q"]
+    arguments = [
+        "train",
+        "--finetune",
+        str(base),
+        "--data",
+        str(five),
+        "-o",
+        str(tmp_path / "run"),
+        *quick,
+        "--minutes",
+        "0.02",
+        "-q",
+    ]
     assert main(arguments) == 0
     steps = json.loads((tmp_path / "run" / "config.json").read_text())["optim"]["steps"]
     done = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
@@ -187,12 +223,18 @@ def test_minutes_become_steps_by_a_measurement(base, five, tmp_path):
     [
         (["--train", "everything"], "--train must be one of all, decoder, adapters, got 'everything'"),
         (["--adapter", "dora"], "--adapter must be lora or fact, got 'dora'"),
-        (["--train", "decoder", "--adapter", "lora"], "--adapter goes with --train adapters, got --train decoder and --adapter lora"),
+        (
+            ["--train", "decoder", "--adapter", "lora"],
+            "--adapter goes with --train adapters, got --train decoder and --adapter lora",
+        ),
         (["--adapter", "lora", "--rank", "0"], "--rank must be 1 or more, got 0"),
         (["--rank", "4"], "--rank goes with --train adapters, got --train all"),
         (["--minutes", "1"], "--steps and --minutes exclude each other"),
         (["--structures", "0"], "--structures and --seeds must be 1 or more, got 0 and 2"),
-        (["--set", "model.weights=x"], "--set model.weights is chosen by --finetune, --data, --train, --steps and --output"),
+        (
+            ["--set", "model.weights=x"],
+            "--set model.weights is chosen by --finetune, --data, --train, --steps and --output",
+        ),
         (["--set", "optim.rate=1"], "unknown config key 'optim.rate'"),
         (["--config", "configs/finetune.yaml"], "--finetune has its own recipe and cannot be joined with --config"),
         (["--from", "run"], "--finetune has its own recipe and cannot be joined with --from"),
@@ -262,7 +304,13 @@ def test_a_run_starts_from_another_by_one_flag(base, tmp_path, capsys):
     assert main(["train", "--from", str(tmp_path / "stage1")]) == 2
     assert "--from needs a run folder with model.safetensors, or a checkpoint" in error_of(capsys)
     (tmp_path / "stage1" / "model.safetensors").write_bytes(base.read_bytes())
-    numbers = ["data.crop=[16,16,16]", "clicks.interactions=1", "optim.steps=1", "run.precision=fp32", f"run.folder={tmp_path / 'stage2'}"]
+    numbers = [
+        "data.crop=[16,16,16]",
+        "clicks.interactions=1",
+        "optim.steps=1",
+        "run.precision=fp32",
+        f"run.folder={tmp_path / 'stage2'}",
+    ]
     changes = [part for number in numbers for part in ("--set", number)]
     assert main(["train", "--from", str(tmp_path / "stage1"), "--model", "samed3d_unet", *changes, "-q"]) == 0
     config = json.loads((tmp_path / "stage2" / "config.json").read_text())
@@ -273,10 +321,14 @@ def test_a_run_starts_from_another_by_one_flag(base, tmp_path, capsys):
 
 def test_experts_become_a_mixture_by_one_flag(base, tmp_path, monkeypatch):
     called = {}
-    monkeypatch.setattr("samed3d.training.moe.train_gate", lambda *given, **more: called.update(given=given, more=more) or tmp_path)
+    monkeypatch.setattr(
+        "samed3d.training.moe.train_gate", lambda *given, **more: called.update(given=given, more=more) or tmp_path
+    )
     changes = ["--set", f"model.weights={base}", "--set", "optim.steps=7"]
     assert main(["train", "--moe", "a.safetensors", "--moe", "b.safetensors", *changes, "-q"]) == 0
-    assert called["given"][:2] == (str(base), ["a.safetensors", "b.safetensors"]) and called["given"][2].optim.steps == 7
+    assert (
+        called["given"][:2] == (str(base), ["a.safetensors", "b.safetensors"]) and called["given"][2].optim.steps == 7
+    )
     assert main(["train", "--moe", "a.safetensors", "-q"]) == 0 and called["given"][0] == "default"
 
 

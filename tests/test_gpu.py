@@ -1,4 +1,5 @@
-"""What only a GPU can show: ``pytest -m gpu``. Needs torch, numpy and accelerate, and none of the packages that read files."""
+"""What only a GPU can show: ``pytest -m gpu``. Needs torch, numpy and accelerate, and none of the packages that read
+files."""
 
 from __future__ import annotations
 
@@ -63,7 +64,10 @@ def test_bf16_takes_less_memory():
     model = create_model("samed3d_unet").cuda()
     for bf16 in (False, True):
         step = InteractiveStep(model, ClickConfig(interactions=4), LossConfig())
-        image, target = torch.randn(8, 2, 64, 64, 64, device="cuda"), torch.zeros(8, 1, 64, 64, 64, dtype=torch.bool, device="cuda")
+        image, target = (
+            torch.randn(8, 2, 64, 64, 64, device="cuda"),
+            torch.zeros(8, 1, 64, 64, 64, dtype=torch.bool, device="cuda"),
+        )
         target[..., 20:40, 20:40, 20:40] = True
         torch.cuda.reset_peak_memory_stats()
         with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
@@ -106,11 +110,20 @@ def test_clicks_of_a_batch_are_those_of_the_cpu():
 
 
 def test_a_run_learns_is_resumed_and_its_weights_load_on_a_cpu(tmp_path: Path):
-    settings = ["run.device=cuda", "run.precision=bf16", "optim.name=muon", "clicks.policy=mixed", "optim.lr=0.002", "run.save_every=20"]
+    settings = [
+        "run.device=cuda",
+        "run.precision=bf16",
+        "optim.name=muon",
+        "clicks.policy=mixed",
+        "optim.lr=0.002",
+        "run.save_every=20",
+    ]
     train(tiny_config(tmp_path / "run", *settings, "optim.steps=40", "optim.batch=16"), quiet=True)
     train(tiny_config(tmp_path / "run", *settings, "optim.steps=60", "optim.batch=16"), resume=True, quiet=True)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == 60 and np.mean([r["loss"] for r in rows[-10:]]) < 0.97 * np.mean([r["loss"] for r in rows[:5]])
+    assert rows[-1]["step"] == 60 and np.mean([r["loss"] for r in rows[-10:]]) < 0.97 * np.mean(
+        [r["loss"] for r in rows[:5]]
+    )
     starts = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert len(starts) == 2 and "NVIDIA" in starts[0]["device"]
     assert next(load(str(tmp_path / "run" / "model.safetensors")).parameters()).device.type == "cpu"

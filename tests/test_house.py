@@ -1,4 +1,5 @@
-"""The house rules that a program can check: layers, imports, sizes, names, and that the README's tree is the real one."""
+"""The house rules that a program can check: layers, imports, sizes, names, and that the README's tree is the real
+one."""
 
 from __future__ import annotations
 
@@ -13,16 +14,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
-    {"errors", "geometry", "prompts", "config"},
+    {"errors", "output", "environment", "geometry", "prompts", "config"},
     {"volume", "crops", "clicks", "batched_clicks", "losses", "metrics", "nn"},
     {"models", "data"},
     {"training", "inference", "evaluation"},
     {"apps", "cli", "__main__"},
 )
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
-NOT_ON_A_BARE_GPU_MACHINE = (
-    "SimpleITK scipy edt cc3d typer rich yaml PIL accelerate torchio wandb tensorboard pydicom timm torchvision nibabel hypothesis pytest"
-)
+NOT_ON_A_BARE_GPU_MACHINE = "SimpleITK scipy edt cc3d typer rich yaml PIL accelerate torchio wandb tensorboard pydicom timm torchvision nibabel hypothesis pytest"
 
 
 def module_name(path: Path) -> str:
@@ -80,7 +79,12 @@ def test_imports_go_downward_only():
 
 
 def test_the_facade_imports_nothing_at_run_time():
-    at_top = {alias for node in TREES["samed3d"].body if isinstance(node, ast.Import | ast.ImportFrom) for alias in [ast.unparse(node)]}
+    at_top = {
+        alias
+        for node in TREES["samed3d"].body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in [ast.unparse(node)]
+    }
     assert not [line for line in at_top if "samed3d" in line]
 
 
@@ -101,7 +105,9 @@ def test_data_preparation_knows_no_model():
     assert seen
     allowed = {"errors", "geometry", "prompts", "volume", "metrics", "data"}
     wrong = [
-        f"{m} imports {t}" for m, t in seen if t.split(".")[0] == "torch" or (t.startswith("samed3d.") and t.split(".")[1] not in allowed)
+        f"{m} imports {t}"
+        for m, t in seen
+        if t.split(".")[0] == "torch" or (t.startswith("samed3d.") and t.split(".")[1] not in allowed)
     ]
     assert wrong == []
 
@@ -128,7 +134,9 @@ def find_cycle(edges: dict[str, set[str]]) -> list[str]:
 
 
 def test_there_is_no_import_cycle():
-    edges = {m: {t for t in imports_of(m) if t in MODULES and t not in ("samed3d", m)} for m in MODULES if m != "samed3d"}
+    edges = {
+        m: {t for t in imports_of(m) if t in MODULES and t not in ("samed3d", m)} for m in MODULES if m != "samed3d"
+    }
     assert sum(map(len, edges.values())) > 40
     assert find_cycle(edges) == []
 
@@ -159,7 +167,9 @@ def test_timm_is_imported_in_one_place_at_most():
 
 
 def test_importing_samed3d_loads_neither_torch_nor_simpleitk():
-    done = run_python("import sys, samed3d; print(samed3d.__version__, sorted({'torch', 'SimpleITK', 'numpy'} & set(sys.modules)))")
+    done = run_python(
+        "import sys, samed3d; print(samed3d.__version__, sorted({'torch', 'SimpleITK', 'numpy'} & set(sys.modules)))"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split(maxsplit=1)[1].strip() == "[]"
 
@@ -198,12 +208,17 @@ def all_python() -> list[Path]:
 def test_files_have_at_most_400_lines():
     long = {str(p.relative_to(ROOT)): n for p in all_python() if (n := len(p.read_text().splitlines())) > 400}
     assert long == {}
-    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 40
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 120
     assert all(len((ROOT / name).read_text().splitlines()) <= 60 for name in ("train.py", "infer.py"))
 
 
 def test_functions_have_at_most_60_lines():
-    functions = [(m, f) for m, tree in TREES.items() for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef)]
+    functions = [
+        (m, f)
+        for m, tree in TREES.items()
+        for f in ast.walk(tree)
+        if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
     assert len(functions) > 100
     long = [f"{m}.{f.name}: {n}" for m, f in functions if (n := (f.end_lineno or 0) - f.lineno + 1) > 60]
     assert long == []
@@ -224,7 +239,9 @@ def test_no_class_is_a_base_manager_and_no_string_is_a_target():
 
 def test_no_star_import_no_print_and_no_global_seed():
     # torch's initialisers know only the global generator, so a run seeds it once, before it builds its model.
-    seeds = dict.fromkeys(["torch.cuda.manual_seed_all", "np.random.seed", "numpy.random.seed", "random.seed", "set_seed"], ())
+    seeds = dict.fromkeys(
+        ["torch.cuda.manual_seed_all", "np.random.seed", "numpy.random.seed", "random.seed", "set_seed"], ()
+    )
     seeds["torch.manual_seed"] = ("samed3d.training.loop",)
     for module, tree in TREES.items():
         for node in ast.walk(tree):
@@ -233,11 +250,15 @@ def test_no_star_import_no_print_and_no_global_seed():
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 assert called != "print", f"{module}:{node.lineno}: print; use logging or typer.echo"
-                assert called not in seeds or module in seeds[called], f"{module}:{node.lineno}: {called}; pass a generator"
+                assert called not in seeds or module in seeds[called], (
+                    f"{module}:{node.lineno}: {called}; pass a generator"
+                )
 
 
 def test_no_code_runs_at_import():
-    allowed = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
+    allowed = (
+        ast.Import | ast.ImportFrom | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
+    )
     for module, tree in TREES.items():
         for node in tree.body:
             text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
@@ -247,7 +268,13 @@ def test_no_code_runs_at_import():
 
 def test_no_machine_path_is_written_down():
     pattern = re.compile(r"(?<![\w.])/(?:work|home|root|Users)/\w")
-    texts = [*all_python(), *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").glob("*"), ROOT / "Makefile"]
+    texts = [
+        *all_python(),
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "configs").glob("*"),
+        ROOT / "Makefile",
+    ]
     found = [f"{p.relative_to(ROOT)}: {m.group()}" for p in texts for m in [pattern.search(p.read_text())] if m]
     assert found == []
 
@@ -263,48 +290,40 @@ def test_no_file_is_over_16_mib():
     assert [str(p) for p in kept if p.stat().st_size > 16 * 2**20] == []
 
 
-# The README's tree
+# The README's code layout
 
-GENERATED = {"runs", "out", "build", "dist", "wandb", "corpus", "vendor", "__pycache__"}
-UNLISTED = {"__init__.py", "__main__.py", "py.typed"}
+GENERATED = {"runs", "out", "build", "dist", "wandb", "corpus", "vendor", "node_modules", "__pycache__"}
 
 
-def readme_tree() -> dict[str, str]:
-    """Path to phrase, from the fenced block of the README that holds a line ``samed3d/``.
-
-    Each line is indented by two spaces per level, then one or more names with single spaces between them, then two or more spaces and
-    the phrase. Folders end in ``/``.
-    """
+def layout_lines() -> list[str]:
+    """The lines of the README's fenced block that holds a line ``samed3d/``."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
-    block = next(b for b in blocks if re.search(r"^samed3d/(\s|$)", b, flags=re.MULTILINE))
+    return next(b for b in blocks if re.search(r"^samed3d/(\s|$)", b, flags=re.MULTILINE)).splitlines()
+
+
+def layout() -> dict[str, str]:
+    """Folder to phrase: two spaces of indentation a level, the folder's name, two or more spaces, the phrase."""
     entries: dict[str, str] = {}
     folders: list[str] = []
-    for line in block.splitlines():
-        if not line.strip():
-            continue
+    for line in filter(str.strip, layout_lines()):
         level = (len(line) - len(line.lstrip(" "))) // 2
-        names, _, phrase = line.strip().partition("  ")
-        for name in names.split(" "):
-            path = "".join(folders[:level]) + name
-            entries[path] = phrase.strip()
-            if name.endswith("/"):
-                folders[level:] = [name]
+        name, _, phrase = line.strip().partition("  ")
+        folders[level:] = [name]
+        entries["".join(folders)] = phrase.strip()
     return entries
 
 
-def real_tree() -> set[str]:
-    """What the README must list: all at the top, and every module of the package."""
-    top = {p for p in ROOT.iterdir() if not p.name.startswith(".") and p.name not in GENERATED and not p.name.endswith(".egg-info")}
-    inside = {p for p in (ROOT / "samed3d").rglob("*") if not GENERATED & set(p.relative_to(ROOT).parts) and p.name not in UNLISTED}
-    listed = {p for p in top | inside if (any(p.iterdir()) if p.is_dir() else p.suffix == ".py" or p in top)}
-    return {str(p.relative_to(ROOT)) + ("/" if p.is_dir() else "") for p in listed}
+def real_folders() -> set[str]:
+    """The folders that the README lists: all at the top, and the packages inside the package."""
+    top = {p for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    inside = {p.parent for p in (ROOT / "samed3d").rglob("*.py")} - {ROOT / "samed3d"}
+    listed = {p for p in top | inside if not GENERATED & set(p.relative_to(ROOT).parts)}
+    return {f"{p.relative_to(ROOT)}/" for p in listed if not p.name.endswith(".egg-info")}
 
 
-def test_the_readme_tree_is_the_real_tree():
-    told, real = set(readme_tree()), real_tree()
-    assert {path for path in told if not (ROOT / path).exists()} == set(), "listed but not there"
-    assert real - told == set(), "there but not listed"
-
-
-def test_every_entry_of_the_readme_tree_says_what_it_is():
-    assert {path for path, phrase in readme_tree().items() if not phrase} == set()
+def test_the_readme_layout_is_the_real_one():
+    assert real_folders() - set(layout()) == set(), "there but not listed"
+    assert {path for path in layout() if not (ROOT / path).exists()} == set(), "listed but not there"
+    assert all(layout().values()), "every folder has a phrase"
+    assert len(layout_lines()) <= 25
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150

@@ -51,7 +51,8 @@ def started(image: Path, journal: Path, seed: int) -> subprocess.Popen:
 
 
 def kill_and_open(process: subprocess.Popen, image: Path, journal: Path, seed: int) -> int:
-    """Kill an editing process after a random time; compare what the journal brings back with the same edits done here."""
+    """Kill an editing process after a random time; compare what the journal brings back with the same edits done
+    here."""
     assert process.stdout is not None
     first = process.stdout.readline()  # the first edit is acknowledged: from now on anything may happen
     time.sleep(float(np.random.default_rng(seed).uniform(0.0, 0.25)))
@@ -76,7 +77,10 @@ def kill_and_open(process: subprocess.Popen, image: Path, journal: Path, seed: i
 def test_what_was_acknowledged_survives_a_kill(image, tmp_path):
     files = [tmp_path / f"{seed}.jsonl" for seed in range(3)]
     processes = [started(image, file, seed) for seed, file in enumerate(files)]
-    assert sum(kill_and_open(p, image, file, seed) for seed, (p, file) in enumerate(zip(processes, files, strict=True))) > 3
+    assert (
+        sum(kill_and_open(p, image, file, seed) for seed, (p, file) in enumerate(zip(processes, files, strict=True)))
+        > 3
+    )
 
 
 @pytest.mark.slow

@@ -45,7 +45,10 @@ def test_cross_entropy_by_hand_and_for_extreme_logits():
 
 
 def test_losses_are_computed_in_float32():
-    logits, target = torch.linspace(-4, 4, 4096).view(1, 1, 16, 16, 16), torch.arange(4096).view(1, 1, 16, 16, 16) % 2 == 0
+    logits, target = (
+        torch.linspace(-4, 4, 4096).view(1, 1, 16, 16, 16),
+        torch.arange(4096).view(1, 1, 16, 16, 16) % 2 == 0,
+    )
     for loss in (dice_loss, cross_entropy):
         half = loss(logits.bfloat16(), target)
         assert half.dtype == torch.float32
@@ -53,7 +56,14 @@ def test_losses_are_computed_in_float32():
 
 
 def test_hard_overlap_by_hand():
-    logits = torch.cat([volume(1.0, 2.0, -1.0, 0.0), volume(-1.0, -1.0, -1.0, 1.0), volume(-1.0, 0.0, -2.0, -3.0), volume(-1, -1, -1, -1)])
+    logits = torch.cat(
+        [
+            volume(1.0, 2.0, -1.0, 0.0),
+            volume(-1.0, -1.0, -1.0, 1.0),
+            volume(-1.0, 0.0, -2.0, -3.0),
+            volume(-1, -1, -1, -1),
+        ]
+    )
     target = torch.cat([volume(1, 0, 1, 0), volume(1, 1, 1, 0), volume(0, 0, 0, 0), volume(1, 0, 0, 0)]).bool()
     dice, iou = hard_overlap(logits, target)  # a logit of exactly 0 is outside
     assert dice.tolist() == pytest.approx([2 / 4, 0.0, 1.0, 0.0])
@@ -70,7 +80,9 @@ def test_iou_loss_by_hand_and_only_the_prediction_learns():
 
 
 def test_gradients_are_right():
-    logits = torch.randn(2, 1, 2, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    logits = torch.randn(
+        2, 1, 2, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True
+    )
     target = torch.rand(2, 1, 2, 2, 2, generator=torch.Generator().manual_seed(1)) > 0.5
     for loss in (dice_loss, cross_entropy):
         (gradient,) = torch.autograd.grad(loss(logits, target), logits)

@@ -26,14 +26,18 @@ def blobs(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.random((5, 6, 7)) < 0.3, rng.random((5, 6, 7)) < 0.3
 
 
-def brute_force(pred: np.ndarray, target: np.ndarray, spacing: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray]:
+def brute_force(
+    pred: np.ndarray, target: np.ndarray, spacing: tuple[float, float, float]
+) -> tuple[np.ndarray, np.ndarray]:
     """Every surface voxel against every other, by the definition."""
 
     def surface(mask):
         found = []
         for z, y, x in np.argwhere(mask):
             beside = [(z + 1, y, x), (z - 1, y, x), (z, y + 1, x), (z, y - 1, x), (z, y, x + 1), (z, y, x - 1)]
-            if any(min(p) < 0 or any(v >= n for v, n in zip(p, mask.shape, strict=True)) or not mask[p] for p in beside):
+            if any(
+                min(p) < 0 or any(v >= n for v, n in zip(p, mask.shape, strict=True)) or not mask[p] for p in beside
+            ):
                 found.append((z, y, x))
         return np.array(found) * spacing
 
@@ -50,7 +54,8 @@ def test_dice_by_hand():
 
 
 def test_shifted_cube_by_hand():
-    """A 4-cube moved by two voxels along z: 16 + 16 of its 56 surface voxels are 6 mm off (end planes), the rest at most that."""
+    """A 4-cube moved by two voxels along z: 16 + 16 of its 56 surface voxels are 6 mm off (end planes), the rest at
+    most that."""
     a, b = cube((2, 2, 2), 4), cube((4, 2, 2), 4)
     found = surface_distances(a, b, SPACING)
     assert len(found.pred_to_target_mm) == len(found.target_to_pred_mm) == 56

@@ -1,4 +1,5 @@
-"""Surface elements, series of clicks, and all surface metrics against the programs that others score with, where these are installed."""
+"""Surface elements, series of clicks, and all surface metrics against the programs that others score with, where these
+are installed."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def pairs() -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def test_areas_by_hand():
-    """A single voxel's corner is a triangle between the middles of three edges; two neighbours a rectangle, a face the square."""
+    """A single voxel's corner is a triangle between the middles of three edges; two neighbours a rectangle, a face the
+    square."""
     unit = element_areas((1.0, 1.0, 1.0))
     assert unit[0] == unit[255] == 0
     assert unit[0b1] == pytest.approx(math.sqrt(3) / 8) == pytest.approx(unit[0b11111110])
@@ -96,7 +98,11 @@ def test_empty_masks():
     assert all(math.isnan(v) for v in surface_scores(empty, empty, SPACING, 1.0).values())
     diagonal = 4 * math.sqrt(9 + 1 + 0.25)
     for a, b in ((empty, one), (one, empty)):
-        assert surface_scores(a, b, SPACING, 1.0) == {"nsd": 0.0, "nsd_subvoxel": 0.0, "hd95_mm": pytest.approx(diagonal)}
+        assert surface_scores(a, b, SPACING, 1.0) == {
+            "nsd": 0.0,
+            "nsd_subvoxel": 0.0,
+            "hd95_mm": pytest.approx(diagonal),
+        }
     assert math.isnan(nsd_subvoxel(empty, empty, SPACING, 1.0)) and nsd_subvoxel(empty, one, SPACING, 1.0) == 0.0
     with pytest.raises(ValueError, match="tolerance_mm must be >= 0, got -1"):
         nsd_subvoxel(one, one, SPACING, -1)
@@ -116,7 +122,9 @@ def test_volume_error_is_signed():
 @pytest.mark.parametrize("number", range(len(pairs())))
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), SPACING, (2.0, 0.7, 1.1)])
 def test_against_surface_distance(number, spacing):
-    theirs = pytest.importorskip("surface_distance", reason="surface-distance is not installed (pip install surface-distance)")
+    theirs = pytest.importorskip(
+        "surface_distance", reason="surface-distance is not installed (pip install surface-distance)"
+    )
     a, b = pairs()[number]
     found = theirs.compute_surface_distances(b, a, spacing)
     for tolerance in (0.0, 1.0, 2.0):

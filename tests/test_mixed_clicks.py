@@ -1,4 +1,5 @@
-"""Training turns that are like a session's: clicks of several kinds of user, and a mask that zooming out has left in a window."""
+"""Training turns that are like a session's: clicks of several kinds of user, and a mask that zooming out has left in a
+window."""
 
 from __future__ import annotations
 
@@ -15,7 +16,10 @@ from samed3d.training.step import windowed
 
 def test_a_window_leaves_the_mask_as_it_is_or_unknown_outside_a_box_around_the_click():
     logits = torch.randn(20, 1, 12, 16, 10, generator=torch.Generator().manual_seed(0))
-    points, generators = torch.tensor([[1.0, 15.0, 5.0]]).expand(20, 3), [torch.Generator().manual_seed(seed) for seed in range(20)]
+    points, generators = (
+        torch.tensor([[1.0, 15.0, 5.0]]).expand(20, 3),
+        [torch.Generator().manual_seed(seed) for seed in range(20)],
+    )
     assert torch.equal(windowed(logits, points, 0.0, generators), logits)
     known = windowed(logits, points, 1.0, generators)
     assert len({int((one == BACKGROUND_LOGIT).sum()) for one in known}) > 5

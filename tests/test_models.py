@@ -49,7 +49,9 @@ def two_steps(model: PromptableModel) -> tuple[MaskOutput, MaskOutput]:
     return first, model.decode(features, prompts)
 
 
-@pytest.mark.parametrize(("name", "millions"), [("samed3d_tiny", (3, 6)), ("samed3d_small", (10, 15)), ("samed3d_base", (90, 100))])
+@pytest.mark.parametrize(
+    ("name", "millions"), [("samed3d_tiny", (3, 6)), ("samed3d_small", (10, 15)), ("samed3d_base", (90, 100))]
+)
 def test_sizes_of_ours(name, millions):
     with torch.device("meta"):
         model = create_model(name)
@@ -74,8 +76,11 @@ def test_shapes_and_finite_gradients(name):
 def test_every_parameter_of_ours_is_trained_by_two_steps(name):
     model = make(name)
     sum(out.logits.square().mean() + out.iou.square().mean() for out in two_steps(model)).backward()
-    # A key bias adds the same to all logits of a query, so the softmax ignores it and its gradient is zero up to rounding.
-    idle = [n for n, p in model.named_parameters() if not n.endswith("k_proj.bias") and (p.grad is None or not p.grad.any())]
+    # A key bias adds the same to all logits of a query, so the softmax ignores it and its gradient is zero up to
+    # rounding.
+    idle = [
+        n for n, p in model.named_parameters() if not n.endswith("k_proj.bias") and (p.grad is None or not p.grad.any())
+    ]
     assert not idle
 
 
@@ -92,7 +97,9 @@ def test_prompts_change_the_mask(name):
     if "mask" not in model.spec.prompts:
         return
     with_mask = click(True)
-    with_mask.mask_logits = torch.randn(model.decode(features, click(True)).lowres_logits.shape, generator=torch.Generator().manual_seed(2))
+    with_mask.mask_logits = torch.randn(
+        model.decode(features, click(True)).lowres_logits.shape, generator=torch.Generator().manual_seed(2)
+    )
     assert not torch.allclose(base, model.decode(features, with_mask).logits, atol=1e-6)
 
 
@@ -115,7 +122,9 @@ def test_box_changes_the_mask_of_its_sample_only(name):
 def test_padding_points_change_nothing(name):
     model = make(name).eval()
     features = model.encode(crops(model))
-    padded = PromptBatch(torch.tensor([[[4.0, 5.0, 6.0], [0.0, 0.0, 0.0]]]).expand(2, -1, -1), torch.tensor([[1, -1]]).expand(2, -1))
+    padded = PromptBatch(
+        torch.tensor([[[4.0, 5.0, 6.0], [0.0, 0.0, 0.0]]]).expand(2, -1, -1), torch.tensor([[1, -1]]).expand(2, -1)
+    )
     expected = model.decode(features, click(True)).logits
     torch.testing.assert_close(model.decode(features, padded).logits, expected, atol=1e-5, rtol=1e-4)
 
@@ -138,7 +147,9 @@ def test_refinement_sees_single_voxels(name):
     changed[0, 0, 7, 7, 7] += 3.0
     features, other = model.encode(image), model.encode(changed)
     other["image"], other["skip"] = features["image"], features["skip"]
-    difference = (model.decode(features, click(True, batch=1)).logits - model.decode(other, click(True, batch=1)).logits).abs()[0, 0]
+    difference = (
+        model.decode(features, click(True, batch=1)).logits - model.decode(other, click(True, batch=1)).logits
+    ).abs()[0, 0]
     assert difference[7, 7, 7] > 1e-6
     assert not torch.allclose(difference[6, 6, 6], difference[7, 7, 7], atol=1e-7)  # eight voxels of a cell differ
 
@@ -162,7 +173,9 @@ def test_who_prompts_is_told_that_a_model_is_automatic(tmp_path):
     for name in ("sam3d", "samed3d_unet"):
         save_weights(create_model(name, **MODELS[name].tiny), tmp_path / f"{name}.safetensors", {})
     assert isinstance(load(tmp_path / "sam3d.safetensors"), SemanticModel)
-    with pytest.raises(InputError, match=r"model must take prompts, got '.*sam3d.safetensors', a 'sam3d', which is automatic"):
+    with pytest.raises(
+        InputError, match=r"model must take prompts, got '.*sam3d.safetensors', a 'sam3d', which is automatic"
+    ):
         load_promptable(tmp_path / "sam3d.safetensors")
     assert isinstance(load_promptable(tmp_path / "samed3d_unet.safetensors"), PromptableModel)
 

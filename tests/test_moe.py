@@ -1,4 +1,5 @@
-"""The mixture of experts: nothing of a decoder changes, the general answer is bit-equal, the gate learns, wrong experts are refused."""
+"""The mixture of experts: nothing of a decoder changes, the general answer is bit-equal, the gate learns, wrong experts
+are refused."""
 
 import pytest
 import torch
@@ -34,7 +35,12 @@ def base_and_experts(folder, name="samed3d_unet"):
 
 
 def crop(model) -> torch.Tensor:
-    return torch.randn(2, image_channels(model.spec.normalisation), *model.spec.input_shape_zyx, generator=torch.Generator().manual_seed(1))
+    return torch.randn(
+        2,
+        image_channels(model.spec.normalisation),
+        *model.spec.input_shape_zyx,
+        generator=torch.Generator().manual_seed(1),
+    )
 
 
 def clicks() -> PromptBatch:
@@ -156,7 +162,9 @@ def test_an_expert_that_changed_the_encoder_is_refused(tmp_path):
     model = load(experts[0])
     model.stem.weight.data += 1.0
     save_weights(model, tmp_path / "wild.safetensors", {})
-    with pytest.raises(InputError, match=r"keep the image encoder of .* changed 1 tensors of it; fine-tune with --train decoder"):
+    with pytest.raises(
+        InputError, match=r"keep the image encoder of .* changed 1 tensors of it; fine-tune with --train decoder"
+    ):
         assemble(base, [str(tmp_path / "wild.safetensors")])
 
 

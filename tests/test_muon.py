@@ -27,7 +27,10 @@ def test_singular_values_become_about_one_and_directions_stay(shape):
 
 def test_matrices_and_kernels_take_orthogonal_steps_and_the_rest_adamws():
     kernel, bias = torch.nn.Parameter(torch.zeros(4, 2, 3, 3, 3)), torch.nn.Parameter(torch.ones(4))
-    groups = [{"params": [kernel], "matrices": True, "weight_decay": 0.0}, {"params": [bias], "matrices": False, "weight_decay": 0.0}]
+    groups = [
+        {"params": [kernel], "matrices": True, "weight_decay": 0.0},
+        {"params": [bias], "matrices": False, "weight_decay": 0.0},
+    ]
     optimiser = Muon(groups, lr=0.1)
     kernel.grad = torch.randn(kernel.shape, generator=torch.Generator().manual_seed(1))
     bias.grad = torch.tensor([1.0, -2.0, 0.5, 3.0])
@@ -36,7 +39,9 @@ def test_matrices_and_kernels_take_orthogonal_steps_and_the_rest_adamws():
     values = torch.linalg.svdvals(step) / (0.1 * ADAMW_RMS * 54**0.5)
     assert 0.6 < float(values.min()) and float(values.max()) < 1.3
     assert float((step * kernel.grad.flatten(1)).sum()) < 0  # downhill
-    assert torch.allclose(bias.detach(), 1 - 0.1 * bias.grad.sign(), atol=1e-5)  # AdamW's first step has the size of the rate
+    assert torch.allclose(
+        bias.detach(), 1 - 0.1 * bias.grad.sign(), atol=1e-5
+    )  # AdamW's first step has the size of the rate
 
 
 def test_only_what_decays_decays():

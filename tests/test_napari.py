@@ -211,7 +211,11 @@ def test_a_session_on_a_server_is_the_same(tmp_path):
             np.testing.assert_array_equal(there.session.mask_of(number), here.session.mask_of(number))
             np.testing.assert_array_equal(array_only.session.mask_of(number), here.session.mask_of(number))
         np.testing.assert_array_equal(there.labels > 0, here.labels > 0)
-        assert [list(e.prompts) for e in there.state.objects] == [[1], [2], []]  # of a given mask a server shows no outline
+        assert [list(e.prompts) for e in there.state.objects] == [
+            [1],
+            [2],
+            [],
+        ]  # of a given mask a server shows no outline
         there.save(str(tmp_path / "there.nii.gz"), "nifti")
         np.testing.assert_array_equal(read_volume(tmp_path / "there.nii.gz").array, here.session.labels)
         # Somebody else's edit is seen, not overwritten.

@@ -1,4 +1,5 @@
-"""The dock on a ``ViewerModel`` without a window, and in a real viewer, with real mouse events, where there is a display."""
+"""The dock on a ``ViewerModel`` without a window, and in a real viewer, with real mouse events, where there is a
+display."""
 
 from __future__ import annotations
 
@@ -165,7 +166,9 @@ def test_real_clicks_in_a_real_viewer(application, window):
     QTest.mouseClick(canvas, Qt.MouseButton.LeftButton, Qt.KeyboardModifier.NoModifier, middle)
     until(application, lambda: len(dock.layers.points.data) == 1)
     (point,) = window.objects()[0].prompts
-    np.testing.assert_allclose(point.at, (15.5, 13.5, 11), atol=0.6)  # the middle of the image, in the slice that is shown
+    np.testing.assert_allclose(
+        point.at, (15.5, 13.5, 11), atol=0.6
+    )  # the middle of the image, in the slice that is shown
     QTest.mouseClick(canvas, Qt.MouseButton.LeftButton, Qt.KeyboardModifier.ControlModifier, middle + QPoint(80, 0))
     until(application, lambda: len(dock.layers.points.data) == 2)
     assert [p.positive for p in window.objects()[0].prompts] == [True, False]

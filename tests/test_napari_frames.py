@@ -9,7 +9,15 @@ import pytest
 
 from samed3d.apps.napari_plugin.controller import Controller
 from samed3d.apps.napari_plugin.frames import Frame, affine_for, volume_of
-from samed3d.apps.napari_plugin.layer_prompts import Drawn, compared, depth_of, moved_shape, point_at, prompt_to_shape, shape_to_prompt
+from samed3d.apps.napari_plugin.layer_prompts import (
+    Drawn,
+    compared,
+    depth_of,
+    moved_shape,
+    point_at,
+    prompt_to_shape,
+    shape_to_prompt,
+)
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
 from samed3d.inference.session import Session
@@ -22,7 +30,9 @@ from tests.conftest import oblique_grid
 class Layer:
     """What is asked of a napari layer: data, and a map to the world."""
 
-    def __init__(self, data: np.ndarray, matrix: np.ndarray | None = None, path: str | None = None, units: object = None) -> None:
+    def __init__(
+        self, data: np.ndarray, matrix: np.ndarray | None = None, path: str | None = None, units: object = None
+    ) -> None:
         self.data, self.ndim, self.name = data, data.ndim, "layer"
         self.matrix = np.eye(4) if matrix is None else matrix
         self.source = SimpleNamespace(path=path)
@@ -32,7 +42,9 @@ class Layer:
         return tuple((self.matrix @ [*at, 1.0])[:3])
 
 
-def placed(scale: tuple[float, float, float], translate: tuple[float, float, float], turn_degrees: float = 0.0) -> np.ndarray:
+def placed(
+    scale: tuple[float, float, float], translate: tuple[float, float, float], turn_degrees: float = 0.0
+) -> np.ndarray:
     """Scale, then a turn about z (the first axis), then a shift; zyx."""
     c, s = np.cos(np.radians(turn_degrees)), np.sin(np.radians(turn_degrees))
     matrix = np.eye(4)
@@ -48,7 +60,8 @@ IMAGE = np.random.default_rng(3).integers(0, 100, (6, 7, 8)).astype(np.int16)
 
 
 def test_positions_of_one_layer_are_found_on_another_by_hand():
-    """Image: 2 x 0.5 x 0.5 mm, shifted by (10, 20, 30), turned a quarter about z. World (14, 19, 31.5) is then voxel (2, 3, 2)."""
+    """Image: 2 x 0.5 x 0.5 mm, shifted by (10, 20, 30), turned a quarter about z. World (14, 19, 31.5) is then voxel
+    (2, 3, 2)."""
     image = Frame.of(Layer(IMAGE, placed((2.0, 0.5, 0.5), (10.0, 20.0, 30.0), 90.0)))
     clicks = Frame.of(Layer(IMAGE))
     # z: 10 + 2 * 2 = 14; y: 20 - 0.5 * x = 19 -> x = 2; x: 30 + 0.5 * y = 31.5 -> y = 3
@@ -125,7 +138,8 @@ def test_a_layer_that_was_read_from_a_file_has_the_files_grid(tmp_path):
     "name", ["tptbox_ct_vert/imagesTr/tptbox_ct_vert_0000.nii.gz", "sct_gray_matter_mr/imagesTr/sct_t2s_gm_0000.nii.gz"]
 )
 def test_real_permuted_and_oblique_files_are_shown_and_saved_in_place(data_dir, name, tmp_path):
-    """Opened by the plugin, the layer has the file's own voxels: a click in it is that voxel, and the mask lies where the file does."""
+    """Opened by the plugin, the layer has the file's own voxels: a click in it is that voxel, and the mask lies where
+    the file does."""
     path = data_dir / name
     if not path.exists():
         pytest.skip(f"no real data: {path} does not exist")

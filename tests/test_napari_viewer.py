@@ -44,7 +44,9 @@ def scene(tmp_path: Path) -> Any:
     said: list[str] = []
     controller.on_error.append(said.append)
     layers = SessionLayers(viewer, image, controller, said.append)
-    return SimpleNamespace(viewer=viewer, image=image, controller=controller, layers=layers, said=said, session=controller.session)
+    return SimpleNamespace(
+        viewer=viewer, image=image, controller=controller, layers=layers, said=said, session=controller.session
+    )
 
 
 def clicked(scene: Any, ijk: tuple[float, float, float]) -> None:
@@ -67,7 +69,9 @@ def test_layers_lie_where_the_image_lies(scene):
     for layer in scene.layers.layers:
         np.testing.assert_allclose(Frame.of(layer).matrix, image.matrix)
     # write_ball: 1.0 x 1.2 x 1.5 mm along i, j, k, first voxel at LPS (3, -4, 5), i and j run against LPS
-    np.testing.assert_allclose(image.matrix @ [11, 15, 13, 1], [5 + 11 * 1.5, -4 - 15 * 1.2, 3 - 13 * 1.0, 1], atol=1e-5)
+    np.testing.assert_allclose(
+        image.matrix @ [11, 15, 13, 1], [5 + 11 * 1.5, -4 - 15 * 1.2, 3 - 13 * 1.0, 1], atol=1e-5
+    )
 
 
 def test_world_positions_become_the_right_voxels(scene):
@@ -78,7 +82,8 @@ def test_world_positions_become_the_right_voxels(scene):
 
 
 def test_points_of_a_turned_and_scaled_layer_are_found_in_a_turned_image(tmp_path):
-    """Image: turned by a quarter about z, 2 x 0.5 x 0.5. Points: 10 world units per unit, shifted by one. By hand, both."""
+    """Image: turned by a quarter about z, 2 x 0.5 x 0.5. Points: 10 world units per unit, shifted by one. By hand,
+    both."""
     from napari.components import ViewerModel
 
     from samed3d.apps.napari_plugin.layers import SessionLayers
@@ -86,12 +91,15 @@ def test_points_of_a_turned_and_scaled_layer_are_found_in_a_turned_image(tmp_pat
     write_ball(tmp_path / "ball.nii.gz")
     array = read_volume(tmp_path / "ball.nii.gz").array
     viewer = ViewerModel()
-    image = viewer.add_image(array, scale=(2.0, 0.5, 0.5), rotate=[[1, 0, 0], [0, 0, -1], [0, 1, 0]], translate=(0.0, 20.0, 0.0))
+    image = viewer.add_image(
+        array, scale=(2.0, 0.5, 0.5), rotate=[[1, 0, 0], [0, 0, -1], [0, 1, 0]], translate=(0.0, 20.0, 0.0)
+    )
     volume = volume_of(image)
     assert volume.grid.spacing_zyx_mm == pytest.approx((2.0, 0.5, 0.5))
     controller = Controller(Session(volume, BrightnessModel()))
     layers = SessionLayers(viewer, image, controller, pytest.fail)
-    # voxel zyx (11, 15, 13): z = 22, y = 20 - 0.5 * 13 = 13.5, x = 0.5 * 15 = 7.5; the points' layer holds (world - 1) / 10
+    # voxel zyx (11, 15, 13): z = 22, y = 20 - 0.5 * 13 = 13.5, x = 0.5 * 15 = 7.5; the points' layer holds (world - 1)
+    # / 10
     own = viewer.add_points(np.array([[2.1, 1.25, 0.65]]), scale=(10, 10, 10), translate=(1, 1, 1))
     layers.use(own)
     (point,) = controller.session.objects()[0].prompts
@@ -235,7 +243,9 @@ def test_other_layers_are_refused(scene):
 def test_an_oblique_layer_keeps_its_place_through_napari(scene, tmp_path):
     grid = oblique_grid((6, 7, 8))
     reverse, flip = np.eye(4)[[2, 1, 0, 3]], np.diag([-1.0, -1.0, 1.0, 1.0])
-    image = scene.viewer.add_image(np.random.default_rng(0).random((6, 7, 8)), affine=reverse @ flip @ grid.affine_ras @ reverse)
+    image = scene.viewer.add_image(
+        np.random.default_rng(0).random((6, 7, 8)), affine=reverse @ flip @ grid.affine_ras @ reverse
+    )
     volume = volume_of(image)
     np.testing.assert_allclose(volume.grid.affine_ras, grid.affine_ras, atol=1e-9)
     write_volume(tmp_path / "a.nii.gz", volume.array, volume.grid)
@@ -257,7 +267,9 @@ def test_colours_and_four_dimensions_are_refused(scene):
 
 def test_the_finest_level_of_a_multiscale_image_is_used(scene):
     fine = np.random.default_rng(0).random((8, 8, 8)).astype(np.float32)
-    np.testing.assert_array_equal(volume_of(scene.viewer.add_image([fine, fine[::2, ::2, ::2]], multiscale=True)).array, fine)
+    np.testing.assert_array_equal(
+        volume_of(scene.viewer.add_image([fine, fine[::2, ::2, ::2]], multiscale=True)).array, fine
+    )
 
 
 def test_the_manifest_is_valid_and_finds_the_widget():

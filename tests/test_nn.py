@@ -24,7 +24,9 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
 
 
 def make_encoder(grid: tuple[int, int, int], released: bool, pad_sink: bool = True, depth: int = 4) -> ImageEncoder:
-    encoder = ImageEncoder(None, grid, 48, depth, 2, 14, (depth - 1,), 24, misbroadcast_relpos=released, pad_sink=pad_sink)
+    encoder = ImageEncoder(
+        None, grid, 48, depth, 2, 14, (depth - 1,), 24, misbroadcast_relpos=released, pad_sink=pad_sink
+    )
     randomise(encoder, seed=1)
     return encoder.eval()
 
@@ -58,7 +60,9 @@ def test_gradients_equal_the_oracle_s():
         gradients.append({"x": leaf.grad, **{name: p.grad.clone() for name, p in encoder.named_parameters()}})
     for name, cheap in gradients[0].items():
         assert torch.isfinite(cheap).all(), name
-        torch.testing.assert_close(cheap, gradients[1][name], atol=1e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            cheap, gradients[1][name], atol=1e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_gradients_equal_the_oracle_s_where_windows_are_filled_unevenly():
@@ -145,11 +149,16 @@ def test_dense_positions_are_the_points_positions_and_swap_two_axes_as_released(
 def test_released_position_repeats_its_sine():
     released = RandomFourierPositions(12, sin_cos_sin=True, swap_axes=False)(torch.tensor([0.1, 0.7, 0.4]))
     assert torch.equal(released[:4], released[8:]) and not torch.equal(released[:4], released[4:8])
-    assert RandomFourierPositions(12, sin_cos_sin=False, swap_axes=False).positional_encoding_gaussian_matrix.shape == (3, 6)
+    assert RandomFourierPositions(12, sin_cos_sin=False, swap_axes=False).positional_encoding_gaussian_matrix.shape == (
+        3,
+        6,
+    )
 
 
 def make_prompt_encoder(pad_point: bool) -> PromptEncoder:
-    return PromptEncoder(12, (2, 2, 2), (8, 8, 8), boxes=True, sin_cos_sin=False, swap_pe_axes=False, pad_point=pad_point)
+    return PromptEncoder(
+        12, (2, 2, 2), (8, 8, 8), boxes=True, sin_cos_sin=False, swap_pe_axes=False, pad_point=pad_point
+    )
 
 
 def test_released_prompt_encoder_adds_a_padding_token_that_counts():

@@ -1,4 +1,5 @@
-"""Optimisers, the power schedule and the forms of Dice that published recipes ask for, against values worked out by hand."""
+"""Optimisers, the power schedule and the forms of Dice that published recipes ask for, against values worked out by
+hand."""
 
 from __future__ import annotations
 
@@ -60,15 +61,26 @@ def test_sgd_without_momentum_adds_the_decay_to_the_gradient():
 def test_adamw_stays_the_preset():
     assert isinstance(make_optimiser(OneNumber(1.0), OptimConfig()), torch.optim.AdamW)
     optim = OptimConfig(lr=0.1, weight_decay=0.5, schedule="constant")
-    assert steps_of(optim, [2.0]) == pytest.approx([1 - 0.1 * 0.5 - 0.1])  # a first step has the rate's length, whatever the gradient
+    assert steps_of(optim, [2.0]) == pytest.approx(
+        [1 - 0.1 * 0.5 - 0.1]
+    )  # a first step has the rate's length, whatever the gradient
 
 
 def test_a_run_with_momentum_goes_on_bit_for_bit(tmp_path):
-    settings = [*SMALL, "optim.name=sgd", "optim.lr=0.01", "optim.momentum=0.9", "optim.schedule=constant", "run.save_every=0"]
+    settings = [
+        *SMALL,
+        "optim.name=sgd",
+        "optim.lr=0.01",
+        "optim.momentum=0.9",
+        "optim.schedule=constant",
+        "run.save_every=0",
+    ]
 
     def run(name: str, steps: int, resume: bool = False) -> None:
         train(
-            load_config(TrainConfig, None, [*settings, f"optim.steps={steps}", f"run.folder={tmp_path / name}"]), resume=resume, quiet=True
+            load_config(TrainConfig, None, [*settings, f"optim.steps={steps}", f"run.folder={tmp_path / name}"]),
+            resume=resume,
+            quiet=True,
         )
 
     run("whole", 4)
@@ -131,7 +143,8 @@ def test_plain_dice_of_a_click_is_not_squared():
 
 
 def two_crops() -> tuple[torch.Tensor, torch.Tensor]:
-    """Two crops of two voxels and two classes; of class 1 the probabilities are 3/4 1/4 and 1/2 1/2, its mask is 1 0 and 0 0."""
+    """Two crops of two voxels and two classes; of class 1 the probabilities are 3/4 1/4 and 1/2 1/2, its mask is 1 0
+    and 0 0."""
     one = torch.tensor([[3.0, 1 / 3], [1.0, 1.0]]).log()  # logit of class 1 above that of class 0
     logits = torch.stack([torch.zeros_like(one), one], 1)[:, :, None, None]
     return logits, torch.tensor([[1, 0], [0, 0]])[:, None, None]
@@ -173,7 +186,12 @@ def recipe(name: str) -> TrainConfig:
 
 def test_sam3d_as_published():
     config = recipe("sam3d")
-    assert (config.optim.name, config.optim.momentum, config.optim.lr, config.optim.weight_decay) == ("sgd", 0.99, 0.01, 3e-5)
+    assert (config.optim.name, config.optim.momentum, config.optim.lr, config.optim.weight_decay) == (
+        "sgd",
+        0.99,
+        0.01,
+        3e-5,
+    )
     assert learning_rate(config.optim, 125_000) == pytest.approx(0.01 * 0.5**0.9)
     assert config.loss == LossConfig(dice=1, ce=1, dice_smooth=1e-5)  # plain, without background, crop by crop
 

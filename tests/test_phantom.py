@@ -1,4 +1,5 @@
-"""The phantom is a patient: every organ there, whole, of a plausible size and on its proper side, with exact and repeatable labels."""
+"""The phantom is a patient: every organ there, whole, of a plausible size and on its proper side, with exact and
+repeatable labels."""
 
 from __future__ import annotations
 
@@ -112,6 +113,8 @@ def test_patient_keeps_its_size_on_another_grid() -> None:
 
 
 def test_small_field_of_view_names_only_what_it_shows() -> None:
-    _, labels, _, names = anatomical_phantom(np.random.default_rng(0), shape_zyx=(8, 60, 60), spacing_xyz_mm=(4.0, 4.0, 4.0))
+    _, labels, _, names = anatomical_phantom(
+        np.random.default_rng(0), shape_zyx=(8, 60, 60), spacing_xyz_mm=(4.0, 4.0, 4.0)
+    )
     assert set(np.unique(labels)) == {0, *names}
     assert "heart" not in names.values()

@@ -1,4 +1,5 @@
-"""Preparing a corpus: what arrives in it, what happens when it is killed, and that bad input stops nothing and harms nothing."""
+"""Preparing a corpus: what arrives in it, what happens when it is killed, and that bad input stops nothing and harms
+nothing."""
 
 from __future__ import annotations
 
@@ -66,7 +67,13 @@ def test_axes_and_handedness_of_the_file_do_not_matter(tmp_path):
     make_source(tmp_path / "a" / "plain", cases=0)
     make_source(tmp_path / "b" / "turned", cases=0)
     write_case(tmp_path / "a" / "plain", "x", image, labels)
-    write_case(tmp_path / "b" / "turned", "x", np.transpose(image, (2, 0, 1)).copy(), np.transpose(labels, (2, 0, 1)).copy(), turned)
+    write_case(
+        tmp_path / "b" / "turned",
+        "x",
+        np.transpose(image, (2, 0, 1)).copy(),
+        np.transpose(labels, (2, 0, 1)).copy(),
+        turned,
+    )
     result = prepare([tmp_path / "a", tmp_path / "b"], tmp_path / "out", LENIENT)
     corpus = Corpus(result.folder)
     first, second = corpus.cases
@@ -81,7 +88,10 @@ def test_channels_share_one_label_map(tmp_path):
     write_case(source, "x", image, labels)
     shutil.copy(source / "imagesTr" / "x_0000.nii.gz", source / "imagesTr" / "x_0001.nii.gz")
     corpus = Corpus(prepare([source], tmp_path / "out", LENIENT).folder)
-    assert [(c.id, c.modality, len(c.labels)) for c in corpus.cases] == [("brain.x_0000", "T1", 2), ("brain.x_0001", "FLAIR", 2)]
+    assert [(c.id, c.modality, len(c.labels)) for c in corpus.cases] == [
+        ("brain.x_0000", "T1", 2),
+        ("brain.x_0001", "FLAIR", 2),
+    ]
     assert len(list((tmp_path / "out" / "arrays").rglob("*.labels.b2nd"))) == 1
     assert len(corpus.label_table) == 2, "masks are counted once"
 
@@ -104,7 +114,13 @@ def test_spacing_and_max_side_resample(tmp_path):
 def test_a_test_split_of_the_source_and_shared_images_hold():
     def record(source, subject, split=None, content="", case=None):
         images = [{"channel": "", "content_hash": content or f"{source}{subject}{case}"}]
-        return {"source": source, "subject": subject, "split": split, "case": f"{source}/{case or subject}", "images": images}
+        return {
+            "source": source,
+            "subject": subject,
+            "split": split,
+            "case": f"{source}/{case or subject}",
+            "images": images,
+        }
 
     records = [
         record("a", "p1", "test"),
@@ -117,12 +133,16 @@ def test_a_test_split_of_the_source_and_shared_images_hold():
     assert splits["a/p1"] == splits["a/again"] == "test", "a subject is never on two sides"
     assert splits["d/t"] == splits["e/u"] == "test", "nor is an image"
     assert groups["q"] == groups["p9"] == "p9|q" and splits["b/q"] == splits["c/p9"]
-    assert splits["f/p1"] == ("val" if in_validation("p1", 0.5) else "train"), "another source's p1 may be another person"
+    assert splits["f/p1"] == ("val" if in_validation("p1", 0.5) else "train"), (
+        "another source's p1 may be another person"
+    )
 
 
 def run_cli(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "samed3d", "prepare", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
@@ -130,7 +150,20 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
     whole = tmp_path / "whole"
     assert main(["prepare", str(source), "-o", str(whole), "--rules", "lenient", "-j", "1", "-q"]) == 0
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "samed3d", "prepare", str(source), "-o", str(out), "--rules", "lenient", "-j", "1", "-q"]
+    command = [
+        sys.executable,
+        "-m",
+        "samed3d",
+        "prepare",
+        str(source),
+        "-o",
+        str(out),
+        "--rules",
+        "lenient",
+        "-j",
+        "1",
+        "-q",
+    ]
     process = subprocess.Popen(command, cwd=ROOT)
     deadline = time.monotonic() + 30
     while len(list(out.glob("records/s/case*.json"))) < 3:
@@ -194,7 +227,9 @@ def test_one_bad_file_is_reported_and_the_rest_is_done(tmp_path):
     assert tree(source) == before, "sources are only read"
     write_case(source, "case3", image, labels)
     assert run_cli(source, "-o", tmp_path / "out", "--rules", "lenient", "-j", "1", "-q").stdout == ""
-    assert [c.id for c in Corpus(tmp_path / "out").cases] == ["s.case0", "s.case3"], "what is mended is done on the next run"
+    assert [c.id for c in Corpus(tmp_path / "out").cases] == ["s.case0", "s.case3"], (
+        "what is mended is done on the next run"
+    )
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -222,7 +257,10 @@ def test_a_changed_file_is_done_again_and_a_removed_case_leaves(tmp_path):
 
 
 def test_sources_can_be_added_one_by_one_or_all_at_once(tmp_path):
-    first, second = make_source(tmp_path / "in" / "a", cases=2), make_source(tmp_path / "in" / "b", cases=2, first_seed=10)
+    first, second = (
+        make_source(tmp_path / "in" / "a", cases=2),
+        make_source(tmp_path / "in" / "b", cases=2, first_seed=10),
+    )
     (first / "imagesTr" / "case0_0000.nii.gz").write_bytes(b"broken")
     prepare([first], tmp_path / "steps", LENIENT)
     result = prepare([second], tmp_path / "steps", LENIENT)
@@ -245,9 +283,13 @@ def test_other_settings_and_newer_versions_are_refused(tmp_path):
     source = make_source(tmp_path / "s", cases=1)
     prepare([source], tmp_path / "out", LENIENT)
     before = tree(tmp_path / "out")
-    with pytest.raises(InputError, match=r"made with other settings \(min_side_mm 0\.0 there, 15\.0 now, min_volume_mm3"):
+    with pytest.raises(
+        InputError, match=r"made with other settings \(min_side_mm 0\.0 there, 15\.0 now, min_volume_mm3"
+    ):
         prepare(
-            [source], tmp_path / "out", Settings(rules_from("published", ["keep_components=0", "max_background=1", "split_sides=false"]))
+            [source],
+            tmp_path / "out",
+            Settings(rules_from("published", ["keep_components=0", "max_background=1", "split_sides=false"])),
         )
     body = json.loads((tmp_path / "out" / "settings.json").read_text())
     (tmp_path / "out" / "settings.json").write_text(json.dumps({**body, "version": 99}))
@@ -281,7 +323,9 @@ def test_two_cases_of_one_id_and_ids_that_are_no_names():
     def case(name: str, path: str) -> RawCase:
         return RawCase(name, "s", "p", "CT", None, "nnunet", {"image": path})
 
-    kept, problems = pipeline._distinct([case("a", "1.nii"), case("A", "2.nii"), case("x/y", "3.nii"), case("", "4.nii")], [])
+    kept, problems = pipeline._distinct(
+        [case("a", "1.nii"), case("A", "2.nii"), case("x/y", "3.nii"), case("", "4.nii")], []
+    )
     assert [c.paths["image"] for c in kept] == ["1.nii"]
     assert "two cases have the id 'A', the other is 1.nii" in problems[0].reason
     assert all("plain file name" in p.reason for p in problems[1:])
@@ -314,7 +358,12 @@ def test_nothing_outside_the_target_is_written(tmp_path):
     (tmp_path / "cwd").mkdir()
     source = make_source(tmp_path / "s", cases=2)
     before = {p for p in tmp_path.rglob("*")}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "cwd"), "HOME": str(tmp_path / "cwd")}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "TMPDIR": str(tmp_path / "cwd"),
+        "HOME": str(tmp_path / "cwd"),
+    }
     command = [sys.executable, "-m", "samed3d", "prepare", str(source), "-o", str(tmp_path / "out"), "-q", "-j", "2"]
     subprocess.run(command, cwd=tmp_path / "cwd", check=True, env=environment)
     new = {p for p in tmp_path.rglob("*")} - before
@@ -326,7 +375,11 @@ def test_integers_in_float_files_are_stored_as_integers():
     assert compact_image(array).dtype == np.uint8 and compact_image(array * 1000 - 5).dtype == np.int16
     assert compact_image(array + 0.5).dtype == np.float32 and compact_image(array * 1e6).dtype == np.int32
     assert compact_image(array * 1e12).dtype == np.float32
-    assert content_hash(compact_image(array)) == content_hash(array.astype(np.int16)) != content_hash(array.astype(np.int16) + 1)
+    assert (
+        content_hash(compact_image(array))
+        == content_hash(array.astype(np.int16))
+        != content_hash(array.astype(np.int16) + 1)
+    )
 
 
 def test_an_unforeseen_fault_in_one_case_is_a_reason_too(tmp_path, monkeypatch):
@@ -373,7 +426,10 @@ class EndsItsProcess:
 def test_a_worker_that_is_killed_is_explained():
     from data_prep.workers import run_tasks
 
-    with pytest.raises(InputError, match=r"a worker process was killed, most likely for want of memory \(2 at once\); give fewer --jobs"):
+    with pytest.raises(
+        InputError,
+        match=r"a worker process was killed, most likely for want of memory \(2 at once\); give fewer --jobs",
+    ):
         list(run_tasks([EndsItsProcess(), EndsItsProcess()], jobs=2))
 
 

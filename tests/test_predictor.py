@@ -35,14 +35,18 @@ class Watched(PromptableModel):
 
 
 def predictor_of(model: PromptableModel) -> CropPredictor:
-    return CropPredictor(model, CPU, np.random.default_rng(0).normal(size=(40, 40, 40)).astype(np.float32), (1.0, 1.0, 1.0))
+    return CropPredictor(
+        model, CPU, np.random.default_rng(0).normal(size=(40, 40, 40)).astype(np.float32), (1.0, 1.0, 1.0)
+    )
 
 
 def frame_at(middle: float) -> CropFrame:
     return CropFrame.centred((middle, 20.0, 20.0), (1.0, 1.0, 1.0), (8, 8, 8))
 
 
-@pytest.mark.parametrize(("trained", "able", "expected"), [(True, True, True), (True, False, False), (False, True, False)])
+@pytest.mark.parametrize(
+    ("trained", "able", "expected"), [(True, True, True), (True, False, False), (False, True, False)]
+)
 def test_bf16_where_the_weights_were_trained_in_it_and_the_processor_has_it(trained, able, expected, monkeypatch):
     monkeypatch.setattr(module, "computes_bf16", lambda device: able)
     model = Watched(trained)

@@ -1,4 +1,5 @@
-"""The preview picture: right way round for every storage order, right aspect, prompts and contours where they belong."""
+"""The preview picture: right way round for every storage order, right aspect, prompts and contours where they
+belong."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ SPACING = (1.0, 1.0, 2.0)
 LPS = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 
 
-def volume_of(array: np.ndarray, direction: tuple[float, ...] = LPS, spacing: tuple[float, float, float] = SPACING) -> Volume:
+def volume_of(
+    array: np.ndarray, direction: tuple[float, ...] = LPS, spacing: tuple[float, float, float] = SPACING
+) -> Volume:
     return Volume(array, Grid(array.shape, spacing, (0.0, 0.0, 0.0), direction), "test")
 
 
@@ -38,7 +41,8 @@ def picture(tmp_path, *args, **kwargs) -> np.ndarray:
 
 
 def spots(pixels: np.ndarray, colour: tuple[int, int, int]) -> list[tuple[int, int, int, int]]:
-    """For each of the three panels, the box (left, top, right, bottom) around pixels of that colour; panels without any are left out."""
+    """For each of the three panels, the box (left, top, right, bottom) around pixels of that colour; panels without any
+    are left out."""
     close = np.abs(pixels[:-75] - colour).max(-1) < 40  # the legend lies in the last rows
     found = []
     for part in np.array_split(np.arange(pixels.shape[1]), 3):
@@ -71,7 +75,8 @@ def test_the_right_of_the_patient_is_left_and_front_and_head_are_up(tmp_path, rn
 
 
 @pytest.mark.parametrize(
-    ("order", "signs"), list(itertools.product(itertools.permutations(range(3)), itertools.product((1, -1), repeat=3)))[3::9]
+    ("order", "signs"),
+    list(itertools.product(itertools.permutations(range(3)), itertools.product((1, -1), repeat=3)))[3::9],
 )
 def test_picture_does_not_depend_on_the_storage_order(tmp_path, rng, order, signs):
     array = noise(rng)

@@ -1,4 +1,5 @@
-"""Prompts as maps, similarity to the click, and the U-Net that reads them: any crop shape, and what is not given changes nothing."""
+"""Prompts as maps, similarity to the click, and the U-Net that reads them: any crop shape, and what is not given
+changes nothing."""
 
 from __future__ import annotations
 
@@ -88,7 +89,9 @@ def test_mask_map_is_probability_scaled_logit_and_a_flag():
     assert maps[:, 0].tolist() == pytest.approx([0.5, 1 / (1 + math.exp(-2)), 0, 1])
     assert maps[:, 1].tolist() == pytest.approx([0, 0.5, -2, 2])
     assert maps[:, 2].tolist() == [1] * 4
-    assert mask_map(prompts, (1, 1, 2))[0, 0, 0, 0, 0] == pytest.approx(1 / (1 + math.exp(-1))), "coarser: of the mean logit"
+    assert mask_map(prompts, (1, 1, 2))[0, 0, 0, 0, 0] == pytest.approx(1 / (1 + math.exp(-1))), (
+        "coarser: of the mean logit"
+    )
 
 
 def test_all_maps_are_there_in_order_and_zero_without_prompts():
@@ -108,9 +111,13 @@ def test_all_maps_are_there_in_order_and_zero_without_prompts():
 @pytest.mark.parametrize("stride", [1, 2, 4])
 def test_sampling_is_grid_sample_with_borders(stride):
     features = random(2, 3, 4, 5, 6)
-    points = torch.rand(2, 9, 3, generator=torch.Generator().manual_seed(1)) * torch.tensor([4.0, 5.0, 6.0]) * stride - 1  # some outside
+    points = (
+        torch.rand(2, 9, 3, generator=torch.Generator().manual_seed(1)) * torch.tensor([4.0, 5.0, 6.0]) * stride - 1
+    )  # some outside
     at = (positions_at(points, stride) * 2 + 1) / torch.tensor([4.0, 5.0, 6.0]) - 1
-    expected = F.grid_sample(features, at.flip(-1)[:, :, None, None], padding_mode="border", align_corners=False)[..., 0, 0].transpose(1, 2)
+    expected = F.grid_sample(features, at.flip(-1)[:, :, None, None], padding_mode="border", align_corners=False)[
+        ..., 0, 0
+    ].transpose(1, 2)
     torch.testing.assert_close(sample_at(features, points, stride), expected, atol=1e-5, rtol=0)
     assert sample_at(features, points[:, :0], stride).shape == (2, 0, 3)
 
@@ -174,7 +181,9 @@ def model() -> PromptableModel:
 @pytest.mark.parametrize("shape", [(16, 16, 16), (16, 32, 48), (64, 16, 32)])
 @torch.no_grad()
 def test_any_multiple_of_sixteen_is_taken_cubic_or_not(model, shape):
-    out = model(random(2, 2, *shape), PromptBatch(torch.tensor([[[3.0, 9.0, 12.0]]] * 2), torch.ones(2, 1, dtype=torch.int64)))
+    out = model(
+        random(2, 2, *shape), PromptBatch(torch.tensor([[[3.0, 9.0, 12.0]]] * 2), torch.ones(2, 1, dtype=torch.int64))
+    )
     assert out.logits.shape == (2, 1, *shape) and out.lowres_logits.shape == (2, 1, *(n // 2 for n in shape))
     assert torch.isfinite(out.logits).all() and ((out.iou > 0) & (out.iou < 1)).all() and out.iou.shape == (2, 1)
     torch.testing.assert_close(F.avg_pool3d(out.logits, 2), out.lowres_logits, atol=1e-5, rtol=1e-5)
@@ -207,18 +216,27 @@ def test_a_box_that_is_not_valid_is_no_box(model):
     torch.testing.assert_close(off.logits, without.logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(off.iou, without.iou, atol=1e-6, rtol=1e-5)
     on = model.decode(features, PromptBatch(points, labels, boxes))
-    assert torch.equal(on.logits, model.decode(features, PromptBatch(points, labels, boxes, torch.tensor([True, True]))).logits)
+    assert torch.equal(
+        on.logits, model.decode(features, PromptBatch(points, labels, boxes, torch.tensor([True, True]))).logits
+    )
     assert not torch.allclose(on.logits, without.logits, atol=1e-3)
 
 
 @torch.no_grad()
 def test_the_order_of_clicks_and_the_rest_of_the_batch_do_not_matter(model):
     image = random(3, 2, 16, 16, 16)
-    points, labels = torch.rand(3, 4, 3, generator=torch.Generator().manual_seed(2)) * 15, torch.tensor([[1, 0, 1, 0]] * 3)
+    points, labels = (
+        torch.rand(3, 4, 3, generator=torch.Generator().manual_seed(2)) * 15,
+        torch.tensor([[1, 0, 1, 0]] * 3),
+    )
     out = model(image, PromptBatch(points, labels)).logits
     order = [2, 3, 1, 0]
-    torch.testing.assert_close(model(image, PromptBatch(points[:, order], labels[:, order])).logits, out, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(model(image[1:2], PromptBatch(points[1:2], labels[1:2])).logits, out[1:2], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        model(image, PromptBatch(points[:, order], labels[:, order])).logits, out, atol=1e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        model(image[1:2], PromptBatch(points[1:2], labels[1:2])).logits, out[1:2], atol=1e-5, rtol=1e-4
+    )
 
 
 @torch.no_grad()

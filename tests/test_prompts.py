@@ -1,4 +1,5 @@
-"""Prompts: the JSON form keeps everything, positions become voxels in either space, and each mistake is one clear line."""
+"""Prompts: the JSON form keeps everything, positions become voxels in either space, and each mistake is one clear
+line."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ from samed3d.prompts import (
 GRID = Grid((10, 20, 30))
 numbers = st.floats(-1e4, 1e4)
 places = st.tuples(numbers, numbers, numbers)
-boxes = st.tuples(places, places).map(lambda c: Box(tuple(map(min, zip(*c, strict=True))), tuple(map(max, zip(*c, strict=True)))))
+boxes = st.tuples(places, places).map(
+    lambda c: Box(tuple(map(min, zip(*c, strict=True))), tuple(map(max, zip(*c, strict=True))))
+)
 prompts = st.one_of(st.builds(Point, places, st.booleans()), boxes)
 
 
@@ -69,7 +72,9 @@ def test_point_in_either_space():
 
 @pytest.mark.parametrize("at", [(30, 0, 0), (0, 20, 0), (0, 0, 10), (-1, 0, 0), (10, 5, 19.5)])
 def test_point_outside_names_the_bounds(at):
-    with pytest.raises(InputError, match=r"must lie inside the volume, ijk \(0, 0, 0\) to \(29, 19, 9\), got .*; check --space"):
+    with pytest.raises(
+        InputError, match=r"must lie inside the volume, ijk \(0, 0, 0\) to \(29, 19, 9\), got .*; check --space"
+    ):
         point_in_grid(Point(at), GRID)
 
 
@@ -81,9 +86,14 @@ def test_ras_point_outside_shows_both_spaces():
 def test_box_is_clipped_to_the_volume():
     assert box_in_grid(Box((-5, 2, 3), (8, 40, 9)), GRID) == ((0, 2, 3), (8, 19, 9))
     assert box_in_grid(Box((4, 4, 4), (4, 4, 4)), GRID) == ((4, 4, 4), (4, 4, 4))
-    assert box_in_grid(Box((-0.4, 4, 9.2), (-0.3, 4, 9.3)), GRID) == ((0, 4, 9), (0, 4, 9))  # in the outer half of a border voxel
+    assert box_in_grid(Box((-0.4, 4, 9.2), (-0.3, 4, 9.3)), GRID) == (
+        (0, 4, 9),
+        (0, 4, 9),
+    )  # in the outer half of a border voxel
     for low, high in [((30, 0, 0), (31, 5, 5)), ((0, -9, 0), (5, -1, 5)), ((0, 0, 9.5), (5, 5, 12))]:
-        with pytest.raises(InputError, match=r"box must meet the volume, ijk \(0, 0, 0\) to \(29, 19, 9\), got .* \(ijk\)"):
+        with pytest.raises(
+            InputError, match=r"box must meet the volume, ijk \(0, 0, 0\) to \(29, 19, 9\), got .* \(ijk\)"
+        ):
             box_in_grid(Box(low, high), GRID)
 
 
@@ -117,7 +127,10 @@ def test_what_counts_as_positive():
         (lambda: Point((1, 2, 3), space="lps"), "space must be one of ijk, ras, got 'lps'"),
         (lambda: Box((1, 2, 3, 4), (5, 6, 7)), "box min must be three numbers"),
         (lambda: Box((1, 2, 3), (5, float("inf"), 7)), "box max must be finite"),
-        (lambda: Box((1, 2, 3), (0, 6, 7)), r"box min must not exceed box max .* min \(1, 2, 3\) and max \(0, 6, 7\); swap"),
+        (
+            lambda: Box((1, 2, 3), (0, 6, 7)),
+            r"box min must not exceed box max .* min \(1, 2, 3\) and max \(0, 6, 7\); swap",
+        ),
         (lambda: parse_numbers("1,2", 3, "--point"), "--point needs 3 numbers separated by commas, got '1,2'"),
         (lambda: parse_numbers("1,2,x", 3, "--point"), "--point needs 3 numbers separated by commas, got '1,2,x'"),
         (lambda: parse_numbers("1,2,inf", 3, "--point"), "--point needs 3 numbers"),
@@ -147,21 +160,39 @@ def one_object(prompt: str, entry: str = '"name": "x"') -> str:
         ('{"version": 1, "objects": [{"prompts": []}]}', "object 1: 'prompts' must be a list that is not empty"),
         ('{"version": 1, "objects": [3]}', "object 1: 'prompts' must be a list"),
         (one_object('{"type": "point"}'), "object 1: a point needs 'at'"),
-        (one_object('{"type": "point", "at": [1, 2, 3], "positive": "no"}'), "object 1: positive must be true or false, got 'no'"),
+        (
+            one_object('{"type": "point", "at": [1, 2, 3], "positive": "no"}'),
+            "object 1: positive must be true or false, got 'no'",
+        ),
         (one_object('{"type": "text"}'), "prompt type must be one of point, box, scribble, lasso, mask, got 'text'"),
         (one_object('{"type": "lasso"}'), "object 1: a lasso needs 'outline'"),
         (one_object('{"type": "lasso", "outline": [[1, 2, 3]]}'), "lasso must have 3 to 10000 positions, got 1"),
         (one_object('{"type": "scribble", "path": 3}'), "scribble must be a list of positions, got 3"),
-        (one_object('{"type": "scribble", "path": [[1, 2, 3]], "radius_vox": "big"}'), "radius_vox must be a number, got 'big'"),
-        (one_object('{"type": "scribble", "path": [[1, 2, 3]], "radius_vox": -1}'), "scribble radius must be 0 to 50 voxels, got -1"),
+        (
+            one_object('{"type": "scribble", "path": [[1, 2, 3]], "radius_vox": "big"}'),
+            "radius_vox must be a number, got 'big'",
+        ),
+        (
+            one_object('{"type": "scribble", "path": [[1, 2, 3]], "radius_vox": -1}'),
+            "scribble radius must be 0 to 50 voxels, got -1",
+        ),
         (one_object('{"type": "mask", "path": 7}'), "path of a mask must be a file name, got 7"),
         (one_object('{"type": "mask"}'), "mask size must be three whole numbers, got None"),
-        (one_object('{"type": "mask", "size": [2, 2, 2], "start": [0, 0, 0], "stop": [3, 1, 1]}'), "start and stop must lie in its size"),
-        (one_object('{"type": "mask", "size": [2, 2, 2], "start": [0, 0, 0], "stop": [2, 2, 2], "bits": "AA"}'), "mask bits are damaged"),
+        (
+            one_object('{"type": "mask", "size": [2, 2, 2], "start": [0, 0, 0], "stop": [3, 1, 1]}'),
+            "start and stop must lie in its size",
+        ),
+        (
+            one_object('{"type": "mask", "size": [2, 2, 2], "start": [0, 0, 0], "stop": [2, 2, 2], "bits": "AA"}'),
+            "mask bits are damaged",
+        ),
         (one_object('{"type": "box", "min": [3, 0, 0], "max": [1, 1, 1]}'), "box min must not exceed box max"),
         (one_object(POINT, '"id": "x"'), "object 1: id must be a whole number > 0, got 'x'"),
         (one_object(POINT, '"id": 0'), "object 1: id must be a whole number > 0, got 0"),
-        (one_object(POINT, '"id": 2')[:-2] + f', {{"prompts": [{POINT}]}}]}}', "object 2: id must differ .* got 2 again"),
+        (
+            one_object(POINT, '"id": 2')[:-2] + f', {{"prompts": [{POINT}]}}]}}',
+            "object 2: id must differ .* got 2 again",
+        ),
     ],
 )
 def test_bad_prompt_files(tmp_path, text, message):

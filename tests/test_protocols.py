@@ -47,14 +47,19 @@ def test_every_protocol_clicks_a_perfect_subject_once_and_repeats(name):
 def test_every_protocol_measures_a_network_the_same_twice(name):
     volume, labels = scene()
     rows = [measured(ModelContender("m", BrightnessModel((16, 16, 16))), volume, labels, name).rows for _ in range(2)]
-    one, other = ([{k: v for k, v in row.items() if "seconds" not in k and k != "peak_mib"} for row in found] for found in rows)
+    one, other = (
+        [{k: v for k, v in row.items() if "seconds" not in k and k != "peak_mib"} for row in found] for found in rows
+    )
     # The released crop shows the 32 mm scene to a network of 16 voxels for 192 mm.
     assert one == other and one[-1]["dice"] > (0.05 if name == "sam-med3d-released" else 0.5)
     assert 0 <= rows[0][0]["encode_seconds"] <= rows[0][0]["seconds"] and rows[0][0]["peak_mib"] > 0
 
 
 def test_protocols_say_what_flatters():
-    assert {name for name, kind in PROTOCOLS.items() if kind.flattering} == {"sam-med3d-released", "vista3d-points-flattering"}
+    assert {name for name, kind in PROTOCOLS.items() if kind.flattering} == {
+        "sam-med3d-released",
+        "vista3d-points-flattering",
+    }
     assert all(PROTOCOLS[name].leaks_truth for name in ("sam-med3d-released", "vista3d-points-flattering"))
     with pytest.raises(InputError, match=r"unknown protocol 'cvpr'; nearest: cvpr25 \(all: samed3d, "):
         protocol_of("cvpr")
@@ -62,7 +67,9 @@ def test_protocols_say_what_flatters():
 
 def test_a_model_that_needs_what_the_protocol_does_not_give_is_refused():
     boxes_only = contender_of("threshold_in_box")
-    with pytest.raises(InputError, match="model 'threshold_in_box' needs a box first; protocol 'vista3d-points' gives it only: point"):
+    with pytest.raises(
+        InputError, match="model 'threshold_in_box' needs a box first; protocol 'vista3d-points' gives it only: point"
+    ):
         usable_ways(boxes_only, protocol_of("vista3d-points"), Ask(3))
     ask = Ask(3, policies=("centre",), prompts=("click", "box"))
     assert [way.prompt for way in usable_ways(boxes_only, protocol_of("samed3d"), ask)] == ["box"]
@@ -76,14 +83,21 @@ def test_a_model_that_needs_what_the_protocol_does_not_give_is_refused():
 def test_policies_and_first_prompts():
     volume, labels = scene()
     contender = Fake(lambda *_: Scripted(np.zeros(labels.shape)))
-    part = measured(contender, volume, labels, clicks=2, policies=("uniform", "ritm", "noisy"), prompts=("click", "box", "scribble"))
+    part = measured(
+        contender, volume, labels, clicks=2, policies=("uniform", "ritm", "noisy"), prompts=("click", "box", "scribble")
+    )
     kinds = [[type(p) for p in opened.prompts] for opened in contender.opened]
     assert kinds == [[Point, Point]] * 3 + [[Box, Point, Point]] * 3 + [[Scribble, Point, Point]] * 3
-    assert [(r["policy"], r["prompt"], r["click"]) for r in part.rows[6:9]] == [("uniform", "box", c) for c in (0, 1, 2)]
+    assert [(r["policy"], r["prompt"], r["click"]) for r in part.rows[6:9]] == [
+        ("uniform", "box", c) for c in (0, 1, 2)
+    ]
     assert "obeyed" not in part.rows[6] and "obeyed" in part.rows[7], "a box is not obeyed at a voxel"
     box = contender.opened[3].prompts[0]
     found = np.argwhere(labels == 1)[:, ::-1]
-    assert np.abs(np.array(box.min) - found.min(axis=0)).max() <= 1 and np.abs(np.array(box.max) - found.max(axis=0)).max() <= 1
+    assert (
+        np.abs(np.array(box.min) - found.min(axis=0)).max() <= 1
+        and np.abs(np.array(box.max) - found.max(axis=0)).max() <= 1
+    )
     assert all(labels[int(k), int(j), int(i)] == 1 for i, j, k in contender.opened[6].prompts[0].path)
     with pytest.raises(InputError, match="policy must be one of uniform, centre, ritm, noisy or all, got 'random'"):
         measured(contender, volume, labels, policies=("random",))
@@ -105,7 +119,9 @@ def test_the_paper_extends_where_the_mask_touches_a_face():
     model = BrightnessModel((48, 48, 48), spacing_mm=4.0)
     rows = measured(ModelContender("m", model), volume, labels, "sam-med3d", clicks=1).rows
     assert model.encoded > 1, "the rod leaves the first cube"
-    assert rows[0]["dice"] > 0.9, "and the next cubes find the rest: one cube holds 192 of its 264 mm, for a Dice of 0.84 at most"
+    assert rows[0]["dice"] > 0.9, (
+        "and the next cubes find the rest: one cube holds 192 of its 264 mm, for a Dice of 0.84 at most"
+    )
 
 
 def test_the_paper_gives_the_newest_click_and_the_logits_before_it():
@@ -119,11 +135,16 @@ def test_the_paper_gives_the_newest_click_and_the_logits_before_it():
 
 
 def test_the_released_script_forgives_what_lies_outside_its_crop():
-    """The rod is longer than the crop, which hides the rest: inside it a model can be right, on the whole image it cannot."""
+    """The rod is longer than the crop, which hides the rest: inside it a model can be right, on the whole image it
+    cannot."""
     volume, labels = big_scene()
-    inside = measured(ModelContender("m", BrightnessModel((48, 48, 48))), volume, labels, "sam-med3d-released", clicks=2)
+    inside = measured(
+        ModelContender("m", BrightnessModel((48, 48, 48))), volume, labels, "sam-med3d-released", clicks=2
+    )
     assert inside.rows[0]["dice"] > 0.8
-    found = SamMed3dReleased().scores([row | {"dice": value} for row, value in zip(inside.rows, (0.9, 0.4), strict=True)])
+    found = SamMed3dReleased().scores(
+        [row | {"dice": value} for row, value in zip(inside.rows, (0.9, 0.4), strict=True)]
+    )
     assert [(line["score"], line["value"]) for line in found] == [("best Dice", 0.9)]
 
 
@@ -133,7 +154,9 @@ def test_the_released_crop_is_centred_on_the_truth_and_its_clicks_lie_in_the_tar
     part = measured(contender, volume, labels, "sam-med3d-released", clicks=3)
     seen = contender.opened[0]
     assert len(seen.prompts) == 3 and part.rows[0]["dice"] == 0
-    middle = np.array(seen.prompts[0].at)  # RITM: more than half as deep as the deepest voxel, so near the crop's middle
+    middle = np.array(
+        seen.prompts[0].at
+    )  # RITM: more than half as deep as the deepest voxel, so near the crop's middle
     assert np.abs(middle - 63.5).max() <= 4.5
     for turn in part.lines[0]["turns"]:  # and as positions of the image they are inside the target
         i, j, k = (round(v) for v in turn["prompts"][0]["at"])
@@ -160,7 +183,9 @@ def test_radioactive_stays_in_the_patch_of_the_first_click():
     assert len(given) == 6 and np.abs(given - given[0]).max() <= 4 and len(np.unique(given, axis=0)) > 1
     free = Fake(lambda *_: Scripted(np.zeros(labels.shape)))
     measured(free, volume, labels, "radioactive-3d")
-    assert np.ptp(np.array([p.at for p in free.opened[0].prompts])[:, 0]) > 8, "without a patch clicks fall anywhere in the rod"
+    assert np.ptp(np.array([p.at for p in free.opened[0].prompts])[:, 0]) > 8, (
+        "without a patch clicks fall anywhere in the rod"
+    )
     assert Radioactive3d().rng(0, 0).random() != protocol_of("samed3d").rng(0, 0).random()
 
 
@@ -205,6 +230,8 @@ def test_the_flattering_form_forgives_other_slices_and_keeps_the_best():
     leaky[0, :, :] = True  # a slice without target
     worse[3, 4, 5] = True
     honest = measured(Fake(lambda *_: Scripted(leaky, worse)), volume, labels, "vista3d-points", clicks=2).rows
-    flattered = measured(Fake(lambda *_: Scripted(leaky, worse)), volume, labels, "vista3d-points-flattering", clicks=2).rows
+    flattered = measured(
+        Fake(lambda *_: Scripted(leaky, worse)), volume, labels, "vista3d-points-flattering", clicks=2
+    ).rows
     assert honest[0]["dice"] < 1 and honest[1]["dice"] < 0.1
     assert [row["dice"] for row in flattered] == [1.0, 1.0]

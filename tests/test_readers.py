@@ -1,4 +1,5 @@
-"""Readers on trees laid out as the real data sets are: what is a case, whose it is, and that every voxel comes through."""
+"""Readers on trees laid out as the real data sets are: what is a case, whose it is, and that every voxel comes
+through."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ def listed(folder, name):
     assert problems == []
     assert len({case.id for case in cases}) == len(cases)
     facts = reader.source(folder)
-    assert all(case.source == facts.name and case.reader == name and case == pickle.loads(pickle.dumps(case)) for case in cases)
+    assert all(
+        case.source == facts.name and case.reader == name and case == pickle.loads(pickle.dumps(case)) for case in cases
+    )
     return cases, facts
 
 
@@ -55,8 +58,13 @@ def test_nnunet_version_2_in_nrrd_with_an_ignored_label_and_a_list_of_files(tmp_
     folder = trees.nnunet_v2(tmp_path / "D", ending=".nrrd", labels=labels)
     raw = load_case(listed(folder, "nnunet")[0][0])
     assert len(raw.layers) == 1 and raw.layers[0].names == {1: "organ", 2: "vessel"}
-    np.testing.assert_array_equal(raw.layers[0].array, np.where(trees.label_array((1, 2, 3)) == 3, 0, trees.label_array((1, 2, 3))))
-    entry = {"images": ["imagesTr/case_001_0000.nrrd", "imagesTr/case_001_0001.nrrd"], "label": "labelsTr/case_001.nrrd"}
+    np.testing.assert_array_equal(
+        raw.layers[0].array, np.where(trees.label_array((1, 2, 3)) == 3, 0, trees.label_array((1, 2, 3)))
+    )
+    entry = {
+        "images": ["imagesTr/case_001_0000.nrrd", "imagesTr/case_001_0001.nrrd"],
+        "label": "labelsTr/case_001.nrrd",
+    }
     trees.nnunet_v2(folder, ending=".nrrd", labels=labels, dataset={"first": entry})
     cases, _ = listed(folder, "nnunet")
     assert [c.id for c in cases] == ["first"]
@@ -95,13 +103,17 @@ def test_totalsegmentator(tmp_path, image, modality):
     assert facts.modality == modality
     raw = load_case(cases[0])
     found = structures(raw)
-    assert set(found) == {"liver", "spleen"} and len(raw.layers) == 1, "empty masks are no structures, disjoint ones share a layer"
+    assert set(found) == {"liver", "spleen"} and len(raw.layers) == 1, (
+        "empty masks are no structures, disjoint ones share a layer"
+    )
     np.testing.assert_array_equal(found["spleen"], np.roll(trees.label_array((1,)), 2, axis=2) == 1)
 
 
 def test_plain_folders_with_names_from_source_json(tmp_path):
     folder = trees.plain(tmp_path / "mine", suffix=".mha")
-    trees.put_json(folder / "source.json", {"labels": {"femur": 1, "tibia": 2}, "modality": "CT", "licence": "own data"})
+    trees.put_json(
+        folder / "source.json", {"labels": {"femur": 1, "tibia": 2}, "modality": "CT", "licence": "own data"}
+    )
     cases, facts = listed(folder, "plain")
     assert [c.id for c in cases] == ["anna", "bert"] and (facts.modality, facts.licence_flag) == ("CT", "ok")
     raw = load_case(cases[1])
@@ -117,12 +129,16 @@ def test_plain_folders_with_patterns_channels_and_one_file_per_structure(tmp_pat
         trees.put(tmp_path / "set" / case / "rois" / "edema.nii.gz", trees.label_array((1, 1)))
         trees.put(tmp_path / "set" / case / "rois" / "core.nii.gz", trees.label_array((1,)))
     folder = tmp_path / "set"
-    [(reader, _)] = find_sources([folder], image_pattern="{case}/{case}_{channel}.nii.gz", label_pattern="{case}/{case}_seg.nii.gz")
+    [(reader, _)] = find_sources(
+        [folder], image_pattern="{case}/{case}_{channel}.nii.gz", label_pattern="{case}/{case}_seg.nii.gz"
+    )
     cases, problems = reader.cases(folder)
     assert problems == [] and [c.id for c in cases] == ["p1", "p2"]
     raw = load_case(cases[0])
     assert [name for name, _ in raw.images] == ["flair", "t2"] and raw.layers[0].names == {1: "label 1", 2: "label 2"}
-    [(reader, _)] = find_sources([folder], "plain", image_pattern="{case}/{case}_t2{suffix}", label_pattern="{case}/rois/{label}{suffix}")
+    [(reader, _)] = find_sources(
+        [folder], "plain", image_pattern="{case}/{case}_t2{suffix}", label_pattern="{case}/rois/{label}{suffix}"
+    )
     raw = load_case(reader.cases(folder)[0][0])
     found = structures(raw)
     assert len(raw.layers) == 2 and {name: int(m.sum()) for name, m in found.items()} == {"core": 30, "edema": 60}
@@ -178,7 +194,9 @@ def test_a_folder_of_data_sets_is_recognised_one_by_one(tmp_path, caplog):
         ("totalseg", "bodies"),
     ]
     assert "nothing recognised in" in caplog.text and "notes" in caplog.text
-    assert find_sources([tmp_path / "all" / "brains", tmp_path / "all" / "brains"]) == find_sources([tmp_path / "all" / "brains"])
+    assert find_sources([tmp_path / "all" / "brains", tmp_path / "all" / "brains"]) == find_sources(
+        [tmp_path / "all" / "brains"]
+    )
 
 
 def test_a_format_overrides_recognition(tmp_path):

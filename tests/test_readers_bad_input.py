@@ -37,13 +37,21 @@ def problem_of(folder):
 
 def test_nnunet_image_without_label(folder):
     label_of(folder).unlink()
-    assert problem_of(folder) == (f"{SPOILT}_0000.nii.gz", "image has no label in the folder of labels", ["case_002", "case_101"])
+    assert problem_of(folder) == (
+        f"{SPOILT}_0000.nii.gz",
+        "image has no label in the folder of labels",
+        ["case_002", "case_101"],
+    )
 
 
 def test_nnunet_label_without_image(folder):
     for channel in range(2):
         (folder / "imagesTr" / f"{SPOILT}_{channel:04d}.nii.gz").unlink()
-    assert problem_of(folder) == (f"{SPOILT}.nii.gz", "label has no image in the folder of images", ["case_002", "case_101"])
+    assert problem_of(folder) == (
+        f"{SPOILT}.nii.gz",
+        "label has no image in the folder of images",
+        ["case_002", "case_101"],
+    )
 
 
 def test_nnunet_channel_missing(folder):
@@ -65,12 +73,18 @@ def test_nnunet_version_1_lists_a_file_that_is_not_there(tmp_path):
     folder = trees.nnunet_v1(tmp_path / "d")
     (folder / "labelsTr" / "la_003.nii.gz").unlink()
     cases, problems = listed(folder)
-    assert {p.reason for p in problems} == {"image has no label in the folder of labels", "listed in dataset.json but not there"}
+    assert {p.reason for p in problems} == {
+        "image has no label in the folder of labels",
+        "listed in dataset.json but not there",
+    }
     assert [c.id for c in cases] == ["la_004"]
 
 
 def test_nnunet_version_2_lists_a_file_that_is_not_there(tmp_path):
-    listing = {SPOILT: {"images": [f"imagesTr/{SPOILT}_0000.nii.gz"], "label": "labelsTr/gone.nii.gz"}, "broken": {"label": "x"}}
+    listing = {
+        SPOILT: {"images": [f"imagesTr/{SPOILT}_0000.nii.gz"], "label": "labelsTr/gone.nii.gz"},
+        "broken": {"label": "x"},
+    }
     folder = trees.nnunet_v2(tmp_path / "d", dataset=listing)
     cases, problems = listed(folder)
     assert cases == []
@@ -149,10 +163,14 @@ def test_names_with_slashes_and_unicode(tmp_path):
     found, problems = listed(folder)
     assert problems == [] and len(found) == 4
     for case in found:
-        assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", case.id) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", case.source)
+        assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", case.id) and re.fullmatch(
+            r"[A-Za-z0-9_][A-Za-z0-9._-]*", case.source
+        )
         assert load_case(case).layers[0].names == {1: "prostate/uterus", 2: "Gefäß 血管", 3: "c"}
     assert {case.subject for case in found} == {*cases, "case_101"}
-    listing = {"site/1": {"images": ["imagesTr/a.b_0000.nii.gz", "imagesTr/a.b_0001.nii.gz"], "label": "labelsTr/a.b.nii.gz"}}
+    listing = {
+        "site/1": {"images": ["imagesTr/a.b_0000.nii.gz", "imagesTr/a.b_0001.nii.gz"], "label": "labelsTr/a.b.nii.gz"}
+    }
     [case] = listed(trees.nnunet_v2(folder, labels=labels, dataset=listing))[0]
     assert "/" not in case.id and case.subject == "site/1"
 
@@ -178,14 +196,18 @@ def test_a_case_that_is_listed_twice_is_taken_once(tmp_path):
 def test_two_data_sets_of_one_name_are_refused(tmp_path):
     trees.plain(tmp_path / "a" / "livers")
     trees.plain(tmp_path / "b" / "livers")
-    with pytest.raises(InputError, match=r"data sets need names of their own, got .*a/livers and .*b/livers; rename one"):
+    with pytest.raises(
+        InputError, match=r"data sets need names of their own, got .*a/livers and .*b/livers; rename one"
+    ):
         find_sources([tmp_path])
 
 
 def test_two_different_images_of_one_name_are_refused(tmp_path):
     folder = trees.sa_med3d(tmp_path / "set")
     trees.put(folder / "spleen" / "ct_WORD" / "imagesTr" / "word_0001.nii.gz", trees.image_array(77))
-    with pytest.raises(InputError, match=r"two different images have one dataset and name: .*liver.* and .*spleen.*; rename one"):
+    with pytest.raises(
+        InputError, match=r"two different images have one dataset and name: .*liver.* and .*spleen.*; rename one"
+    ):
         load_case(listed(folder)[0][0])
 
 
@@ -238,7 +260,10 @@ def test_damaged_json_is_refused(folder, tmp_path):
     ("patterns", "message"),
     [
         (("images/{case}.nii.gz", None), r"--image-pattern and --label-pattern must be given together"),
-        (("images/x.nii.gz", "{case}.nii.gz"), r"--image-pattern must have \{case\}, and may have \{channel\} and \{suffix\}"),
+        (
+            ("images/x.nii.gz", "{case}.nii.gz"),
+            r"--image-pattern must have \{case\}, and may have \{channel\} and \{suffix\}",
+        ),
         (("{case}.nii.gz", "{case}_{organ}.nii.gz"), r"--label-pattern must have \{case\}, and may have \{label\}"),
         (("{case}.nii.gz", "../{case}.nii.gz"), r"--label-pattern must be a path below the source"),
     ],
@@ -246,5 +271,7 @@ def test_damaged_json_is_refused(folder, tmp_path):
 def test_bad_patterns_are_refused(tmp_path, patterns, message):
     with pytest.raises(InputError, match=message):
         find_sources([tmp_path], image_pattern=patterns[0], label_pattern=patterns[1])
-    with pytest.raises(InputError, match=r"--image-pattern and --label-pattern are for --format plain, got --format msd"):
+    with pytest.raises(
+        InputError, match=r"--image-pattern and --label-pattern are for --format plain, got --format msd"
+    ):
         find_sources([tmp_path], "msd", image_pattern="a/{case}.mha", label_pattern="b/{case}.mha")

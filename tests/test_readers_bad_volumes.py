@@ -1,4 +1,5 @@
-"""Labels, grids and files that cannot be used: refused in one line when the case is loaded, repaired only when asked."""
+"""Labels, grids and files that cannot be used: refused in one line when the case is loaded, repaired only when
+asked."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def load(folder, **options):
 
 def test_label_values_without_a_name(folder):
     trees.put(label_of(folder), trees.label_array((1, 7, 9)))
-    with pytest.raises(InputError, match=rf"label holds values that dataset.json does not name: 7, 9: .*{SPOILT}\.nii\.gz; add them"):
+    with pytest.raises(
+        InputError, match=rf"label holds values that dataset.json does not name: 7, 9: .*{SPOILT}\.nii\.gz; add them"
+    ):
         load(folder)
 
 
@@ -59,12 +62,17 @@ def test_whole_numbers_stored_as_float_are_taken_with_a_warning(folder, caplog):
     layer = load(folder).layers[0]
     assert layer.array.dtype == np.uint8 and layer.names == {1: "a", 2: "b"}
     np.testing.assert_array_equal(layer.array, trees.label_array((1, 2)))
-    assert re.search(rf"label is stored as floating point; its values are whole numbers and are taken as such: .*{SPOILT}", caplog.text)
+    assert re.search(
+        rf"label is stored as floating point; its values are whole numbers and are taken as such: .*{SPOILT}",
+        caplog.text,
+    )
 
 
 def test_fractions_and_negative_numbers_are_refused(folder):
     trees.put(label_of(folder), trees.label_array((1, 2)).astype(np.float32) * 0.5)
-    with pytest.raises(InputError, match=rf"label must hold whole numbers, got 0\.5: .*{SPOILT}\.nii\.gz; threshold or round it first"):
+    with pytest.raises(
+        InputError, match=rf"label must hold whole numbers, got 0\.5: .*{SPOILT}\.nii\.gz; threshold or round it first"
+    ):
         load(folder)
     trees.put(label_of(folder), trees.label_array((1, 2)).astype(np.int16) - 1)
     with pytest.raises(InputError, match=r"label must not be negative, got -1"):
@@ -89,14 +97,18 @@ def test_a_case_whose_structures_are_all_empty_is_refused(tmp_path):
         trees.put(path, np.zeros(trees.SHAPE, np.uint8))
     cases, _ = listed(folder)
     load_case(cases[0])
-    with pytest.raises(InputError, match=r"label is empty, no structure has a voxel; leave the case out: .*s0001/segmentations"):
+    with pytest.raises(
+        InputError, match=r"label is empty, no structure has a voxel; leave the case out: .*s0001/segmentations"
+    ):
         load_case(cases[1])
 
 
 def test_a_mask_file_with_several_values_is_refused(tmp_path):
     folder = trees.totalseg(tmp_path / "set")
     trees.put(folder / "s0001" / "segmentations" / "liver.nii.gz", trees.label_array((1, 2)))
-    with pytest.raises(InputError, match=r"label of one structure must hold one value beside 0, got 1, 2: .*liver\.nii\.gz"):
+    with pytest.raises(
+        InputError, match=r"label of one structure must hold one value beside 0, got 1, 2: .*liver\.nii\.gz"
+    ):
         load_case(listed(folder)[0][1])
 
 
@@ -116,7 +128,9 @@ def test_a_label_of_another_size_is_refused_or_resampled(folder):
 def test_a_label_in_another_place_is_refused_or_put_on_the_image(folder, caplog):
     moved = replace(oblique_grid(), origin_lps_mm=(-101.3, 57.7, 4.1))
     write_volume(label_of(folder), trees.label_array((1, 2)), moved)
-    with pytest.raises(InputError, match=r"image and label must share one grid: same size, but positions differ by up to 3 mm"):
+    with pytest.raises(
+        InputError, match=r"image and label must share one grid: same size, but positions differ by up to 3 mm"
+    ):
         load(folder)
     raw = load(folder, repair_geometry=True)
     np.testing.assert_array_equal(raw.layers[0].array, trees.label_array((1, 2)))
@@ -133,12 +147,17 @@ def test_a_label_outside_its_image_is_never_repaired(folder):
 def test_channels_on_two_grids_are_refused_or_put_together(folder):
     moved = replace(oblique_grid(), origin_lps_mm=(-101.3, 57.7, 4.1))
     write_volume(folder / "imagesTr" / f"{SPOILT}_0001.nii.gz", trees.image_array(1), moved)
-    with pytest.raises(InputError, match=r"channels must share one grid: same size, but positions differ by up to 3 mm: .*--repair"):
+    with pytest.raises(
+        InputError, match=r"channels must share one grid: same size, but positions differ by up to 3 mm: .*--repair"
+    ):
         load(folder)
     raw = load(folder, repair_geometry=True)
     assert raw.images[1][1].grid == raw.grid
     trees.put(folder / "imagesTr" / f"{SPOILT}_0001.nii.gz", trees.image_array(1, (5, 6, 8)))
-    with pytest.raises(InputError, match=r"channels must share one grid: sizes \(i, j, k\) are 7 x 6 x 5 and 8 x 6 x 5: .*; resample it$"):
+    with pytest.raises(
+        InputError,
+        match=r"channels must share one grid: sizes \(i, j, k\) are 7 x 6 x 5 and 8 x 6 x 5: .*; resample it$",
+    ):
         load(folder, repair_geometry=True)
 
 
@@ -159,14 +178,19 @@ def test_a_4d_image_and_a_4d_label_are_refused(folder):
         load(folder)
     label_of(folder).write_bytes(good)
     trees.put_4d(image_of(folder), [trees.image_array(0), trees.image_array(1)])
-    with pytest.raises(InputError, match=r"image must be 3D, got 4D with 2 volumes: .*; save each as its own file .* or use --format msd"):
+    with pytest.raises(
+        InputError,
+        match=r"image must be 3D, got 4D with 2 volumes: .*; save each as its own file .* or use --format msd",
+    ):
         load(folder)
 
 
 def test_a_4d_image_of_another_length_than_dataset_json_says_is_refused(tmp_path):
     folder = trees.msd(tmp_path / "Task", modalities=4)
     trees.put_4d(folder / "imagesTr" / "BRATS_002.nii.gz", [trees.image_array(n) for n in range(5)])
-    with pytest.raises(InputError, match=r"image must hold one volume per modality of dataset.json \(4\), got 5: .*BRATS_002"):
+    with pytest.raises(
+        InputError, match=r"image must hold one volume per modality of dataset.json \(4\), got 5: .*BRATS_002"
+    ):
         load_case(listed(folder)[0][1])
 
 
@@ -183,19 +207,28 @@ def test_unreadable_gzip_is_refused(folder, spoilt, how):
 def test_npz_that_is_damaged_or_holds_objects_is_refused(tmp_path):
     folder = trees.npz(tmp_path / "set")
     path = folder / "MR_ProstateT2_7.npz"
-    np.savez_compressed(path, imgs=np.array([{"not": "numbers"}], dtype=object), gts=trees.label_array(), spacing=(1, 1, 1))
-    with pytest.raises(InputError, match=r"npz is damaged, or holds Python objects, which are not read: .*MR_ProstateT2_7\.npz"):
+    np.savez_compressed(
+        path, imgs=np.array([{"not": "numbers"}], dtype=object), gts=trees.label_array(), spacing=(1, 1, 1)
+    )
+    with pytest.raises(
+        InputError, match=r"npz is damaged, or holds Python objects, which are not read: .*MR_ProstateT2_7\.npz"
+    ):
         load_case(listed(folder)[0][1])
     path.write_bytes((folder / "CT_AMOS_amos_0018.npz").read_bytes()[:-100])
     cases, problems = listed(folder)
-    assert [c.id for c in cases] == ["CT_AMOS_amos_0018"] and [p.reason for p in problems] == ["not a readable npz file"]
+    assert [c.id for c in cases] == ["CT_AMOS_amos_0018"] and [p.reason for p in problems] == [
+        "not a readable npz file"
+    ]
 
 
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
         ({"imgs": trees.image_array(0)[0]}, r"imgs must be 3D, got 2D"),
-        ({"gts": trees.label_array()[1:]}, r"image and label must share one grid: imgs is \(5, 6, 7\) and gts is \(4, 6, 7\)"),
+        (
+            {"gts": trees.label_array()[1:]},
+            r"image and label must share one grid: imgs is \(5, 6, 7\) and gts is \(4, 6, 7\)",
+        ),
         ({"gts": np.zeros(trees.SHAPE)}, r"label is empty, every voxel is 0"),
         ({"spacing": (1, 1)}, r"spacing must be three numbers > 0, got \[1\.0, 1\.0\]"),
         ({"spacing": (1, 0, 1)}, r"spacing must be three numbers > 0"),

@@ -87,7 +87,8 @@ def test_a_segmentation_with_its_slices_the_other_way_round_is_placed_by_positio
 
 def test_a_segmentation_on_finer_voxels_is_resampled_by_position(tmp_path, array):
     pytest.importorskip("highdicom", reason="writes the DICOM-SEG to read")
-    # Both series start at the same voxel centre; the finer one has a third of the spacing, so its voxels 0, 3, 6 ... are the image's.
+    # Both series start at the same voxel centre; the finer one has a third of the spacing, so its voxels 0, 3, 6 ...
+    # are the image's.
     dicom.image_series(tmp_path / "ct", array)
     fine = np.zeros((5, 25, 31), np.int16)
     fine[0, 0, 0] = 1
@@ -108,7 +109,9 @@ def test_a_segmentation_on_finer_voxels_is_resampled_by_position(tmp_path, array
 def test_a_structure_set_fills_the_voxels_whose_centres_are_inside(tmp_path, array):
     dicom.image_series(tmp_path / "P1" / "ct", array)
     hole = [rectangle(0.6, 8.4, 0.6, 7.4, 2), rectangle(2.6, 5.4, 2.6, 5.4, 2), rectangle(3.6, 4.4, 3.6, 4.4, 2)]
-    keyhole = np.array([[1, 1], [8, 1], [8, 7], [1, 7], [1, 3], [3, 3], [3, 5], [5, 5], [5, 3], [3, 3], [1, 3]], float) + 0.5
+    keyhole = (
+        np.array([[1, 1], [8, 1], [8, 7], [1, 7], [1, 3], [3, 3], [3, 5], [5, 5], [5, 3], [3, 3], [1, 3]], float) + 0.5
+    )
     contours = {
         "box": [rectangle(1.5, 6.5, 2.5, 5.5, k) for k in (1, 2, 3)],
         "ring": hole,
@@ -161,7 +164,9 @@ def test_the_series_that_is_referred_to_is_taken_among_several(tmp_path, array, 
     ct_only = tmp_path / "elsewhere"
     dicom.image_series(ct_only, array, name="ct")
     dicom.structure_set(tmp_path / "P1" / "all" / "rt.dcm", ct_only, {"box": [rectangle(1.5, 6.5, 2.5, 5.5, 1)]})
-    dicom.structure_set(tmp_path / "P2" / "rt.dcm", tmp_path / "P2" / "ct", {"box": [rectangle(1.5, 6.5, 2.5, 5.5, 1)]}, refers_to=None)
+    dicom.structure_set(
+        tmp_path / "P2" / "rt.dcm", tmp_path / "P2" / "ct", {"box": [rectangle(1.5, 6.5, 2.5, 5.5, 1)]}, refers_to=None
+    )
     for path in ct_only.glob("*.dcm"):
         path.unlink()
     cases, problems = cases_of(tmp_path)
@@ -173,7 +178,9 @@ def test_the_series_that_is_referred_to_is_taken_among_several(tmp_path, array, 
 def test_two_structure_sets_of_one_series_are_one_case(tmp_path, array):
     dicom.image_series(tmp_path / "P1" / "ct", array)
     for name, edge in (("reader1", 6.5), ("reader2", 7.5)):
-        dicom.structure_set(tmp_path / "P1" / f"{name}.dcm", tmp_path / "P1" / "ct", {"GTV": [rectangle(1.5, edge, 2.5, 5.5, 1)]})
+        dicom.structure_set(
+            tmp_path / "P1" / f"{name}.dcm", tmp_path / "P1" / "ct", {"GTV": [rectangle(1.5, edge, 2.5, 5.5, 1)]}
+        )
     cases, problems = cases_of(tmp_path)
     assert problems == [] and len(cases) == 1
     assert {n: int(m.sum()) for n, m in structures(load_case(cases[0])).items()} == {"GTV": 15, "GTV (reader2)": 18}
@@ -181,7 +188,9 @@ def test_two_structure_sets_of_one_series_are_one_case(tmp_path, array):
 
 def test_a_structure_set_of_another_series_is_a_problem_that_names_both(tmp_path, array):
     held = dicom.image_series(tmp_path / "P1" / "ct", array)
-    dicom.structure_set(tmp_path / "P1" / "rt.dcm", tmp_path / "P1" / "ct", {"box": [rectangle(1, 6, 2, 5, 1)]}, refers_to="1.2.3.4")
+    dicom.structure_set(
+        tmp_path / "P1" / "rt.dcm", tmp_path / "P1" / "ct", {"box": [rectangle(1, 6, 2, 5, 1)]}, refers_to="1.2.3.4"
+    )
     cases, problems = cases_of(tmp_path)
     assert cases == [] and len(problems) == 1
     assert problems[0].path.endswith("rt.dcm")
@@ -191,7 +200,10 @@ def test_a_structure_set_of_another_series_is_a_problem_that_names_both(tmp_path
 @pytest.mark.parametrize(
     ("contour", "message"),
     [
-        (rectangle(1, 6, 2, 5, 1.5), r"contours of 'box' must lie in the slices of the image, one is 0\.50 slices away"),
+        (
+            rectangle(1, 6, 2, 5, 1.5),
+            r"contours of 'box' must lie in the slices of the image, one is 0\.50 slices away",
+        ),
         (np.array([[1, 1, 0], [6, 1, 3], [6, 5, 3.0]]), r"contours of 'box' must lie in the slices of the image"),
         (rectangle(1, 6, 2, 5, 60), r"contours of 'box' lie outside the image; they were drawn on another series"),
     ],
@@ -217,7 +229,9 @@ def test_images_without_label_and_files_that_are_damaged_are_problems(tmp_path, 
 
 def test_empty_and_damaged_labels_are_refused(tmp_path, array):
     dicom.image_series(tmp_path / "P1" / "ct", array)
-    path = dicom.structure_set(tmp_path / "P1" / "rt.dcm", tmp_path / "P1" / "ct", {"thin": [rectangle(1.2, 1.4, 1.2, 1.4, 0)]})
+    path = dicom.structure_set(
+        tmp_path / "P1" / "rt.dcm", tmp_path / "P1" / "ct", {"thin": [rectangle(1.2, 1.4, 1.2, 1.4, 0)]}
+    )
     case = cases_of(tmp_path)[0][0]
     with pytest.raises(InputError, match=r"label is empty, no structure has a voxel; leave the case out: .*rt\.dcm"):
         load_case(case)
@@ -254,5 +268,7 @@ def test_a_segmentation_from_the_clinic_is_placed_by_position(tmp_path):
     np.testing.assert_array_equal(next(read_dicom_labels(path, mirrored))[1][1, :, ::-1], expected)
     coronal = Grid((512, 3, 512), (0.8105470, 1.0, 0.8105470), (-235.2, -226.8, -129.69), (1, 0, 0, 0, 0, 1, 0, 1, 0))
     np.testing.assert_array_equal(next(read_dicom_labels(path, coronal))[1][:, 1], expected)
-    with pytest.raises(InputError, match="segmentation lies outside the image; it was drawn on another series: .*liver"):
+    with pytest.raises(
+        InputError, match="segmentation lies outside the image; it was drawn on another series: .*liver"
+    ):
         list(read_dicom_labels(path, Grid((3, 512, 512), grid.spacing_xyz_mm, (900.0, 0.0, 0.0))))

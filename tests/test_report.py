@@ -84,7 +84,8 @@ def test_it_names_every_model_the_command_and_the_revision(tmp_path):
 
 def test_every_mean_of_the_curves_is_on_the_page(tmp_path):
     text, _ = report(tmp_path, make_rows())
-    # Subject n scores value + n / 100: over eight subjects value + 0.035, over the four of dataset a value + 0.03, of b value + 0.04.
+    # Subject n scores value + n / 100: over eight subjects value + 0.035, over the four of dataset a value + 0.03, of b
+    # value + 0.04.
     for value in (0.335, 0.635, 0.235, 0.435):
         assert f"clicks: {value:.3f} [" in text
     assert "ours, 3 clicks: 0.935 [" in text
@@ -130,7 +131,11 @@ def test_many_models_are_compared_with_the_first_only():
 def test_the_headline_of_rows_known_by_hand():
     h = headline(make_rows({"ours": (0.3, 0.85, 0.84)}, subjects=1), "ours")
     assert h.area.mean == pytest.approx((0.3 + 0.85) / 4 + (0.85 + 0.84) / 4)
-    assert [e.clicks.mean for e in h.efforts] == [2, 2, 4]  # to 0.80, 0.85 and 0.90, never reached: one more than were given
+    assert [e.clicks.mean for e in h.efforts] == [
+        2,
+        2,
+        4,
+    ]  # to 0.80, 0.85 and 0.90, never reached: one more than were given
     assert [e.failed for e in h.efforts] == [0, 0, 1]
     assert h.lowered == 0 and h.obeyed == 1  # a fall by exactly 0.01 is no fall by more
     assert (h.first_seconds, h.later_seconds) == (0.5, 0.05)
@@ -159,7 +164,10 @@ def test_a_protocol_is_told_with_its_flattery_and_its_own_figures(tmp_path):
     for row in rows:
         row["click"] -= 1  # a box first
     own = {"model": "ours", "protocol": "cvpr25", "policy": "own", "prompt": "click", "group": "unseen subject"}
-    lines = [own | {"score": "DSC_AUC", "value": 2.125, "interval": [2.0, 2.25]}, own | {"score": "area", "value": 0.77, "interval": None}]
+    lines = [
+        own | {"score": "DSC_AUC", "value": 2.125, "interval": [2.0, 2.25]},
+        own | {"score": "area", "value": 0.77, "interval": None},
+    ]
     about = {"cvpr25": {"title": "box then clicks", "flattering": "the crop knows the truth"}}
     text, page = report(tmp_path, rows, protocols=about, scores=lines)
     shown = " ".join(page.text)
@@ -171,7 +179,9 @@ def test_a_protocol_is_told_with_its_flattery_and_its_own_figures(tmp_path):
 
 
 def test_models_measured_on_other_numbers_of_structures_are_pointed_out(tmp_path):
-    _, page = report(tmp_path, make_rows({"ours": (0.3, 0.6, 0.9)}) + make_rows({"theirs": (0.2, 0.4, 0.6)}, subjects=5))
+    _, page = report(
+        tmp_path, make_rows({"ours": (0.3, 0.6, 0.9)}) + make_rows({"theirs": (0.2, 0.4, 0.6)}, subjects=5)
+    )
     assert "not measured on the same number" in " ".join(page.text)
 
 
@@ -188,7 +198,11 @@ def test_an_older_table_with_few_columns_is_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "must hold cases.csv"), ("", "must have rows"), ("model,case,click,dice\nm,c,one,0.5\n", "is not a table of results")],
+    [
+        (None, "must hold cases.csv"),
+        ("", "must have rows"),
+        ("model,case,click,dice\nm,c,one,0.5\n", "is not a table of results"),
+    ],
 )
 def test_a_folder_without_results_is_refused_in_one_line(tmp_path, content, message):
     if content is not None:
@@ -259,7 +273,9 @@ def test_a_picture_shows_label_prediction_and_prompts():
     both = case_png(volume, truth, other, [])
     assert count_like(alone, TRUTH) > 100 and count_like(alone, PREDICTION) == 0
     assert count_like(both, TRUTH) > 100 and count_like(both, PREDICTION) > 100
-    clicked = case_png(volume, truth, other, [Point((12, 15, 6)), Point((25, 15, 6), positive=False), Box((5, 8, 4), (19, 22, 8))])
+    clicked = case_png(
+        volume, truth, other, [Point((12, 15, 6)), Point((25, 15, 6), positive=False), Box((5, 8, 4), (19, 22, 8))]
+    )
     assert count_like(clicked, (80, 235, 110)) > 20 > count_like(both, (80, 235, 110))
     assert count_like(clicked, (255, 80, 80)) > 10 > count_like(both, (255, 80, 80))
     assert Image.open(io.BytesIO(clicked)).size == Image.open(io.BytesIO(alone)).size
@@ -274,7 +290,11 @@ def save_ball_run(tmp_path, model="region_growing", protocol="samed3d", dice=(0.
     folder = save_run(tmp_path / "run", rows)
     about = {k: rows[0][k] for k in ("model", "protocol", "source", "case", "label", "seed", "policy", "prompt")}
     turns = [{"click": 1, "prompts": [{"type": "point", "at": [12, 15, 6], "positive": True}]}]
-    line = about | {"image": str(tmp_path / "image.nii.gz"), "labels_file": str(tmp_path / "label.nii.gz"), "turns": turns}
+    line = about | {
+        "image": str(tmp_path / "image.nii.gz"),
+        "labels_file": str(tmp_path / "label.nii.gz"),
+        "turns": turns,
+    }
     save_prompts(folder, [line])
     return folder, line
 

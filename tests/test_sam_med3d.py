@@ -127,7 +127,11 @@ def test_mask_only_prompt_has_no_tokens_but_decodes():
     prompts = PromptBatch.empty(1)
     prompts.mask_logits = torch.ones(1, 1, 8, 8, 8)
     out = model(image(), prompts)
-    assert out.logits.shape == (1, 1, 16, 16, 16) and out.lowres_logits.shape == (1, 1, 8, 8, 8) and out.iou.shape == (1, 1)
+    assert (
+        out.logits.shape == (1, 1, 16, 16, 16)
+        and out.lowres_logits.shape == (1, 1, 8, 8, 8)
+        and out.iou.shape == (1, 1)
+    )
 
 
 def test_box_is_refused():
@@ -143,7 +147,8 @@ def test_wrong_crop_shape_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"), [((16, 16, 24), "must be a cube"), ((16, 16, 17), "multiples of the patch"), ((16, 16), "three multiples")]
+    ("shape", "message"),
+    [((16, 16, 24), "must be a cube"), ((16, 16, 17), "multiples of the patch"), ((16, 16), "three multiples")],
 )
 def test_wrong_input_shape_is_refused(shape, message):
     with pytest.raises(InputError, match=message):
@@ -153,7 +158,10 @@ def test_wrong_input_shape_is_refused(shape, message):
 def with_box_embeddings(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """As ``sam_med3d_turbo_bbox_init.pth``: two more prompt embeddings."""
     width = state["prompt_encoder.point_embeddings.0.weight"].shape[1]
-    return {**state, **{f"prompt_encoder.point_embeddings.{i}.weight": torch.full((1, width), float(i)) for i in (2, 3)}}
+    return {
+        **state,
+        **{f"prompt_encoder.point_embeddings.{i}.weight": torch.full((1, width), float(i)) for i in (2, 3)},
+    }
 
 
 def test_the_variant_with_box_embeddings_loads_whole_and_answers_as_before():

@@ -34,7 +34,9 @@ def case_of(source: str, subject: str, *, has_image: bool = True) -> tuple[CaseR
         labels[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))] = value
     image = (rng.normal(0, 0.2, SHAPE) + np.choose(labels, [0, 3, -3])).astype(np.float32) if has_image else None
     records = [
-        LabelRecord(v, f"s{v}", int((labels == v).sum()), bounding_region(labels == v), points=np.argwhere(labels == v)[::7])
+        LabelRecord(
+            v, f"s{v}", int((labels == v).sum()), bounding_region(labels == v), points=np.argwhere(labels == v)[::7]
+        )
         for v in (1, 2)
     ]
     return CaseRecord(f"{source}.{subject}", source, subject, "CT", SHAPE, SPACING, has_image, records), image, labels
@@ -51,12 +53,22 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(corpus: Path, **changes) -> DataConfig:
-    settings = {"corpus": [str(corpus)], "synthetic_share": 0.0, "crop": (16, 16, 16), "fill": (0.4, 0.9), "validation_share": 0.3}
+    settings = {
+        "corpus": [str(corpus)],
+        "synthetic_share": 0.0,
+        "crop": (16, 16, 16),
+        "fill": (0.4, 0.9),
+        "validation_share": 0.3,
+    }
     return DataConfig(**(settings | changes))
 
 
 def same(one: dict, other: dict) -> bool:
-    return one["case"] == other["case"] and torch.equal(one["image"], other["image"]) and torch.equal(one["target"], other["target"])
+    return (
+        one["case"] == other["case"]
+        and torch.equal(one["image"], other["image"])
+        and torch.equal(one["target"], other["target"])
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
@@ -116,7 +128,8 @@ def test_the_target_lies_anywhere_in_the_crop(corpus):
 
 
 def test_the_target_shows_the_structure_it_names(corpus):
-    """The noise is small, so the crop's rank inside the target is far from that outside, with the right sign somewhere."""
+    """The noise is small, so the crop's rank inside the target is far from that outside, with the right sign
+    somewhere."""
     dataset = CropDataset(config_of(corpus), 20, seed=0)
     steps = []
     for index in range(20):
@@ -145,7 +158,10 @@ def test_a_crop_is_never_much_larger_than_the_volume():
     for seed in range(30):
         config = DataConfig(crop=(16, 16, 16), fill=(0.01, 0.02))
         frame = object_frame(case, case.labels[0], config, np.random.default_rng(seed))
-        assert max(e * s for e, s in zip(frame.extent_zyx_vox, SPACING, strict=True)) <= LARGEST_CROP * 48.0 * math.exp(0.15) + 1e-6
+        assert (
+            max(e * s for e, s in zip(frame.extent_zyx_vox, SPACING, strict=True))
+            <= LARGEST_CROP * 48.0 * math.exp(0.15) + 1e-6
+        )
 
 
 def test_the_crop_is_placed_around_the_object():
@@ -157,7 +173,8 @@ def test_the_crop_is_placed_around_the_object():
 
 
 def test_crops_of_a_long_object_lie_along_all_of_it():
-    """An object twice as long as the crop: the middle lies between the object's middle and any of its voxels, far beyond the jitter."""
+    """An object twice as long as the crop: the middle lies between the object's middle and any of its voxels, far
+    beyond the jitter."""
     labels = np.zeros((8, 8, 40), np.uint8)
     labels[3:5, 3:5, 2:38] = 1
     record = LabelRecord(1, "bar", 144, bounding_region(labels), points=np.argwhere(labels))
@@ -182,7 +199,9 @@ def test_a_mask_on_a_frame_is_that_of_the_whole_map(seed):
 
 
 def test_a_mask_far_outside_is_empty():
-    assert not sample_mask(np.ones(SHAPE, np.uint8), [1], CropFrame((500.0, 0.0, 0.0), (1.0, 1.0, 1.0), (4, 4, 4))).any()
+    assert not sample_mask(
+        np.ones(SHAPE, np.uint8), [1], CropFrame((500.0, 0.0, 0.0), (1.0, 1.0, 1.0), (4, 4, 4))
+    ).any()
 
 
 def test_voxels_outside_the_volume_are_no_target(tmp_path):
@@ -190,7 +209,9 @@ def test_voxels_outside_the_volume_are_no_target(tmp_path):
     labels = np.ones((8, 8, 8), np.uint8)
     image = np.random.default_rng(0).normal(0, 1, labels.shape).astype(np.float32)
     store_case(tmp_path, "s", "a", image, labels)
-    dataset = CropDataset(DataConfig([str(store_corpus(tmp_path))], 0.0, (16, 16, 16), (0.83, 0.9), validation_share=0.0), 20, seed=0)
+    dataset = CropDataset(
+        DataConfig([str(store_corpus(tmp_path))], 0.0, (16, 16, 16), (0.83, 0.9), validation_share=0.0), 20, seed=0
+    )
     for index in range(20):
         sample = dataset[index]
         outside = (sample["image"] == 0).all(dim=0)
@@ -203,7 +224,11 @@ def test_a_target_may_join_several_structures(corpus, monkeypatch):
     monkeypatch.setattr(sampling, "UNION_PROBABILITY", 1.0)
     seen = []
     draw = sampling.sample_mask
-    monkeypatch.setattr(sampling, "sample_mask", lambda labels, values, frame: (seen.append(tuple(values)), draw(labels, values, frame))[1])
+    monkeypatch.setattr(
+        sampling,
+        "sample_mask",
+        lambda labels, values, frame: (seen.append(tuple(values)), draw(labels, values, frame))[1],
+    )
     dataset = CropDataset(config_of(corpus), 20, seed=0)
     for index in range(20):
         dataset[index]
@@ -218,7 +243,9 @@ def test_generated_samples_need_no_corpus():
 
 
 def test_nothing_left_to_train_on_is_named(corpus):
-    with pytest.raises(InputError, match=r"no labelled image is left for training in .*; check data.hold_out, data.validation_share$"):
+    with pytest.raises(
+        InputError, match=r"no labelled image is left for training in .*; check data.hold_out, data.validation_share$"
+    ):
         CropDataset(config_of(corpus, hold_out=["a", "b"]), 1, seed=0)
 
 

@@ -1,4 +1,5 @@
-"""Drawing from corpora: only the crop's region is read, sources and categories are weighed, damaged cases are passed over."""
+"""Drawing from corpora: only the crop's region is read, sources and categories are weighed, damaged cases are passed
+over."""
 
 from __future__ import annotations
 
@@ -37,7 +38,10 @@ def make(folder: Path, counts: dict[str, int], shape=(24, 16, 16), values: int =
 
 def config(*corpora: Path | str, **changes) -> DataConfig:
     return DataConfig(
-        **({"corpus": [str(c) for c in corpora], "synthetic_share": 0.0, "crop": (8, 8, 8), "validation_share": 0.0} | changes)
+        **(
+            {"corpus": [str(c) for c in corpora], "synthetic_share": 0.0, "crop": (8, 8, 8), "validation_share": 0.0}
+            | changes
+        )
     )
 
 
@@ -68,12 +72,20 @@ def test_a_label_map_is_read_by_its_crop_as_well(tmp_path, monkeypatch):
     labels = np.zeros((200, 40, 40), np.uint8)
     labels[150:160, 10:20, 10:20] = 3
     store_case(tmp_path, "maps", "a", None, labels)
-    store_case(tmp_path, "real", "b", np.random.default_rng(0).integers(0, 99, (9, 9, 9)).astype(np.int16), boxes((9, 9, 9), 1))
+    store_case(
+        tmp_path, "real", "b", np.random.default_rng(0).integers(0, 99, (9, 9, 9)).astype(np.int16), boxes((9, 9, 9), 1)
+    )
     monkeypatch.setattr(sampling, "LABELMAP_SHARE", 1.0)
     read = []
     original = StoredArray.__getitem__
-    monkeypatch.setattr(StoredArray, "__getitem__", lambda self, index: (read.append(original(self, index).size), original(self, index))[1])
-    dataset = CropDataset(config(store_corpus(tmp_path), synthetic_share=0.9, fill=(0.5, 1.0), crop=(16, 16, 16)), 8, seed=0)
+    monkeypatch.setattr(
+        StoredArray,
+        "__getitem__",
+        lambda self, index: (read.append(original(self, index).size), original(self, index))[1],
+    )
+    dataset = CropDataset(
+        config(store_corpus(tmp_path), synthetic_share=0.9, fill=(0.5, 1.0), crop=(16, 16, 16)), 8, seed=0
+    )
     assert drawn(dataset)["maps"] >= 4
     assert 0 < max(read) <= 36**3
 
@@ -91,7 +103,9 @@ def test_categories_and_sizes_are_weighed(tmp_path):
     labels[labels == 3] = np.where(np.random.default_rng(0).random(int((labels == 3).sum())) < 0.5, 3, 0)
     for number in range(4):
         image = np.random.default_rng(number).integers(0, 99, labels.shape).astype(np.int16)
-        store_case(tmp_path, "s", f"p{number}", image, labels if number == 0 else np.where(labels == 1, 1, 0).astype(np.uint8))
+        store_case(
+            tmp_path, "s", f"p{number}", image, labels if number == 0 else np.where(labels == 1, 1, 0).astype(np.uint8)
+        )
     folder = store_corpus(tmp_path)
 
     def name(corpus, case, label):
@@ -109,7 +123,13 @@ def test_size_prefers_large_or_small_members_of_a_category(tmp_path):
     for number, size in enumerate((4, 12)):
         labels = np.zeros((16, 16, 16), np.uint8)
         labels[2 : 2 + size, 2:10, 2:10] = 1
-        store_case(tmp_path, "s", f"p{number}", np.random.default_rng(number).integers(0, 99, labels.shape).astype(np.int16), labels)
+        store_case(
+            tmp_path,
+            "s",
+            f"p{number}",
+            np.random.default_rng(number).integers(0, 99, labels.shape).astype(np.int16),
+            labels,
+        )
     folder = store_corpus(tmp_path)
 
     def case_of(corpus, case, label):
@@ -203,7 +223,9 @@ def test_structures_of_two_layers_are_read_from_their_own(tmp_path):
     grid = Grid(shape, direction_lps=(-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0))
     image = Volume((organ * 50 + tumour * 90).astype(np.int16), grid, "x")
     task = Task(RawCase("x", "s", "p", "CT", None, "test", {}), SourceFacts("s", "test"), EVERYTHING, str(tmp_path), "")
-    store(task, RawArrays([("CT", image)], grid, [LabelLayer(organ, {1: "liver"}), LabelLayer(tumour, {1: "tumor"})]), [])
+    store(
+        task, RawArrays([("CT", image)], grid, [LabelLayer(organ, {1: "liver"}), LabelLayer(tumour, {1: "tumor"})]), []
+    )
     dataset = CropDataset(config(store_corpus(tmp_path), fill=(0.9, 0.9), crop=(16, 16, 16)), 1, seed=0)
     for choice in dataset.real:
         crop, _, target = dataset._cut(choice, np.random.default_rng(0))

@@ -37,18 +37,28 @@ def logits(model, prompts: PromptBatch) -> torch.Tensor:
     return model(image(), prompts).logits
 
 
-@pytest.mark.parametrize(("levels", "total"), [("all", 12_034_342), ("decoder", 11_312_389), ("bottom", 11_111_362), ("none", 10_387_873)])
+@pytest.mark.parametrize(
+    ("levels", "total"), [("all", 12_034_342), ("decoder", 11_312_389), ("bottom", 11_111_362), ("none", 10_387_873)]
+)
 def test_parameter_counts(levels, total):
     with torch.device("meta"):
         model = create_model("samu", prompt_levels=levels)
     assert sum(p.numel() for p in model.parameters()) == total
     if levels == "all":
         assert sum(p.numel() for p in model.encoder.parameters()) == 5_035_360
-        assert [sum(p.numel() for p in a.parameters()) for a in model.attentions.values()] == [29_409, 83_393, 265_089, 545_089, 721_953]
+        assert [sum(p.numel() for p in a.parameters()) for a in model.attentions.values()] == [
+            29_409,
+            83_393,
+            265_089,
+            545_089,
+            721_953,
+        ]
 
 
 def test_the_control_without_prompts_does_not_listen():
-    torch.testing.assert_close(logits(make(prompt_levels="none"), click()), logits(make(prompt_levels="none"), click((12.0, 3.0, 9.0), 0)))
+    torch.testing.assert_close(
+        logits(make(prompt_levels="none"), click()), logits(make(prompt_levels="none"), click((12.0, 3.0, 9.0), 0))
+    )
 
 
 @pytest.mark.parametrize("levels", ["all", "decoder", "bottom"])
@@ -91,7 +101,9 @@ def test_overlap_is_one_where_sure_and_lower_where_not():
     sure = torch.full((1, 1, 4, 4, 4), -30.0)
     sure[..., :2] = 30.0
     torch.testing.assert_close(own_overlap(sure), torch.tensor([[1.0]]))
-    torch.testing.assert_close(own_overlap(torch.full((1, 1, 2, 2, 2), 0.01)), torch.tensor([[0.5025]]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        own_overlap(torch.full((1, 1, 2, 2, 2), 0.01)), torch.tensor([[0.5025]]), atol=1e-4, rtol=0
+    )
 
 
 def test_projected_positions_are_those_of_the_dense_features():

@@ -1,4 +1,5 @@
-"""Automatic models from data to rows: crops with all classes, the loss, a run in the loop, classes measured on whole volumes."""
+"""Automatic models from data to rows: crops with all classes, the loss, a run in the loop, classes measured on whole
+volumes."""
 
 from __future__ import annotations
 
@@ -61,9 +62,18 @@ def data(corpus: Path, **changes: Any) -> DataConfig:
 
 
 def dataset(corpus: Path, length: int = 4, **changes: Any) -> SemanticDataset:
-    own = {"classes": ("s1", "s2"), "shape_zyx": (4, 16, 16), "spacing_zyx_mm": None, "channels": 1, "seed": 3, "length": length}
+    own = {
+        "classes": ("s1", "s2"),
+        "shape_zyx": (4, 16, 16),
+        "spacing_zyx_mm": None,
+        "channels": 1,
+        "seed": 3,
+        "length": length,
+    }
     config = {k: v for k, v in changes.items() if k not in own and k != "start"}
-    return SemanticDataset(data(corpus, **config), **{**own, **{k: v for k, v in changes.items() if k in own or k == "start"}})
+    return SemanticDataset(
+        data(corpus, **config), **{**own, **{k: v for k, v in changes.items() if k in own or k == "start"}}
+    )
 
 
 class Bright(SemanticModel):
@@ -135,9 +145,13 @@ def test_intensities_are_scaled_by_the_whole_image():
 
 
 def test_what_no_case_holds_is_refused(corpus):
-    with pytest.raises(InputError, match=r"class_names must be categories of the training cases, got liver; .* holds none of them"):
+    with pytest.raises(
+        InputError, match=r"class_names must be categories of the training cases, got liver; .* holds none of them"
+    ):
         dataset(corpus, classes=("liver",))
-    with pytest.raises(InputError, match=r"in_channels must be the number of images per case, got 2; the corpus has \[1\]"):
+    with pytest.raises(
+        InputError, match=r"in_channels must be the number of images per case, got 2; the corpus has \[1\]"
+    ):
         dataset(corpus, channels=2)
     with pytest.raises(InputError, match=r"data.corpus must hold labelled images for an automatic model"):
         class_names(data(corpus, hold_out=["s"]))
@@ -175,7 +189,9 @@ def test_images_of_one_case_are_one_sample(tmp_path, data_dir):
     cases = [case for _, case in training_cases(data(corpus.folder))]
     channels = len(cases[0].images)
     assert channels > 1
-    samples = dataset(corpus.folder, 1, classes=class_names(data(corpus.folder)), shape_zyx=(4, 16, 16), channels=channels)
+    samples = dataset(
+        corpus.folder, 1, classes=class_names(data(corpus.folder)), shape_zyx=(4, 16, 16), channels=channels
+    )
     assert samples[0]["image"].shape == (channels, 4, 16, 16)
 
 
@@ -201,7 +217,9 @@ def test_coarser_outputs_are_weighed_and_compared_with_a_coarser_truth():
     for (weight, logits), stride in zip(model.forward_supervised(image), (1, 2, 4), strict=True):
         # nearest-exact takes the voxel at the centre's upper neighbour
         truth = target[:, 0, :, stride // 2 :: stride, stride // 2 :: stride].long()
-        expected += weight * (0.5 * soft_dice_loss(logits, truth) + 2.0 * torch.nn.functional.cross_entropy(logits, truth))
+        expected += weight * (
+            0.5 * soft_dice_loss(logits, truth) + 2.0 * torch.nn.functional.cross_entropy(logits, truth)
+        )
     torch.testing.assert_close(out.loss, expected)
     assert out.dice.shape == (2, 2) and not out.dice.requires_grad
 
@@ -211,7 +229,9 @@ def test_each_system_fits_one_batch(name, corpus):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         shape = (8, 16, 16) if name == "sam3d_adapter_auto" else (4, 16, 16)
-        more = {"input_shape": shape, "class_names": ("s1", "s2")} | ({"fact_dropout": 0.0} if name == "ma_sam_b" else {})
+        more = {"input_shape": shape, "class_names": ("s1", "s2")} | (
+            {"fact_dropout": 0.0} if name == "ma_sam_b" else {}
+        )
         model = create_model(name, **{**MODELS[name].tiny, **more})
     samples = dataset(corpus, 2, shape_zyx=shape, augment="flips")
     batch = [samples[0], samples[1]]
@@ -233,7 +253,10 @@ def test_each_system_fits_one_batch(name, corpus):
 
 def run_config(folder: Path, corpus: Path, *more: str) -> TrainConfig:
     own = [
-        *("model.name=sam3d", "model.overrides={backbone: sam_vit_tiny, input_shape: [4, 16, 16], widths: [8, 8, 8, 8]}"),
+        *(
+            "model.name=sam3d",
+            "model.overrides={backbone: sam_vit_tiny, input_shape: [4, 16, 16], widths: [8, 8, 8, 8]}",
+        ),
         *(f"data.corpus=[{corpus}]", "data.synthetic_share=0", "data.validation_share=0.3", "data.split_seed=1"),
         *("optim.steps=4", "optim.batch=2", "run.log_every=2", "run.precision=fp32", f"run.folder={folder}"),
     ]
@@ -276,11 +299,17 @@ def test_presets_are_models_that_can_be_built(file):
 
 
 def test_an_automatic_model_needs_a_corpus(tmp_path, corpus):
-    with pytest.raises(InputError, match=r"sam3d is trained on a corpus alone; name one in data.corpus and set data.synthetic_share=0"):
+    with pytest.raises(
+        InputError, match=r"sam3d is trained on a corpus alone; name one in data.corpus and set data.synthetic_share=0"
+    ):
         train(load_config(TrainConfig, None, ["model.name=sam3d", f"run.folder={tmp_path / 'run'}"]))
     given = {"class_names": ["s2"], "spacing_zyx_mm": None}
     assert semantic_overrides(run_config(tmp_path, corpus), given)["class_names"] == ["s2"]
-    assert semantic_overrides(run_config(tmp_path, corpus, "data.spacing_mm=2"), {})["spacing_zyx_mm"] == (2.0, 2.0, 2.0)
+    assert semantic_overrides(run_config(tmp_path, corpus, "data.spacing_mm=2"), {})["spacing_zyx_mm"] == (
+        2.0,
+        2.0,
+        2.0,
+    )
     assert semantic_overrides(run_config(tmp_path, corpus, "model.name=samed3d_unet", "model.overrides={}"), {}) == {}
 
 
@@ -290,8 +319,13 @@ def test_an_automatic_model_needs_a_corpus(tmp_path, corpus):
 def test_rows_say_how_good_each_class_is(corpus):
     case = find_cases([corpus], Split(), "all")[0]
     rows = automatic_rows(case, Bright(), "bright")
-    assert [(r["name"], r["label"], r["protocol"], r["click"]) for r in rows] == [("s1", 1, "automatic", 0), ("s2", 2, "automatic", 0)]
-    assert all(r["dice"] > 0.99 and r["nsd"] > 0.99 and r["hd95_mm"] < 1 and abs(r["volume_error"]) < 0.02 for r in rows)
+    assert [(r["name"], r["label"], r["protocol"], r["click"]) for r in rows] == [
+        ("s1", 1, "automatic", 0),
+        ("s2", 2, "automatic", 0),
+    ]
+    assert all(
+        r["dice"] > 0.99 and r["nsd"] > 0.99 and r["hd95_mm"] < 1 and abs(r["volume_error"]) < 0.02 for r in rows
+    )
     wrong = automatic_rows(case, Bright(names=("s2", "s1")), "bright")
     assert [r["dice"] for r in wrong] == [0.0, 0.0] and wrong[0]["hd95_mm"] > 1
 

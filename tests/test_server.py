@@ -42,13 +42,19 @@ def test_the_masks_are_those_of_a_session_without_a_server(client, ball):
 def test_edits_undo_and_redo(client):
     base = f"/api/sessions/{opened(client)}"
     first = client.post(f"{base}/prompts", json={**CLICK, "name": "ball"}).json()
-    second = client.post(f"{base}/prompts", json={"prompt": {"type": "box", "min": [7, 9, 5], "max": [19, 21, 17]}, "object_id": 2}).json()
+    second = client.post(
+        f"{base}/prompts", json={"prompt": {"type": "box", "min": [7, 9, 5], "max": [19, 21, 17]}, "object_id": 2}
+    ).json()
     assert [o["name"] for o in second["session"]["objects"]] == ["ball", "object 2"]
-    moved = client.put(f"{base}/prompts/{first['prompt_id']}", json={"prompt": {"type": "point", "at": [12, 15, 11]}}).json()
+    moved = client.put(
+        f"{base}/prompts/{first['prompt_id']}", json={"prompt": {"type": "point", "at": [12, 15, 11]}}
+    ).json()
     assert moved["session"]["objects"][0]["prompts"][0]["at"] == [12, 15, 11]
     gone = client.delete(f"{base}/prompts/{second['prompt_id']}").json()
     assert gone["session"]["objects"][1]["prompts"] == []
-    assert client.patch(f"{base}/objects/1", json={"locked": True, "colour": "#00ff00"}).json()["session"]["objects"][0]["locked"]
+    assert client.patch(f"{base}/objects/1", json={"locked": True, "colour": "#00ff00"}).json()["session"]["objects"][
+        0
+    ]["locked"]
     refused = client.post(f"{base}/prompts", json=CLICK)
     assert refused.status_code == 400 and "locked" in refused.json()["detail"]
     before = client.get(base).json()["objects"]
@@ -109,7 +115,10 @@ def test_export(client, form, tmp_path):
         ({"type": "scribble", "path": [[1, 1, 1]] * 20_000}, "10000"),
         ({"type": "mask", "path": "/etc/passwd"}, "must bring its bits"),
         ({"type": "mask", "size": [32, 28, 24], "start": [0, 0, 0], "stop": [4, 4, 4], "bits": "AAAA"}, "damaged"),
-        ({"type": "mask", "size": [2, 2, 2], "start": [0, 0, 0], "stop": [2, 2, 2], "bits": "eJxjAAAAAQAB"}, "size|shape"),
+        (
+            {"type": "mask", "size": [2, 2, 2], "start": [0, 0, 0], "stop": [2, 2, 2], "bits": "eJxjAAAAAQAB"},
+            "size|shape",
+        ),
     ],
 )
 def test_a_bad_prompt_is_a_400_that_says_why_and_changes_nothing(client, prompt, said):
@@ -129,12 +138,18 @@ def test_a_body_that_does_not_fit_is_a_422(client):
     for body in ({}, {"prompt": 3}, {**CLICK, "object_id": "1"}, {**CLICK, "object_id": 0}, {**CLICK, "extra": 1}):
         answer = client.post(f"{base}/prompts", json=body)
         assert answer.status_code == 422 and "does not fit" in answer.json()["detail"]
-    assert client.post(f"{base}/prompts", content=b"{broken", headers={"content-type": "application/json"}).status_code == 422
+    assert (
+        client.post(f"{base}/prompts", content=b"{broken", headers={"content-type": "application/json"}).status_code
+        == 422
+    )
 
 
 @pytest.mark.parametrize("session_id", ["nothing", "x" * 22, "..%2f..", "a" * 5000])
 def test_an_unknown_session_is_a_404(client, session_id):
-    for answer in (client.get(f"/api/sessions/{session_id}"), client.post(f"/api/sessions/{session_id}/prompts", json=CLICK)):
+    for answer in (
+        client.get(f"/api/sessions/{session_id}"),
+        client.post(f"/api/sessions/{session_id}/prompts", json=CLICK),
+    ):
         assert answer.status_code == 404
 
 

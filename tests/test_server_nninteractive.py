@@ -39,7 +39,10 @@ def ball(tmp_path: Path) -> Volume:
 
 def local(ball: Volume) -> Session:
     """The session that a client's image becomes, without a server."""
-    return Session.open(Volume(ball.array, grid_of(ball.array.shape, {"spacing": list(ball.grid.spacing_zyx_mm)}), "array"), tiny_model())
+    return Session.open(
+        Volume(ball.array, grid_of(ball.array.shape, {"spacing": list(ball.grid.spacing_zyx_mm)}), "array"),
+        tiny_model(),
+    )
 
 
 def begun(remote, server: ServerProcess, ball: Volume):
@@ -54,7 +57,9 @@ def test_every_call_of_the_client(remote, tmp_path, ball):
     alone = local(ball)
     with ServerProcess(tmp_path) as server:
         session, target = begun(remote, server, ball)
-        assert session.ping() and 0 < session.heartbeat() <= 600 and session.lease_status()["idle_timeout_seconds"] == 600
+        assert (
+            session.ping() and 0 < session.heartbeat() <= 600 and session.lease_status()["idle_timeout_seconds"] == 600
+        )
         assert (
             session.supports_undo
             and session.license == "Apache-2.0"
@@ -73,7 +78,11 @@ def test_every_call_of_the_client(remote, tmp_path, ball):
 
         same.object_id = 1
         box = session.add_point_interaction(CENTRE, include_interaction=True)
-        assert box is not None and target[tuple(slice(*ends) for ends in box)].sum() == target.sum() > 0 and same(Point(BALL_IJK))
+        assert (
+            box is not None
+            and target[tuple(slice(*ends) for ends in box)].sum() == target.sum() > 0
+            and same(Point(BALL_IJK))
+        )
         session.add_point_interaction((21, 15, 13), include_interaction=False)
         assert same(Point((13, 15, 21), False))
         session.add_bbox_interaction([[5, 18], [9, 22], [7, 20]], include_interaction=True)
@@ -265,7 +274,12 @@ def test_calls_that_make_no_sense_yet_are_a_400(plain, path, content, headers):
 
 def test_a_header_that_is_too_long_is_refused(plain):
     content = pack_array(np.ones((2, 2, 2), np.uint8))
-    assert plain.post("/add_scribble_interaction", content=content, headers={"X-Meta": json.dumps({"a": "x" * 20_000})}).status_code == 431
+    assert (
+        plain.post(
+            "/add_scribble_interaction", content=content, headers={"X-Meta": json.dumps({"a": "x" * 20_000})}
+        ).status_code
+        == 431
+    )
 
 
 def test_without_a_lease_there_is_nothing(plain):

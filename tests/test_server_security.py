@@ -39,9 +39,18 @@ def bearer(token: str = TOKEN) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
 
-@pytest.mark.parametrize("path", ["/api/sessions", "/metrics", "/docs", "/openapi.json", "/capabilities", "/lease_status", "/nothing"])
+@pytest.mark.parametrize(
+    "path", ["/api/sessions", "/metrics", "/docs", "/openapi.json", "/capabilities", "/lease_status", "/nothing"]
+)
 def test_nothing_is_told_without_the_token(guarded, path):
-    for headers in ({}, bearer("wrong"), bearer(TOKEN + "x"), {"Authorization": TOKEN}, {"Authorization": f"Basic {TOKEN}"}, bearer("é")):
+    for headers in (
+        {},
+        bearer("wrong"),
+        bearer(TOKEN + "x"),
+        {"Authorization": TOKEN},
+        {"Authorization": f"Basic {TOKEN}"},
+        bearer("é"),
+    ):
         answer = guarded.get(path, headers={k: v.encode("utf-8") for k, v in headers.items()})
         assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
     assert guarded.get(path, headers=bearer()).status_code != 401
@@ -65,7 +74,14 @@ def test_a_rebound_name_is_not_answered(tmp_path, guarded, host):
 
 
 def test_hosts_that_are_answered(tmp_path, guarded):
-    for host in ("localhost:1527", "127.0.0.1", "[::1]:8000", "scans.example.org", "SCANS.example.org:443", "192.168.1.5:1527"):
+    for host in (
+        "localhost:1527",
+        "127.0.0.1",
+        "[::1]:8000",
+        "scans.example.org",
+        "SCANS.example.org:443",
+        "192.168.1.5:1527",
+    ):
         assert guarded.get("/healthz", headers={"Host": host}).status_code == 200, host
     with served(tmp_path / "open") as client:  # without a token an address of the network is not ours
         assert client.get("/healthz", headers={"Host": "192.168.1.5:1527"}).status_code == 421
@@ -73,7 +89,12 @@ def test_hosts_that_are_answered(tmp_path, guarded):
 
 @pytest.mark.parametrize(
     "headers",
-    [{"Origin": "https://evil.example.com"}, {"Origin": "null"}, {"Origin": "http://localhost:9999"}, {"Sec-Fetch-Site": "cross-site"}],
+    [
+        {"Origin": "https://evil.example.com"},
+        {"Origin": "null"},
+        {"Origin": "http://localhost:9999"},
+        {"Sec-Fetch-Site": "cross-site"},
+    ],
 )
 def test_another_sites_page_cannot_post(tmp_path, headers):
     with served(tmp_path) as client:
@@ -81,7 +102,12 @@ def test_another_sites_page_cannot_post(tmp_path, headers):
         assert answer.status_code == 403 and not client.get("/api/sessions").json()
         assert client.post("/api/sessions", json={}, headers={"Origin": "http://localhost"}).status_code == 400
         # A form of another site cannot make JSON.
-        assert client.post("/api/sessions", content=b'{"example":true}', headers={"content-type": "text/plain"}).status_code == 422
+        assert (
+            client.post(
+                "/api/sessions", content=b'{"example":true}', headers={"content-type": "text/plain"}
+            ).status_code
+            == 422
+        )
 
 
 def test_bodies_end_at_the_limit(guarded):
@@ -90,11 +116,15 @@ def test_bodies_end_at_the_limit(guarded):
             yield b"x" * 1000
 
     assert guarded.post("/api/sessions", content=b"x" * 3000, headers=bearer()).status_code == 413
-    assert guarded.post("/api/sessions", content=chunks(), headers={**bearer(), "content-type": "application/json"}).status_code in (
+    assert guarded.post(
+        "/api/sessions", content=chunks(), headers={**bearer(), "content-type": "application/json"}
+    ).status_code in (
         400,
         413,
     )
-    assert guarded.post("/api/sessions", content=b"x", headers={**bearer(), "Content-Encoding": "gzip"}).status_code == 415
+    assert (
+        guarded.post("/api/sessions", content=b"x", headers={**bearer(), "Content-Encoding": "gzip"}).status_code == 415
+    )
     assert guarded.post("/api/sessions", content=b"x", headers={**bearer(), "Content-Length": "-1"}).status_code == 400
 
 
@@ -273,7 +303,10 @@ def test_counters_as_prometheus_text():
     counted.prediction(0.2)
     counted.prediction(40.0)
     lines = counted.text({"g": ("A gauge.", 1.5)}).splitlines()
-    assert 'samed3d_prediction_seconds_bucket{le="0.25"} 1' in lines and 'samed3d_prediction_seconds_bucket{le="+Inf"} 2' in lines
+    assert (
+        'samed3d_prediction_seconds_bucket{le="0.25"} 1' in lines
+        and 'samed3d_prediction_seconds_bucket{le="+Inf"} 2' in lines
+    )
     assert 'samed3d_requests_total{method="GET",route="/x",status="200"} 1' in lines and "samed3d_g 1.5" in lines
 
 

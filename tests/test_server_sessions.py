@@ -90,7 +90,9 @@ def test_the_clients_calls_are_the_sessions(tmp_path, ball):
                 ]
             ):
                 here, there = alone.add(prompt, 1 + number // 3), remote.add(prompt, 1 + number // 3)
-                assert (here.region, here.prompt_id) == (there.region, there.prompt_id) and np.array_equal(here.mask, there.mask)
+                assert (here.region, here.prompt_id) == (there.region, there.prompt_id) and np.array_equal(
+                    here.mask, there.mask
+                )
             for name in ("undo", "undo", "redo"):
                 getattr(alone, name)()
                 getattr(remote, name)()
@@ -196,4 +198,6 @@ def test_reading_a_large_image_holds_nobody_up(client, monkeypatch):
 
 def test_the_client_needs_neither_torch_nor_the_servers_libraries():
     code = "import sys, samed3d.apps.client; print(sorted({'torch', 'fastapi', 'SimpleITK', 'scipy', 'blosc2'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

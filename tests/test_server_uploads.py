@@ -50,7 +50,9 @@ def test_upload(client, ball, tmp_path):
     answer = client.post("/api/sessions/upload", params={"name": "../../Röntgen bild.nii.gz"}, content=content)
     assert answer.status_code == 201 and answer.json()["size_ijk"] == [32, 28, 24]
     assert client.post(f"/api/sessions/{answer.json()['id']}/prompts", json=CLICK).status_code == 200
-    assert {f.parent for f in (tmp_path / "sessions").rglob("*.nii.gz")} == {tmp_path / "sessions" / answer.json()["id"]}
+    assert {f.parent for f in (tmp_path / "sessions").rglob("*.nii.gz")} == {
+        tmp_path / "sessions" / answer.json()["id"]
+    }
 
 
 @pytest.mark.parametrize(
@@ -62,8 +64,16 @@ def test_upload(client, ball, tmp_path):
         ("x.nii.gz", b"not gzip at all", 400),
         ("x.nii.gz", gzip.compress(b"\0" * 400, mtime=0), 400),
         ("x.nrrd", b"NRRD0004\n" + b"# long\n" * 20_000, 400),
-        ("x.nrrd", b"NRRD0004\ntype: uint8\ndimension: 3\nsizes: 2 2 2\ndata file: /etc/passwd\nencoding: raw\n\n", 400),
-        ("x.mha", b"ObjectType = Image\nNDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementDataFile = /etc/passwd\n", 400),
+        (
+            "x.nrrd",
+            b"NRRD0004\ntype: uint8\ndimension: 3\nsizes: 2 2 2\ndata file: /etc/passwd\nencoding: raw\n\n",
+            400,
+        ),
+        (
+            "x.mha",
+            b"ObjectType = Image\nNDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementDataFile = /etc/passwd\n",
+            400,
+        ),
         ("x.zip", b"PK not a zip", 400),
     ],
 )
@@ -104,7 +114,9 @@ def test_a_zip_bomb_is_refused(tmp_path, ball):
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("../../a.dcm", bytes(20 * 2**20))
     with served(tmp_path, access=Access(largest_upload=2**20)) as client:
-        answer = client.post("/api/sessions/upload", params={"name": "x.zip"}, content=(tmp_path / "x.zip").read_bytes())
+        answer = client.post(
+            "/api/sessions/upload", params={"name": "x.zip"}, content=(tmp_path / "x.zip").read_bytes()
+        )
         assert answer.status_code == 400 and "more bytes than are allowed" in answer.json()["detail"]
 
 
@@ -117,7 +129,9 @@ def test_a_zip_of_a_dicom_folder(tmp_path):
         for file in sorted((tmp_path / "ct").iterdir()):
             archive.write(file, f"folder/{file.name}")
     with served(tmp_path) as client:
-        answer = client.post("/api/sessions/upload", params={"name": "ct.zip"}, content=(tmp_path / "ct.zip").read_bytes())
+        answer = client.post(
+            "/api/sessions/upload", params={"name": "ct.zip"}, content=(tmp_path / "ct.zip").read_bytes()
+        )
         assert answer.status_code == 201, answer.text
         assert answer.json()["size_ijk"] == list(read_volume(tmp_path / "ct").grid.size_ijk)
         pytest.importorskip("highdicom", reason="needs samed3d[dicom]")
@@ -134,13 +148,20 @@ def test_one_shot(client, tmp_path):
     by_path = client.post("/segment", json={"path": "ball.nii.gz", "prompts": prompts})
     assert by_path.status_code == 200, by_path.text
     with (tmp_path / "ball.nii.gz").open("rb") as file:
-        sent = client.post("/segment", files={"image": ("ball.nii.gz", file)}, data={"prompts": json.dumps(prompts), "format": "mha"})
+        sent = client.post(
+            "/segment", files={"image": ("ball.nii.gz", file)}, data={"prompts": json.dumps(prompts), "format": "mha"}
+        )
     assert sent.status_code == 200, sent.text
     (tmp_path / "a.nii.gz").write_bytes(by_path.content)
     (tmp_path / "b.mha").write_bytes(sent.content)
     mask = read_volume(tmp_path / "a.nii.gz").array
     assert np.array_equal(mask, read_volume(tmp_path / "b.mha").array) and mask.any()
     assert client.get("/api/sessions").json() == [] and not list((tmp_path / "sessions").glob(".segment-*"))
-    for body in ({"path": "ball.nii.gz"}, {"path": "ball.nii.gz", "prompts": {"version": 1, "objects": []}}, {"prompts": prompts}, []):
+    for body in (
+        {"path": "ball.nii.gz"},
+        {"path": "ball.nii.gz", "prompts": {"version": 1, "objects": []}},
+        {"prompts": prompts},
+        [],
+    ):
         assert client.post("/segment", json=body).status_code == 400
     assert client.post("/segment", content=b"x", headers={"content-type": "text/plain"}).status_code == 415

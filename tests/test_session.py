@@ -18,7 +18,9 @@ from samed3d.volume import Volume, read_volume
 from tests.brightness_model import BrightnessModel
 
 
-def ball_volume(shape=(24, 28, 32), centre=(11, 15, 13), radius=5.0, spacing=(1.0, 1.0, 1.0), noise=0.05) -> tuple[Volume, np.ndarray]:
+def ball_volume(
+    shape=(24, 28, 32), centre=(11, 15, 13), radius=5.0, spacing=(1.0, 1.0, 1.0), noise=0.05
+) -> tuple[Volume, np.ndarray]:
     """A bright ball on noise, RAS-aligned, and its mask."""
     z, y, x = np.ogrid[: shape[0], : shape[1], : shape[2]]
     mask = (z - centre[0]) ** 2 + (y - centre[1]) ** 2 + (x - centre[2]) ** 2 <= radius**2
@@ -60,12 +62,16 @@ def test_a_click_gives_the_structure_on_the_images_own_grid():
     assert session.mask.sum() == update.mask.sum()
 
 
-@pytest.mark.parametrize(("axes", "flips"), list(itertools.product(itertools.permutations(range(3)), [(0, 0, 0), (1, 0, 0), (0, 1, 1)])))
+@pytest.mark.parametrize(
+    ("axes", "flips"), list(itertools.product(itertools.permutations(range(3)), [(0, 0, 0), (1, 0, 0), (0, 1, 1)]))
+)
 def test_the_mask_follows_however_the_volume_is_stored(axes, flips):
     """The same click in mm on a rotated, flipped or permuted file gives the same body part, voxel for voxel."""
     volume, _ = ball_volume(spacing=(1.0, 1.3, 2.0))
     torch.manual_seed(0)
-    model = create_model("samed3d_unet", input_shape=(32, 32, 32), widths=(8, 8, 8, 8), decoder_widths=(8, 8, 8, 8)).eval()
+    model = create_model(
+        "samed3d_unet", input_shape=(32, 32, 32), widths=(8, 8, 8, 8), decoder_widths=(8, 8, 8, 8)
+    ).eval()
     ras = volume.grid.ijk_to_ras_mm((13, 15, 11))
     straight = Session(volume, model)
     straight.add(Point(ras, space="ras"))
@@ -150,7 +156,10 @@ def test_several_objects_make_one_label_map(tmp_path):
     volume, mask = ball_volume(noise=0.0)
     session = Session(volume, BrightnessModel((32, 32, 32)))
     session.add_all(
-        [ObjectPrompts(1, "ball", [Point((13, 15, 11))]), ObjectPrompts(7, "corner", [Box((0, 0, 0), (3, 3, 3)), Point((1, 1, 1))])]
+        [
+            ObjectPrompts(1, "ball", [Point((13, 15, 11))]),
+            ObjectPrompts(7, "corner", [Box((0, 0, 0), (3, 3, 3)), Point((1, 1, 1))]),
+        ]
     )
     assert [o.name for o in session.objects()] == ["ball", "corner"]
     assert session.labels[11, 15, 13] == 1 and session.labels[1, 1, 1] == 7 and session.labels[20, 2, 2] == 0

@@ -1,4 +1,5 @@
-"""Sessions that are edited: undo, redo, moved and removed prompts, the object table, locks, rules, whole sessions as files."""
+"""Sessions that are edited: undo, redo, moved and removed prompts, the object table, locks, rules, whole sessions as
+files."""
 
 from __future__ import annotations
 
@@ -62,7 +63,12 @@ def test_an_update_is_what_changed(model):
     volume, _ = ball_volume()
     session = Session(volume, model)
     before = np.zeros(volume.array.shape, np.uint8)
-    calls = [lambda c=c: session.add(c) for c in clicks(4)] + [session.undo, session.undo, session.redo, lambda: session.remove(1)]
+    calls = [lambda c=c: session.add(c) for c in clicks(4)] + [
+        session.undo,
+        session.undo,
+        session.redo,
+        lambda: session.remove(1),
+    ]
     for call in calls:
         update = call()
         after = session.mask_of(1)
@@ -133,7 +139,11 @@ def test_the_object_table():
         (2, "ball", True, True, False),
     ]
     session.edit_object(2, name="sphere", colour="#FF00aa", visible=False)
-    assert (session.objects()[1].name, session.objects()[1].colour, session.objects()[1].visible) == ("sphere", "#ff00aa", False)
+    assert (session.objects()[1].name, session.objects()[1].colour, session.objects()[1].visible) == (
+        "sphere",
+        "#ff00aa",
+        False,
+    )
     session.undo()
     assert (session.objects()[1].name, session.objects()[1].visible) == ("ball", True)
     session.remove_object(2)
@@ -160,7 +170,11 @@ def test_a_locked_object_stays_as_it_is_and_on_top():
     session = Session(volume, BrightnessModel((32, 32, 32)))
     number = session.add(INSIDE, object_id=3).prompt_id
     session.edit_object(3, locked=True)
-    for attempt in (lambda: session.add(INSIDE, object_id=3), lambda: session.remove(number), lambda: session.move(number, (1, 2, 3))):
+    for attempt in (
+        lambda: session.add(INSIDE, object_id=3),
+        lambda: session.remove(number),
+        lambda: session.move(number, (1, 2, 3)),
+    ):
         with pytest.raises(InputError, match=r"object 3 \(object 3\) is locked; unlock it first"):
             attempt()
     with pytest.raises(InputError, match="is locked"):

@@ -1,4 +1,5 @@
-"""A session with the shipped checkpoint on a real MR volume: every kind of prompt, undo, a journal opened again, a session file."""
+"""A session with the shipped checkpoint on a real MR volume: every kind of prompt, undo, a journal opened again, a
+session file."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ def first_prompts(mask: np.ndarray) -> dict[str, object]:
         "2d box": Box((float(low[1]), float(low[0]), float(k)), (float(high[1]), float(high[0]), float(k))),
         "box": Box(*(tuple(map(float, c)) for c in corners)),
         "lasso": Lasso(tuple((float(a), float(b), float(k)) for a, b in outline)),
-        "scribble": Scribble(tuple((float(a), float(b), float(k)) for b, a in inside[:: max(1, len(inside) // 4)]), radius_vox=0),
+        "scribble": Scribble(
+            tuple((float(a), float(b), float(k)) for b, a in inside[:: max(1, len(inside) // 4)]), radius_vox=0
+        ),
     }
 
 
@@ -55,7 +58,9 @@ def test_every_kind_of_first_prompt_finds_the_structure(hippocampus, network, ki
     _, volume, mask = hippocampus
     session = Session(volume, network, "cpu")
     session.add(first_prompts(mask)[kind])
-    assert dice(session.mask.astype(bool), mask) > 0.4  # far above an empty or a full mask; how good it is, evaluate says
+    assert (
+        dice(session.mask.astype(bool), mask) > 0.4
+    )  # far above an empty or a full mask; how good it is, evaluate says
 
 
 @pytest.mark.slow
@@ -73,7 +78,12 @@ def test_a_session_goes_on_from_its_journal_and_its_file(hippocampus, network, t
         session.add(session.suggest_click(2), object_id=2)
         state = [session.logits_of(n) for n in (1, 2)]
         session.save(tmp_path / "s.json")
-    for again in (Session.open(path, network, "cpu", journal=tmp_path / "j.jsonl"), Session.load(tmp_path / "s.json", device="cpu")):
+    for again in (
+        Session.open(path, network, "cpu", journal=tmp_path / "j.jsonl"),
+        Session.load(tmp_path / "s.json", device="cpu"),
+    ):
         for n, expected in enumerate(state, start=1):
             np.testing.assert_array_equal(again.logits_of(n), expected)
-        assert again.objects()[0].name == "hippocampus" and zyx_to_ijk((1.0, 1.0, 1.0)) == again.objects()[0].prompts[1].at
+        assert (
+            again.objects()[0].name == "hippocampus" and zyx_to_ijk((1.0, 1.0, 1.0)) == again.objects()[0].prompts[1].at
+        )

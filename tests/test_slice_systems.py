@@ -1,4 +1,5 @@
-"""SAM3D, MA-SAM and 3DSAM-adapter: published parameter counts, what learns and what does not, files that name their frozen encoder."""
+"""SAM3D, MA-SAM and 3DSAM-adapter: published parameter counts, what learns and what does not, files that name their
+frozen encoder."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def tiny(name: str, seed: int = 0, **overrides: Any) -> Any:
 
 
 def crops(model: Any, batch: int = 2) -> Tensor:
-    return torch.randn(batch, model.spec.in_channels, *model.spec.input_shape_zyx, generator=torch.Generator().manual_seed(1))
+    return torch.randn(
+        batch, model.spec.in_channels, *model.spec.input_shape_zyx, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def answer(model: Any, image: Tensor) -> Tensor:
@@ -67,18 +70,28 @@ def test_trained_parameters_are_the_published_ones(name, overrides, count):
     assert trained(on_meta(name, **overrides)) == count
 
 
-@pytest.mark.parametrize(("name", "fact", "adapters"), [("ma_sam_b", 73_728, 24_818_688), ("ma_sam_h", 147_456, 91_414_528)])
+@pytest.mark.parametrize(
+    ("name", "fact", "adapters"), [("ma_sam_b", 73_728, 24_818_688), ("ma_sam_h", 147_456, 91_414_528)]
+)
 def test_ma_sams_parts_have_the_published_sizes(name, fact, adapters):
     model = on_meta(name)
     assert sum(p.numel() for n, p in model.named_parameters() if "fact" in n) == fact
-    assert (trained(model.adapters), trained(model.mask_decoder), trained(model.prompt_encoder)) == (adapters, 5_243_725, 6_220)
+    assert (trained(model.adapters), trained(model.mask_decoder), trained(model.prompt_encoder)) == (
+        adapters,
+        5_243_725,
+        6_220,
+    )
 
 
 def test_the_adapted_encoders_parts_have_the_published_sizes():
     model = on_meta("sam3d_adapter")
     encoder = model.image_encoder
     parts = {n: p.numel() for n, p in encoder.named_parameters() if p.requires_grad}
-    assert trained(encoder) == 15_209_984 and trained(model.prompt_encoder) == 3_164_160 and trained(model.decoder) == 7_088_256
+    assert (
+        trained(encoder) == 15_209_984
+        and trained(model.prompt_encoder) == 3_164_160
+        and trained(model.decoder) == 7_088_256
+    )
     assert sum(v for k, v in parts.items() if ".adapter." in k) == 7_220_736 and trained(encoder.necks) == 7_868_416
     assert sum(v for k, v in parts.items() if "rel_pos_d" in k) == 46_336 and parts["depth_embed"] == 24_576
 
@@ -93,7 +106,12 @@ def test_forward_and_finite_gradients(name):
     assert gradients and all(torch.isfinite(g).all() for g in gradients.values())
     assert not set(gradients) & model.frozen_names
     idle = {n for n, p in model.named_parameters() if p.requires_grad and n not in gradients}
-    dead = ("prompt_encoder.", "mask_decoder.iou_prediction_head.", "heads.1.", "heads.2.")  # as published; heads are for training
+    dead = (
+        "prompt_encoder.",
+        "mask_decoder.iou_prediction_head.",
+        "heads.1.",
+        "heads.2.",
+    )  # as published; heads are for training
     assert not [n for n in idle if not n.startswith(dead)]
 
 
@@ -214,7 +232,11 @@ def test_ma_sam_starts_its_decoder_from_sams(tmp_path):
     model = tiny("ma_sam_b", backbone_weights=str(tmp_path / "sam.pth"))
     own = model.state_dict()
     shared = "mask_decoder.transformer.layers.1.self_attn.q_proj.weight", "mask_decoder.output_upscaling.3.weight"
-    for key in (*shared, "prompt_encoder.no_mask_embed.weight", "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"):
+    for key in (
+        *shared,
+        "prompt_encoder.no_mask_embed.weight",
+        "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
+    ):
         assert torch.equal(own[key], state[key]), key
     fresh = "mask_decoder.iou_prediction_head.layers.0.weight"
     assert own[fresh].shape == state[fresh].shape and not torch.equal(own[fresh], state[fresh])
@@ -290,7 +312,9 @@ def test_shifted_windows_never_join_opposite_faces():
     other = x.clone()
     other[:, 0, 0, 0] += 5
     changed = (block.attn(x) - block.attn(other)).abs().amax((0, 4)) > 1e-7
-    assert changed[0, 0, 0] and changed.sum() == 1  # a corner is alone in its window; rolled round it would reach seven others
+    assert (
+        changed[0, 0, 0] and changed.sum() == 1
+    )  # a corner is alone in its window; rolled round it would reach seven others
 
 
 @torch.no_grad()
@@ -299,7 +323,9 @@ def test_clicks_matter_by_place_and_negative_ones_are_left_out():
     features = model.encode(crops(model, batch=1))
 
     def at(*points: tuple[float, float, float], labels: tuple[int, ...] | None = None) -> Tensor:
-        return model.decode(features, PromptBatch(torch.tensor([points]), torch.tensor([labels or (1,) * len(points)]))).logits
+        return model.decode(
+            features, PromptBatch(torch.tensor([points]), torch.tensor([labels or (1,) * len(points)]))
+        ).logits
 
     here, there = (4.0, 5.0, 6.0), (12.0, 9.0, 3.0)
     assert not torch.allclose(at(here), at(there), atol=1e-6)
@@ -331,12 +357,20 @@ def test_promised_overlap_is_a_share():
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("sam3d", {"input_shape": (6, 40, 32)}, r"input_shape must have H and W that are multiples of 16, got \(6, 40, 32\)"),
+        (
+            "sam3d",
+            {"input_shape": (6, 40, 32)},
+            r"input_shape must have H and W that are multiples of 16, got \(6, 40, 32\)",
+        ),
         ("sam3d", {"class_names": ()}, r"class_names must name at least one class"),
         ("sam3d", {"chunk": 0}, r"chunk must be at least 1 slice, got 0"),
         ("ma_sam_b", {"backbone": "nonsense"}, r"backbone must be one of"),
         ("ma_sam_b", {"input_shape": (3, 32, 24)}, r"multiples of 16, got \(3, 32, 24\)"),
-        ("sam3d_adapter", {"input_shape": (16, 16, 12)}, r"input_shape must hold multiples of 8 voxels \(a window of tokens\)"),
+        (
+            "sam3d_adapter",
+            {"input_shape": (16, 16, 12)},
+            r"input_shape must hold multiples of 8 voxels \(a window of tokens\)",
+        ),
         ("sam3d_adapter", {"taps": (2, 9)}, r"taps must be blocks from 1 to 4, got \(2, 9\)"),
         ("sam3d", {"widht": 3}, r"'sam3d' cannot be built with .*widht"),
     ],

@@ -46,7 +46,12 @@ def expected(v: Volume) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("shape", "window", "overlap"),
-    [((20, 17, 25), (8, 12, 12), 0.5), ((5, 6, 7), (8, 8, 16), 0.5), ((19, 9, 9), (8, 8, 8), 0.0), ((11, 20, 33), (5, 16, 16), 0.8)],
+    [
+        ((20, 17, 25), (8, 12, 12), 0.5),
+        ((5, 6, 7), (8, 8, 16), 0.5),
+        ((19, 9, 9), (8, 8, 8), 0.0),
+        ((11, 20, 33), (5, 16, 16), 0.8),
+    ],
 )
 def test_every_voxel_gets_its_own_class(rng, shape, window, overlap):
     v, model = volume(shape, rng), Brighter(window)

@@ -1,4 +1,5 @@
-"""Intervals and paired tests on values small enough to compute by hand, and their coverage on values whose truth is known."""
+"""Intervals and paired tests on values small enough to compute by hand, and their coverage on values whose truth is
+known."""
 
 import math
 
@@ -11,7 +12,8 @@ from samed3d.evaluation.statistics import holm, mean_with_interval, paired_diffe
 def test_the_mean_weighs_measurements_and_the_interval_spans_the_subjects():
     found = mean_with_interval([0.2, 0.4, 0.9], ["a", "a", "b"])
     assert found.mean == pytest.approx(0.5)
-    # Two subjects: both draws of one alone, means 0.3 and 0.9, have a chance of a quarter each, so the interval ends there.
+    # Two subjects: both draws of one alone, means 0.3 and 0.9, have a chance of a quarter each, so the interval ends
+    # there.
     assert (found.low, found.high) == (pytest.approx(0.3), pytest.approx(0.9))
     assert (found.subjects, found.measurements, found.missing) == (2, 3, 0)
 
@@ -95,7 +97,10 @@ def test_a_steady_difference_is_found_and_has_a_sign():
 
 def test_noise_alone_is_seldom_called_a_difference():
     rng = np.random.default_rng(3)
-    called = [paired_difference(*pairs(rng.normal(size=20), rng.normal(size=20)), rng, 400).p_bootstrap < 0.05 for _ in range(100)]
+    called = [
+        paired_difference(*pairs(rng.normal(size=20), rng.normal(size=20)), rng, 400).p_bootstrap < 0.05
+        for _ in range(100)
+    ]
     assert sum(called) <= 14
 
 
@@ -118,7 +123,9 @@ def test_one_subject_is_no_test():
 def test_many_structures_of_few_subjects_do_not_make_a_small_p():
     keys = [(s, n) for s in range(3) for n in range(100)]
     rng = np.random.default_rng(0)
-    found = paired_difference({k: 0.5 + rng.normal(0, 0.01) for k in keys}, dict.fromkeys(keys, 0.0), {k: k[0] for k in keys})
+    found = paired_difference(
+        {k: 0.5 + rng.normal(0, 0.01) for k in keys}, dict.fromkeys(keys, 0.0), {k: k[0] for k in keys}
+    )
     assert found.p_wilcoxon == pytest.approx(0.25)  # three subjects: two in 2 ** 3, whatever the number of structures
     assert wilcoxon(np.array([0.1])) != wilcoxon(np.array([0.1]))  # nan
 

@@ -1,4 +1,5 @@
-"""Scribbles, lassos, 2D boxes and given masks: what the model is told of them, and the voxels that are then not contradicted."""
+"""Scribbles, lassos, 2D boxes and given masks: what the model is told of them, and the voxels that are then not
+contradicted."""
 
 from __future__ import annotations
 
@@ -59,7 +60,9 @@ def test_a_lasso_holds_in_its_slice_of_any_axis(axis):
     plane = np.moveaxis(session.mask, 2 - axis, 0)[9]
     assert plane[6:11, 6:11].all() and not plane[:3].any() and not plane[14:].any()
     session.add(Point((12, 12, 12)))
-    session.add(Lasso(tuple(tuple(np.insert(np.array(c, float), axis, 12.0).tolist()) for c in corners), positive=False))
+    session.add(
+        Lasso(tuple(tuple(np.insert(np.array(c, float), axis, 12.0).tolist()) for c in corners), positive=False)
+    )
     whole = np.moveaxis(session.mask, 2 - axis, 0)
     kept = np.argwhere(whole[12][4:13, 4:13])
     assert kept.tolist() == [] and whole[9][6:11, 6:11].all()
@@ -101,15 +104,23 @@ def test_a_2d_box_becomes_a_3d_one_as_deep_as_the_object_is_found_to_be():
     assert model.seen[0].boxes is None and model.seen[1].boxes is not None
     step = session._scene.tracks[1].step
     frame = session._chains.placed(step).crop.frame
-    low, high = (np.array(frame.to_volume(tuple(v - 0.5 for v in edge))) + 0.5 for edge in model.seen[-1].boxes[0].tolist())
+    low, high = (
+        np.array(frame.to_volume(tuple(v - 0.5 for v in edge))) + 0.5 for edge in model.seen[-1].boxes[0].tolist()
+    )
     np.testing.assert_allclose([low[1:], high[1:]], [[10, 8], [20, 18]], atol=1e-4)
     region = np.argwhere(mask.any((1, 2)))
-    assert abs(low[0] - region.min()) <= 1 and abs(high[0] - region.max() - 1) <= 1 and step.depth == pytest.approx((low[0], high[0]))
+    assert (
+        abs(low[0] - region.min()) <= 1
+        and abs(high[0] - region.max() - 1) <= 1
+        and step.depth == pytest.approx((low[0], high[0]))
+    )
     session.add(Point((14, 15, 11)))  # the box stays, and is not looked for again
     assert len(model.seen) == 3 and model.seen[-1].boxes is not None
     session.add(Box((13, 9, 6), (13, 20, 15)))  # a second one, across the first, bounds what was open
     frame = session._chains.placed(session._scene.tracks[1].step).crop.frame
-    low, high = (np.array(frame.to_volume(tuple(v - 0.5 for v in edge))) + 0.5 for edge in model.seen[-1].boxes[0].tolist())
+    low, high = (
+        np.array(frame.to_volume(tuple(v - 0.5 for v in edge))) + 0.5 for edge in model.seen[-1].boxes[0].tolist()
+    )
     np.testing.assert_allclose([low, high], [[6, 9, 8], [16, 21, 18]], atol=1e-4)
     assert len(model.seen) == 4
 
@@ -178,7 +189,10 @@ def test_strokes_in_millimetres_are_those_in_voxels():
     ras = volume.grid.ijk_to_ras_mm
     path = ((4.0, 5.0, 6.0), (12.0, 9.0, 6.0), (10.0, 14.0, 6.0))
     for make in (lambda p, s: Scribble(p, space=s), lambda p, s: Lasso(p, space=s)):
-        said = [understood(make(p, s), volume, ClickedModel().spec) for s, p in (("ijk", path), ("ras", tuple(ras(at) for at in path)))]
+        said = [
+            understood(make(p, s), volume, ClickedModel().spec)
+            for s, p in (("ijk", path), ("ras", tuple(ras(at) for at in path)))
+        ]
         np.testing.assert_array_equal(said[0].voxels, said[1].voxels)
         np.testing.assert_allclose([at for at, _ in said[0].points], [at for at, _ in said[1].points], atol=1e-6)
         assert len(said[0].voxels) > 5 and len(said[0].points) > 0

@@ -35,9 +35,13 @@ def test_a_label_map_is_painted_with_its_own_values():
     assert abs(float(image[labels == 5].mean() - image[labels == 0].mean())) > 0
 
 
-@pytest.mark.parametrize(("kind", "given"), [("cubes", None), ("labelmaps", None), ("cells", np.zeros((8, 8, 8), np.uint8))])
+@pytest.mark.parametrize(
+    ("kind", "given"), [("cubes", None), ("labelmaps", None), ("cells", np.zeros((8, 8, 8), np.uint8))]
+)
 def test_unknown_kinds_and_stray_label_maps_are_named(kind, given):
-    with pytest.raises(InputError, match="--kind must be one of|a label map is needed for kind labelmaps and for no other"):
+    with pytest.raises(
+        InputError, match="--kind must be one of|a label map is needed for kind labelmaps and for no other"
+    ):
         generated_case(kind, [0], (16, 16, 16), given)
 
 
@@ -78,4 +82,6 @@ def test_the_command_line_makes_and_mixes(tmp_path, capsys):
 def test_a_phantom_has_named_organs():
     case = RawCase("x", "s", "p", "generated", None, "synthetic", {"kind": "phantom", "seed": "0 0", "size": "64"})
     raw = load_synthetic(case)
-    assert {"liver", "left kidney"} <= set(raw.layers[0].names.values()) and raw.grid.shape_zyx == raw.layers[0].array.shape
+    assert {"liver", "left kidney"} <= set(raw.layers[0].names.values()) and raw.grid.shape_zyx == raw.layers[
+        0
+    ].array.shape

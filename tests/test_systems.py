@@ -1,4 +1,5 @@
-"""All systems of the registry side by side: they train, what is frozen stays, and their sizes are the published ones."""
+"""All systems of the registry side by side: they train, what is frozen stays, and their sizes are the published
+ones."""
 
 import pytest
 import torch
@@ -59,14 +60,17 @@ def test_the_inventory_adds_up(name):
     with torch.device("meta"):
         model = create_model(name, **MODELS[name].tiny)
     counts = take_inventory(model)
-    assert counts.encoder + counts.prompts + counts.decoder == counts.total == sum(p.numel() for p in model.parameters())
+    assert (
+        counts.encoder + counts.prompts + counts.decoder == counts.total == sum(p.numel() for p in model.parameters())
+    )
     assert counts.encoder > 0 and counts.encode_flops > 0
     assert (counts.decode_flops > 0) == (counts.prompts > 0) == isinstance(model, PromptableModel)
     assert counts.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)  # counting froze nothing
 
 
 def test_operations_are_those_of_the_fact_sheets():
-    """49.6 GFLOP for the student's encoder (published); the teacher's, without the padding of its windows, far below its 368.6."""
+    """49.6 GFLOP for the student's encoder (published); the teacher's, without the padding of its windows, far below
+    its 368.6."""
     assert take_inventory(on_meta("fast_sam3d")).encode_flops / 1e9 == pytest.approx(49.6, abs=0.1)
     assert 95 < take_inventory(on_meta("sam_med3d_b")).encode_flops / 1e9 < 110
 

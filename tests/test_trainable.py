@@ -18,7 +18,9 @@ from samed3d.training.trainable import choose_trainable, describe, encoder_param
 
 NAME = "samed3d_unet"
 PROMPTABLE = ("samed3d_unet", "samed3d_tiny", "sam_med3d_b")
-ALL_PROMPTABLE = sorted(name for name, entry in MODELS.items() if isinstance(entry.build(**entry.tiny), PromptableModel))
+ALL_PROMPTABLE = sorted(
+    name for name, entry in MODELS.items() if isinstance(entry.build(**entry.tiny), PromptableModel)
+)
 
 
 def tiny(name: str = NAME) -> PromptableModel:
@@ -151,7 +153,9 @@ def test_the_base_may_move_together_with_its_adapter(base, tmp_path):
     base.rename(away / "base.safetensors")
     assert torch.equal(load(away / "a.safetensors").stem.weight, model.stem.weight)
     (away / "base.safetensors").unlink()
-    with pytest.raises(InputError, match=r"is an adapter of '.*base\.safetensors', which is not there; put that file beside it"):
+    with pytest.raises(
+        InputError, match=r"is an adapter of '.*base\.safetensors', which is not there; put that file beside it"
+    ):
         load(away / "a.safetensors")
 
 
@@ -192,7 +196,15 @@ def test_the_hash_of_tensors_does_not_depend_on_storage_but_on_every_value():
     state = {"a": torch.tensor([1.0, 2.0]), "b": torch.zeros(2, 2)}
     same = {"b": torch.zeros(2, 2, dtype=torch.float16), "a": torch.tensor([1.0, 2.0], dtype=torch.float16)}
     assert tensors_sha256(state) == tensors_sha256(same)
-    assert len({tensors_sha256(s) for s in (state, {**state, "a": torch.tensor([2.0, 1.0])}, {**state, "b": torch.zeros(4)})}) == 3
+    assert (
+        len(
+            {
+                tensors_sha256(s)
+                for s in (state, {**state, "a": torch.tensor([2.0, 1.0])}, {**state, "b": torch.zeros(4)})
+            }
+        )
+        == 3
+    )
 
 
 def test_facts_are_added_to_a_header_and_nothing_else_changes(base):
@@ -211,7 +223,10 @@ def test_facts_are_added_to_a_header_and_nothing_else_changes(base):
     [
         (ModelConfig(adapter="lora"), "model.adapter needs model.train adapters, got 'lora' with train 'all'"),
         (ModelConfig(train="adapters", weights="x"), "model.adapter must be lora or fact when model.train is adapters"),
-        (ModelConfig(train="adapters", adapter="lora"), "model.weights must name the trained model that adapters are put on"),
+        (
+            ModelConfig(train="adapters", adapter="lora"),
+            "model.weights must name the trained model that adapters are put on",
+        ),
         (ModelConfig(train="adapters", adapter="lora", weights="x", rank=0), "model.rank must be 1 or more, got 0"),
     ],
 )

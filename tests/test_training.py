@@ -1,4 +1,5 @@
-"""The click loop in one forward, and the run around it: what is learned, what is written, and that a resumed run is the unbroken one."""
+"""The click loop in one forward, and the run around it: what is learned, what is written, and that a resumed run is the
+unbroken one."""
 
 from __future__ import annotations
 
@@ -140,7 +141,11 @@ def test_mask_only_turns_bring_no_new_click():
     newest = session()(mask_only_probability=1.0, memory="newest")
     assert [p.points.shape[1] for p in newest.seen] == [1, 0, 0, 0]
     assert all(p.mask_logits is not None for p in newest.seen[1:])
-    some = {p.points.shape[1] for seed in range(6) for p in session()(seed, mask_only_probability=0.5, memory="newest").seen[1:]}
+    some = {
+        p.points.shape[1]
+        for seed in range(6)
+        for p in session()(seed, mask_only_probability=0.5, memory="newest").seen[1:]
+    }
     assert some == {0, 1}
 
 
@@ -150,7 +155,9 @@ def test_a_box_first_has_no_click_beside_it_and_stays():
     for prompts in model.seen:
         assert prompts.box_valid.all() and torch.equal(prompts.boxes, model.seen[0].boxes)
     low, high = model.seen[0].boxes[0]
-    assert (low - torch.tensor([3.0, 4.0, 5.0])).abs().max() <= 0.8 and (high - torch.tensor([9.0, 12.0, 13.0])).abs().max() <= 0.8
+    assert (low - torch.tensor([3.0, 4.0, 5.0])).abs().max() <= 0.8 and (
+        high - torch.tensor([9.0, 12.0, 13.0])
+    ).abs().max() <= 0.8
 
 
 def test_some_samples_get_boxes_others_clicks():
@@ -206,7 +213,9 @@ def test_loss_is_the_mean_over_turns_of_the_weighted_terms():
 
     parts = [loss_of(1, 0, 0), loss_of(0, 1, 0), loss_of(0, 1, 1)]
     whole = InteractiveStep(Recorder(), clicks, LossConfig(0.5, 2.0, 3.0))(image, target, 0)
-    assert float(whole.loss.detach()) == pytest.approx(0.5 * parts[0] + 2 * parts[1] + 3 * (parts[2] - parts[1]), rel=1e-5)
+    assert float(whole.loss.detach()) == pytest.approx(
+        0.5 * parts[0] + 2 * parts[1] + 3 * (parts[2] - parts[1]), rel=1e-5
+    )
     assert whole.dice.shape == (2, 2) and not whole.dice.requires_grad
     logits = [image[:, :1] * 0.1 + 0.3]
     logits.append(image[:, :1] * 0.1 + 0.3 + 0.5 * logits[0])
@@ -216,7 +225,9 @@ def test_loss_is_the_mean_over_turns_of_the_weighted_terms():
 
 def test_a_few_steps_on_two_samples_learn_them():
     image, target = samples()
-    step = InteractiveStep(narrow_model(), ClickConfig(interactions=2, box_probability=0.3, mask_only_probability=0.1), LossConfig())
+    step = InteractiveStep(
+        narrow_model(), ClickConfig(interactions=2, box_probability=0.3, mask_only_probability=0.1), LossConfig()
+    )
     optimiser = torch.optim.AdamW(parameter_groups(step.model, OptimConfig(weight_decay=0.01)), lr=1e-2)
     history = []
     for number in range(30):
@@ -250,7 +261,9 @@ def test_norms_biases_and_tokens_do_not_decay():
     name_of = {id(p): n for n, p in model.named_parameters()}
     kept_names = {name_of[id(p)] for p in kept["params"]}
     assert {n for n in name_of.values() if n.endswith("bias") or "norm" in n or n == "iou_token"} <= kept_names
-    assert {"stem.weight", "out.weight", "joint.0.qkv.weight", "iou_head.0.weight"} <= {name_of[id(p)] for p in decayed["params"]}
+    assert {"stem.weight", "out.weight", "joint.0.qkv.weight", "iou_head.0.weight"} <= {
+        name_of[id(p)] for p in decayed["params"]
+    }
     assert len(decayed["params"]) + len(kept["params"]) == len(name_of)
 
 
@@ -282,7 +295,12 @@ def test_the_tiny_config_trains_and_its_checkpoint_loads(tmp_path):
     shorter = ["optim.steps=2", "optim.warmup_steps=1", "optim.batch=1", "clicks.interactions=2"]
     config = load_config(TrainConfig, CONFIG, [f"run.folder={tmp_path / 'run'}", *shorter])
     assert train(config, quiet=True) == tmp_path / "run"
-    assert {p.name for p in (tmp_path / "run").iterdir()} >= {"model.safetensors", "last.pt", "config.json", "metrics.jsonl"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} >= {
+        "model.safetensors",
+        "last.pt",
+        "config.json",
+        "metrics.jsonl",
+    }
     (row,) = metrics(tmp_path / "run")
     assert row["step"] == 2 and math.isfinite(row["loss"]) and len(row["dice"]) == 2 and row["samples_per_s"] > 0
     model = load(tmp_path / "run" / "model.safetensors")
@@ -306,7 +324,14 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_interrupted_run_goes_on_as_if_unbroken(workers, tmp_path, monkeypatch):
-    settings = ["optim.steps=6", "run.save_every=3", "run.ema=0.9", "optim.accumulate=2", "optim.batch=1", f"data.workers={workers}"]
+    settings = [
+        "optim.steps=6",
+        "run.save_every=3",
+        "run.ema=0.9",
+        "optim.accumulate=2",
+        "optim.batch=1",
+        f"data.workers={workers}",
+    ]
     train(tiny_config(tmp_path / "whole", *settings), quiet=True)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(patch, 4)
@@ -315,7 +340,9 @@ def test_an_interrupted_run_goes_on_as_if_unbroken(workers, tmp_path, monkeypatc
     with (tmp_path / "broken" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # a line cut off
     train(tiny_config(tmp_path / "broken", *settings), resume=True, quiet=True)
-    shown = [[(r["step"], r["loss"], r["dice"], r["lr"]) for r in metrics(tmp_path / name)] for name in ("whole", "broken")]
+    shown = [
+        [(r["step"], r["loss"], r["dice"], r["lr"]) for r in metrics(tmp_path / name)] for name in ("whole", "broken")
+    ]
     assert shown[0] == shown[1] and [row[0] for row in shown[0]] == [1, 2, 3, 4, 5, 6]
     one, other = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "broken"))
     assert one["step"] == other["step"] == 6 and one["average_count"] == other["average_count"] == 6
@@ -341,8 +368,15 @@ def test_a_run_is_not_overwritten_nor_resumed_with_another_config(tmp_path):
     before = (tmp_path / "last.pt").read_bytes()
     with pytest.raises(InputError, match="run.folder already holds a run: .*--resume"):
         train(tiny_config(tmp_path, "optim.steps=2"), quiet=True)
-    with pytest.raises(InputError, match=r"must keep its config; changed: clicks\.policy 'uniform' -> 'centre'; optim\.lr 0\.004 -> 0\.1$"):
-        train(tiny_config(tmp_path, "optim.steps=4", "optim.lr=0.1", "clicks.policy=centre", "run.log_every=7"), resume=True, quiet=True)
+    with pytest.raises(
+        InputError,
+        match=r"must keep its config; changed: clicks\.policy 'uniform' -> 'centre'; optim\.lr 0\.004 -> 0\.1$",
+    ):
+        train(
+            tiny_config(tmp_path, "optim.steps=4", "optim.lr=0.1", "clicks.policy=centre", "run.log_every=7"),
+            resume=True,
+            quiet=True,
+        )
     with pytest.raises(InputError, match=r"changed: run\.ema 0\.0 -> 0\.5; run\.seed 0 -> 1$"):
         train(tiny_config(tmp_path, "optim.steps=4", "run.seed=1", "run.ema=0.5"), resume=True, quiet=True)
     with pytest.raises(InputError, match="optim.steps must be above the 2 steps already done, got 2"):

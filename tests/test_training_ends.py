@@ -1,4 +1,5 @@
-"""How a run ends and goes on: killed at any moment, stopped by a signal, out of memory, with a loss that is not finite."""
+"""How a run ends and goes on: killed at any moment, stopped by a signal, out of memory, with a loss that is not
+finite."""
 
 from __future__ import annotations
 
@@ -126,9 +127,12 @@ def children(pid: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to find the loader's process")
 @pytest.mark.parametrize("reach", ["group", "all"])
 def test_a_signal_to_the_loader_as_well_ends_like_one_to_the_run(reach, tmp_path):
-    """A terminal signals the process group, a cluster every process; neither loses a step, and no process stays behind."""
+    """A terminal signals the process group, a cluster every process; neither loses a step, and no process stays
+    behind."""
     endless = [*LONG, "optim.steps=100000", "optim.schedule=constant", "run.save_every=0", "data.workers=1"]
-    process = multiprocessing.get_context("fork").Process(target=leader, args=(tiny_config(tmp_path / "run", *endless),))
+    process = multiprocessing.get_context("fork").Process(
+        target=leader, args=(tiny_config(tmp_path / "run", *endless),)
+    )
     process.start()
     wait_for_step(tmp_path / "run", 2, process)
     pid = process.pid or 0
@@ -153,7 +157,9 @@ def test_the_last_checkpoints_are_kept_and_a_damaged_one_is_named(tmp_path):
     assert (tmp_path / "last.pt").read_bytes() == (tmp_path / "step_000008.pt").read_bytes()
     (tmp_path / "last.pt").write_bytes(b"half a fi")
     again = tiny_config(tmp_path, "optim.steps=10", "run.save_every=2", "run.keep=3")
-    with pytest.raises(InputError, match=r"last\.pt is damaged .*; copy an elder one over it: step_000004\.pt, step_000006\.pt"):
+    with pytest.raises(
+        InputError, match=r"last\.pt is damaged .*; copy an elder one over it: step_000004\.pt, step_000006\.pt"
+    ):
         train(again, resume=True, quiet=True)
     (tmp_path / "last.pt").write_bytes((tmp_path / "step_000006.pt").read_bytes())
     train(again, resume=True, quiet=True)
@@ -196,7 +202,9 @@ def test_a_checkpoint_of_an_older_version_is_taken(tmp_path):
     del config["validation"]
     for group in saved["optimiser"]["param_groups"]:
         del group["scale"]
-    old = {k: v for k, v in saved.items() if k not in ("samples", "best", "scaler", "corpora")} | {"config": json.dumps(config)}
+    old = {k: v for k, v in saved.items() if k not in ("samples", "best", "scaler", "corpora")} | {
+        "config": json.dumps(config)
+    }
     torch.save(old, tmp_path / "old" / "last.pt")
     train(tiny_config(tmp_path / "old", "optim.steps=4"), resume=True, quiet=True)
     assert shown(tmp_path / "old") == shown(tmp_path / "whole")
@@ -210,7 +218,13 @@ def test_a_loss_that_is_not_finite_leaves_what_is_needed_to_draw_it_again(tmp_pa
     with pytest.raises(RuntimeError, match=r"loss is nan at step 0; .* is in .*nonfinite\.json"):
         train(tiny_config(tmp_path, "optim.steps=2", "run.seed=3"), quiet=True)
     told = json.loads((tmp_path / "nonfinite.json").read_text())
-    assert (told["step"], told["loss"], told["cases"], told["samples"], told["seed"]) == (0, "nan", ["generated"] * 2, [0, 1], 3)
+    assert (told["step"], told["loss"], told["cases"], told["samples"], told["seed"]) == (
+        0,
+        "nan",
+        ["generated"] * 2,
+        [0, 1],
+        3,
+    )
     again = loop.data_of(tiny_config(tmp_path, "run.seed=3"), loop.start_model(tiny_config(tmp_path)))
     assert again[told["samples"][1]]["index"] == 1
 
@@ -220,7 +234,9 @@ def test_a_loss_that_is_not_finite_leaves_what_is_needed_to_draw_it_again(tmp_pa
     [
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
+        ),
     ],
 )
 def test_out_of_memory_says_what_to_lower(error, tmp_path, monkeypatch):
@@ -243,7 +259,9 @@ def test_a_run_folder_tells_what_it_ran_on(tmp_path):
     train(tiny_config(tmp_path, "optim.steps=2", "run.seed=5"), resume=True, quiet=True)
     first, second = json.loads((tmp_path / "environment.json").read_text())
     assert (first["from_step"], second["from_step"], first["seed"], first["processes"]) == (0, 1, 5, 1)
-    assert first["packages"]["torch"] == torch.__version__.split("+")[0] or first["packages"]["torch"] == torch.__version__
+    assert (
+        first["packages"]["torch"] == torch.__version__.split("+")[0] or first["packages"]["torch"] == torch.__version__
+    )
     assert first["device"] == "cpu" and first["command"] and isinstance(first["revision"], str)
     curves = (tmp_path / "curves.svg").read_text()
     assert curves.startswith("<svg") and curves.count("<polyline") == 3  # loss and two turns
@@ -258,7 +276,9 @@ def test_a_tracker_that_cannot_start_is_one_line_and_leaves_no_run(tmp_path, mon
 
     monkeypatch.setattr("accelerate.Accelerator.init_trackers", refuse)
     config = tiny_config(tmp_path / "run", "optim.steps=2", "run.trackers=[wandb]")
-    with pytest.raises(InputError, match=r"wandb cannot start \(No API key.*log in with: wandb login, or set WANDB_MODE=offline"):
+    with pytest.raises(
+        InputError, match=r"wandb cannot start \(No API key.*log in with: wandb login, or set WANDB_MODE=offline"
+    ):
         train(config, quiet=True)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

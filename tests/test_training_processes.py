@@ -26,8 +26,22 @@ ROOT = Path(__file__).resolve().parents[1]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run ``two_processes.py`` once; its files lie in the folder."""
     out = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "tests/two_processes.py", str(out)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "tests/two_processes.py",
+        str(out),
+    ]
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
@@ -47,7 +61,11 @@ def test_gradients_are_equal_on_both_ranks_and_not_those_of_one_rank(ranks):
     assert one.keys() == other.keys() and len(one) > 40
     assert max(float((one[name] - other[name]).abs().max()) for name in one) == 0.0
     for rank in ranks:
-        differing = [name for name, gradient in rank["alone"].items() if not torch.allclose(gradient / ACCUMULATE, one[name], atol=1e-6)]
+        differing = [
+            name
+            for name, gradient in rank["alone"].items()
+            if not torch.allclose(gradient / ACCUMULATE, one[name], atol=1e-6)
+        ]
         assert len(differing) > 0.9 * len(rank["alone"])
 
 
@@ -73,13 +91,20 @@ def test_the_time_limit_ends_both_at_the_same_step_and_one_set_of_files_is_writt
 def test_each_sample_is_drawn_by_one_process_only(ranks):
     one, other = (r["drawn"] for r in ranks)
     shared = min(len(one), len(other))
-    assert shared >= 2 and one[:shared] == list(range(0, 2 * shared, 2)) and other[:shared] == list(range(1, 2 * shared, 2))
+    assert (
+        shared >= 2
+        and one[:shared] == list(range(0, 2 * shared, 2))
+        and other[:shared] == list(range(1, 2 * shared, 2))
+    )
 
 
 def test_two_processes_give_the_losses_of_one_with_the_doubled_batch(folder, tmp_path):
     """The same samples, clicked alike: but for the order of sums, the curve is the same."""
     train(load_config(TrainConfig, None, [*CURVE, "optim.batch=2", f"run.folder={tmp_path}"]), quiet=True)
-    one, two = ([json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (tmp_path, folder / "curve"))
+    one, two = (
+        [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()]
+        for f in (tmp_path, folder / "curve")
+    )
     assert [row["step"] for row in one] == [row["step"] for row in two] == [1, 2, 3, 4]
     assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], abs=2e-4)
     assert len({row["loss"] for row in one}) == 4
@@ -107,7 +132,9 @@ def test_a_run_of_two_processes_goes_on_with_one_where_its_samples_stopped(folde
 
 def test_an_optimiser_step_takes_as_many_batches_as_are_accumulated(tmp_path):
     """A run is counted in optimiser steps, so there are never too few batches for one."""
-    config = load_config(TrainConfig, None, [*SMALL, f"run.folder={tmp_path / 'run'}", "optim.steps=1", "optim.accumulate=3"])
+    config = load_config(
+        TrainConfig, None, [*SMALL, f"run.folder={tmp_path / 'run'}", "optim.steps=1", "optim.accumulate=3"]
+    )
     torch.manual_seed(config.run.seed)
     before = start.start_model(config).state_dict()
     train(config, quiet=True)
@@ -118,7 +145,9 @@ def test_an_optimiser_step_takes_as_many_batches_as_are_accumulated(tmp_path):
 
 def test_the_optimiser_steps_when_data_end_before_the_accumulation(tmp_path, monkeypatch):
     """A loader with two batches under an accumulation of eight still moves the weights, once."""
-    config = load_config(TrainConfig, None, [*SMALL, f"run.folder={tmp_path / 'run'}", "optim.steps=1", "optim.accumulate=8"])
+    config = load_config(
+        TrainConfig, None, [*SMALL, f"run.folder={tmp_path / 'run'}", "optim.steps=1", "optim.accumulate=8"]
+    )
 
     class Short(start.CropDataset):
         def __len__(self) -> int:

@@ -1,4 +1,5 @@
-"""Published recipes and ours as configs: rates by part, schedules, turns without a click, crops of one spacing, two stages end to end."""
+"""Published recipes and ours as configs: rates by part, schedules, turns without a click, crops of one spacing, two
+stages end to end."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def data_of(corpus: Path, **changes: Any) -> DataConfig:
-    return DataConfig(**({"corpus": [str(corpus)], "synthetic_share": 0.0, "crop": (16, 16, 16), "validation_share": 0.0} | changes))
+    return DataConfig(
+        **({"corpus": [str(corpus)], "synthetic_share": 0.0, "crop": (16, 16, 16), "validation_share": 0.0} | changes)
+    )
 
 
 # Rates
@@ -56,7 +59,11 @@ def test_multistep_falls_at_its_milestones_and_starts_again_in_each_cycle():
     rates = [learning_rate(optim, done) for done in range(800)]
     falls = [done for done in range(1, 800) if rates[done] != rates[done - 1]]
     assert falls == [120, 160, 190, 200, 320, 360, 390, 400, 520, 560, 590, 600, 720, 760, 790]
-    assert (rates[0], rates[119], rates[120]) == (1.0, 1.0, 0.1) and rates[199] == pytest.approx(1e-3) and rates[200] == 1.0
+    assert (
+        (rates[0], rates[119], rates[120]) == (1.0, 1.0, 0.1)
+        and rates[199] == pytest.approx(1e-3)
+        and rates[200] == 1.0
+    )
     once = OptimConfig(lr=2.0, schedule="multistep", steps=200, warmup_steps=0)
     assert [learning_rate(once, done) for done in (0, 119, 120, 179)] == [2.0, 2.0, 0.2, 0.2]
     assert learning_rate(once, 180) == pytest.approx(0.02) == learning_rate(once, 200)
@@ -79,7 +86,9 @@ def test_parts_have_their_own_rate_and_a_longer_name_wins():
     assert len(rates) == len(list(model.parameters()))
     assert rates["image_encoder.pos_embed"] == rates["prompt_encoder.no_mask_embed.weight"] == 2.0
     assert rates["mask_decoder.mask_tokens.weight"] == 0.2 and rates["mask_decoder.iou_token.weight"] == 1.0
-    with pytest.raises(InputError, match=r"optim\.lr_scale must name parts of the model, got decoder; it has image_encoder, mask"):
+    with pytest.raises(
+        InputError, match=r"optim\.lr_scale must name parts of the model, got decoder; it has image_encoder, mask"
+    ):
         parameter_groups(model, OptimConfig(lr_scale={"decoder": 0.1}))
 
 
@@ -103,8 +112,15 @@ def test_sam_med3d_as_published_has_two_rates_and_decays_everything():
         counted[group["scale"], group["weight_decay"]] += sum(p.numel() for p in group["params"])
     assert counted == {(1.0, 0.1): 92_924_928, (0.1, 0.1): 8_668 + 7_575_636}
     clicks = config.clicks
-    assert (clicks.interactions, clicks.memory, clicks.detach, clicks.mask_only_turns) == (11, "newest", False, ["last", "random"])
-    assert config.optim.batch * config.optim.accumulate * 2 == 240 and config.loss.iou == 0 and config.loss.turns == "sum"
+    assert (clicks.interactions, clicks.memory, clicks.detach, clicks.mask_only_turns) == (
+        11,
+        "newest",
+        False,
+        ["last", "random"],
+    )
+    assert (
+        config.optim.batch * config.optim.accumulate * 2 == 240 and config.loss.iou == 0 and config.loss.turns == "sum"
+    )
 
 
 def test_epochs_are_passes_over_the_structures():
@@ -129,7 +145,9 @@ def test_published_turns_without_a_click_are_the_last_and_one_of_the_third_to_ni
     drawn = [turns_of(11, seed, mask_only_turns=["last", "random"]) for seed in range(200)]
     assert all(10 in turns and len(turns) == 2 for turns in drawn)
     assert {min(turns) for turns in drawn} == {2, 3, 4, 5, 6, 7, 8}
-    assert turns_of(1, 0, mask_only_turns=["last", "random"]) == set() and turns_of(2, 0, mask_only_turns=["last", "random"]) == {1}
+    assert turns_of(1, 0, mask_only_turns=["last", "random"]) == set() and turns_of(
+        2, 0, mask_only_turns=["last", "random"]
+    ) == {1}
     assert all(turns_of(4, seed, mask_only_turns=["random"]) == {2} for seed in range(5))
     assert turns_of(4, 0) == set() and turns_of(4, 0, mask_only_probability=1.0) == {1, 2, 3}
 
@@ -144,7 +162,9 @@ def test_the_last_turn_gives_the_mask_alone():
 def test_losses_of_turns_are_averaged_or_added_up():
     image, target = samples()
     clicks = ClickConfig(interactions=3, box_probability=0, mask_only_probability=0)
-    mean, total = (InteractiveStep(Recorder(), clicks, LossConfig(turns=turns))(image, target, 0) for turns in ("mean", "sum"))
+    mean, total = (
+        InteractiveStep(Recorder(), clicks, LossConfig(turns=turns))(image, target, 0) for turns in ("mean", "sum")
+    )
     assert float(total.loss.detach()) == pytest.approx(3 * float(mean.loss.detach()), rel=1e-6)
     smooth = InteractiveStep(Recorder(), clicks, LossConfig(dice_smooth=1e-5))(image, target, 0)
     assert float(smooth.loss.detach()) > float(mean.loss.detach()) + 1e-5
@@ -201,7 +221,9 @@ def test_a_structure_too_small_for_a_click_at_that_spacing_is_never_drawn(corpus
 
 def test_a_model_of_x_first_tensors_gets_its_crops_so(corpus):
     settings = data_of(corpus, spacing_mm=1.5, placement="centred", augment="flips", crop=(16, 20, 24))
-    zyx, xyz = (CropDataset(settings, 4, 0, normalisation="zscore_positive", tensor_axes=axes) for axes in ("zyx", "xyz"))
+    zyx, xyz = (
+        CropDataset(settings, 4, 0, normalisation="zscore_positive", tensor_axes=axes) for axes in ("zyx", "xyz")
+    )
     for index in range(4):
         one, other = zyx[index], xyz[index]
         assert one["image"].shape == (1, 16, 20, 24) and other["image"].shape == (1, 24, 20, 16)
@@ -223,7 +245,11 @@ def test_flips_alone_change_nothing_else_and_ct_is_clamped(corpus):
         sample = dataset[index]
         if sample["case"] != case.id or int(sample["target"].sum()) != int(mask.sum()):
             continue
-        axes = [a for a in range(8) if torch.allclose(sample["image"], plain.flip([1 + i for i in range(3) if a >> i & 1]), atol=1e-5)]
+        axes = [
+            a
+            for a in range(8)
+            if torch.allclose(sample["image"], plain.flip([1 + i for i in range(3) if a >> i & 1]), atol=1e-5)
+        ]
         assert len(axes) == 1
         flips.add(axes[0])
     assert len(flips) >= 2
@@ -236,10 +262,16 @@ def test_flips_alone_change_nothing_else_and_ct_is_clamped(corpus):
 def test_weights_of_another_model_are_named_and_their_numbers_are_taken(tmp_path):
     train(tiny_config(tmp_path / "first", "optim.steps=1"), quiet=True)
     file = tmp_path / "first" / "model.safetensors"
-    with pytest.raises(InputError, match=r"must hold a 'samed3d_tiny', got a 'samed3d_unet' in .*; set model\.name=samed3d_unet"):
+    with pytest.raises(
+        InputError, match=r"must hold a 'samed3d_tiny', got a 'samed3d_unet' in .*; set model\.name=samed3d_unet"
+    ):
         start_model(tiny_config(tmp_path, f"model.weights={file}", "model.name=samed3d_tiny"))
     second = start_model(tiny_config(tmp_path, f"model.weights={file}", "model.overrides={}", "data.crop=[24,24,24]"))
-    assert second.config["widths"] == read_header(file)["config"]["widths"] and second.spec.input_shape_zyx == (24, 24, 24)
+    assert second.config["widths"] == read_header(file)["config"]["widths"] and second.spec.input_shape_zyx == (
+        24,
+        24,
+        24,
+    )
 
 
 def test_cuda_that_is_not_there_is_refused_never_replaced(tmp_path, monkeypatch):
@@ -256,7 +288,13 @@ def test_cuda_that_is_not_there_is_refused_never_replaced(tmp_path, monkeypatch)
 
 
 def test_a_step_larger_than_the_data_goes_on_and_says_so(corpus, tmp_path, caplog):
-    data = [f"data.corpus=[{corpus}]", "data.synthetic_share=0", "data.validation_share=0", "optim.batch=5", "optim.accumulate=2"]
+    data = [
+        f"data.corpus=[{corpus}]",
+        "data.synthetic_share=0",
+        "data.validation_share=0",
+        "optim.batch=5",
+        "optim.accumulate=2",
+    ]
     with caplog.at_level(logging.WARNING, logger="samed3d"):
         train(tiny_config(tmp_path, *data, "optim.steps=1"), quiet=True)
     assert "a step takes 10 samples of 8 structures: some come twice, in other crops" in caplog.text
@@ -273,7 +311,9 @@ def test_a_corpus_that_changed_is_not_gone_on_with(tmp_path):
     train(tiny_config(tmp_path / "run", *data, "optim.steps=1"), quiet=True)
     store_case(tmp_path / "c", "s", "q", image, labels)
     store_corpus(tmp_path / "c")
-    with pytest.raises(InputError, match=r"the corpus has changed since the run began: .*; bring the old one back, or start a new run"):
+    with pytest.raises(
+        InputError, match=r"the corpus has changed since the run began: .*; bring the old one back, or start a new run"
+    ):
         train(tiny_config(tmp_path / "run", *data, "optim.steps=2"), resume=True, quiet=True)
 
 
@@ -286,7 +326,12 @@ def test_damaged_cases_are_skipped_counted_and_named(workers, tmp_path):
     store_corpus(tmp_path / "c")
     for name in "ab":
         next((tmp_path / "c" / "arrays" / "s").glob(f"{name}.image.*")).write_bytes(b"")
-    data = [f"data.corpus=[{tmp_path / 'c'}]", "data.synthetic_share=0", "data.validation_share=0", f"data.workers={workers}"]
+    data = [
+        f"data.corpus=[{tmp_path / 'c'}]",
+        "data.synthetic_share=0",
+        "data.validation_share=0",
+        f"data.workers={workers}",
+    ]
     train(tiny_config(tmp_path / "run", *data, "optim.steps=4"), quiet=True)
     skipped = json.loads((tmp_path / "run" / "skipped.json").read_text())
     assert set(skipped) == {"s.a", "s.b"} and all("damaged" in reason for reason in skipped.values())
@@ -300,8 +345,15 @@ def test_nothing_but_damaged_cases_ends_in_one_line(workers, tmp_path):
     store_case(tmp_path / "c", "s", "a", np.ones(SHAPE, np.int16), labels)
     store_corpus(tmp_path / "c")
     next((tmp_path / "c" / "arrays" / "s").glob("a.image.*")).write_bytes(b"")
-    data = [f"data.corpus=[{tmp_path / 'c'}]", "data.synthetic_share=0", "data.validation_share=0", f"data.workers={workers}"]
-    with pytest.raises(InputError, match=r"^no target of 20 voxels in 20 attempts at sample [01]; .*1 cases are damaged") as caught:
+    data = [
+        f"data.corpus=[{tmp_path / 'c'}]",
+        "data.synthetic_share=0",
+        "data.validation_share=0",
+        f"data.workers={workers}",
+    ]
+    with pytest.raises(
+        InputError, match=r"^no target of 20 voxels in 20 attempts at sample [01]; .*1 cases are damaged"
+    ) as caught:
         train(tiny_config(tmp_path / "run", *data, "optim.steps=2"), quiet=True)
     assert "\n" not in str(caught.value)
 
@@ -310,7 +362,8 @@ def test_nothing_but_damaged_cases_ends_in_one_line(workers, tmp_path):
 
 
 def test_two_tiny_stages_of_sam_med3d_as_published(corpus, tmp_path):
-    """The presets themselves with a tiny network: the second stage takes the first's weights, and its numbers, by one flag."""
+    """The presets themselves with a tiny network: the second stage takes the first's weights, and its numbers, by one
+    flag."""
     tiny = json.dumps(MODELS["sam_med3d_b"].tiny)
     small = [
         f"data.corpus=[{corpus}]",
@@ -320,7 +373,14 @@ def test_two_tiny_stages_of_sam_med3d_as_published(corpus, tmp_path):
         "optim.epochs=0",
         "optim.steps=2",
     ]
-    small += ["optim.batch=1", "optim.accumulate=2", "run.precision=fp32", "run.log_every=1", "validation.every=2", "validation.cases=1"]
+    small += [
+        "optim.batch=1",
+        "optim.accumulate=2",
+        "run.precision=fp32",
+        "run.log_every=1",
+        "validation.every=2",
+        "validation.cases=1",
+    ]
     small += ["validation.images=false", "validation.structures=1", "validation.clicks=2"]
     one = [*small, f"model.overrides={tiny}", f"run.folder={tmp_path / 'stage1'}"]
     first = train(load_config(TrainConfig, ROOT / "configs" / "stage1.yaml", one), quiet=True)
@@ -342,7 +402,9 @@ def test_forgetting_activations_leaves_the_gradients_equal(tmp_path):
     found = []
     for forget in (False, True):
         torch.manual_seed(0)
-        config = tiny_config(tmp_path, "model.name=sam_med3d_b", f"model.overrides={json.dumps(MODELS['sam_med3d_b'].tiny)}")
+        config = tiny_config(
+            tmp_path, "model.name=sam_med3d_b", f"model.overrides={json.dumps(MODELS['sam_med3d_b'].tiny)}"
+        )
         model = start_model(replace(config, run=replace(config.run, activation_checkpointing=forget)))
         saved: list[int] = []
 
@@ -360,7 +422,9 @@ def test_forgetting_activations_leaves_the_gradients_equal(tmp_path):
 
 
 def test_a_model_that_cannot_forget_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"run\.activation_checkpointing must be false for \w+, which has no transformer"):
+    with pytest.raises(
+        InputError, match=r"run\.activation_checkpointing must be false for \w+, which has no transformer"
+    ):
         start_model(tiny_config(tmp_path, "run.activation_checkpointing=true"))
 
 
@@ -371,7 +435,9 @@ def test_a_compiled_encoder_gives_the_same_loss():
     image = torch.randn(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     clicks = ClickConfig(interactions=2)
     model = create_model("sam_med3d_b", **(MODELS["sam_med3d_b"].tiny | {"depth": 1, "global_blocks": (0,)}))
-    plain, compiled = (InteractiveStep(model, clicks, LossConfig(), compiled=flag)(image, target, 0).loss for flag in (False, True))
+    plain, compiled = (
+        InteractiveStep(model, clicks, LossConfig(), compiled=flag)(image, target, 0).loss for flag in (False, True)
+    )
     assert float(compiled.detach()) == pytest.approx(float(plain.detach()), rel=1e-4)
 
 

@@ -1,4 +1,5 @@
-"""Validation while a run goes on: which volumes, by which clicks, the best checkpoint, and that training does not notice it."""
+"""Validation while a run goes on: which volumes, by which clicks, the best checkpoint, and that training does not
+notice it."""
 
 from __future__ import annotations
 
@@ -45,8 +46,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(corpus: Path, folder: Path, *more: str) -> TrainConfig:
-    data = [f"data.corpus=[{corpus}]", "data.synthetic_share=0", f"data.validation_share={SHARE}", "data.fill=[0.4,0.9]"]
-    checks = ["validation.every=2", "validation.cases=3", "validation.clicks=2", "optim.steps=4", "validation.images=false"]
+    data = [
+        f"data.corpus=[{corpus}]",
+        "data.synthetic_share=0",
+        f"data.validation_share={SHARE}",
+        "data.fill=[0.4,0.9]",
+    ]
+    checks = [
+        "validation.every=2",
+        "validation.cases=3",
+        "validation.clicks=2",
+        "optim.steps=4",
+        "validation.images=false",
+    ]
     return load_config(TrainConfig, None, [*SMALL, *data, *checks, f"run.folder={folder}", *more])
 
 
@@ -110,7 +122,10 @@ def test_the_best_is_chosen_by_the_last_click_and_pictures_are_written(corpus, t
     monkeypatch.setattr(Validation, "measure", lambda self, model, step, stopped: validation.Found(next(dice), 3, 0.1))
     folder = train(config_of(corpus, tmp_path / "run"), quiet=True)
     rows = [r for r in metrics(folder) if "validation_dice" in r]
-    assert [(r["step"], r["validation_dice"], r["structures"]) for r in rows] == [(2, [0.5, 0.6], 3), (4, [0.9, 0.5], 3)]
+    assert [(r["step"], r["validation_dice"], r["structures"]) for r in rows] == [
+        (2, [0.5, 0.6], 3),
+        (4, [0.9, 0.5], 3),
+    ]
     header = read_header(folder / "best.safetensors")
     assert (header["step"], header["validation_dice"]) == (2, 0.6)
     assert torch.load(folder / "last.pt", weights_only=True)["best"] == 0.6
@@ -119,14 +134,17 @@ def test_the_best_is_chosen_by_the_last_click_and_pictures_are_written(corpus, t
 
 
 def test_a_whole_run_measures_the_running_mean_and_training_does_not_notice(corpus, tmp_path):
-    """The validated numbers are those of the saved mean weights, and the losses are those of a run without validation."""
+    """The validated numbers are those of the saved mean weights, and the losses are those of a run without
+    validation."""
     shown = ["run.ema=0.5", "validation.images=true", "validation.structures=1", "run.save_every=2"]
     folder = train(config_of(corpus, tmp_path / "run", *shown), quiet=True)
     plain = train(config_of(corpus, tmp_path / "plain", "run.ema=0.5", "validation.every=0"), quiet=True)
     assert [r["loss"] for r in metrics(folder) if "loss" in r] == [r["loss"] for r in metrics(plain)]
     row = [r for r in metrics(folder) if "validation_dice" in r][-1]
     config = config_of(corpus, tmp_path / "again", *shown)
-    found = Validation(config, make_accelerator(config), tmp_path).measure(load(folder / "model.safetensors"), 9, lambda: False)
+    found = Validation(config, make_accelerator(config), tmp_path).measure(
+        load(folder / "model.safetensors"), 9, lambda: False
+    )
     assert row["validation_dice"] == [round(v, 4) for v in found.dice] and row["structures"] == found.structures == 3
     assert len(list((folder / "validation").glob("step_000004_*.png"))) == 3
     assert found.dice != [0.0, 0.0]
@@ -156,10 +174,15 @@ def test_a_damaged_case_is_passed_over(corpus, tmp_path, monkeypatch, caplog):
 
 
 def test_nothing_to_measure_is_refused_before_the_run(corpus, tmp_path):
-    with pytest.raises(InputError, match=r"validation\.every is 2, but no labelled image of .* is held back; raise data\.validation_share"):
+    with pytest.raises(
+        InputError,
+        match=r"validation\.every is 2, but no labelled image of .* is held back; raise data\.validation_share",
+    ):
         train(config_of(corpus, tmp_path / "run", "data.validation_share=0"), quiet=True)
     with pytest.raises(InputError, match=r"no labelled image of data\.corpus \(empty\) is held back"):
-        train(load_config(TrainConfig, None, [*SMALL, "validation.every=1", f"run.folder={tmp_path / 'b'}"]), quiet=True)
+        train(
+            load_config(TrainConfig, None, [*SMALL, "validation.every=1", f"run.folder={tmp_path / 'b'}"]), quiet=True
+        )
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -173,9 +196,13 @@ def test_on_real_images_a_mask_comes_back_on_the_stored_grid(data_dir, tmp_path)
         volume = read_volume(next((data_dir / "msd_hippocampus" / "imagesTr").glob(f"{path.name[:-7]}_0000.nii.gz")))
         view = volume.view
         assert isinstance(grid, Grid)
-        store_case(tmp_path / "c", "hippocampus", path.name[:-7], view.to_canonical(volume.array), view.to_canonical(labels))
+        store_case(
+            tmp_path / "c", "hippocampus", path.name[:-7], view.to_canonical(volume.array), view.to_canonical(labels)
+        )
     corpus = store_corpus(tmp_path / "c")
-    config = config_of(corpus, tmp_path / "run", "data.validation_share=0.99", "validation.cases=1", "validation.images=true")
+    config = config_of(
+        corpus, tmp_path / "run", "data.validation_share=0.99", "validation.cases=1", "validation.images=true"
+    )
     checked = Validation(config, make_accelerator(config), tmp_path)
     found = checked.measure(narrow_model().eval(), 1, lambda: False)
     assert found.structures == 2 and all(0 < v < 1 for v in found.dice)

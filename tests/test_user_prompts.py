@@ -1,4 +1,5 @@
-"""Simulated people: clicks that miss, boxes that are not tight, strokes; all inside the volume and the same for the same seed."""
+"""Simulated people: clicks that miss, boxes that are not tight, strokes; all inside the volume and the same for the
+same seed."""
 
 from __future__ import annotations
 
@@ -48,7 +49,11 @@ def test_boxes_are_nearly_tight(rng, jitter):
         low, high = user_box(target, jitter, rng)
         for axis, (a, b) in enumerate(((4, 13), (5, 16), (8, 25))):
             slack = round(jitter * (b - a)) + (1 if jitter else 0)
-            assert abs(low[axis] - a) <= slack and abs(high[axis] - b) <= slack and low[axis] < high[axis] <= target.shape[axis]
+            assert (
+                abs(low[axis] - a) <= slack
+                and abs(high[axis] - b) <= slack
+                and low[axis] < high[axis] <= target.shape[axis]
+            )
     assert user_box(np.zeros((3, 3, 3), bool), 0.1, rng) is None
 
 

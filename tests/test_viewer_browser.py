@@ -65,7 +65,9 @@ class Running:
             "--sessions",
             str(sessions),
         ]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if " is open at " in line:
@@ -122,7 +124,9 @@ def wait_prompts(tab, count: int) -> None:
 
 def click_ball(tab, button: str = "left", dx: int = 0) -> None:
     """Click the middle of the axial plane, which is where the crosshair starts."""
-    x, y = tab.evaluate("() => { const v = document.getElementById('view').getBoundingClientRect(); return [v.x, v.y]; }")
+    x, y = tab.evaluate(
+        "() => { const v = document.getElementById('view').getBoundingClientRect(); return [v.x, v.y]; }"
+    )
     at = tab.evaluate("() => window.samed3d.stage.project(window.samed3d.stage.here())[0]")
     tab.mouse.click(x + at["x"] + dx, y + at["y"], button=button)
 
@@ -193,7 +197,9 @@ def test_the_session_comes_back_after_a_reload_and_after_a_restart(page, running
 
 
 def test_objects_strokes_boxes_and_a_second_tab(page):
-    x, y = page.evaluate("() => { const v = document.getElementById('view').getBoundingClientRect(); return [v.x, v.y]; }")
+    x, y = page.evaluate(
+        "() => { const v = document.getElementById('view').getBoundingClientRect(); return [v.x, v.y]; }"
+    )
     at = page.evaluate("() => window.samed3d.stage.project(window.samed3d.stage.here())[0]")
 
     def drag(key: str, *path: tuple[int, int]) -> None:

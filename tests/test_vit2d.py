@@ -1,4 +1,5 @@
-"""SAM's 2D encoder: equal to timm's on the same weights, any image size, SAM's checkpoints read by name, a hash that knows them again."""
+"""SAM's 2D encoder: equal to timm's on the same weights, any image size, SAM's checkpoints read by name, a hash that
+knows them again."""
 
 from __future__ import annotations
 
@@ -58,7 +59,9 @@ def fake_sam(name: str = "sam_vit_tiny") -> dict[str, Tensor]:
     assert isinstance(encoder, SamEncoder2d)
     parts = {"image_encoder": encoder, "prompt_encoder": PromptEncoder2d(encoder.out_dim)}
     parts["mask_decoder"] = ProgressiveMaskDecoder(encoder.out_dim, classes=4)
-    return {f"{part}.{key}": value.clone() for part, module in parts.items() for key, value in module.state_dict().items()}
+    return {
+        f"{part}.{key}": value.clone() for part, module in parts.items() for key, value in module.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize(("grid", "window"), [(4, 3), (5, 3), (4, 4), (2, 3), (7, 3)])
@@ -164,7 +167,9 @@ def test_a_checkpoint_that_is_not_that_encoder_is_refused(tmp_path):
     state = fake_sam()
     del state["image_encoder.blocks.3.attn.qkv.bias"]
     torch.save(state, tmp_path / "sam.pth")
-    with pytest.raises(InputError, match=r"does not hold the encoder sam_vit_tiny; missing \(1\): blocks.3.attn.qkv.bias"):
+    with pytest.raises(
+        InputError, match=r"does not hold the encoder sam_vit_tiny; missing \(1\): blocks.3.attn.qkv.bias"
+    ):
         open_encoder("sam_vit_tiny", str(tmp_path / "sam.pth"), "", read_state, tensors_sha256)
     with pytest.raises(InputError, match=r"sam.pth is no sam_vit_b: .* tensors of its encoder differ"):
         import_sam(tmp_path / "sam.pth", tmp_path / "out.safetensors", "sam_vit_b")
@@ -192,7 +197,9 @@ def test_sams_weights_fit_timms_encoder_and_the_reverse():
     with torch.device("meta"):
         ours, theirs = build_encoder("sam_vit_b").state_dict(), build_encoder("timm:samvit_base_patch16").state_dict()
     sam = {f"image_encoder.{key}": value for key, value in ours.items()} | {"mask_decoder.x": torch.zeros(1)}
-    assert {k: v.shape for k, v in encoder_state(sam, "timm:samvit_base_patch16").items()} == {k: v.shape for k, v in theirs.items()}
+    assert {k: v.shape for k, v in encoder_state(sam, "timm:samvit_base_patch16").items()} == {
+        k: v.shape for k, v in theirs.items()
+    }
 
 
 def test_unknown_encoders_are_refused():

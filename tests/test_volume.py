@@ -1,4 +1,5 @@
-"""Reading and writing: every format gives the same array and grid, masks keep the grid bit for bit, a full disk leaves nothing behind."""
+"""Reading and writing: every format gives the same array and grid, masks keep the grid bit for bit, a full disk leaves
+nothing behind."""
 
 from __future__ import annotations
 
@@ -168,11 +169,13 @@ def test_skew_by_rounding_is_read_and_a_shear_refused(tmp_path, tiny_image, capl
         read_volume(path)
 
 
-# ---- DICOM -----------------------------------------------------------------------------------------------------------------------
+# ---- DICOM
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 def dicom_series(folder: Path, array: np.ndarray, uid: str, name: str, *, positions: list[float] | None = None) -> None:
-    """A CT series of axial slices, 0.5 x 0.75 mm in plane, 3 mm apart, from (10, 20, -30) mm LPS; stored as value + 1000."""
+    """A CT series of axial slices, 0.5 x 0.75 mm in plane, 3 mm apart, from (10, 20, -30) mm LPS; stored as value +
+    1000."""
     import pydicom
     from pydicom.dataset import FileDataset, FileMetaDataset
 
@@ -228,7 +231,8 @@ def test_dicom_slices_in_one_place_and_gaps(tmp_path, tiny_image, caplog):
     assert "3 to 6 mm apart" in caplog.text
 
 
-# ---- output ----------------------------------------------------------------------------------------------------------------------
+# ---- output
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_check_output(tmp_path):
@@ -276,4 +280,6 @@ def test_wrong_shape_and_type_are_our_fault(tmp_path):
 
 def test_importing_reads_no_itk_and_no_torch():
     code = "import sys, samed3d.volume; print([m for m in ('SimpleITK', 'torch', 'pydicom') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -120,7 +120,9 @@ def test_file_of_another_architecture_is_refused(tmp_path):
     state, header = read_weights(tmp_path / "m.safetensors")
     del state["image_encoder.pos_embed"]
     save_file(state, tmp_path / "cut.safetensors", metadata={"samed3d": json.dumps(header)})
-    with pytest.raises(InputError, match=rf"cut\.safetensors is not a '{NAME}' checkpoint: .*missing \(1\): image_encoder\.pos_embed"):
+    with pytest.raises(
+        InputError, match=rf"cut\.safetensors is not a '{NAME}' checkpoint: .*missing \(1\): image_encoder\.pos_embed"
+    ):
         load(tmp_path / "cut.safetensors")
     save_file(state, tmp_path / "bare.safetensors")
     with pytest.raises(InputError, match="has no samed3d header"):
@@ -143,7 +145,14 @@ def test_damaged_header_is_refused(tmp_path, change):
 def upstream_checkpoint(state) -> dict:
     """What the upstream training script writes."""
     options = argparse.Namespace(task_name="union_train", lr=8e-4, step_size=[120, 180])
-    return {"epoch": 3, "model_state_dict": state, "optimizer_state_dict": {}, "losses": [1.0], "best_dice": 0.5, "args": options}
+    return {
+        "epoch": 3,
+        "model_state_dict": state,
+        "optimizer_state_dict": {},
+        "losses": [1.0],
+        "best_dice": 0.5,
+        "args": options,
+    }
 
 
 @pytest.mark.parametrize("layout", ["training", "bare", "module."])
@@ -230,7 +239,10 @@ def test_unknown_name_gives_nearest_checkpoints_and_models(shipped):
 
 
 def test_architecture_without_weights_says_how_to_build_it(shipped):
-    with pytest.raises(InputError, match=r"'sam_med3d_h' has no weights here; create_model\('sam_med3d_h'\) builds it with random weights"):
+    with pytest.raises(
+        InputError,
+        match=r"'sam_med3d_h' has no weights here; create_model\('sam_med3d_h'\) builds it with random weights",
+    ):
         load("sam_med3d_h")
 
 
@@ -247,7 +259,9 @@ def test_a_published_checkpoint_is_found_by_name_and_checked(tmp_path, monkeypat
     for key, tensor in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[key], tensor, atol=2e-3, rtol=2e-3)
     entry = json.loads((folder / "manifest.json").read_text())["checkpoints"]["mine"]
-    assert entry["licence"] == "Apache-2.0" and entry["parameters"] == sum(t.numel() for t in model.state_dict().values())
+    assert entry["licence"] == "Apache-2.0" and entry["parameters"] == sum(
+        t.numel() for t in model.state_dict().values()
+    )
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")
     with pytest.raises(InputError, match="must have sha256"):
         find_checkpoint("mine")
@@ -257,7 +271,9 @@ def test_licences_are_those_of_manifest_or_header(tmp_path):
     from samed3d.models.weights import licence_of
 
     assert licence_of("default") == "Apache-2.0"
-    model = create_model("samed3d_tiny", input_shape=(16, 16, 16), patch=8, dim=24, depth=1, heads=2, prompt_dim=32, stem_width=4)
+    model = create_model(
+        "samed3d_tiny", input_shape=(16, 16, 16), patch=8, dim=24, depth=1, heads=2, prompt_dim=32, stem_width=4
+    )
     save_weights(model, tmp_path / "a.safetensors", {"licence": "mine"})
     save_weights(model, tmp_path / "b.safetensors", {})
     assert (licence_of(tmp_path / "a.safetensors"), licence_of(tmp_path / "b.safetensors")) == ("mine", "not stated")

@@ -1,4 +1,5 @@
-"""timm for tests: importable even where torchvision was built for another torch, as PyPI's is beside a CPU build of torch."""
+"""timm for tests: importable even where torchvision was built for another torch, as PyPI's is beside a CPU build of
+torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What each of two processes does in ``test_training_processes.py``; started by torchrun, writes what it saw as ``rank<N>.pt``.
+"""What each of two processes does in ``test_training_processes.py``; started by torchrun, writes what it saw as
+``rank<N>.pt``.
 
 Usage: torchrun --nproc_per_node 2 two_processes.py OUT_FOLDER
 """
@@ -21,7 +22,13 @@ from samed3d.training.loop import train
 from samed3d.training.start import make_accelerator
 from samed3d.training.step import InteractiveStep
 
-NARROW = {"widths": [8] * 4, "decoder_widths": [8] * 4, "encoder_blocks": [1] * 4, "joint_blocks": 1, "similarity_heads": [0, 2, 2]}
+NARROW = {
+    "widths": [8] * 4,
+    "decoder_widths": [8] * 4,
+    "encoder_blocks": [1] * 4,
+    "joint_blocks": 1,
+    "similarity_heads": [0, 2, 2],
+}
 ACCUMULATE = 2
 SMALL = [
     f"model.overrides={NARROW}",
@@ -44,7 +51,9 @@ def new_step(rank: int) -> InteractiveStep:
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
-    return InteractiveStep(model, ClickConfig(interactions=2, mask_only_probability=0.0, box_probability=float(rank)), LossConfig())
+    return InteractiveStep(
+        model, ClickConfig(interactions=2, mask_only_probability=0.0, box_probability=float(rank)), LossConfig()
+    )
 
 
 def sample(rank: int) -> tuple[Tensor, Tensor]:
@@ -60,7 +69,8 @@ def gradients(step: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def one_backward(accelerator: Accelerator) -> dict[str, Any]:
-    """Gradients of one backward alone and of the same backward in the group, then the weights after an optimiser step."""
+    """Gradients of one backward alone and of the same backward in the group, then the weights after an optimiser
+    step."""
     rank = accelerator.process_index
     image, target = sample(rank)
     alone, together = new_step(rank), new_step(rank)
@@ -85,7 +95,9 @@ def main(out: Path) -> None:
             return super().__getitem__(index)
 
     start.CropDataset = Watched
-    minutes = 0.02 if os.environ["RANK"] == "0" else 60.0  # as if the other's clock were behind: both must still stop together
+    minutes = (
+        0.02 if os.environ["RANK"] == "0" else 60.0
+    )  # as if the other's clock were behind: both must still stop together
     limits = ["optim.steps=100000", f"optim.max_minutes={minutes}", f"optim.accumulate={ACCUMULATE}", "run.ema=0.9"]
     config = load_config(TrainConfig, None, [*SMALL, f"run.folder={out / 'run'}", *limits])
     accelerator = make_accelerator(config)

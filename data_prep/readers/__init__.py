@@ -1,8 +1,9 @@
 """Readers of source data: one file per layout on disk, and which of them a folder needs.
 
-Each reader lists cases without reading a voxel and loads one case when asked (``data_prep/cases.py``). A new layout is a new file and a
-line in ``READERS``. What bad input does is the same everywhere: a file that cannot become a case is a ``Problem`` of the listing, a case
-that cannot be loaded an ``InputError`` with its reason; nothing is dropped in silence and nothing on disk is changed.
+Each reader lists cases without reading a voxel and loads one case when asked (``data_prep/cases.py``). A new layout is
+a new file and a line in ``READERS``. What bad input does is the same everywhere: a file that cannot become a case is a
+``Problem`` of the listing, a case that cannot be loaded an ``InputError`` with its reason; nothing is dropped in
+silence and nothing on disk is changed.
 """
 
 from __future__ import annotations
@@ -69,18 +70,24 @@ def load_case(case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
 
 
 def find_sources(
-    paths: Sequence[Path], format: str | None = None, *, image_pattern: str | None = None, label_pattern: str | None = None
+    paths: Sequence[Path],
+    format: str | None = None,
+    *,
+    image_pattern: str | None = None,
+    label_pattern: str | None = None,
 ) -> list[tuple[RepairingReader, Path]]:
     """The data sets in folders, each with its reader.
 
     Args:
         paths: Data sets, or folders of data sets (of folders of data sets).
         format: Name of a reader that all of them need, or None to recognise each by itself.
-        image_pattern: For plain folders, where the images are; see ``plain``. Given together with ``label_pattern``; means ``plain``.
+        image_pattern: For plain folders, where the images are; see ``plain``. Given together with ``label_pattern``;
+            means ``plain``.
         label_pattern: For plain folders, where the labels are.
 
     Raises:
-        InputError: if a path is no folder, the format is unknown, nothing is recognised in a path, or two data sets have one name.
+        InputError: if a path is no folder, the format is unknown, nothing is recognised in a path, or two data sets
+            have one name.
     """
     if format is not None and format not in READERS:
         raise InputError(f"--format must be one of {', '.join(READERS)}, got {format!r}")

@@ -1,4 +1,6 @@
-"""One case from its files: images on one grid, labels brought onto it or refused, structures packed into layers that do not overlap."""
+"""One case from its files: images on one grid, labels brought onto it or refused, structures packed into layers that do
+not overlap.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +53,14 @@ def read_images(named: list[tuple[str, str]], *, repair_geometry: bool = False) 
         assert first is not None
         if difference := grid_difference(first.grid, volume.grid):
             if not repair_geometry or first.grid.shape_zyx != volume.grid.shape_zyx:
-                remedy = "resample it" if first.grid.shape_zyx != volume.grid.shape_zyx else "resample it, or give --repair-geometry"
-                raise InputError(f"channels must share one grid: {difference}: {first.source} and {volume.source}; {remedy}")
+                remedy = (
+                    "resample it"
+                    if first.grid.shape_zyx != volume.grid.shape_zyx
+                    else "resample it, or give --repair-geometry"
+                )
+                raise InputError(
+                    f"channels must share one grid: {difference}: {first.source} and {volume.source}; {remedy}"
+                )
             logger.warning("%s takes the grid of %s", volume.source, first.source)
             images[position] = (name, replace(volume, grid=first.grid))
     return images
@@ -65,14 +73,16 @@ def read_label_on(grid: Grid, path: str | Path, image: str, *, repair_geometry: 
         grid: The image's grid.
         path: The label map.
         image: The image, for messages.
-        repair_geometry: Mend a mismatch instead of refusing it: a label of the image's size takes the image's grid voxel for voxel (its
-            header is held to be wrong), one of another size is resampled by position, nearest voxel.
+        repair_geometry: Mend a mismatch instead of refusing it: a label of the image's size takes the image's grid
+            voxel for voxel (its header is held to be wrong), one of another size is resampled by position, nearest
+            voxel.
 
     Returns:
         (D, H, W) unsigned integers.
 
     Raises:
-        InputError: if the label cannot be read, or is on another grid; with ``repair_geometry``, if nothing of it lies in the image.
+        InputError: if the label cannot be read, or is on another grid; with ``repair_geometry``, if nothing of it lies
+            in the image.
     """
     array, own = read_label_map(path)
     return put_on(grid, array, own, str(path), image, repair_geometry=repair_geometry)
@@ -84,7 +94,9 @@ def put_on(grid: Grid, array: NDArray, own: Grid, label: str, image: str, *, rep
     if not difference:
         return array
     if not repair_geometry:
-        raise InputError(f"image and label must share one grid: {difference}: {image} and {label}; correct them, or give --repair-geometry")
+        raise InputError(
+            f"image and label must share one grid: {difference}: {image} and {label}; correct them, or give --repair-geometry"
+        )
     if grid.shape_zyx == own.shape_zyx:
         logger.warning("label takes the grid of its image (%s): %s", difference, label)
         return array
@@ -108,7 +120,8 @@ def single_structure(array: NDArray, label: str) -> NDArray[np.bool_]:
 
 
 def pack_layers(masks: Iterable[tuple[str, NDArray[np.bool_]]], shape_zyx: tuple[int, int, int]) -> list[LabelLayer]:
-    """Masks as label layers: each goes into the first layer where it overlaps nothing. Holds one mask at a time beside the layers.
+    """Masks as label layers: each goes into the first layer where it overlaps nothing. Holds one mask at a time beside
+    the layers.
 
     Args:
         masks: (name, (D, H, W) mask); a name that comes twice is one structure.
@@ -161,7 +174,9 @@ def check_named(values: list[int], names: Iterable[int], label: str, where: str)
         InputError: otherwise.
     """
     if unnamed := sorted(set(values) - set(names)):
-        raise InputError(f"label holds values that {where} does not name: {_listed(unnamed)}: {label}; add them to its labels")
+        raise InputError(
+            f"label holds values that {where} does not name: {_listed(unnamed)}: {label}; add them to its labels"
+        )
 
 
 def _listed(values: list[int]) -> str:

@@ -1,4 +1,6 @@
-"""The ``dataset.json`` of nnU-Net (version 1 and 2) and the Medical Segmentation Decathlon: labels, regions, channels, lists of files."""
+"""The ``dataset.json`` of nnU-Net (version 1 and 2) and the Medical Segmentation Decathlon: labels, regions, channels,
+lists of files.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ class LabelTable:
         return any(len(values) > 1 for values in self.structures.values())
 
     def layers(self, array: NDArray, label: str, *, open_ended: bool = False) -> list[LabelLayer]:
-        """A label map as layers: itself where each value is one structure, else structures by regions, overlapping ones apart.
+        """A label map as layers: itself where each value is one structure, else structures by regions, overlapping ones
+        apart.
 
         Args:
             array: (D, H, W) unsigned integers.
@@ -97,7 +100,8 @@ def _disjoint(numbered: list[tuple[int, str, frozenset[int]]]) -> list[list[tupl
 
 
 def label_table(about: dict[str, Any], path: Path) -> LabelTable:
-    """The labels of a ``dataset.json``: ``{"1": "liver"}`` (version 1, Decathlon) or ``{"liver": 1, "tumour": [2, 3]}`` (version 2).
+    """The labels of a ``dataset.json``: ``{"1": "liver"}`` (version 1, Decathlon) or ``{"liver": 1, "tumour": [2, 3]}``
+    (version 2).
 
     Raises:
         InputError: if there are none, they follow neither version, or two names share a value.
@@ -130,7 +134,9 @@ def label_table(about: dict[str, Any], path: Path) -> LabelTable:
 
 
 def channel_names(about: dict[str, Any]) -> list[str]:
-    """Names of the channels in order: ``channel_names`` of version 2, ``modality`` of version 1; empty where neither is a table."""
+    """Names of the channels in order: ``channel_names`` of version 2, ``modality`` of version 1; empty where neither is
+    a table.
+    """
     for key in ("channel_names", "modality"):
         table = about.get(key)
         if isinstance(table, dict) and all(str(k).isdigit() for k in table):

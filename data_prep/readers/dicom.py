@@ -1,7 +1,7 @@
 """DICOM: any tree of image series with DICOM-SEG or RTSTRUCT, as hospitals and The Cancer Imaging Archive deliver it.
 
-Headers tell what belongs together: a case is one image series with all SEGs and RTSTRUCTs that refer to it; other series are left alone.
-The subject is the patient ID, or the folder at the top where there is none.
+Headers tell what belongs together: a case is one image series with all SEGs and RTSTRUCTs that refer to it; other
+series are left alone. The subject is the patient ID, or the folder at the top where there is none.
 """
 
 from __future__ import annotations
@@ -92,17 +92,25 @@ class DicomReader:
             first = series[uid][0]
             if len({file.path.parent for file in series[uid]}) > 1:
                 where = ", ".join(sorted({str(file.path.parent) for file in series[uid]}))
-                problems.append(Problem(str(first.path.parent), f"series {uid} is spread over several folders: {where}; keep one copy"))
+                problems.append(
+                    Problem(
+                        str(first.path.parent), f"series {uid} is spread over several folders: {where}; keep one copy"
+                    )
+                )
                 continue
             person = _person(first, folder)
-            paths = {"folder": str(first.path.parent), "series": uid} | {f"label_{n:03d}": str(f.path) for n, f in enumerate(labels)}
+            paths = {"folder": str(first.path.parent), "series": uid} | {
+                f"label_{n:03d}": str(f.path) for n, f in enumerate(labels)
+            }
             case_id = f"{safe_name(person)}-{hashlib.sha256(uid.encode()).hexdigest()[:8]}"
             modality = _MODALITIES.get(first.modality, first.modality)
             cases.append(RawCase(case_id, facts.name, person, modality, None, self.name, paths))
         labelled = {case.subject for case in cases} | tried
         for person, path in sorted({_person(s[0], folder): s[0].path.parent for s in series.values()}.items()):
             if person not in labelled:
-                problems.append(Problem(str(path), f"image has no label: no SEG or RTSTRUCT refers to a series of {person}"))
+                problems.append(
+                    Problem(str(path), f"image has no label: no SEG or RTSTRUCT refers to a series of {person}")
+                )
         return cases, problems
 
     def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
@@ -131,7 +139,9 @@ def _all_masks(labels: list[Path], grid: Grid) -> Iterator[tuple[str, NDArray[np
 
 
 def _series_of(label: DicomFile, series: dict[str, list[DicomFile]]) -> str | Problem:
-    """The image series a SEG or RTSTRUCT was drawn on: the one it names, else the only one of its patient in its coordinate system."""
+    """The image series a SEG or RTSTRUCT was drawn on: the one it names, else the only one of its patient in its
+    coordinate system.
+    """
     held = [uid for uid in label.refers_to if uid in series]
     if len(held) == 1:
         return held[0]
@@ -145,7 +155,8 @@ def _series_of(label: DicomFile, series: dict[str, list[DicomFile]]) -> str | Pr
         near = [
             uid
             for uid, files in series.items()
-            if label.frame_of_reference and (files[0].frame_of_reference, files[0].patient) == (label.frame_of_reference, label.patient)
+            if label.frame_of_reference
+            and (files[0].frame_of_reference, files[0].patient) == (label.frame_of_reference, label.patient)
         ]
         if len(near) == 1:
             return near[0]

@@ -1,8 +1,10 @@
-"""What is known of a dataset beside its voxels: from its own ``dataset.json``, and from a ``source.json`` that the user may add.
+"""What is known of a dataset beside its voxels: from its own ``dataset.json``, and from a ``source.json`` that the user
+may add.
 
-``source.json`` lies in the source's folder and may state ``licence``, ``licence_flag``, ``attribution``, ``url``, ``modality``,
-``label_kind``, ``labels`` (name to value, for layouts that carry no names), ``subject_pattern`` (a regular expression whose first group is
-the person in a case's name) and ``spacing_order`` (CVPR npz). It has the last word.
+``source.json`` lies in the source's folder and may state ``licence``, ``licence_flag``, ``attribution``, ``url``,
+``modality``,
+``label_kind``, ``labels`` (name to value, for layouts that carry no names), ``subject_pattern`` (a regular expression
+whose first group is the person in a case's name) and ``spacing_order`` (CVPR npz). It has the last word.
 """
 
 from __future__ import annotations
@@ -17,7 +19,17 @@ from data_prep.cases import SourceFacts
 from data_prep.readers.names import safe_name, subject_of
 from samed3d.errors import InputError
 
-_KEYS = {"licence", "licence_flag", "attribution", "url", "modality", "label_kind", "labels", "spacing_order", "subject_pattern"}
+_KEYS = {
+    "licence",
+    "licence_flag",
+    "attribution",
+    "url",
+    "modality",
+    "label_kind",
+    "labels",
+    "spacing_order",
+    "subject_pattern",
+}
 _CHOICES = {"licence_flag": ("ok", "unclear"), "label_kind": ("semantic", "instance"), "spacing_order": ("xyz", "zyx")}
 
 
@@ -84,7 +96,8 @@ def facts_of(folder: Path, reader: str, about: dict[str, Any] | None = None, *, 
 
 
 def subject_rule(folder: Path) -> Callable[[str], str]:
-    """How to tell the person from a case's name: by ``subject_pattern`` of ``source.json``, else by the patterns of ``names.subject_of``.
+    """How to tell the person from a case's name: by ``subject_pattern`` of ``source.json``, else by the patterns of
+    ``names.subject_of``.
 
     Raises:
         InputError: if the pattern is no regular expression with a group.
@@ -95,7 +108,9 @@ def subject_rule(folder: Path) -> Callable[[str], str]:
     try:
         regex = re.compile(pattern)
     except (re.error, TypeError) as error:
-        raise InputError(f"subject_pattern must be a regular expression, got {pattern!r} ({error}): {folder / 'source.json'}") from error
+        raise InputError(
+            f"subject_pattern must be a regular expression, got {pattern!r} ({error}): {folder / 'source.json'}"
+        ) from error
     if regex.groups < 1:
         raise InputError(
             f"subject_pattern must have a group that is the person, as in '^(\\d+)_', got {pattern!r}: {folder / 'source.json'}"
@@ -109,13 +124,16 @@ def subject_rule(folder: Path) -> Callable[[str], str]:
 
 
 def source_json_path(folder: Path) -> dict[str, str]:
-    """The path of a folder's ``source.json`` for ``RawCase.paths``, where loading a case depends on it and it is there."""
+    """The path of a folder's ``source.json`` for ``RawCase.paths``, where loading a case depends on it and it is
+    there.
+    """
     path = folder / "source.json"
     return {"source_json": str(path)} if path.is_file() else {}
 
 
 def value_names(paths: dict[str, str]) -> dict[int, str]:
-    """Names of label values from the ``labels`` of a case's ``source.json`` (name to value); empty where it states none.
+    """Names of label values from the ``labels`` of a case's ``source.json`` (name to value); empty where it states
+    none.
 
     Raises:
         InputError: if they are not a table of name to whole number.

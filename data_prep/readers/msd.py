@@ -1,7 +1,8 @@
-"""Medical Segmentation Decathlon: ``dataset.json`` lists image and label of each case, and several modalities are one 4D image.
+"""Medical Segmentation Decathlon: ``dataset.json`` lists image and label of each case, and several modalities are one
+4D image.
 
-nnU-Net's version 1 has the same ``dataset.json``, but a channel number in its file names: a list whose first image exists under the
-listed name is the Decathlon's.
+nnU-Net's version 1 has the same ``dataset.json``, but a channel number in its file names: a list whose first image
+exists under the listed name is the Decathlon's.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class MsdReader:
         problems = []
         listed: set[Path] = set()
         for entry in [*about["training"], *about.get("validation", ())]:
-            if not (isinstance(entry, dict) and isinstance(entry.get("image"), str) and isinstance(entry.get("label"), str)):
+            if not (
+                isinstance(entry, dict) and isinstance(entry.get("image"), str) and isinstance(entry.get("label"), str)
+            ):
                 problems.append(Problem(str(path), f"training entry must name image and label, got {entry!r}"))
                 continue
             image, label = folder / entry["image"], folder / entry["label"]
@@ -66,7 +69,9 @@ class MsdReader:
                 problems.append(Problem(str(absent[0]), "listed in dataset.json but not there"))
                 continue
             if case_id in cases:
-                problems.append(Problem(str(image), f"two cases have the id {case_id}; this one is left out, rename it"))
+                problems.append(
+                    Problem(str(image), f"two cases have the id {case_id}; this one is left out, rename it")
+                )
                 continue
             paths = {"image": str(image), "label": str(label), "dataset_json": str(path)}
             cases[case_id] = RawCase(case_id, facts.name, person(name), facts.modality, None, self.name, paths)
@@ -79,8 +84,8 @@ class MsdReader:
         """The modalities of a case, one 3D image each, and its label.
 
         Raises:
-            InputError: if a file cannot be used, grids differ, a label value is not in ``dataset.json``, or the image does not hold as
-                many volumes as ``dataset.json`` names modalities.
+            InputError: if a file cannot be used, grids differ, a label value is not in ``dataset.json``, or the image
+                does not hold as many volumes as ``dataset.json`` names modalities.
         """
         path = Path(case.paths["dataset_json"])
         about = read_json(path)
@@ -88,7 +93,9 @@ class MsdReader:
         image = case.paths["image"]
         volumes = count_volumes(image)
         if volumes != len(names):
-            raise InputError(f"image must hold one volume per modality of dataset.json ({len(names)}), got {volumes}: {image}")
+            raise InputError(
+                f"image must hold one volume per modality of dataset.json ({len(names)}), got {volumes}: {image}"
+            )
         images = [(name, read_volume(image, channel=n if volumes > 1 else None)) for n, name in enumerate(names)]
         grid = images[0][1].grid
         array = read_label_on(grid, case.paths["label"], image, repair_geometry=repair_geometry)

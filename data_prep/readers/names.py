@@ -47,10 +47,14 @@ def without_suffix(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> str:
 
 
 def image_files(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
-    """Image files directly in a folder, sorted; hidden files (as macOS leaves in archives) do not count. Empty where there is no folder."""
+    """Image files directly in a folder, sorted; hidden files (as macOS leaves in archives) do not count. Empty where
+    there is no folder.
+    """
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.is_file() and p.name.lower().endswith(suffixes) and not p.name.startswith("."))
+    return sorted(
+        p for p in folder.iterdir() if p.is_file() and p.name.lower().endswith(suffixes) and not p.name.startswith(".")
+    )
 
 
 def subfolders(folder: Path) -> list[Path]:

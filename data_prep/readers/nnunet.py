@@ -1,7 +1,9 @@
-"""nnU-Net raw data, version 1 and 2: ``dataset.json``, ``imagesTr/CASE_0000.nii.gz``, ``labelsTr/CASE.nii.gz``, and the same with Ts.
+"""nnU-Net raw data, version 1 and 2: ``dataset.json``, ``imagesTr/CASE_0000.nii.gz``, ``labelsTr/CASE.nii.gz``, and the
+same with Ts.
 
-Version 2 may list its files in ``dataset`` instead, name regions made of several values, and use another ``file_ending``. A folder without
-any image is a set of label maps, from which images can be generated. Images in ``imagesTs`` without a ``labelsTs`` are no cases.
+Version 2 may list its files in ``dataset`` instead, name regions made of several values, and use another
+``file_ending``. A folder without any image is a set of label maps, from which images can be generated. Images in
+``imagesTs`` without a ``labelsTs`` are no cases.
 """
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ class NnunetReader:
         label_table(about, path)
         ending = str(about.get("file_ending", ".nii.gz")).lower()
         if ending not in SUFFIXES:
-            raise InputError(f"file_ending must be one of {' '.join(SUFFIXES)}, got {ending!r}: {path}; convert the files")
+            raise InputError(
+                f"file_ending must be one of {' '.join(SUFFIXES)}, got {ending!r}: {path}; convert the files"
+            )
         facts, person = self.source(folder), subject_rule(folder)
         subjects = {str(c["case"]): str(c["subject"]) for c in about.get("cases", ()) if "case" in c and "subject" in c}
         tested = bool(image_files(folder / "labelsTs", (ending,)))
@@ -90,7 +94,11 @@ class NnunetReader:
                 paths = {f"image_{number:04d}": str(p) for number, p in sorted(files.channels.items())}
                 paths |= {"label": str(files.label), "dataset_json": str(path)} | source_json_path(folder)
                 split = "test" if part == "Ts" else "train" if tested else None
-                cases.append(RawCase(case_id, facts.name, subjects.get(name) or person(name), facts.modality, split, self.name, paths))
+                cases.append(
+                    RawCase(
+                        case_id, facts.name, subjects.get(name) or person(name), facts.modality, split, self.name, paths
+                    )
+                )
         return cases, problems + _listed_but_absent(folder, about)
 
     def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
@@ -117,8 +125,12 @@ class NnunetReader:
         return RawArrays(images, grid, table.layers(array, label, open_ended=open_ended))
 
 
-def _parts(folder: Path, about: dict[str, Any], ending: str, problems: list[Problem]) -> Iterator[tuple[str, dict[str, _Files]]]:
-    """Files by case of each part ("Tr", "Ts", or "" for what ``dataset`` lists); what has no case's name goes to ``problems``."""
+def _parts(
+    folder: Path, about: dict[str, Any], ending: str, problems: list[Problem]
+) -> Iterator[tuple[str, dict[str, _Files]]]:
+    """Files by case of each part ("Tr", "Ts", or "" for what ``dataset`` lists); what has no case's name goes to
+    ``problems``.
+    """
     if isinstance(about.get("dataset"), dict):
         yield "", _listed(folder, about["dataset"], problems)
         return
@@ -138,7 +150,12 @@ def _parts(folder: Path, about: dict[str, Any], ending: str, problems: list[Prob
                 problems.append(Problem(str(path), f"image name must end in a channel number, CASE_0000{ending}"))
             else:
                 found[match.group(1)].channels[int(match.group(2))] = path
-        strange = [p for what in ("images", "labels") for p in image_files(folder / f"{what}{part}") if not p.name.lower().endswith(ending)]
+        strange = [
+            p
+            for what in ("images", "labels")
+            for p in image_files(folder / f"{what}{part}")
+            if not p.name.lower().endswith(ending)
+        ]
         problems += [Problem(str(p), f"name must end in {ending} (file_ending of dataset.json)") for p in strange]
         yield part, found
 
@@ -181,7 +198,9 @@ def _listed_but_absent(folder: Path, about: dict[str, Any]) -> list[Problem]:
             continue
         label = folder / entry["label"]
         if label in seen:
-            problems.append(Problem(str(label), "listed twice in dataset.json; two cases cannot have one id, it is taken once"))
+            problems.append(
+                Problem(str(label), "listed twice in dataset.json; two cases cannot have one id, it is taken once")
+            )
         elif not label.is_file():
             problems.append(Problem(str(label), "listed in dataset.json but not there"))
         seen.add(label)

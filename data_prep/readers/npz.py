@@ -1,7 +1,9 @@
-"""The npz files of the CVPR 2025 challenge for interactive 3D segmentation: ``imgs``, ``gts`` and ``spacing`` of one case per file.
+"""The npz files of the CVPR 2025 challenge for interactive 3D segmentation: ``imgs``, ``gts`` and ``spacing`` of one
+case per file.
 
-Files carry no position and no names of their labels. ``spacing`` is taken as x, y, z, as the challenge's preparation wrote it from
-SimpleITK; for files written otherwise, ``source.json`` may say ``"spacing_order": "zyx"``. Nothing in a file is executed.
+Files carry no position and no names of their labels. ``spacing`` is taken as x, y, z, as the challenge's preparation
+wrote it from SimpleITK; for files written otherwise, ``source.json`` may say ``"spacing_order": "zyx"``. Nothing in a
+file is executed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,15 @@ from samed3d.volume import Volume
 from samed3d.volume.label_maps import whole_numbers
 
 _SUFFIX = (".npz",)
-_MODALITIES = {"ct": "CT", "mr": "MR", "mri": "MR", "pet": "PET", "us": "US", "microscopy": "microscopy", "microscope": "microscopy"}
+_MODALITIES = {
+    "ct": "CT",
+    "mr": "MR",
+    "mri": "MR",
+    "pet": "PET",
+    "us": "US",
+    "microscopy": "microscopy",
+    "microscope": "microscopy",
+}
 
 
 class NpzReader:
@@ -64,7 +74,8 @@ class NpzReader:
         """Image and labels of a file.
 
         Raises:
-            InputError: if the file is damaged, an array is not 3D or of another shape, or the spacing is not three positive numbers.
+            InputError: if the file is damaged, an array is not 3D or of another shape, or the spacing is not three
+                positive numbers.
         """
         path = Path(case.paths["npz"])
         order = str(read_source_json(path.parent).get("spacing_order", "xyz"))
@@ -73,11 +84,15 @@ class NpzReader:
                 image, labels = stored["imgs"], stored["gts"]
                 spacing = stored["spacing"] if "spacing" in stored.files else None
         except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-            raise InputError(f"npz is damaged, or holds Python objects, which are not read: {path} ({error})") from error
+            raise InputError(
+                f"npz is damaged, or holds Python objects, which are not read: {path} ({error})"
+            ) from error
         if image.ndim != 3:
             raise InputError(f"imgs must be 3D, got {image.ndim}D {image.shape}: {path}")
         if labels.shape != image.shape:
-            raise InputError(f"image and label must share one grid: imgs is {image.shape} and gts is {labels.shape}: {path}")
+            raise InputError(
+                f"image and label must share one grid: imgs is {image.shape} and gts is {labels.shape}: {path}"
+            )
         low, high = _finite_range(image, path)
         if low == high:
             raise InputError(f"image is constant, every voxel is {low:g}: {path}; there is nothing to segment")

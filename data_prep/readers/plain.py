@@ -1,9 +1,10 @@
 """Any folder of images and labels that a pattern can describe.
 
-A pattern is a path below the source with ``{case}``, as in ``images/{case}.nii.gz`` and ``labels/{case}_seg.nii.gz``. An image pattern
-may have ``{channel}`` (one file per channel), a label pattern ``{label}`` (one file per structure); ``{suffix}`` is any image suffix and
-``*`` any text within a name. Without patterns, a few usual layouts are tried. A label map's names come from ``labels`` in ``source.json``
-(name to value), else they are numbered.
+A pattern is a path below the source with ``{case}``, as in ``images/{case}.nii.gz`` and ``labels/{case}_seg.nii.gz``.
+An image pattern may have ``{channel}`` (one file per channel), a label pattern ``{label}`` (one file per structure);
+``{suffix}`` is any image suffix and
+``*`` any text within a name. Without patterns, a few usual layouts are tried. A label map's names come from ``labels``
+in ``source.json`` (name to value), else they are numbered.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ class PlainReader:
         """
         if (image_pattern is None) != (label_pattern is None):
             raise InputError("--image-pattern and --label-pattern must be given together")
-        for flag, pattern, other in (("--image-pattern", image_pattern, "channel"), ("--label-pattern", label_pattern, "label")):
+        for flag, pattern, other in (
+            ("--image-pattern", image_pattern, "channel"),
+            ("--label-pattern", label_pattern, "label"),
+        ):
             if pattern is None:
                 continue
             places = re.findall(r"\{(.*?)\}", pattern)
@@ -74,7 +78,9 @@ class PlainReader:
         """
         patterns = self._patterns(folder)
         if patterns is None:
-            raise InputError(f"no image with a label in {folder}; say where they are with --image-pattern and --label-pattern")
+            raise InputError(
+                f"no image with a label in {folder}; say where they are with --image-pattern and --label-pattern"
+            )
         facts, person = self.source(folder), subject_rule(folder)
         labels, images = match_files(folder, patterns[1]), match_files(folder, patterns[0])
         of_labels = {path for files in labels.values() for _, path in files}
@@ -91,7 +97,9 @@ class PlainReader:
             if reason:
                 problems.append(Problem(str((mine or masks)[0][1]), reason))
                 continue
-            paths = {f"image:{name}": str(path) for name, path in mine} | {f"label:{name}": str(path) for name, path in masks}
+            paths = {f"image:{name}": str(path) for name, path in mine} | {
+                f"label:{name}": str(path) for name, path in masks
+            }
             paths |= source_json_path(folder)
             cases.append(RawCase(safe_name(case), facts.name, person(case), facts.modality, None, self.name, paths))
         return cases, problems
@@ -100,14 +108,19 @@ class PlainReader:
         """The channels of a case and its label map, or its structures packed into layers.
 
         Raises:
-            InputError: if a file cannot be used, grids differ, or ``source.json`` names labels but not all that are there.
+            InputError: if a file cannot be used, grids differ, or ``source.json`` names labels but not all that are
+                there.
         """
-        named = [(k.removeprefix("image:") or case.modality, p) for k, p in case.paths.items() if k.startswith("image:")]
+        named = [
+            (k.removeprefix("image:") or case.modality, p) for k, p in case.paths.items() if k.startswith("image:")
+        ]
         images = read_images(named, repair_geometry=repair_geometry)
         grid, source = images[0][1].grid, images[0][1].source
         labels = {k.removeprefix("label:"): p for k, p in case.paths.items() if k.startswith("label:")}
         if set(labels) != {""}:
-            masks = structure_masks([(n, Path(p)) for n, p in labels.items()], grid, source, repair_geometry=repair_geometry)
+            masks = structure_masks(
+                [(n, Path(p)) for n, p in labels.items()], grid, source, repair_geometry=repair_geometry
+            )
             try:
                 return RawArrays(images, grid, pack_layers(masks, grid.shape_zyx))
             except EmptyLabelError as error:
@@ -116,7 +129,9 @@ class PlainReader:
         stated, values = value_names(case.paths), present_values(array)
         if stated:
             check_named(values, stated, labels[""], "source.json")
-        return RawArrays(images, grid, [LabelLayer(array, {value: stated.get(value, f"label {value}") for value in values})])
+        return RawArrays(
+            images, grid, [LabelLayer(array, {value: stated.get(value, f"label {value}") for value in values})]
+        )
 
     def _patterns(self, folder: Path) -> tuple[str, str] | None:
         """The patterns given, or the first usual ones, if an image of the folder has a label by them."""
@@ -129,7 +144,8 @@ def match_files(folder: Path, pattern: str) -> dict[str, list[tuple[str, Path]]]
 
     Args:
         folder: Where the pattern starts.
-        pattern: A relative path with ``{case}`` and possibly ``{channel}`` or ``{label}``; a place that comes twice must match alike.
+        pattern: A relative path with ``{case}`` and possibly ``{channel}`` or ``{label}``; a place that comes twice
+            must match alike.
 
     Returns:
         Case to (channel or label or "", path), sorted.
@@ -144,7 +160,9 @@ def match_files(folder: Path, pattern: str) -> dict[str, list[tuple[str, Path]]]
         elif place in seen:
             expression += f"(?P={place})"
         else:
-            expression += f"(?P<{place}>[^/]+{'' if place == 'case' else '?'})"  # what follows a case is short: BraTS_001_t1
+            expression += (
+                f"(?P<{place}>[^/]+{'' if place == 'case' else '?'})"  # what follows a case is short: BraTS_001_t1
+            )
             seen.add(place)
     regex = re.compile(expression)
     levels = "/".join("*" for _ in Path(pattern).parts)

@@ -1,7 +1,8 @@
-"""The layout that SAM-Med3D trains on: ``CATEGORY/DATASET/imagesTr/CASE.nii.gz`` with one binary ``labelsTr/CASE.nii.gz``.
+"""The layout that SAM-Med3D trains on: ``CATEGORY/DATASET/imagesTr/CASE.nii.gz`` with one binary
+``labelsTr/CASE.nii.gz``.
 
-There each image is stored once per category. Here the copies become one case with one structure per category: they are found by dataset
-and file name, and must be equal in content when they are loaded.
+There each image is stored once per category. Here the copies become one case with one structure per category: they are
+found by dataset and file name, and must be equal in content when they are loaded.
 """
 
 from __future__ import annotations
@@ -44,7 +45,11 @@ class SaMed3dReader:
         """Whether there are images and labels two folders down, without ``dataset.json`` (that would be nnU-Net)."""
         for category in subfolders(folder):
             for dataset in subfolders(category):
-                if (dataset / "imagesTr").is_dir() and (dataset / "labelsTr").is_dir() and not (dataset / "dataset.json").exists():
+                if (
+                    (dataset / "imagesTr").is_dir()
+                    and (dataset / "labelsTr").is_dir()
+                    and not (dataset / "dataset.json").exists()
+                ):
                     return True
         return False
 
@@ -74,27 +79,39 @@ class SaMed3dReader:
                 problems += [Problem(str(p), f"label has no image in images{part}") for p in copies.labels.values()]
                 continue
             problems += [
-                Problem(str(path), f"image has no label in labels{part} of this category; the case is taken with its other labels")
+                Problem(
+                    str(path),
+                    f"image has no label in labels{part} of this category; the case is taken with its other labels",
+                )
                 for category, path in copies.images.items()
                 if category not in copies.labels
             ]
-            paths = {f"image:{c}": str(p) for c, p in copies.images.items()} | {f"label:{c}": str(p) for c, p in copies.labels.items()}
+            paths = {f"image:{c}": str(p) for c, p in copies.images.items()} | {
+                f"label:{c}": str(p) for c, p in copies.labels.items()
+            }
             case_id = safe_name(f"{dataset_name}.{name}" if part == "Tr" else f"{dataset_name}.{name}.{part}")
             modality = _MODALITIES.get(dataset_name.split("_")[0].lower(), facts.modality)
             split = None if part == "Tr" else "test"
-            cases.append(RawCase(case_id, facts.name, f"{dataset_name}.{person(name)}", modality, split, self.name, paths))
+            cases.append(
+                RawCase(case_id, facts.name, f"{dataset_name}.{person(name)}", modality, split, self.name, paths)
+            )
         return cases, problems
 
     def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
         """The image and a structure per category.
 
         Raises:
-            InputError: if a file cannot be used, grids differ, a label is not binary, or the copies of the image are not one image.
+            InputError: if a file cannot be used, grids differ, a label is not binary, or the copies of the image are
+                not one image.
         """
         copies = [path for key, path in sorted(case.paths.items()) if key.startswith("image:")]
         image = read_image(copies[0])
         _check_copies(image, copies)
-        labels = [(key.removeprefix("label:"), Path(path)) for key, path in sorted(case.paths.items()) if key.startswith("label:")]
+        labels = [
+            (key.removeprefix("label:"), Path(path))
+            for key, path in sorted(case.paths.items())
+            if key.startswith("label:")
+        ]
         masks = structure_masks(labels, image.grid, image.source, repair_geometry=repair_geometry)
         try:
             layers = pack_layers(masks, image.grid.shape_zyx)
@@ -115,7 +132,9 @@ def _check_copies(image: Volume, paths: list[str]) -> None:
             continue
         other = read_image(path)
         if grid_difference(image.grid, other.grid) or not np.array_equal(image.array, other.array):
-            raise InputError(f"two different images have one dataset and name: {paths[0]} and {path}; rename one with its label")
+            raise InputError(
+                f"two different images have one dataset and name: {paths[0]} and {path}; rename one with its label"
+            )
 
 
 def _digest(path: str) -> str:

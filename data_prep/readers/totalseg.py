@@ -1,6 +1,8 @@
-"""TotalSegmentator's layout: one folder per subject with ``ct.nii.gz`` or ``mri.nii.gz`` and ``segmentations/STRUCTURE.nii.gz``.
+"""TotalSegmentator's layout: one folder per subject with ``ct.nii.gz`` or ``mri.nii.gz`` and
+``segmentations/STRUCTURE.nii.gz``.
 
-``meta.csv`` at the top prescribes the split, where it is there; its "val" counts as training, as only "test" was kept apart.
+``meta.csv`` at the top prescribes the split, where it is there; its "val" counts as training, as only "test" was kept
+apart.
 """
 
 from __future__ import annotations
@@ -59,7 +61,9 @@ class TotalsegReader:
                 continue
             paths = {"image": str(images[0]), "segmentations": str(sub / "segmentations")}
             modality = _IMAGES[without_suffix(images[0]).lower()]
-            cases.append(RawCase(safe_name(sub.name), facts.name, sub.name, modality, splits.get(sub.name), self.name, paths))
+            cases.append(
+                RawCase(safe_name(sub.name), facts.name, sub.name, modality, splits.get(sub.name), self.name, paths)
+            )
         return cases, problems
 
     def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
@@ -71,7 +75,10 @@ class TotalsegReader:
         image = read_image(case.paths["image"])
         folder = Path(case.paths["segmentations"])
         masks = structure_masks(
-            [(without_suffix(p), p) for p in image_files(folder)], image.grid, image.source, repair_geometry=repair_geometry
+            [(without_suffix(p), p) for p in image_files(folder)],
+            image.grid,
+            image.source,
+            repair_geometry=repair_geometry,
         )
         try:
             layers = pack_layers(masks, image.grid.shape_zyx)

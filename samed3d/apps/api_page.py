@@ -1,4 +1,6 @@
-"""The page ``/docs``: every route of the OpenAPI description, without scripts and without anything from another site."""
+"""The page ``/docs``: every route of the OpenAPI description, without scripts and without anything from another
+site.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def api_page(description: dict[str, Any]) -> str:
     groups: dict[str, list[str]] = {}
     for path, methods in description["paths"].items():
         for method, operation in methods.items():
-            groups.setdefault((operation.get("tags") or ["other"])[0], []).append(_operation(method, path, operation, description))
+            groups.setdefault((operation.get("tags") or ["other"])[0], []).append(
+                _operation(method, path, operation, description)
+            )
     info = description["info"]
     body = "".join(f"<h2>{escape(name)}</h2>{''.join(entries)}" for name, entries in groups.items())
     return (
@@ -34,7 +38,9 @@ def api_page(description: dict[str, Any]) -> str:
 
 def _operation(method: str, path: str, operation: dict[str, Any], description: dict[str, Any]) -> str:
     head = f"<b>{method.upper()}</b><code>{escape(path)}</code> {escape(operation.get('summary', ''))}"
-    lines = [f"{p['name']} ({p['in']}{', required' if p.get('required') else ''})" for p in operation.get("parameters", [])]
+    lines = [
+        f"{p['name']} ({p['in']}{', required' if p.get('required') else ''})" for p in operation.get("parameters", [])
+    ]
     for kind, content in operation.get("requestBody", {}).get("content", {}).items():
         lines.append(f"body {kind}: {_schema(content.get('schema', {}), description)}")
     return f"<details><summary>{head}</summary><pre>{escape(chr(10).join(lines) or 'no parameters')}</pre></details>"

@@ -1,4 +1,6 @@
-"""``POST /segment``: one image and its prompts in, the mask file out, nothing kept. Who clicks uses sessions (``rest.py``)."""
+"""``POST /segment``: one image and its prompts in, the mask file out, nothing kept. Who clicks uses sessions
+(``rest.py``).
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def batch_routes(service: Service) -> APIRouter:
     """The route ``/segment``."""
     routes = APIRouter()
 
-    @routes.post("/segment", tags=["one shot"], summary="An image and its prompts in, the mask out", openapi_extra=_SCHEMA)
+    @routes.post(
+        "/segment", tags=["one shot"], summary="An image and its prompts in, the mask out", openapi_extra=_SCHEMA
+    )
     async def segment(request: Request) -> FileResponse:
         folder = Path(tempfile.mkdtemp(prefix=".segment-", dir=service.options.sessions))
         try:
@@ -86,7 +90,10 @@ def batch_routes(service: Service) -> APIRouter:
             remove_files(folder)
             raise
         return FileResponse(
-            target, media_type="application/octet-stream", filename=target.name, background=BackgroundTask(remove_files, folder)
+            target,
+            media_type="application/octet-stream",
+            filename=target.name,
+            background=BackgroundTask(remove_files, folder),
         )
 
     return routes

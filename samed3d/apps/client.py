@@ -7,7 +7,8 @@
         s.mask_of(1)
         s.export("mask.nii.gz")
 
-The masks are kept here and patched with what each call changed. One thread at a time per client. What travels is in ``protocol.py``.
+The masks are kept here and patched with what each call changed. One thread at a time per client. What travels is in
+``protocol.py``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ _NIFTI_HEADER = 352
 
 @dataclass
 class RemoteUpdate:
-    """What one call changed, as ``MaskUpdate``: box (stored zyx), mask inside it, seconds on the server, object, prompt."""
+    """What one call changed, as ``MaskUpdate``: box (stored zyx), mask inside it, seconds on the server, object,
+    prompt.
+    """
 
     region: Region
     mask: NDArray[np.uint8]
@@ -66,7 +69,9 @@ class RemoteObject:
 class Client(Connection):
     """A connection to ``samed3d serve``; the arguments are those of ``Connection``."""
 
-    def open(self, image: str | Path, model: str | None = None, channel: int | None = None, series: str | None = None) -> RemoteSession:
+    def open(
+        self, image: str | Path, model: str | None = None, channel: int | None = None, series: str | None = None
+    ) -> RemoteSession:
         """Upload an image file (or a zip of a DICOM folder) and open it.
 
         Raises:
@@ -75,15 +80,21 @@ class Client(Connection):
         """
         path = Path(image)
         if not path.is_file():
-            raise InputError(f"image must be a file to upload, got {path}; a folder of the server is opened with open_path")
+            raise InputError(
+                f"image must be a file to upload, got {path}; a folder of the server is opened with open_path"
+            )
         query = urllib.parse.urlencode(_given(name=path.name, model=model, channel=channel, series=series))
         with path.open("rb") as file:
             headers = {"Content-Type": "application/octet-stream", "Content-Length": str(path.stat().st_size)}
             return RemoteSession(self, self.send("POST", f"/api/sessions/upload?{query}", file, headers))
 
-    def open_path(self, path: str, model: str | None = None, channel: int | None = None, series: str | None = None) -> RemoteSession:
+    def open_path(
+        self, path: str, model: str | None = None, channel: int | None = None, series: str | None = None
+    ) -> RemoteSession:
         """Open an image that lies in one of the server's folders."""
-        return RemoteSession(self, self.call("POST", "/api/sessions", _given(path=path, model=model, channel=channel, series=series)))
+        return RemoteSession(
+            self, self.call("POST", "/api/sessions", _given(path=path, model=model, channel=channel, series=series))
+        )
 
     def open_example(self, model: str | None = None) -> RemoteSession:
         """Open the server's example."""
@@ -205,7 +216,9 @@ class RemoteSession:
         buffer = io.BytesIO()
         self._client.fetch(f"{self._path}/objects/{object_id or self.current}/probability.nii.gz", buffer)
         raw = gzip.decompress(buffer.getvalue())
-        return (np.frombuffer(raw, np.uint8, offset=_NIFTI_HEADER).reshape(self._shape) / np.float32(255.0)).astype(np.float32)
+        return (np.frombuffer(raw, np.uint8, offset=_NIFTI_HEADER).reshape(self._shape) / np.float32(255.0)).astype(
+            np.float32
+        )
 
     def suggest_click(self, object_id: int | None = None) -> Point:
         """A click where the model is least certain."""
@@ -241,7 +254,8 @@ class RemoteSession:
         return self.size_ijk[::-1]
 
     def _edit(self, method: str, path: str, body: dict[str, Any] | None = None) -> RemoteUpdate:
-        # What is held here is of this revision: an edit on top of somebody else's is refused, and refresh() shows theirs.
+        # What is held here is of this revision: an edit on top of somebody else's is refused, and refresh() shows
+        # theirs.
         if body is None:
             path += f"?revision={self.revision}"
         else:
@@ -252,7 +266,11 @@ class RemoteSession:
         for gone in set(self._masks) - known:
             del self._masks[gone]
         update = RemoteUpdate(
-            Region((0, 0, 0), (0, 0, 0)), np.zeros((0, 0, 0), np.uint8), answer["seconds"], self.current, answer["prompt_id"] or 0
+            Region((0, 0, 0), (0, 0, 0)),
+            np.zeros((0, 0, 0), np.uint8),
+            answer["seconds"],
+            self.current,
+            answer["prompt_id"] or 0,
         )
         for entry in answer["updates"]:
             update.object_id, update.region, update.mask = update_from_json(entry, self.size_ijk)

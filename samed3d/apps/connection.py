@@ -1,4 +1,6 @@
-"""HTTP to a server of ours with the standard library: one kept connection, the token, JSON, errors. What is asked is in ``client.py``."""
+"""HTTP to a server of ours with the standard library: one kept connection, the token, JSON, errors. What is asked is in
+``client.py``.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ class RemoteError(RuntimeError):
     """An answer other than success.
 
     Attributes:
-        status: HTTP status; 409 when the session was changed elsewhere, 401 for a wrong token, 503 when the server is full.
+        status: HTTP status; 409 when the session was changed elsewhere, 401 for a wrong token, 503 when the server is
+            full.
     """
 
     def __init__(self, status: int, message: str) -> None:
@@ -77,14 +80,18 @@ class Connection:
             content = answer.read()
         return json.loads(content) if content else None
 
-    def _request(self, method: str, path: str, body: bytes | IO[bytes] | None, headers: dict[str, str]) -> http.client.HTTPResponse:
+    def _request(
+        self, method: str, path: str, body: bytes | IO[bytes] | None, headers: dict[str, str]
+    ) -> http.client.HTTPResponse:
         if self._token:
             headers = {**headers, "Authorization": f"Bearer {self._token}"}
         try:
             answer = self._answer(method, path, body, headers)
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
-            raise RemoteError(0, f"the server at {self._connection.host}:{self._connection.port} does not answer ({error})") from error
+            raise RemoteError(
+                0, f"the server at {self._connection.host}:{self._connection.port} does not answer ({error})"
+            ) from error
         if answer.status >= 400:
             with answer:
                 content = answer.read(1 << 16)
@@ -95,7 +102,9 @@ class Connection:
             raise RemoteError(answer.status, str(detail))
         return answer
 
-    def _answer(self, method: str, path: str, body: bytes | IO[bytes] | None, headers: dict[str, str]) -> http.client.HTTPResponse:
+    def _answer(
+        self, method: str, path: str, body: bytes | IO[bytes] | None, headers: dict[str, str]
+    ) -> http.client.HTTPResponse:
         if time.monotonic() - self._used > IDLE_SECONDS:
             self._connection.close()  # the server may be about to close it; an edit that fell into that gap could not be sent again
         self._used = time.monotonic()

@@ -1,8 +1,8 @@
 """``samed3d demo``: a generated body, its organs clicked as a user would, and what came of it.
 
-The body is made of tissue-like intensities, so it needs no data and no licence; it is not a patient, and its Dice says only that the
-program works. Everything goes through ``Session``, as it does for a user. Read ``inference/session.py`` next, ``data/phantom.py`` for
-the body.
+The body is made of tissue-like intensities, so it needs no data and no licence; it is not a patient, and its Dice says
+only that the program works. Everything goes through ``Session``, as it does for a user. Read ``inference/session.py``
+next, ``data/phantom.py`` for the body.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class OrganResult:
 
     Attributes:
         name: The organ.
-        dice: Overlap with the generated label after each click, 0 to 1; shorter than ``CLICKS`` where a mask became perfect.
+        dice: Overlap with the generated label after each click, 0 to 1; shorter than ``CLICKS`` where a mask became
+            perfect.
         seconds: Duration of each click's prediction.
     """
 
@@ -48,7 +49,9 @@ class OrganResult:
     seconds: list[float] = field(default_factory=list)
 
 
-def run_demo(out: Path, model: str = "default", seed: int = 0, device: str = "auto", *, quiet: bool = False) -> list[OrganResult]:
+def run_demo(
+    out: Path, model: str = "default", seed: int = 0, device: str = "auto", *, quiet: bool = False
+) -> list[OrganResult]:
     """Generate a body, click each organ up to five times, write volume, masks, prompts, picture and table to ``out``.
 
     Args:
@@ -76,7 +79,9 @@ def run_demo(out: Path, model: str = "default", seed: int = 0, device: str = "au
     write_volume(out / "ct.nii.gz", array, grid)
     session.save(out / "masks.nii.gz")
     dump_prompts(session.objects(), out / "prompts.json")
-    write_preview(out / "preview.png", session.volume, session.labels, session.objects(), title="samed3d demo: a generated body")
+    write_preview(
+        out / "preview.png", session.volume, session.labels, session.objects(), title="samed3d demo: a generated body"
+    )
     _write_results(out / "results.json", results, session, model, seed)
     if not quiet:
         _print_table(results, out, time.perf_counter() - started)
@@ -135,5 +140,7 @@ def _print_table(results: list[OrganResult], out: Path, seconds: float) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"{seconds:.0f} s; look at {out / 'preview.png'}, or open ct.nii.gz with masks.nii.gz over it", highlight=False, soft_wrap=True
+        f"{seconds:.0f} s; look at {out / 'preview.png'}, or open ct.nii.gz with masks.nii.gz over it",
+        highlight=False,
+        soft_wrap=True,
     )

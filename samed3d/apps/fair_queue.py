@@ -1,7 +1,7 @@
 """One worker for all predictions, fair across sessions: each session waits in its own line and the lines take turns.
 
-A job whose client has gone is taken out of its line before it starts; one that runs is finished. Not here: what a job does
-(``sessions.py``). Needs neither torch nor FastAPI.
+A job whose client has gone is taken out of its line before it starts; one that runs is finished. Not here: what a job
+does (``sessions.py``). Needs neither torch nor FastAPI.
 """
 
 from __future__ import annotations
@@ -53,7 +53,11 @@ class FairQueue:
                 raise ApiError(503, "the server is stopping; try again when it is back", retry_after=5)
             waiting = self._lines.setdefault(line, deque())
             if len(waiting) >= self._longest:
-                raise ApiError(429, f"this session already has {len(waiting)} requests waiting; wait for their answers", retry_after=1)
+                raise ApiError(
+                    429,
+                    f"this session already has {len(waiting)} requests waiting; wait for their answers",
+                    retry_after=1,
+                )
             waiting.append((future, job))
             self._ready.notify()
         return future
@@ -96,7 +100,9 @@ class FairQueue:
             self._ready.notify_all()
         for future in waiting:
             if future.set_running_or_notify_cancel():
-                future.set_exception(ApiError(503, "the server is stopping; the request was not carried out", retry_after=5))
+                future.set_exception(
+                    ApiError(503, "the server is stopping; the request was not carried out", retry_after=5)
+                )
         self._thread.join(timeout)
 
     def _next(self) -> Job | None:

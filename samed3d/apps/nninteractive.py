@@ -1,9 +1,11 @@
-"""The protocol of nnInteractive 2.x, so that programs written for its server find a session of ours behind a changed URL.
+"""The protocol of nnInteractive 2.x, so that programs written for its server find a session of ours behind a changed
+URL.
 
-A lease is a session: after a pause, or a restart of this server, the same lease goes on where it was, for its prompts are in a journal.
-Resetting the interactions begins a new object; the earlier ones stay in the session and can be had through the REST API. What is declared
-is what there is: no network channels, boxes of both kinds, undo without a limit. Prompts are translated in ``nninteractive_prompts.py``,
-arrays in ``nninteractive_wire.py``. Source: what ``nninteractive-client`` 2.6.0 sends and expects.
+A lease is a session: after a pause, or a restart of this server, the same lease goes on where it was, for its prompts
+are in a journal. Resetting the interactions begins a new object; the earlier ones stay in the session and can be had
+through the REST API. What is declared is what there is: no network channels, boxes of both kinds, undo without a limit.
+Prompts are translated in ``nninteractive_prompts.py``, arrays in ``nninteractive_wire.py``. Source: what
+``nninteractive-client`` 2.6.0 sends and expects.
 """
 
 from __future__ import annotations
@@ -21,7 +23,15 @@ from fastapi import APIRouter, Header, Request, Response
 from numpy.typing import NDArray
 
 from samed3d.apps.nninteractive_leases import Lease, Leases, prediction, together
-from samed3d.apps.nninteractive_prompts import box_prompt, drawn_region, grid_of, lasso_prompts, mask_prior, point_prompt, scribble_prompts
+from samed3d.apps.nninteractive_prompts import (
+    box_prompt,
+    drawn_region,
+    grid_of,
+    lasso_prompts,
+    mask_prior,
+    point_prompt,
+    scribble_prompts,
+)
 from samed3d.apps.nninteractive_wire import DTYPES, unpack_array
 from samed3d.apps.protocol import ApiError
 from samed3d.apps.service import Service
@@ -113,7 +123,9 @@ def _add_image(routes: APIRouter, service: Service, leases: Leases) -> None:
 
         def job() -> None:
             part.replace(entry.folder / _IMAGE)
-            about = About(str(entry.folder / _IMAGE), "array", service.options.model, kind="nninteractive", created=timestamp())
+            about = About(
+                str(entry.folder / _IMAGE), "array", service.options.model, kind="nninteractive", created=timestamp()
+            )
             service.registry.set_image(entry, about)
             leases.write(entry, Lease(shape=shape))
 
@@ -130,7 +142,9 @@ def _add_image(routes: APIRouter, service: Service, leases: Leases) -> None:
         entry, body = leases.get(token), await _json(request)
         lease, dtype = leases.read(entry), str(body.get("dtype"))
         if lease.shape is None or body.get("shape") != list(lease.shape):
-            raise ApiError(400, f"the target must have the image's shape {lease.shape}, got {str(body.get('shape'))[:80]}")
+            raise ApiError(
+                400, f"the target must have the image's shape {lease.shape}, got {str(body.get('shape'))[:80]}"
+            )
         if dtype not in DTYPES or np.dtype(dtype).kind not in "biu":
             raise ApiError(400, f"the target must be of bool or an integer type, got {dtype[:40]!r}")
         leases.write(entry, replace(lease, target=dtype))
@@ -180,7 +194,10 @@ def _add_interactions(routes: APIRouter, leases: Leases) -> None:
             include, mask = _flag(meta, "include_interaction"), await _array(request, service)
             box = meta.get("interaction_bbox")
             return await leases.interact(
-                request, token, lambda shape: translate(*drawn_region(mask, box, shape), include), _flag(meta, "run_prediction", True)
+                request,
+                token,
+                lambda shape: translate(*drawn_region(mask, box, shape), include),
+                _flag(meta, "run_prediction", True),
             )
 
     drawn("scribble", scribble_prompts)
@@ -191,7 +208,9 @@ def _add_interactions(routes: APIRouter, leases: Leases) -> None:
         leases.get(token)
         meta = _meta(request)
         mask = await _array(request, service)
-        return await leases.interact(request, token, lambda shape: [mask_prior(mask, shape)], _flag(meta, "run_prediction", False))
+        return await leases.interact(
+            request, token, lambda shape: [mask_prior(mask, shape)], _flag(meta, "run_prediction", False)
+        )
 
 
 def _add_looks(routes: APIRouter, leases: Leases) -> None:
@@ -233,7 +252,13 @@ def _capabilities(service: Service) -> dict[str, Any]:
     spec = service.registry.model(service.options.model).spec
     boxes, points = "box" in spec.prompts, "point" in spec.prompts
     return {
-        "supported_interactions": {"points": points, "bbox2d": points, "bbox3d": boxes, "scribble": points, "lasso": points},
+        "supported_interactions": {
+            "points": points,
+            "bbox2d": points,
+            "bbox3d": boxes,
+            "scribble": points,
+            "lasso": points,
+        },
         "channel_mapping": {},
         "num_interaction_channels": 0,
         "supports_initial_label": True,

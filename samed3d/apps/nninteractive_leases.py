@@ -1,6 +1,7 @@
 """Leases of nnInteractive's clients: which object their interactions go to, and what each answer says changed.
 
-A lease is a session of ``sessions.py`` with a ``lease.json`` beside its journal. The routes are in ``nninteractive.py``.
+A lease is a session of ``sessions.py`` with a ``lease.json`` beside its journal. The routes are in
+``nninteractive.py``.
 """
 
 from __future__ import annotations
@@ -63,13 +64,17 @@ class Leases:
         """What the lease remembers."""
         body = json.loads((entry.folder / "lease.json").read_text())
         shape = body.get("shape")
-        return Lease(body.get("object_id", 1), tuple(body.get("steps", ())), tuple(shape) if shape else None, body.get("target"))
+        return Lease(
+            body.get("object_id", 1), tuple(body.get("steps", ())), tuple(shape) if shape else None, body.get("target")
+        )
 
     def write(self, entry: Entry, lease: Lease) -> None:
         """Remember it, on the disk."""
         write_json(entry.folder / "lease.json", asdict(lease))
 
-    async def interact(self, request: Request, token: str | None, prompts: Callable[[IntTriple], list[Prompt]], predict: bool) -> Response:
+    async def interact(
+        self, request: Request, token: str | None, prompts: Callable[[IntTriple], list[Prompt]], predict: bool
+    ) -> Response:
         """Add what one interaction says, in order, and look once at the end."""
         entry = self.get(token)
         lease = self.read(entry)
@@ -117,4 +122,6 @@ def prediction(update: MaskUpdate | None, target: str | None) -> Response:
         meta |= {"bbox": [list(ends) for ends in zip(update.region.start_zyx, update.region.stop_zyx, strict=True)]}
         meta |= {"dtype": target, "shape": list(part.shape)}
         body = pack_array(part)
-    return Response(body, media_type="application/octet-stream", headers={"X-Meta": json.dumps(meta, separators=(",", ":"))})
+    return Response(
+        body, media_type="application/octet-stream", headers={"X-Meta": json.dumps(meta, separators=(",", ":"))}
+    )

@@ -1,7 +1,8 @@
-"""What nnInteractive's interactions mean here: coordinates of an (X, Y, Z) array to prompts in ijk, drawn masks to scribbles and lassos.
+"""What nnInteractive's interactions mean here: coordinates of an (X, Y, Z) array to prompts in ijk, drawn masks to
+scribbles and lassos.
 
-The client's array axes are taken as they come as our z, y, x: a client that sends (X, Y, Z) and one that sends (Z, Y, X) both get their own
-axes back. Not here: HTTP and leases (``nninteractive.py``), bytes (``nninteractive_wire.py``).
+The client's array axes are taken as they come as our z, y, x: a client that sends (X, Y, Z) and one that sends (Z, Y,
+X) both get their own axes back. Not here: HTTP and leases (``nninteractive.py``), bytes (``nninteractive_wire.py``).
 """
 
 from __future__ import annotations
@@ -25,11 +26,17 @@ _RAS_DIRECTION = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
 
 
 def grid_of(shape: IntTriple, properties: Any) -> Grid:
-    """The grid of an image that came as an array; ``spacing``, where the client gives one, is in the order of the array's axes."""
+    """The grid of an image that came as an array; ``spacing``, where the client gives one, is in the order of the
+    array's axes.
+    """
     given = properties.get("spacing") if isinstance(properties, dict) else None
     spacing: Triple = (1.0, 1.0, 1.0)
     if given is not None:
-        numbers = isinstance(given, list) and len(given) == 3 and all(isinstance(v, int | float) and 0 < v < math.inf for v in given)
+        numbers = (
+            isinstance(given, list)
+            and len(given) == 3
+            and all(isinstance(v, int | float) and 0 < v < math.inf for v in given)
+        )
         if not numbers:
             raise InputError(f"spacing must be three numbers > 0 in mm, got {str(given)[:80]}")
         spacing = as_triple(given[::-1])
@@ -38,22 +45,35 @@ def grid_of(shape: IntTriple, properties: Any) -> Grid:
 
 def point_prompt(coordinates: Any, include: bool) -> Prompt:
     """A click at an array position."""
-    if not isinstance(coordinates, list) or len(coordinates) != 3 or not all(type(v) in (int, float) for v in coordinates):
+    if (
+        not isinstance(coordinates, list)
+        or len(coordinates) != 3
+        or not all(type(v) in (int, float) for v in coordinates)
+    ):
         raise InputError(f"coordinates must be three numbers, got {str(coordinates)[:80]}")
     return Point(as_triple(coordinates[::-1]), include)
 
 
 def box_prompt(bbox: Any, include: bool, shape: IntTriple) -> Prompt:
-    """A half-open box of the array, clipped to it. A negative one must lie in one slice: nothing in it belongs to the object."""
+    """A half-open box of the array, clipped to it. A negative one must lie in one slice: nothing in it belongs to the
+    object.
+    """
     region = _clipped(bbox, shape, "bbox_coords")
     low, high = _corners(region)
     if include:
         return Box(low, high)
     flat = [axis for axis in range(3) if low[axis] == high[axis]]
     if len(flat) != 1:
-        raise InputError("a negative box must be one voxel thick along exactly one axis, got a 3D one; use negative points or scribbles")
+        raise InputError(
+            "a negative box must be one voxel thick along exactly one axis, got a 3D one; use negative points or scribbles"
+        )
     a, b = (axis for axis in range(3) if axis != flat[0])
-    corners = ((low[a] - 0.5, low[b] - 0.5), (high[a] + 0.5, low[b] - 0.5), (high[a] + 0.5, high[b] + 0.5), (low[a] - 0.5, high[b] + 0.5))
+    corners = (
+        (low[a] - 0.5, low[b] - 0.5),
+        (high[a] + 0.5, low[b] - 0.5),
+        (high[a] + 0.5, high[b] + 0.5),
+        (low[a] - 0.5, high[b] + 0.5),
+    )
     outline = []
     for u, v in corners:
         at = [0.0, 0.0, 0.0]
@@ -81,7 +101,9 @@ def drawn_region(mask: NDArray, bbox: Any, shape: IntTriple) -> tuple[NDArray[np
     if bbox is not None:
         region = _clipped(bbox, shape, "interaction_bbox")
         if mask.shape != region.shape_zyx:
-            raise InputError(f"the drawn mask must have the shape of interaction_bbox {region.shape_zyx}, got {mask.shape}")
+            raise InputError(
+                f"the drawn mask must have the shape of interaction_bbox {region.shape_zyx}, got {mask.shape}"
+            )
         start = region.start_zyx
     elif mask.shape != shape:
         raise InputError(f"the drawn mask must have the image's shape {shape}, got {mask.shape}")
@@ -113,7 +135,9 @@ def lasso_prompts(drawn: NDArray[np.bool_], start: IntTriple, include: bool) -> 
     """The outline of every filled piece of one slice."""
     flat = [axis for axis in range(3) if drawn.shape[axis] == 1]
     if not flat:
-        raise InputError(f"a lasso must lie in one slice of one of the axes, got a box of {drawn.shape}; draw it in one slice")
+        raise InputError(
+            f"a lasso must lie in one slice of one of the axes, got a box of {drawn.shape}; draw it in one slice"
+        )
     axis = flat[0]
     plane = drawn.any(axis=axis)
     pieces = np.asarray(cc3d.connected_components(np.asarray(plane)[None], connectivity=6))[0]
@@ -122,7 +146,9 @@ def lasso_prompts(drawn: NDArray[np.bool_], start: IntTriple, include: bool) -> 
         corners = np.array(_outline(pieces == label)) - 0.5
         outline = np.insert(corners, axis, 0.0, axis=1)
         if len(outline) > _LONGEST_PATH:
-            raise InputError(f"the outline of a lasso must have at most {_LONGEST_PATH} corners, got {len(outline)}; draw it smoother")
+            raise InputError(
+                f"the outline of a lasso must have at most {_LONGEST_PATH} corners, got {len(outline)}; draw it smoother"
+            )
         prompts.append(Lasso(tuple(_ijk(zyx, start) for zyx in outline), include))
     if len(prompts) > _MOST_STROKES:
         raise InputError(f"a lasso must be at most {_MOST_STROKES} pieces, got {len(prompts)}; draw fewer at once")
@@ -130,7 +156,9 @@ def lasso_prompts(drawn: NDArray[np.bool_], start: IntTriple, include: bool) -> 
 
 
 def _clipped(bbox: Any, shape: IntTriple, what: str) -> Region:
-    three = isinstance(bbox, list) and len(bbox) == 3 and all(isinstance(pair, list) and len(pair) == 2 for pair in bbox)
+    three = (
+        isinstance(bbox, list) and len(bbox) == 3 and all(isinstance(pair, list) and len(pair) == 2 for pair in bbox)
+    )
     pairs = three and all(type(v) is int for pair in bbox for v in pair)
     if not pairs:
         raise InputError(f"{what} must be three pairs of whole numbers, got {str(bbox)[:80]}")
@@ -151,7 +179,9 @@ def _ijk(zyx: Sequence[float] | NDArray, start: IntTriple) -> Triple:
 
 
 def _walk(piece: NDArray[np.bool_]) -> list[IntTriple]:
-    """Every voxel of a connected piece, in an order in which consecutive ones are neighbours (some are passed twice)."""
+    """Every voxel of a connected piece, in an order in which consecutive ones are neighbours (some are passed
+    twice).
+    """
     left = {(int(z), int(y), int(x)) for z, y, x in np.argwhere(piece)}
     at = min(left)
     left.discard(at)
@@ -202,7 +232,9 @@ def _outline(piece: NDArray[np.bool_]) -> list[tuple[int, int]]:
 
 
 def _turned(padded: NDArray[np.bool_], at: tuple[int, int], heading: tuple[int, int]) -> tuple[int, int]:
-    """Where the border goes on from a corner: right if the piece ends there, left if it bends outward, else straight on."""
+    """Where the border goes on from a corner: right if the piece ends there, left if it bends outward, else straight
+    on.
+    """
     dr, dc = heading
     if not _pixel(padded, at, heading, (dc, -dr)):
         return (dc, -dr)

@@ -1,8 +1,10 @@
-"""Arrays as nnInteractive's clients send and expect them, with every declared size checked before anything is allocated.
+"""Arrays as nnInteractive's clients send and expect them, with every declared size checked before anything is
+allocated.
 
-The layout (little-endian): ``NNIA``, version 1, codec, number of axes, length of the type's name, the name, one int64 per axis, the
-number of chunks, then per chunk its plain length, its packed length and a blosc2 frame. Source: observed from ``nninteractive-client``
-2.6.0. The routes are in ``nninteractive.py``; what the prompts become is in ``nninteractive_prompts.py``.
+The layout (little-endian): ``NNIA``, version 1, codec, number of axes, length of the type's name, the name, one int64
+per axis, the number of chunks, then per chunk its plain length, its packed length and a blosc2 frame. Source: observed
+from ``nninteractive-client`` 2.6.0. The routes are in ``nninteractive.py``; what the prompts become is in
+``nninteractive_prompts.py``.
 """
 
 from __future__ import annotations
@@ -32,12 +34,21 @@ def pack_array(array: NDArray) -> bytes:
     array = np.ascontiguousarray(array)
     name, raw = array.dtype.name.encode(), array.reshape(-1).view(np.uint8).data
     starts = range(0, len(raw), _LARGEST_CHUNK)
-    parts = [_HEAD.pack(_MAGIC, _VERSION, _ZSTD, array.ndim, len(name)), name, struct.pack(f"<{array.ndim}q", *array.shape)]
+    parts = [
+        _HEAD.pack(_MAGIC, _VERSION, _ZSTD, array.ndim, len(name)),
+        name,
+        struct.pack(f"<{array.ndim}q", *array.shape),
+    ]
     parts.append(struct.pack("<I", len(starts)))
     for start in starts:
         chunk = raw[start : start + _LARGEST_CHUNK]
         packed = blosc2.compress2(
-            chunk, typesize=array.itemsize, codec=blosc2.Codec.ZSTD, clevel=1, filters=[blosc2.Filter.NOFILTER], nthreads=1
+            chunk,
+            typesize=array.itemsize,
+            codec=blosc2.Codec.ZSTD,
+            clevel=1,
+            filters=[blosc2.Filter.NOFILTER],
+            nthreads=1,
         )
         parts += [_CHUNK.pack(len(chunk), len(packed)), packed]
     return b"".join(parts)
@@ -56,7 +67,9 @@ def unpack_array(body: bytes, largest_voxels: int) -> NDArray:
     shape, dtype, at = _header(body)
     count = math.prod(shape)
     if count > largest_voxels or count * dtype.itemsize > largest_voxels * _WIDEST:
-        raise InputError(f"an array must have at most {largest_voxels} voxels here, got {' x '.join(map(str, shape))} of {dtype}")
+        raise InputError(
+            f"an array must have at most {largest_voxels} voxels here, got {' x '.join(map(str, shape))} of {dtype}"
+        )
     chunks, at = _number(body, at)
     out = np.empty(count, dtype)
     plain = out.view(np.uint8).data
@@ -81,10 +94,14 @@ def _header(body: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
         raise InputError(f"an array must begin with a header of {_HEAD.size} bytes, got {len(body)}")
     magic, version, codec, axes, length = _HEAD.unpack_from(body)
     if magic != _MAGIC or version != _VERSION or codec not in (_ZSTD, _LZ4):
-        raise InputError(f"an array must be of wire version {_VERSION} (zstd or lz4), got {magic!r} version {version} codec {codec}")
+        raise InputError(
+            f"an array must be of wire version {_VERSION} (zstd or lz4), got {magic!r} version {version} codec {codec}"
+        )
     at = _HEAD.size + length
     if not 1 <= axes <= _MOST_AXES or at + 8 * axes > len(body):
-        raise InputError(f"an array must have 1 to {_MOST_AXES} axes and a whole header, got {axes} axes in {len(body)} bytes")
+        raise InputError(
+            f"an array must have 1 to {_MOST_AXES} axes and a whole header, got {axes} axes in {len(body)} bytes"
+        )
     name = body[_HEAD.size : at].decode("latin-1")
     if name not in DTYPES:
         raise InputError(f"an array must be of one of the types {' '.join(sorted(DTYPES))}, got {name[:40]!r}")

@@ -1,4 +1,6 @@
-"""How sessions begin: what there is to choose from, images by path, uploads, the example. What is done with a session is in ``rest.py``."""
+"""How sessions begin: what there is to choose from, images by path, uploads, the example. What is done with a session
+is in ``rest.py``.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,14 @@ def _add_lists(routes: APIRouter, service: Service) -> None:
 
         formats = [{"id": key, "name": name} for key, (_, name) in FORMATS.items()]
         roots = [str(root) for root in service.options.roots]
-        return {"api": API_VERSION, "version": __version__, "models": service.models, "formats": formats, "roots": roots, "example": True}
+        return {
+            "api": API_VERSION,
+            "version": __version__,
+            "models": service.models,
+            "formats": formats,
+            "roots": roots,
+            "example": True,
+        }
 
     @routes.get("/sessions", tags=["sessions"], summary="All sessions, the newest first")
     async def sessions() -> list[dict[str, Any]]:
@@ -77,7 +86,9 @@ def _add_upload(routes: APIRouter, service: Service) -> None:
         tags=["sessions"],
         status_code=201,
         summary="Open an image that is the body of the request (.nii .nii.gz .nrrd .mha, or .zip of a DICOM folder)",
-        openapi_extra={"requestBody": {"required": True, "content": {"application/octet-stream": {"schema": {"format": "binary"}}}}},
+        openapi_extra={
+            "requestBody": {"required": True, "content": {"application/octet-stream": {"schema": {"format": "binary"}}}}
+        },
     )
     async def upload(
         request: Request,
@@ -93,7 +104,9 @@ def _add_upload(routes: APIRouter, service: Service) -> None:
             async with service.uploads:
                 file = entry.folder / f"upload_{safe}"  # never the name of a file of ours
                 await receive(request.stream(), file)
-                image = await asyncio.to_thread(accept, file, service.options.images, service.options.access.largest_upload * 4)
+                image = await asyncio.to_thread(
+                    accept, file, service.options.images, service.options.access.largest_upload * 4
+                )
         except BaseException:
             await service.forget(entry)
             raise

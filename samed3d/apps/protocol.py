@@ -1,9 +1,10 @@
 """What travels between server and client: masks as packed bits of the changed box, and the error that has a status.
 
-Positions on the wire are ijk. A box of voxels is ``start`` (inside) to ``stop`` (outside), i, j, k. Voxels run x first, then y, then z:
-the order of NIfTI, and of a (D, H, W) array read row by row. ``bits`` is one bit per voxel of the box, the highest bit of a byte first,
-zlib ("deflate" to a browser), base64; ``prompts/packed.py`` uses the same. Nothing here needs torch or FastAPI, so that a client can use
-it. Read ``server.py`` next for the routes, ``client.py`` for the other end.
+Positions on the wire are ijk. A box of voxels is ``start`` (inside) to ``stop`` (outside), i, j, k. Voxels run x first,
+then y, then z: the order of NIfTI, and of a (D, H, W) array read row by row. ``bits`` is one bit per voxel of the box,
+the highest bit of a byte first, zlib ("deflate" to a browser), base64; ``prompts/packed.py`` uses the same. Nothing
+here needs torch or FastAPI, so that a client can use it. Read ``server.py`` next for the routes, ``client.py`` for the
+other end.
 """
 
 from __future__ import annotations
@@ -90,7 +91,11 @@ def update_from_json(entry: Any, size_ijk: IntTriple) -> tuple[int, Region, NDAr
     raw = inflate(packed, -(-count // 8), "bits")
     if len(raw) != -(-count // 8):
         raise InputError(f"bits must be {-(-count // 8)} bytes for {count} voxels, got {len(raw)}")
-    return entry["object_id"], region, np.unpackbits(np.frombuffer(raw, np.uint8), count=count).reshape(region.shape_zyx)
+    return (
+        entry["object_id"],
+        region,
+        np.unpackbits(np.frombuffer(raw, np.uint8), count=count).reshape(region.shape_zyx),
+    )
 
 
 def _voxel(value: Any, what: str) -> IntTriple:

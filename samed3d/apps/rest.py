@@ -1,8 +1,8 @@
 """The REST API of an open session: prompt, undo, look, take the result away. OpenAPI describes it at ``/docs``.
 
-Every change is answered with what it changed (``updates``, masks of the changed boxes) and with the session as it is then. A request may
-say which ``revision`` it has seen; when another tab has changed the session since, the answer is 409 and nothing happens. What travels is
-in ``protocol.py``; how sessions begin is in ``opening.py``.
+Every change is answered with what it changed (``updates``, masks of the changed boxes) and with the session as it is
+then. A request may say which ``revision`` it has seen; when another tab has changed the session since, the answer is
+409 and nothing happens. What travels is in ``protocol.py``; how sessions begin is in ``opening.py``.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def _add_sessions(routes: APIRouter, service: Service) -> None:
         entry = registry.get(session_id)
         return await service.read(request, session_id, lambda s: session_to_json(entry, s))
 
-    @routes.delete("/sessions/{session_id}", tags=["sessions"], status_code=204, summary="Delete a session with its prompts")
+    @routes.delete(
+        "/sessions/{session_id}", tags=["sessions"], status_code=204, summary="Delete a session with its prompts"
+    )
     async def delete(session_id: str) -> Response:
         await service.forget(registry.get(session_id))
         return Response(status_code=204)
@@ -102,14 +104,22 @@ def _add_prompts(routes: APIRouter, service: Service) -> None:
     @routes.post(base + "/prompts", tags=["prompts"], summary="Add a prompt to an object")
     async def add(session_id: str, body: PromptBody, request: Request) -> dict[str, Any]:
         prompt = wire_prompt(body.prompt)
-        return await service.edit(request, session_id, body.revision, lambda s: [s.add(prompt, body.object_id, body.name)])
+        return await service.edit(
+            request, session_id, body.revision, lambda s: [s.add(prompt, body.object_id, body.name)]
+        )
 
-    @routes.put(base + "/prompts/{prompt_id}", tags=["prompts"], summary="Replace a prompt; the later ones are predicted again")
+    @routes.put(
+        base + "/prompts/{prompt_id}", tags=["prompts"], summary="Replace a prompt; the later ones are predicted again"
+    )
     async def change(session_id: str, prompt_id: int, body: ChangeBody, request: Request) -> dict[str, Any]:
         prompt = wire_prompt(body.prompt)
         return await service.edit(request, session_id, body.revision, lambda s: [s.move(prompt_id, prompt)])
 
-    @routes.delete(base + "/prompts/{prompt_id}", tags=["prompts"], summary="Take a prompt away; the later ones are predicted again")
+    @routes.delete(
+        base + "/prompts/{prompt_id}",
+        tags=["prompts"],
+        summary="Take a prompt away; the later ones are predicted again",
+    )
     async def remove(session_id: str, prompt_id: int, request: Request, revision: int | None = None) -> dict[str, Any]:
         return await service.edit(request, session_id, revision, lambda s: [s.remove(prompt_id)])
 
@@ -145,8 +155,14 @@ def _add_objects(routes: APIRouter, service: Service) -> None:
 
         return await service.edit(request, session_id, body.revision, change)
 
-    @routes.delete(base + "/objects/{object_id}", tags=["objects"], summary="Remove an object with its prompts (undo brings it back)")
-    async def remove_object(session_id: str, object_id: int, request: Request, revision: int | None = None) -> dict[str, Any]:
+    @routes.delete(
+        base + "/objects/{object_id}",
+        tags=["objects"],
+        summary="Remove an object with its prompts (undo brings it back)",
+    )
+    async def remove_object(
+        session_id: str, object_id: int, request: Request, revision: int | None = None
+    ) -> dict[str, Any]:
         return await service.edit(request, session_id, revision, lambda s: [s.remove_object(object_id)])
 
     @routes.put(base + "/rule", tags=["objects"], summary="Whether other objects are background for a prediction")
@@ -173,7 +189,9 @@ def _add_results(routes: APIRouter, service: Service) -> None:
         found = await service.read(request, session_id, lambda s: s.mask_of(object_id))
         return await asyncio.to_thread(whole_mask_to_json, object_id, found)
 
-    @routes.get(base + "/objects/{object_id}/probability.nii.gz", tags=["results"], summary="Probability, 0 to 255, as NIfTI")
+    @routes.get(
+        base + "/objects/{object_id}/probability.nii.gz", tags=["results"], summary="Probability, 0 to 255, as NIfTI"
+    )
     async def probability(session_id: str, object_id: int, request: Request) -> Response:
         found, grid = await service.read(request, session_id, lambda s: (s.probability(object_id), s.volume.grid))
 
@@ -184,7 +202,12 @@ def _add_results(routes: APIRouter, service: Service) -> None:
 
         return Response(await asyncio.to_thread(file), media_type="application/gzip")
 
-    @routes.get(base + "/image.nii.gz", tags=["results"], summary="The image as NIfTI, on its own grid", response_class=FileResponse)
+    @routes.get(
+        base + "/image.nii.gz",
+        tags=["results"],
+        summary="The image as NIfTI, on its own grid",
+        response_class=FileResponse,
+    )
     async def image(session_id: str, request: Request) -> FileResponse:
         entry = service.registry.get(session_id)
         volume = await service.read(request, session_id, lambda s: s.volume)
@@ -216,7 +239,12 @@ def _add_results(routes: APIRouter, service: Service) -> None:
             remove_files(folder)
             raise
         name = f"{_stem(entry)}_segmentation{FORMATS[format][0]}"
-        return FileResponse(target, media_type="application/octet-stream", filename=name, background=BackgroundTask(remove_files, folder))
+        return FileResponse(
+            target,
+            media_type="application/octet-stream",
+            filename=name,
+            background=BackgroundTask(remove_files, folder),
+        )
 
 
 def _stem(entry: Entry) -> str:

@@ -1,7 +1,8 @@
 """Who may ask, from where, and how much: checked before any route sees a request.
 
-A page of another site cannot use the server through the user's browser (Host and Origin are compared), nobody can without the token where
-one is set, and no body is read beyond its limit. Files that arrive are judged in ``uploads.py``; paths are confined here.
+A page of another site cannot use the server through the user's browser (Host and Origin are compared), nobody can
+without the token where one is set, and no body is read beyond its limit. Files that arrive are judged in
+``uploads.py``; paths are confined here.
 """
 
 from __future__ import annotations
@@ -60,11 +61,14 @@ def check_binding(host: str, token: str) -> None:
             f"the token must be at least {SHORTEST_TOKEN} ASCII characters without spaces, got {len(token)}; make a longer one"
         )
     if not token and not _is_loopback(host):
-        raise InputError(f"--host {host} can be reached by others, so a token is needed: put one into SAMED3D_TOKEN or --token-file")
+        raise InputError(
+            f"--host {host} can be reached by others, so a token is needed: put one into SAMED3D_TOKEN or --token-file"
+        )
 
 
 def confined(path: str, roots: list[Path]) -> Path:
-    """A path that a client named, resolved, if it lies in one of the allowed folders; so must what a folder's links point at.
+    """A path that a client named, resolved, if it lies in one of the allowed folders; so must what a folder's links
+    point at.
 
     Raises:
         ApiError: 403 if it does not; whether it exists elsewhere is not said.
@@ -76,7 +80,9 @@ def confined(path: str, roots: list[Path]) -> Path:
     asked = Path(path)
     real_roots = [root.resolve() for root in roots]
     candidates = [asked] if asked.is_absolute() else [root / asked for root in real_roots]
-    inside = [real for real in (_resolved(c) for c in candidates) if real and any(real.is_relative_to(r) for r in real_roots)]
+    inside = [
+        real for real in (_resolved(c) for c in candidates) if real and any(real.is_relative_to(r) for r in real_roots)
+    ]
     for real in sorted(inside, key=lambda p: not p.exists()):
         if not real.exists():
             raise ApiError(404, f"there is no such file in the allowed folders: {path}")
@@ -112,7 +118,10 @@ class Guard:
     def _check(self, method: str, path: str, query: bytes, headers: dict[str, str]) -> None:
         host = headers.get("host", "")
         if not self._known_host(host):
-            raise ApiError(421, f"this server does not answer for host {host[:100]!r}; use its address, or start it with --allow-host")
+            raise ApiError(
+                421,
+                f"this server does not answer for host {host[:100]!r}; use its address, or start it with --allow-host",
+            )
         origin = headers.get("origin")
         if origin is not None and not _same_origin(origin, host):
             raise ApiError(403, f"requests from another site are refused, got Origin {origin[:100]!r}")
@@ -120,7 +129,9 @@ class Guard:
             raise ApiError(403, "requests from another site are refused")
         if b"token=" in query:
             raise ApiError(400, "a token does not belong into an address; send it as Authorization: Bearer TOKEN")
-        opened = path in self.access.open_paths or (method == "GET" and path.startswith(self.access.open_folders or ("\0",)))
+        opened = path in self.access.open_paths or (
+            method == "GET" and path.startswith(self.access.open_folders or ("\0",))
+        )
         if self.access.token and not opened and not _has_token(headers.get("authorization", ""), self.access.token):
             raise ApiError(401, "the token is missing or wrong; send it as Authorization: Bearer TOKEN")
 
@@ -162,7 +173,11 @@ def _counted(receive: Receive, limit: int) -> Receive:
 
 async def _answer(send: Send, error: ApiError) -> None:
     body = json.dumps({"detail": error.message}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+    ]
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
@@ -171,7 +186,9 @@ async def _answer(send: Send, error: ApiError) -> None:
 
 def _has_token(header: str, token: str) -> bool:
     scheme, _, given = header.partition(" ")
-    return hmac.compare_digest(given.strip().encode("latin-1", "replace"), token.encode()) and scheme.lower() == "bearer"
+    return (
+        hmac.compare_digest(given.strip().encode("latin-1", "replace"), token.encode()) and scheme.lower() == "bearer"
+    )
 
 
 def _same_origin(origin: str, host: str) -> bool:

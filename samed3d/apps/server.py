@@ -1,7 +1,10 @@
-"""``samed3d serve``: sessions over HTTP, for our page, our client, curl, and programs that speak nnInteractive's protocol.
+"""``samed3d serve``: sessions over HTTP, for our page, our client, curl, and programs that speak nnInteractive's
+protocol.
 
-Here the parts become one program: what an error is answered with, health, counters, start and stop. Routes are in ``opening.py`` and
-``rest.py`` (sessions), ``batch.py`` (one-shot) and ``nninteractive.py``; who is let in is in ``security.py``; sessions live in
+Here the parts become one program: what an error is answered with, health, counters, start and stop. Routes are in
+``opening.py`` and
+``rest.py`` (sessions), ``batch.py`` (one-shot) and ``nninteractive.py``; who is let in is in ``security.py``; sessions
+live in
 ``sessions.py``. Read ``rest.py`` next.
 """
 
@@ -86,7 +89,9 @@ def create_app(options: ServerOptions, load: Callable[[str], PromptableModel] = 
     return app
 
 
-def run_server(options: ServerOptions, host: str, port: int, load: Callable[[str], PromptableModel] = load_model) -> None:
+def run_server(
+    options: ServerOptions, host: str, port: int, load: Callable[[str], PromptableModel] = load_model
+) -> None:
     """Serve until interrupted or terminated; requests under way are finished first.
 
     Args:
@@ -107,12 +112,20 @@ def run_server(options: ServerOptions, host: str, port: int, load: Callable[[str
         try:
             listener.bind((host, port))
         except OSError as error:
-            raise InputError(f"--host {host} --port {port} cannot be listened on ({error.strerror}); choose another port") from error
+            raise InputError(
+                f"--host {host} --port {port} cannot be listened on ({error.strerror}); choose another port"
+            ) from error
         app = create_app(options, load)
         logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, listener.getsockname()[1])
-        # Our own guard sees every request; uvicorn's log would write addresses down, and proxy headers could forge them.
+        # Our own guard sees every request; uvicorn's log would write addresses down, and proxy headers could forge
+        # them.
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, proxy_headers=False, server_header=False, timeout_graceful_shutdown=_STOP_SECONDS
+            app,
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=_STOP_SECONDS,
         )
         with _signals_end_here():
             uvicorn.Server(config).run(sockets=[listener])
@@ -206,7 +219,11 @@ class _Counting:
             if message["type"] == "http.response.start":
                 route = getattr(scope.get("route"), "path", "other")
                 self.service.telemetry.request(scope["method"], route, message["status"])
-                extra = [(b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY"), (b"referrer-policy", b"no-referrer")]
+                extra = [
+                    (b"x-content-type-options", b"nosniff"),
+                    (b"x-frame-options", b"DENY"),
+                    (b"referrer-policy", b"no-referrer"),
+                ]
                 message["headers"] = [*message.get("headers", []), *extra]
             await send(message)
 

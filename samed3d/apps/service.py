@@ -109,7 +109,9 @@ class Service:
 
         try:
             await self.registry.queue.run(entry.id, job, request.is_disconnected)
-            return await self.registry.use(entry, lambda session: session_to_json(entry, session), request.is_disconnected)
+            return await self.registry.use(
+                entry, lambda session: session_to_json(entry, session), request.is_disconnected
+            )
         except BaseException:
             await self.forget(entry)
             raise
@@ -119,7 +121,11 @@ class Service:
         await self.registry.queue.run(entry.id, lambda: self.registry.delete(entry))
 
     async def edit(
-        self, request: Request, session_id: str, revision: int | None, change: Callable[[Session], Iterable[MaskUpdate | None]]
+        self,
+        request: Request,
+        session_id: str,
+        revision: int | None,
+        change: Callable[[Session], Iterable[MaskUpdate | None]],
     ) -> dict[str, Any]:
         """Change a session; the answer says what changed, of masks and of lists."""
         entry = self.registry.get(session_id)
@@ -137,7 +143,9 @@ class Service:
         """Ask a session for something without changing it."""
         return await self.registry.use(self.registry.get(session_id), job, request.is_disconnected)
 
-    def about(self, image: Path, name: str, model: str | None, channel: int | None = None, series: str | None = None) -> About:
+    def about(
+        self, image: Path, name: str, model: str | None, channel: int | None = None, series: str | None = None
+    ) -> About:
         """What is written down of a new session."""
         return About(str(image), name[:200], self.model_name(model), channel, series, "rest", timestamp())
 
@@ -182,7 +190,11 @@ def session_to_json(entry: Entry, session: Session) -> dict[str, Any]:
 
 def grid_to_json(grid: Grid) -> dict[str, Any]:
     """Size, spacing and the matrix from voxels to RAS millimetres."""
-    return {"size_ijk": list(grid.size_ijk), "spacing_mm": list(grid.spacing_xyz_mm), "affine_ras": grid.affine_ras.tolist()}
+    return {
+        "size_ijk": list(grid.size_ijk),
+        "spacing_mm": list(grid.spacing_xyz_mm),
+        "affine_ras": grid.affine_ras.tolist(),
+    }
 
 
 def edit_to_json(entry: Entry, session: Session, updates: list[MaskUpdate]) -> dict[str, Any]:

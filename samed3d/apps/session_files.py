@@ -1,4 +1,6 @@
-"""What a server writes down of a session beside its journal, and the lock on the folder of all sessions. Read ``sessions.py`` next."""
+"""What a server writes down of a session beside its journal, and the lock on the folder of all sessions. Read
+``sessions.py`` next.
+"""
 
 from __future__ import annotations
 
@@ -66,5 +68,7 @@ def locked(folder: Path) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock.close()
-        raise InputError(f"another server uses the sessions in {folder}; stop it, or give --sessions another folder") from error
+        raise InputError(
+            f"another server uses the sessions in {folder}; stop it, or give --sessions another folder"
+        ) from error
     return lock

@@ -1,9 +1,11 @@
-"""The sessions of a server: few awake in memory, all of them on disk, so that none of a user's work ends with a time limit or a crash.
+"""The sessions of a server: few awake in memory, all of them on disk, so that none of a user's work ends with a time
+limit or a crash.
 
-Each session has a folder: ``session.json`` (which image, which model), ``journal.jsonl`` (every prompt, written by ``Session`` before it
-is acknowledged) and the image where it was uploaded. A session that has not been used for a while, or whose client fell silent, is put to
-sleep: its memory is freed, and the next request wakes it from its journal, as after a restart of the server. All work on sessions runs on
-the one thread of ``fair_queue.py``. Read ``inference/session.py`` for what a session does, ``server.py`` for the routes.
+Each session has a folder: ``session.json`` (which image, which model), ``journal.jsonl`` (every prompt, written by
+``Session`` before it is acknowledged) and the image where it was uploaded. A session that has not been used for a
+while, or whose client fell silent, is put to sleep: its memory is freed, and the next request wakes it from its
+journal, as after a restart of the server. All work on sessions runs on the one thread of ``fair_queue.py``. Read
+``inference/session.py`` for what a session does, ``server.py`` for the routes.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ class Limits:
         awake: Sessions in memory at once.
         stored: Sessions on disk.
         idle_seconds: Without a request of a user, after which a session sleeps.
-        liveness_seconds: Without any sign of its client, after which a session of a client that sends heartbeats sleeps.
+        liveness_seconds: Without any sign of its client, after which a session of a client that sends heartbeats
+            sleeps.
         busy_seconds: A session used more recently than this is never put to sleep to make room for another.
     """
 
@@ -96,7 +99,9 @@ class Registry:
         device: As ``Session.open``.
     """
 
-    def __init__(self, folder: Path, load: Callable[[str], PromptableModel], limits: Limits | None = None, device: str = "auto") -> None:
+    def __init__(
+        self, folder: Path, load: Callable[[str], PromptableModel], limits: Limits | None = None, device: str = "auto"
+    ) -> None:
         self.folder, self.limits, self.device = folder, limits or Limits(), device
         self.queue = FairQueue()
         self._load, self._models = load, dict[str, PromptableModel]()
@@ -121,7 +126,9 @@ class Registry:
         return entry
 
     def set_image(self, entry: Entry, about: About) -> None:
-        """Say what an entry's image is; the session opens at the next ``use``. An earlier image's prompts go with it."""
+        """Say what an entry's image is; the session opens at the next ``use``. An earlier image's prompts go with
+        it.
+        """
         if entry.session is not None:
             entry.session.close()
             entry.session = None
@@ -147,7 +154,9 @@ class Registry:
         """The ids of all sessions, awake or not."""
         return [entry.name for entry in os.scandir(self.folder) if _ID.fullmatch(entry.name)]
 
-    async def use(self, entry: Entry, job: Callable[[Session], T], gone: Gone | None = None, revision: int | None = None) -> T:
+    async def use(
+        self, entry: Entry, job: Callable[[Session], T], gone: Gone | None = None, revision: int | None = None
+    ) -> T:
         """Wait for the session's turn, wake it if it sleeps, and run a job on it.
 
         Args:
@@ -157,19 +166,24 @@ class Registry:
             revision: What the client last saw; a session that has changed since is not touched.
 
         Raises:
-            ApiError: 409 if the revision is an older one or there is no image yet, 503 when there is no room, and what ``job`` raises.
+            ApiError: 409 if the revision is an older one or there is no image yet, 503 when there is no room, and what
+            ``job`` raises.
         """
         entry = self._entries.setdefault(entry.id, entry)  # one entry per id, so that no journal has two writers
         entry.used = entry.seen = time.monotonic()
         async with entry.reading:
             about = entry.about
             if entry.session is None and entry.image is None and about is not None:
-                entry.image = await asyncio.to_thread(read_volume, about.image, channel=about.channel, series=about.series)
+                entry.image = await asyncio.to_thread(
+                    read_volume, about.image, channel=about.channel, series=about.series
+                )
 
         def with_session() -> T:
             session = self._awake(entry)
             if revision is not None and revision != entry.revision:
-                raise ApiError(409, f"the session changed elsewhere (revision {entry.revision}, got {revision}); read it again")
+                raise ApiError(
+                    409, f"the session changed elsewhere (revision {entry.revision}, got {revision}); read it again"
+                )
             try:
                 return job(session)
             finally:
@@ -196,7 +210,11 @@ class Registry:
         now, asleep = time.monotonic(), []
         for entry in list(self._entries.values()):
             idle = now - entry.used > self.limits.idle_seconds
-            silent = entry.about is not None and entry.about.kind != "rest" and now - entry.seen > self.limits.liveness_seconds
+            silent = (
+                entry.about is not None
+                and entry.about.kind != "rest"
+                and now - entry.seen > self.limits.liveness_seconds
+            )
             if (idle or silent) and self.queue.depth(entry.id) == 0 and not entry.reading.locked():
                 if entry.session is not None:
                     asleep.append(entry.id)
@@ -235,7 +253,9 @@ class Registry:
             raise ApiError(409, "the session has no image yet; send one first")
         self._make_room(entry)
         image = entry.image or about.image
-        entry.session = Session.open(image, self.model(about.model), self.device, about.channel, about.series, entry.folder / JOURNAL)
+        entry.session = Session.open(
+            image, self.model(about.model), self.device, about.channel, about.series, entry.folder / JOURNAL
+        )
         entry.image = None
         return entry.session
 

@@ -1,4 +1,6 @@
-"""What the server counts, as Prometheus text: requests, durations, sessions, waiting jobs, memory. No library is needed for it."""
+"""What the server counts, as Prometheus text: requests, durations, sessions, waiting jobs, memory. No library is needed
+for it.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,13 @@ class Telemetry:
             predictions, seconds = self._predictions, self._seconds
         lines = ["# HELP samed3d_requests_total Answered requests.", "# TYPE samed3d_requests_total counter"]
         lines += [f'samed3d_requests_total{{method="{m}",route="{r}",status="{s}"}} {n}' for (m, r, s), n in requests]
-        lines += ["# HELP samed3d_prediction_seconds Time from a prompt's turn to its mask.", "# TYPE samed3d_prediction_seconds histogram"]
-        lines += [f'samed3d_prediction_seconds_bucket{{le="{bucket:g}"}} {buckets.get(bucket, 0)}' for bucket in BUCKETS_S]
+        lines += [
+            "# HELP samed3d_prediction_seconds Time from a prompt's turn to its mask.",
+            "# TYPE samed3d_prediction_seconds histogram",
+        ]
+        lines += [
+            f'samed3d_prediction_seconds_bucket{{le="{bucket:g}"}} {buckets.get(bucket, 0)}' for bucket in BUCKETS_S
+        ]
         lines += [
             f'samed3d_prediction_seconds_bucket{{le="+Inf"}} {predictions}',
             f"samed3d_prediction_seconds_sum {seconds:.6f}",

@@ -1,4 +1,6 @@
-"""Bodies that become files: streamed to disk, judged there, removed when they are refused. One image file, or a zip of a DICOM folder."""
+"""Bodies that become files: streamed to disk, judged there, removed when they are refused. One image file, or a zip of
+a DICOM folder.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ def safe_name(name: str) -> str:
     last = re.split(r"[\\/]", name)[-1]
     cleaned = re.sub(r"[^\w.+-]", "_", last, flags=re.ASCII).lstrip(".")[-120:].lower()
     if not cleaned.endswith((*IMAGE_SUFFIXES, ".zip")):
-        raise ApiError(415, f"the file name must end in one of {' '.join(IMAGE_SUFFIXES)} or .zip (of a DICOM folder), got {last[:100]!r}")
+        raise ApiError(
+            415,
+            f"the file name must end in one of {' '.join(IMAGE_SUFFIXES)} or .zip (of a DICOM folder), got {last[:100]!r}",
+        )
     return cleaned
 
 

@@ -1,8 +1,8 @@
 """Puts the published build of the volume viewer (NiiVue, pinned in ``viewer/package-lock.json``) into the package.
 
-Runs when the package is built: by ``make``, and by pip and wheel builds through ``BuildWithViewer``. It needs npm and a network once; at
-run time nothing of node is used. Where npm is missing the package is built without it, and ``samed3d app`` says what to do. This file
-imports nothing of the project, because a build loads it alone.
+Runs when the package is built: by ``make``, and by pip and wheel builds through ``BuildWithViewer``. It needs npm and a
+network once; at run time nothing of node is used. Where npm is missing the package is built without it, and ``samed3d
+app`` says what to do. This file imports nothing of the project, because a build loads it alone.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def fetch(into: Path = VIEWER) -> Path:
         try:
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=NPM_SECONDS)
         except subprocess.TimeoutExpired as error:
-            raise ViewerError(f"npm did not answer within {NPM_SECONDS} s; check the network, then run: make viewer") from error
+            raise ViewerError(
+                f"npm did not answer within {NPM_SECONDS} s; check the network, then run: make viewer"
+            ) from error
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ViewerError(f"npm could not install the viewer ({reason}); check the network, then run: make viewer")

@@ -1,8 +1,9 @@
 """The command line: every command of ``samed3d``, ``python -m samed3d``, ``infer.py`` and ``train.py``.
 
-Here is the list of commands and what an error becomes; each command's options are in the file named after it, and the work is elsewhere,
-imported inside the commands, so that ``--help`` answers at once. Exit codes: 0 done, 2 the user's input (one line on stderr), 1 our fault
-(one line, or the traceback with ``--debug``), 130 interrupted. Read ``inference/session.py`` next for what ``segment`` does,
+Here is the list of commands and what an error becomes; each command's options are in the file named after it, and the
+work is elsewhere, imported inside the commands, so that ``--help`` answers at once. Exit codes: 0 done, 2 the user's
+input (one line on stderr), 1 our fault (one line, or the traceback with ``--debug``), 130 interrupted. Read
+``inference/session.py`` next for what ``segment`` does,
 ``training/loop.py`` for ``train``.
 """
 
@@ -24,7 +25,8 @@ _USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ERO
 
 _INTERRUPTED = 130
 
-# Commands of two words. Their first is a command as well, which takes any number of folders, so that no group can hold them.
+# Commands of two words. Their first is a command as well, which takes any number of folders, so that no group can hold
+# them.
 _TWO_WORDS = ("prepare info", "evaluate compare", "evaluate report")
 
 _LONG_JOBS = ("train", "evaluate", "prepare", "serve", "app")
@@ -82,7 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted", _INTERRUPTED)
     except Exception as error:
         if message := getattr(error, "format_message", None):  # typer's own errors: unknown option, missing argument
-            return _fail(f"{message()} (see samed3d --help)", 2) if message() else 2  # empty: the help was asked for and is printed
+            return (
+                _fail(f"{message()} (see samed3d --help)", 2) if message() else 2
+            )  # empty: the help was asked for and is printed
         if isinstance(error, OSError) and error.errno in _USER_ERRNOS:
             return _fail(f"{error.strerror}: {error.filename or 'a file that was being written'}", 2)
         if debug:
@@ -91,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _set_up_logging(arguments: list[str]) -> None:
-    """Long jobs say what they do wherever they write to; the others only to a terminal, so that an error stays one line."""
+    """Long jobs say what they do wherever they write to; the others only to a terminal, so that an error stays one
+    line.
+    """
     long_job = arguments[:1] and arguments[0] in _LONG_JOBS
     quiet = "--quiet" in arguments or "-q" in arguments
     logger = logging.getLogger("samed3d")
@@ -100,7 +106,9 @@ def _set_up_logging(arguments: list[str]) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("samed3d: %(message)s"))
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO if not quiet and (long_job or sys.stderr.isatty()) else logging.ERROR if quiet else logging.WARNING)
+    logger.setLevel(
+        logging.INFO if not quiet and (long_job or sys.stderr.isatty()) else logging.ERROR if quiet else logging.WARNING
+    )
 
 
 def _fail(message: str, code: int) -> int:

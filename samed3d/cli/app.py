@@ -1,4 +1,6 @@
-"""``samed3d app``: the web page, served to this machine only and opened in the browser. The page is in ``apps/viewer``."""
+"""``samed3d app``: the web page, served to this machine only and opened in the browser. The page is in
+``apps/viewer``.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,20 @@ _START_SECONDS = 30.0
 
 
 def app(
-    volume: Annotated[Path | None, typer.Argument(help="Image or DICOM folder to open at once; others are opened in the page.")] = None,
+    volume: Annotated[
+        Path | None, typer.Argument(help="Image or DICOM folder to open at once; others are opened in the page.")
+    ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = DEFAULT_PORT,
-    root: Annotated[list[Path] | None, typer.Option(help="Folder whose images the page may open; repeatable. [default: here]")] = None,
-    sessions: Annotated[Path | None, typer.Option(help="Folder for sessions and their journals. [default: in the user's state]")] = None,
+    root: Annotated[
+        list[Path] | None, typer.Option(help="Folder whose images the page may open; repeatable. [default: here]")
+    ] = None,
+    sessions: Annotated[
+        Path | None, typer.Option(help="Folder for sessions and their journals. [default: in the user's state]")
+    ] = None,
     model: Model = "default",
-    also: Annotated[list[str] | None, typer.Option("--also-model", help="Another model that the page offers; repeatable.")] = None,
+    also: Annotated[
+        list[str] | None, typer.Option("--also-model", help="Another model that the page offers; repeatable.")
+    ] = None,
     device: Device = "auto",
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")] = True,
     quiet: Quiet = False,
@@ -39,7 +49,9 @@ def app(
 
     page = Path(samed3d.apps.__file__).with_name("viewer")
     if not (page / "vendor" / "niivue.js").is_file():
-        raise InputError("the web viewer is not in this installation; with node there, run: make viewer, or install samed3d again")
+        raise InputError(
+            "the web viewer is not in this installation; with node there, run: make viewer, or install samed3d again"
+        )
     for folder in root or []:
         check_exists(folder, "--root")
     roots = [folder.resolve() for folder in root or [Path.cwd()]]
@@ -48,7 +60,12 @@ def app(
         read_volume(volume)  # what cannot be opened is refused here, not in the page
         roots.append(volume.resolve() if volume.is_dir() else volume.resolve().parent)
     options = ServerOptions(
-        sessions=sessions or default_sessions(), roots=tuple(roots), model=model, models=tuple(also or []), device=device, page=page
+        sessions=sessions or default_sessions(),
+        roots=tuple(roots),
+        model=model,
+        models=tuple(also or []),
+        device=device,
+        page=page,
     )
     check_models(options)
     address = f"http://127.0.0.1:{port}"

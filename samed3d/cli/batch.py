@@ -11,7 +11,9 @@ import typer
 from samed3d.errors import InputError
 
 
-def segment_list(path: Path, folder: Path, model: str, device: str, format: str | None, space: str, *, quiet: bool) -> None:
+def segment_list(
+    path: Path, folder: Path, model: str, device: str, format: str | None, space: str, *, quiet: bool
+) -> None:
     """Segment every image of a list into a folder.
 
     Raises:
@@ -45,4 +47,6 @@ def segment_list(path: Path, folder: Path, model: str, device: str, format: str 
     if report["failed"]:
         first = next(row for row in report["images"] if row["status"] == "failed")
         count = f"{report['failed']} of {len(jobs)} images"
-        raise InputError(f"{count} failed, line {first['line']} first: {first['error']}; mend them and run the same command again")
+        raise InputError(
+            f"{count} failed, line {first['line']} first: {first['error']}; mend them and run the same command again"
+        )

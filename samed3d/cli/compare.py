@@ -14,11 +14,17 @@ from samed3d.cli.options import Quiet, check_exists
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Results folders of samed3d evaluate, two or more; later ones minus earlier ones.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Results folders of samed3d evaluate, two or more; later ones minus earlier ones."),
+    ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also write the comparison as a page, for example compare.html.")
+        Path | None,
+        typer.Option("--output", "-o", help="Also write the comparison as a page, for example compare.html."),
     ] = None,
-    anyway: Annotated[bool, typer.Option("--anyway", help="Show runs side by side that were not measured alike.")] = False,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Show runs side by side that were not measured alike.")
+    ] = False,
 ) -> None:
     """Put saved runs side by side, with a paired test where they hold the same structures."""
     for folder in runs:
@@ -34,7 +40,9 @@ def compare(
 
 def report(
     run: Annotated[Path, typer.Argument(help="Results folder of samed3d evaluate.")],
-    picture_seconds: Annotated[float, typer.Option(min=0, help="How long pictures of cases may take to be made; 0 makes none.")] = 120.0,
+    picture_seconds: Annotated[
+        float, typer.Option(min=0, help="How long pictures of cases may take to be made; 0 makes none.")
+    ] = 120.0,
     quiet: Quiet = False,
 ) -> None:
     """Make the report of a saved run anew."""

@@ -15,24 +15,45 @@ _Several = list[str] | None
 
 
 def evaluate(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.json, cases.csv, prompts.jsonl and the report.")],
-    data: Annotated[list[Path] | None, typer.Argument(help="Folders of labelled volumes or corpora; the same as --data.")] = None,
-    more_data: Annotated[list[Path] | None, typer.Option("--data", help="Folder of labelled volumes, or a corpus; repeatable.")] = None,
-    model: Annotated[
-        _Several, typer.Option(help="Checkpoint, .safetensors file, architecture (random weights), baseline, baselines, no_prompt:NAME.")
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for results.json, cases.csv, prompts.jsonl and the report.")
+    ],
+    data: Annotated[
+        list[Path] | None, typer.Argument(help="Folders of labelled volumes or corpora; the same as --data.")
     ] = None,
-    external: Annotated[_Several, typer.Option(help='Another program: "command {image} {prompts} {out}"; repeatable.')] = None,
-    server: Annotated[_Several, typer.Option(help="URL of a server that speaks the nnInteractive protocol; repeatable.")] = None,
+    more_data: Annotated[
+        list[Path] | None, typer.Option("--data", help="Folder of labelled volumes, or a corpus; repeatable.")
+    ] = None,
+    model: Annotated[
+        _Several,
+        typer.Option(
+            help="Checkpoint, .safetensors file, architecture (random weights), baseline, baselines, no_prompt:NAME."
+        ),
+    ] = None,
+    external: Annotated[
+        _Several, typer.Option(help='Another program: "command {image} {prompts} {out}"; repeatable.')
+    ] = None,
+    server: Annotated[
+        _Several, typer.Option(help="URL of a server that speaks the nnInteractive protocol; repeatable.")
+    ] = None,
     protocol: Annotated[_Several, typer.Option(help="samed3d, another by name, or all; repeatable.")] = None,
-    policy: Annotated[_Several, typer.Option(help="Users of protocol samed3d: uniform, centre, ritm, noisy or all; repeatable.")] = None,
-    prompt: Annotated[_Several, typer.Option(help="What comes first in protocol samed3d: click, box, scribble or all; repeatable.")] = None,
+    policy: Annotated[
+        _Several, typer.Option(help="Users of protocol samed3d: uniform, centre, ritm, noisy or all; repeatable.")
+    ] = None,
+    prompt: Annotated[
+        _Several, typer.Option(help="What comes first in protocol samed3d: click, box, scribble or all; repeatable.")
+    ] = None,
     clicks: Annotated[str, typer.Option(metavar="N,N,...", help="After how many clicks to score.")] = "1,3,5",
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions with different clicks.")] = 1,
     split: Annotated[str, typer.Option(help="Which subjects: val, train or all.")] = "val",
     limit: Annotated[int | None, typer.Option(min=1, help="Cases per data set; all without it.")] = None,
     labels_per_case: Annotated[int | None, typer.Option(min=1, help="Structures per case; all without it.")] = None,
-    tolerance: Annotated[float, typer.Option(min=0.0, help="Of the surface Dice, mm; protocols with one of their own keep it.")] = 2.0,
-    surfaces: Annotated[bool, typer.Option("--surfaces/--no-surfaces", help="Measure surface Dice and HD95 too.")] = True,
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="Of the surface Dice, mm; protocols with one of their own keep it.")
+    ] = 2.0,
+    surfaces: Annotated[
+        bool, typer.Option("--surfaces/--no-surfaces", help="Measure surface Dice and HD95 too.")
+    ] = True,
     processes: Annotated[int, typer.Option(min=1, help="Cases at once.")] = 1,
     device: Device = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Small cases of six data sets, one structure each.")] = False,
@@ -41,7 +62,11 @@ def evaluate(
 ) -> None:
     """Measure models with simulated clicks, boxes and scribbles against labels."""
     folders = _folders([*(data or []), *(more_data or [])])
-    contenders = [*(model or []), *(f"external:{command}" for command in external or []), *(f"server:{url}" for url in server or [])]
+    contenders = [
+        *(model or []),
+        *(f"external:{command}" for command in external or []),
+        *(f"server:{url}" for url in server or []),
+    ]
     if _evaluate_automatic(folders, contenders, output, split, limit, tolerance, device, quiet):
         return
     from samed3d.evaluation.run import evaluate as run
@@ -74,7 +99,14 @@ def evaluate(
 
 
 def _evaluate_automatic(
-    folders: list[Path], models: list[str], output: Path, split: str, limit: int | None, tolerance_mm: float, device: str, quiet: bool
+    folders: list[Path],
+    models: list[str],
+    output: Path,
+    split: str,
+    limit: int | None,
+    tolerance_mm: float,
+    device: str,
+    quiet: bool,
 ) -> bool:
     """Each class of an automatic model, to which what concerns clicks does not apply; False where there is none.
 

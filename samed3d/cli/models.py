@@ -26,7 +26,9 @@ WIDTH_OF_A_FILE = 320
 
 
 def models(
-    name: Annotated[str | None, typer.Argument(help="An architecture, to see its modules; all are listed without it.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="An architecture, to see its modules; all are listed without it.")
+    ] = None,
 ) -> None:
     """List the architectures and the shipped checkpoints, or the modules of one architecture. Nothing is allocated."""
     from rich.console import Console
@@ -48,7 +50,9 @@ def import_weights(
     model: Annotated[str, typer.Option(help="The architecture it belongs to.")] = "sam_med3d_b",
     quiet: Quiet = False,
 ) -> None:
-    """Convert a published checkpoint to our format: SAM-Med3D and its variants, SAM's 2D encoders, or a teacher as a student's start."""
+    """Convert a published checkpoint to our format: SAM-Med3D and its variants, SAM's 2D encoders, or a teacher as a
+    student's start.
+    """
     from samed3d.models import create_model
     from samed3d.models.fast_sam3d import from_teacher
     from samed3d.models.sam_backbone import import_sam
@@ -70,7 +74,9 @@ def import_weights(
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="Checkpoint (name or file), or an architecture, with random weights then.")],
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint (name or file), or an architecture, with random weights then.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new.")],
     format_: Annotated[str, typer.Option("--format", help="onnx, torchscript or hf.")] = "onnx",
     quiet: Quiet = False,
@@ -101,11 +107,22 @@ def _table() -> Table:
     from samed3d.models import list_models
     from samed3d.models.inventory import take_inventory
 
-    headings = ("architecture", "parameters", "trained", "encoder", "prompts", "decoder", "GFLOP encode", "GFLOP decode")
+    headings = (
+        "architecture",
+        "parameters",
+        "trained",
+        "encoder",
+        "prompts",
+        "decoder",
+        "GFLOP encode",
+        "GFLOP decode",
+    )
     table = Table(*headings, "crop (zyx)", "spacing", "understands", "clicks", "source", box=None)
     for column in table.columns[1:8]:
         column.justify = "right"
-    for name in track(list_models(), "counting", console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()):
+    for name in track(
+        list_models(), "counting", console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
+    ):
         model = _on_meta(name)
         counts = take_inventory(model)
         numbers = [f"{n:,}" for n in (counts.total, counts.trained, counts.encoder, counts.prompts, counts.decoder)]
@@ -119,7 +136,12 @@ def _input(model: AnyModel) -> tuple[str, str, str, str]:
     spec = model.spec
     spacing = "any" if spec.spacing_mm is None else f"{spec.spacing_mm:g} mm"
     understands = f"nothing: {spec.classes} classes" if spec.classes else ", ".join(sorted(spec.prompts))
-    return "x".join(str(n) for n in spec.input_shape_zyx), spacing, understands, "-" if spec.classes else spec.click_memory
+    return (
+        "x".join(str(n) for n in spec.input_shape_zyx),
+        spacing,
+        understands,
+        "-" if spec.classes else spec.click_memory,
+    )
 
 
 def _facts(model: AnyModel) -> Table:
@@ -131,9 +153,15 @@ def _facts(model: AnyModel) -> Table:
     crop, spacing, understands, clicks = _input(model)
     lines: list[tuple[str, Any]] = [
         ("source", spec.source),
-        ("parameters", f"{counts.total:,} (encoder {counts.encoder:,}, prompts {counts.prompts:,}, decoder {counts.decoder:,})"),
+        (
+            "parameters",
+            f"{counts.total:,} (encoder {counts.encoder:,}, prompts {counts.prompts:,}, decoder {counts.decoder:,})",
+        ),
         ("trained", f"{counts.trained:,}"),
-        ("operations", f"{counts.encode_flops / 1e9:,.2f} GFLOP to encode a crop, {counts.decode_flops / 1e9:,.2f} to decode a click"),
+        (
+            "operations",
+            f"{counts.encode_flops / 1e9:,.2f} GFLOP to encode a crop, {counts.decode_flops / 1e9:,.2f} to decode a click",
+        ),
         ("input", f"{crop} voxels of {spacing}, {spec.normalisation}"),
         ("understands", f"{understands}; clicks kept: {clicks}"),
     ]

@@ -1,4 +1,6 @@
-"""``samed3d segment`` and ``samed3d demo``: their options and what they print. The work is in ``inference/session.py``."""
+"""``samed3d segment`` and ``samed3d demo``: their options and what they print. The work is in
+``inference/session.py``.
+"""
 
 from __future__ import annotations
 
@@ -22,26 +24,50 @@ if TYPE_CHECKING:
 def segment(
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="Mask to write, in the image's own grid (same suffixes, .seg.nrrd, .dcm); batch: a folder."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Mask to write, in the image's own grid (same suffixes, .seg.nrrd, .dcm); batch: a folder.",
+        ),
     ],
-    image: Annotated[Path | None, typer.Argument(help="Volume: .nii .nii.gz .nrrd .mha .mhd, or a folder of DICOM files.")] = None,
+    image: Annotated[
+        Path | None, typer.Argument(help="Volume: .nii .nii.gz .nrrd .mha .mhd, or a folder of DICOM files.")
+    ] = None,
     point: Annotated[list[str] | None, typer.Option(metavar="I,J,K", help="A click on the object; repeatable.")] = None,
-    negative_point: Annotated[list[str] | None, typer.Option(metavar="I,J,K", help="A click off the object; repeatable.")] = None,
-    box: Annotated[list[str] | None, typer.Option(metavar="I0,J0,K0,I1,J1,K1", help="Lowest and highest corner, both inside.")] = None,
-    scribble: Annotated[list[str] | None, typer.Option(metavar="I,J,K;I,J,K;...", help="A stroke on the object; repeatable.")] = None,
-    negative_scribble: Annotated[list[str] | None, typer.Option(metavar="I,J,K;...", help="A stroke off the object; repeatable.")] = None,
+    negative_point: Annotated[
+        list[str] | None, typer.Option(metavar="I,J,K", help="A click off the object; repeatable.")
+    ] = None,
+    box: Annotated[
+        list[str] | None, typer.Option(metavar="I0,J0,K0,I1,J1,K1", help="Lowest and highest corner, both inside.")
+    ] = None,
+    scribble: Annotated[
+        list[str] | None, typer.Option(metavar="I,J,K;I,J,K;...", help="A stroke on the object; repeatable.")
+    ] = None,
+    negative_scribble: Annotated[
+        list[str] | None, typer.Option(metavar="I,J,K;...", help="A stroke off the object; repeatable.")
+    ] = None,
     mask: Annotated[Path | None, typer.Option(help="A mask to start from, which the other prompts correct.")] = None,
-    space: Annotated[str, typer.Option(help="What the numbers are: ijk (voxels, x first, from 0) or ras (mm).")] = "ijk",
-    prompts: Annotated[Path | None, typer.Option(help="Prompt file (JSON) instead of the options above; several objects.")] = None,
-    batch: Annotated[Path | None, typer.Option(help="Instead of IMAGE, a CSV with a line per image; -o is then a folder.")] = None,
+    space: Annotated[
+        str, typer.Option(help="What the numbers are: ijk (voxels, x first, from 0) or ras (mm).")
+    ] = "ijk",
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompt file (JSON) instead of the options above; several objects.")
+    ] = None,
+    batch: Annotated[
+        Path | None, typer.Option(help="Instead of IMAGE, a CSV with a line per image; -o is then a folder.")
+    ] = None,
     format: Annotated[
         str | None, typer.Option(help="nifti, nrrd, mha, seg.nrrd, dicom-seg or rtstruct; by default the suffix says.")
     ] = None,
     model: Model = "default",
     probability: Annotated[Path | None, typer.Option(help="Also write the probability, float32.")] = None,
-    preview: Annotated[Path | None, typer.Option(help="Also write a PNG: three slices with contour and prompts.")] = None,
+    preview: Annotated[
+        Path | None, typer.Option(help="Also write a PNG: three slices with contour and prompts.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Also write a JSON: versions, prompts, timings, volume.")] = None,
-    session: Annotated[Path | None, typer.Option(help="Also write the session (JSON), which Session.load and the app go on with.")] = None,
+    session: Annotated[
+        Path | None, typer.Option(help="Also write the session (JSON), which Session.load and the app go on with.")
+    ] = None,
     device: Device = "auto",
     channel: Annotated[int | None, typer.Option(help="Which channel or frame of a 4D or RGB image, from 0.")] = None,
     series: Annotated[str | None, typer.Option(help="Which DICOM series of the folder (its UID or number).")] = None,
@@ -49,17 +75,24 @@ def segment(
 ) -> None:
     """A mask from clicks, boxes and strokes on one image, or on every image of a list.
 
-    A mask to start from comes first, then boxes, then positive points and strokes, then negative ones, each in the order given; a prompt
-    file keeps its own order.
+    A mask to start from comes first, then boxes, then positive points and strokes, then negative ones, each in the
+    order given; a prompt file keeps its own order.
     """
     given = (point or [], negative_point or [], box or [])
     strokes = (scribble or [], negative_scribble or [], mask)
     if batch is not None:
-        _segment_batch(batch, output, image, any((*given, *strokes, prompts, probability, preview, report, session, channel, series)))
+        _segment_batch(
+            batch,
+            output,
+            image,
+            any((*given, *strokes, prompts, probability, preview, report, session, channel, series)),
+        )
         segment_list(batch, output, model, device, format, space, quiet=quiet)
         return
     also = {"--probability": probability, "--preview": preview, "--report": report, "--session": session}
-    if _segment_automatic(image, output, model, format, device, channel, series, also, any((*given, *strokes, prompts)), quiet):
+    if _segment_automatic(
+        image, output, model, format, device, channel, series, also, any((*given, *strokes, prompts)), quiet
+    ):
         return
     objects = _gather_prompts(*given, space, prompts, *strokes)
     if image is None:
@@ -101,7 +134,9 @@ def _segment_automatic(
         return False
     unfit = ["a prompt"] * prompted + [name for name, path in also.items() if path and name != "--report"]
     if unfit:
-        raise InputError(f"model {model!r} is automatic and takes no prompts, got {', '.join(unfit)}; leave out what is for prompts")
+        raise InputError(
+            f"model {model!r} is automatic and takes no prompts, got {', '.join(unfit)}; leave out what is for prompts"
+        )
     report = also["--report"]
     check_distinct({"the image": image, "--output": output, "--report": report})
     summary = segment_file(image, model, output, format=format, device=device, channel=channel, series=series)
@@ -163,7 +198,9 @@ def _segment_batch(batch: Path, output: Path, image: Path | None, others: bool) 
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the volume, the masks and the picture.")] = Path("out/demo"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the volume, the masks and the picture.")
+    ] = Path("out/demo"),
     model: Model = "default",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the generated body.")] = 0,
     device: Device = "auto",
@@ -208,13 +245,17 @@ def _gather_prompts(
             one.prompts.extend(Point(parse_numbers(t, 3, flag[0]), positive, space) for t in texts)  # type: ignore[arg-type]
             one.prompts.extend(Scribble(_path(t, flag[1]), positive, space=space) for t in strokes)
         if not one.prompts:
-            raise InputError("segment needs at least one prompt; give --point I,J,K, --box I0,J0,K0,I1,J1,K1 or --prompts FILE")
+            raise InputError(
+                "segment needs at least one prompt; give --point I,J,K, --box I0,J0,K0,I1,J1,K1 or --prompts FILE"
+            )
         objects = [one]
     for entry in objects:
         if not entry.has_positive:
             count = len(entry.prompts)
             where = f"object {entry.id} ({entry.name}) of {file}" if file else "the object"
-            raise InputError(f"{where} needs a positive point or a box, got {count} negative only; add --point I,J,K on the object")
+            raise InputError(
+                f"{where} needs a positive point or a box, got {count} negative only; add --point I,J,K on the object"
+            )
     return objects
 
 
@@ -225,6 +266,10 @@ def _path(text: str, flag: str) -> tuple[Triple, ...]:
 
 def _print_segment_summary(summary: dict[str, Any], output: Path) -> None:
     for entry in summary["objects"]:
-        said = f"{entry['voxels']:,} voxels, {entry['mm3'] / 1000.0:,.1f} mL" if entry["voxels"] else "nothing found; add a prompt"
+        said = (
+            f"{entry['voxels']:,} voxels, {entry['mm3'] / 1000.0:,.1f} mL"
+            if entry["voxels"]
+            else "nothing found; add a prompt"
+        )
         typer.echo(f"{entry['name']}: {said}")
     typer.echo(f"mask in {output} ({summary['seconds']:.1f} s on {summary['device']})")

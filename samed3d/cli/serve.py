@@ -22,15 +22,27 @@ DEFAULT_PORT = 1527
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on. Any but loopback demands a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = DEFAULT_PORT,
-    root: Annotated[list[Path] | None, typer.Option(help="Folder whose images clients may open by path; repeatable.")] = None,
-    sessions: Annotated[Path | None, typer.Option(help="Folder for sessions and their journals. [default: in the user's state]")] = None,
-    token_file: Annotated[Path | None, typer.Option(help=f"File that holds the token; or set {TOKEN_VARIABLE}.")] = None,
-    allow_host: Annotated[list[str] | None, typer.Option(help="Name that browsers reach this server by; repeatable.")] = None,
+    root: Annotated[
+        list[Path] | None, typer.Option(help="Folder whose images clients may open by path; repeatable.")
+    ] = None,
+    sessions: Annotated[
+        Path | None, typer.Option(help="Folder for sessions and their journals. [default: in the user's state]")
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help=f"File that holds the token; or set {TOKEN_VARIABLE}.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Name that browsers reach this server by; repeatable.")
+    ] = None,
     model: Model = "default",
-    also: Annotated[list[str] | None, typer.Option("--also-model", help="Another model that clients may ask for; repeatable.")] = None,
+    also: Annotated[
+        list[str] | None, typer.Option("--also-model", help="Another model that clients may ask for; repeatable.")
+    ] = None,
     device: Device = "auto",
     max_sessions: Annotated[int, typer.Option(min=1, help="Sessions in memory at once; others sleep on disk.")] = 16,
-    idle_minutes: Annotated[float, typer.Option(min=0.05, help="After so long without a request a session sleeps. Nothing is lost.")] = 10,
+    idle_minutes: Annotated[
+        float, typer.Option(min=0.05, help="After so long without a request a session sleeps. Nothing is lost.")
+    ] = 10,
     max_upload_mb: Annotated[int, typer.Option(min=1, help="Largest upload, in MiB.")] = 2048,
     max_voxels: Annotated[int, typer.Option(min=1, help="Largest image.")] = 2**29,
     quiet: Quiet = False,
@@ -61,7 +73,9 @@ def serve(
     check_models(options)
     if not quiet:
         shown = f"[{host}]" if ":" in host else host
-        typer.echo(f"samed3d serves at http://{shown}:{port} (API: /docs, sessions in {options.sessions}); Ctrl+C stops it")
+        typer.echo(
+            f"samed3d serves at http://{shown}:{port} (API: /docs, sessions in {options.sessions}); Ctrl+C stops it"
+        )
     run_server(options, host, port)
 
 

@@ -18,38 +18,64 @@ _FINETUNE = "Fine-tuning"
 
 def train(
     config: Annotated[Path | None, typer.Option(help="YAML file; without it, the defaults of samed3d/config.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. optim.lr=1e-4.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. optim.lr=1e-4.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Architecture; the same as --set model.name=NAME.")] = None,
     from_: Annotated[
-        Path | None, typer.Option("--from", metavar="RUN", help="Start from a run's model, e.g. stage 2 from stage 1; or a checkpoint.")
+        Path | None,
+        typer.Option(
+            "--from", metavar="RUN", help="Start from a run's model, e.g. stage 2 from stage 1; or a checkpoint."
+        ),
     ] = None,
     moe: Annotated[
-        list[str] | None, typer.Option(metavar="EXPERT", help="Train the gate of a mixture of these decoders of one base; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="EXPERT", help="Train the gate of a mixture of these decoders of one base; repeatable."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of run.folder.")] = False,
     finetune: Annotated[
-        str | None, typer.Option(metavar="MODEL", rich_help_panel=_FINETUNE, help="Start from this checkpoint; needs --data.")
+        str | None,
+        typer.Option(metavar="MODEL", rich_help_panel=_FINETUNE, help="Start from this checkpoint; needs --data."),
     ] = None,
     data: Annotated[
-        list[Path] | None, typer.Option(rich_help_panel=_FINETUNE, help="Folder of labelled volumes or corpus; repeatable.")
+        list[Path] | None,
+        typer.Option(rich_help_panel=_FINETUNE, help="Folder of labelled volumes or corpus; repeatable."),
     ] = None,
     elsewhere: Annotated[
-        list[Path] | None, typer.Option(rich_help_panel=_FINETUNE, help="Measured as well, not trained on: what is forgotten; repeatable.")
+        list[Path] | None,
+        typer.Option(
+            rich_help_panel=_FINETUNE, help="Measured as well, not trained on: what is forgotten; repeatable."
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", rich_help_panel=_FINETUNE, help="Run folder.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", rich_help_panel=_FINETUNE, help="Run folder.")
+    ] = None,
     train_: Annotated[
-        str | None, typer.Option("--train", rich_help_panel=_FINETUNE, help="What learns: all (default), decoder or adapters.")
+        str | None,
+        typer.Option("--train", rich_help_panel=_FINETUNE, help="What learns: all (default), decoder or adapters."),
     ] = None,
-    adapter: Annotated[str | None, typer.Option(rich_help_panel=_FINETUNE, help="lora (default with --train adapters) or fact.")] = None,
-    rank: Annotated[int | None, typer.Option(rich_help_panel=_FINETUNE, help="Rank of the adapter; 8 without it.")] = None,
-    steps: Annotated[int | None, typer.Option(rich_help_panel=_FINETUNE, help="Optimiser steps; by the data without it.")] = None,
-    minutes: Annotated[float | None, typer.Option(rich_help_panel=_FINETUNE, help="As many steps as fit, instead of --steps.")] = None,
-    structures: Annotated[int | None, typer.Option(rich_help_panel=_FINETUNE, help="Clicked before and after; 24 without it.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(rich_help_panel=_FINETUNE, help="lora (default with --train adapters) or fact.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(rich_help_panel=_FINETUNE, help="Rank of the adapter; 8 without it.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(rich_help_panel=_FINETUNE, help="Optimiser steps; by the data without it.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(rich_help_panel=_FINETUNE, help="As many steps as fit, instead of --steps.")
+    ] = None,
+    structures: Annotated[
+        int | None, typer.Option(rich_help_panel=_FINETUNE, help="Clicked before and after; 24 without it.")
+    ] = None,
     seeds: Annotated[int | None, typer.Option(rich_help_panel=_FINETUNE, help="Of those clicks; 3 without it.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Train a promptable model with simulated clicks, or fine-tune one on a folder of labelled volumes."""
-    said = dict(train=train_, adapter=adapter, rank=rank, steps=steps, minutes=minutes, structures=structures, seeds=seeds)
+    said = dict(
+        train=train_, adapter=adapter, rank=rank, steps=steps, minutes=minutes, structures=structures, seeds=seeds
+    )
     given = {name: value for name, value in said.items() if value is not None}
     if finetune is not None:
         others = {"--config": config, "--model": model, "--from": from_, "--moe": moe}
@@ -58,11 +84,19 @@ def train(
             raise InputError(f"--finetune has its own recipe and cannot be joined with {joined}; {remedy}")
         _finetune(finetune, data or [], elsewhere or [], output, given, tuple(set_ or ()), resume, quiet)
         return
-    if extra := [*given, *(name for name, value in {"data": data, "elsewhere": elsewhere, "output": output}.items() if value)]:
-        raise InputError(f"--{extra[0]} goes with --finetune MODEL; a config says {_CONFIG_KEYS.get(extra[0], 'model.* and optim.*')}")
+    if extra := [
+        *given,
+        *(name for name, value in {"data": data, "elsewhere": elsewhere, "output": output}.items() if value),
+    ]:
+        raise InputError(
+            f"--{extra[0]} goes with --finetune MODEL; a config says {_CONFIG_KEYS.get(extra[0], 'model.* and optim.*')}"
+        )
     from samed3d.config import TrainConfig, load_config
 
-    short = [*([f"model.name={model}"] if model else []), *([f"model.weights={json.dumps(str(_weights_of(from_)))}"] if from_ else [])]
+    short = [
+        *([f"model.name={model}"] if model else []),
+        *([f"model.weights={json.dumps(str(_weights_of(from_)))}"] if from_ else []),
+    ]
     settings = load_config(TrainConfig, config, [*short, *(set_ or [])])
     if moe:
         from samed3d.training.moe import train_gate
@@ -129,8 +163,13 @@ def _finetune(
     from data_prep.cached import cached_corpus
 
     shown = not quiet and sys.stderr.isatty()
-    corpora, others = ([cached_corpus(one, jobs=os.cpu_count() or 1, progress=shown) for one in folders] for folders in (data, elsewhere))
+    corpora, others = (
+        [cached_corpus(one, jobs=os.cpu_count() or 1, progress=shown) for one in folders]
+        for folders in (data, elsewhere)
+    )
     result = run(base, corpora, folder, options, elsewhere=others, resume=resume, quiet=quiet)
     if not quiet and result.table:
         typer.echo(result.table)
-        typer.echo(f"model in {folder / 'model.safetensors'}; use it with: samed3d segment IMAGE --model {folder / 'model.safetensors'}")
+        typer.echo(
+            f"model in {folder / 'model.safetensors'}; use it with: samed3d segment IMAGE --model {folder / 'model.safetensors'}"
+        )

@@ -1,7 +1,7 @@
 """A config from YAML and dotted overrides, and back to plain values.
 
-A key that no dataclass has is refused with the nearest name, a value of the wrong type with the key, the rule and the value. What the keys
-mean is in ``config/sections.py``; ``configs/tiny_cpu.yaml`` is the smallest file that trains.
+A key that no dataclass has is refused with the nearest name, a value of the wrong type with the key, the rule and the
+value. What the keys mean is in ``config/sections.py``; ``configs/tiny_cpu.yaml`` is the smallest file that trains.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def load_config(cls: type[T], path: Path | str | None = None, overrides: Sequenc
         overrides: ``"section.key=value"`` strings, the value in YAML; later ones win.
 
     Raises:
-        InputError: for a missing or broken file, an unknown key (the nearest name is given), a wrong type or a broken rule.
+        InputError: for a missing or broken file, an unknown key (the nearest name is given), a wrong type or a broken
+            rule.
     """
     tree: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
     for override in overrides:
@@ -81,7 +82,9 @@ def _parse_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"not valid YAML: {where}{line} ({getattr(error, 'problem', None) or 'unreadable'})") from error
+        raise InputError(
+            f"not valid YAML: {where}{line} ({getattr(error, 'problem', None) or 'unreadable'})"
+        ) from error
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -111,7 +114,11 @@ def _build(cls: type[T], tree: Any, prefix: str) -> T:
         dotted = f"{prefix}.{key}" if prefix else str(key)
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
-            remedy = f"did you mean {f'{prefix}.' if prefix else ''}{near[0]}?" if near else f"known here: {', '.join(hints)}"
+            remedy = (
+                f"did you mean {f'{prefix}.' if prefix else ''}{near[0]}?"
+                if near
+                else f"known here: {', '.join(hints)}"
+            )
             raise InputError(f"unknown config key {dotted!r}; {remedy}")
         values[key] = _coerce(value, hints[key], dotted)
     return cls(**values)
@@ -130,7 +137,12 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
     if origin in (list, tuple):
         fixed = len(inner) if origin is tuple and inner[-1] is not Ellipsis else None
         rule = f"must be a list of {fixed or ''} values".replace("  ", " ")
-        check(isinstance(value, list | tuple) and (fixed is None or len(value) == fixed), f"config key {key!r}", rule, value)
+        check(
+            isinstance(value, list | tuple) and (fixed is None or len(value) == fixed),
+            f"config key {key!r}",
+            rule,
+            value,
+        )
         kinds = inner if fixed is not None else [inner[0]] * len(value)
         return origin(_coerce(v, k, f"{key}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
     if origin is dict:
@@ -147,7 +159,12 @@ def _coerce_scalar(value: Any, kind: Any, key: str) -> Any:
             number = math.nan
         check(math.isfinite(number), f"config key {key!r}", "must be a finite number", value)
         return number
-    rules = {bool: "must be true or false", int: "must be a whole number", float: "must be a number", str: "must be text"}
+    rules = {
+        bool: "must be true or false",
+        int: "must be a whole number",
+        float: "must be a number",
+        str: "must be text",
+    }
     good = isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool)
     check(good, f"config key {key!r}", rules.get(kind, f"must be a {kind.__name__}"), value)
     return value

@@ -1,6 +1,7 @@
 """The sections of a training config: every key with its meaning, its unit and the value that switches it off.
 
-Nothing here knows a model or a tensor. How a file becomes these dataclasses is in ``config/reading.py``; read ``training/loop.py`` next.
+Nothing here knows a model or a tensor. How a file becomes these dataclasses is in ``config/reading.py``; read
+``training/loop.py`` next.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class ModelConfig:
     weights: str = ""
     """Checkpoint to start from (name or file); empty starts from random weights."""
     train: Literal["all", "decoder", "adapters"] = "all"
-    """Which parameters learn: all, everything but the image encoder, or only adapters put on a frozen image encoder and the decoder."""
+    """Which parameters learn: all, everything but the image encoder, or only adapters put on a frozen image encoder and
+    the decoder."""
     adapter: Literal["none", "lora", "fact"] = "none"
     """Adapter on the image encoder's attention or convolutions; needed for train: adapters."""
     rank: int = 8
@@ -42,7 +44,8 @@ class DataConfig:
     fill: tuple[float, float] = (0.25, 1.0)
     """Least and greatest extent of the object as a share of the crop's edge; not used with ``spacing_mm``."""
     spacing_mm: float = 0.0
-    """Fixed isotropic spacing of the crops in mm, for models that have one; 0 lets the crop follow the object's size."""
+    """Fixed isotropic spacing of the crops in mm, for models that have one; 0 lets the crop follow the object's
+    size."""
     placement: Literal["jittered", "centred"] = "jittered"
     """Where the object lies in the crop: anywhere, or with the middle of its box in the crop's middle (SAM-Med3D)."""
     augment: Literal["full", "flips"] = "full"
@@ -65,9 +68,13 @@ class DataConfig:
         check(self.spacing_mm >= 0, "data.spacing_mm", "must be 0 (the object's scale) or more", self.spacing_mm)
         check(0 <= self.blur_probability <= 1, "data.blur_probability", "must be from 0 to 1", self.blur_probability)
         if self.blur_probability and self.augment != "full":
-            raise InputError(f"data.blur_probability must be 0 with data.augment={self.augment}, got {self.blur_probability:g}")
+            raise InputError(
+                f"data.blur_probability must be 0 with data.augment={self.augment}, got {self.blur_probability:g}"
+            )
         check(self.workers >= 0, "data.workers", "must be 0 or more", self.workers)
-        check(0 <= self.validation_share < 1, "data.validation_share", "must be from 0 to below 1", self.validation_share)
+        check(
+            0 <= self.validation_share < 1, "data.validation_share", "must be from 0 to below 1", self.validation_share
+        )
         if not self.corpus and self.synthetic_share < 1:
             raise InputError(
                 f"data.synthetic_share must be 1 while data.corpus is empty, got {self.synthetic_share:g}; "
@@ -87,28 +94,45 @@ class ClickConfig:
     interactions: int = 4
     """Decodes per sample, each after one more prompt."""
     policy: Literal["uniform", "centre", "ritm", "mixed"] = "uniform"
-    """Where the next click falls in the error of the current mask (rules in ``clicks.py``); mixed is uniform for the first click and any of
-    the three for each later one."""
+    """Where the next click falls in the error of the current mask (rules in ``clicks.py``); mixed is uniform for the
+    first click and any of the three for each later one."""
     box_probability: float = 0.3
     """Chance that a sample's first prompt is a jittered box instead of a click; 0 never gives a box."""
     mask_only_probability: float = 0.1
     """Chance that a later decode gets the previous mask and no new click; 0 always clicks."""
     mask_only_turns: list[str] = field(default_factory=list)
-    """Turns that bring the previous mask and no click: ``last``, and ``random``, one of the later turns drawn per batch (in SAM-Med3D both,
-    its random one among turns 3 to 9 of 11); empty has none."""
+    """Turns that bring the previous mask and no click: ``last``, and ``random``, one of the later turns drawn per batch
+    (in SAM-Med3D both, its random one among turns 3 to 9 of 11); empty has none."""
     window_probability: float = 0.0
-    """Chance that a decode without a new click knows the previous mask in a window of the crop only, as after zooming out; 0 never."""
+    """Chance that a decode without a new click knows the previous mask in a window of the crop only, as after zooming
+    out; 0 never."""
     detach: bool = True
-    """Whether the previous mask is cut from the gradient before it is fed back; false keeps one graph over all decodes."""
+    """Whether the previous mask is cut from the gradient before it is fed back; false keeps one graph over all
+    decodes."""
     memory: Literal["all", "newest", "spec"] = "spec"
     """Clicks given at each decode: all, the newest only, or what the model's spec says."""
 
     def __post_init__(self) -> None:
         check(self.interactions >= 1, "clicks.interactions", "must be 1 or more", self.interactions)
         check(0 <= self.box_probability <= 1, "clicks.box_probability", "must be from 0 to 1", self.box_probability)
-        check(0 <= self.mask_only_probability <= 1, "clicks.mask_only_probability", "must be from 0 to 1", self.mask_only_probability)
-        check(0 <= self.window_probability <= 1, "clicks.window_probability", "must be from 0 to 1", self.window_probability)
-        check(set(self.mask_only_turns) <= {"last", "random"}, "clicks.mask_only_turns", "may hold last and random", self.mask_only_turns)
+        check(
+            0 <= self.mask_only_probability <= 1,
+            "clicks.mask_only_probability",
+            "must be from 0 to 1",
+            self.mask_only_probability,
+        )
+        check(
+            0 <= self.window_probability <= 1,
+            "clicks.window_probability",
+            "must be from 0 to 1",
+            self.window_probability,
+        )
+        check(
+            set(self.mask_only_turns) <= {"last", "random"},
+            "clicks.mask_only_turns",
+            "may hold last and random",
+            self.mask_only_turns,
+        )
 
 
 @dataclass(frozen=True)
@@ -116,11 +140,13 @@ class OptimConfig:
     """The optimiser and its schedule."""
 
     name: Literal["adamw", "sgd", "muon"] = "adamw"
-    """AdamW, stochastic gradient descent with Nesterov's momentum, or Muon (matrices and kernels; AdamW for the rest)."""
+    """AdamW, stochastic gradient descent with Nesterov's momentum, or Muon (matrices and kernels; AdamW for the
+    rest)."""
     lr: float = 1e-3
     """Peak learning rate."""
     lr_scale: dict[str, float] = field(default_factory=dict)
-    """Factor on the rate of the parameters whose names begin so, e.g. ``{mask_decoder: 0.1}``; empty gives all the same rate."""
+    """Factor on the rate of the parameters whose names begin so, e.g. ``{mask_decoder: 0.1}``; empty gives all the same
+    rate."""
     weight_decay: float = 0.05
     """Weight decay, decoupled from the gradient with adamw, part of it with sgd; 0 switches it off."""
     decay_all: bool = False
@@ -132,13 +158,15 @@ class OptimConfig:
     warmup_steps: int = 0
     """Optimiser steps over which the rate rises from 0; 0 starts at the peak."""
     schedule: Literal["cosine", "cosine_minutes", "constant", "multistep", "power"] = "cosine"
-    """Course of the rate after the warm-up: half a cosine to 0 at the last step, or when ``max_minutes`` are over (whatever the machine
-    does in them; it starts again with ``--resume`` and is not repeatable to the last digit), flat, times ``gamma`` at each of
+    """Course of the rate after the warm-up: half a cosine to 0 at the last step, or when ``max_minutes`` are over
+    (whatever the machine does in them; it starts again with ``--resume`` and is not repeatable to the last digit),
+    flat, times ``gamma`` at each of
     ``milestones``, or as the share of steps that are left to the power of ``exponent``."""
     exponent: float = 0.9
     """For power: 1 is a straight line to 0, more falls early, less falls late; above 0."""
     schedule_length: float = 1.0
-    """Length of the schedule in runs: 1 ends with the run, 2 is half way through when the run ends; not for constant."""
+    """Length of the schedule in runs: 1 ends with the run, 2 is half way through when the run ends; not for
+    constant."""
     milestones: list[float] = field(default_factory=lambda: [0.6, 0.9])
     """For multistep: rising shares of a cycle, each from 0 to 1."""
     gamma: float = 0.1
@@ -154,7 +182,8 @@ class OptimConfig:
     steps: int = 100
     """Optimiser steps of the run; not used with ``epochs``."""
     epochs: float = 0.0
-    """Length of the run in passes over the corpus, a pass being as many samples as the corpus has structures to train on; 0 counts
+    """Length of the run in passes over the corpus, a pass being as many samples as the corpus has structures to train
+    on; 0 counts
     ``steps``."""
     max_minutes: float = 0.0
     """Wall-clock limit in minutes, after which the run saves and ends; 0 sets no limit."""
@@ -165,7 +194,12 @@ class OptimConfig:
         check(all(0 <= b < 1 for b in self.betas), "optim.betas", "must each be from 0 to below 1", self.betas)
         check(0 <= self.momentum < 1, "optim.momentum", "must be from 0 (none) to below 1", self.momentum)
         check(self.exponent > 0, "optim.exponent", "must be above 0", self.exponent)
-        check(self.schedule_length >= 1, "optim.schedule_length", "must be 1 (ends with the run) or more", self.schedule_length)
+        check(
+            self.schedule_length >= 1,
+            "optim.schedule_length",
+            "must be 1 (ends with the run) or more",
+            self.schedule_length,
+        )
         check(self.grad_clip >= 0, "optim.grad_clip", "must be 0 (off) or more", self.grad_clip)
         check(self.accumulate >= 1, "optim.accumulate", "must be 1 or more", self.accumulate)
         check(self.batch >= 1, "optim.batch", "must be 1 or more", self.batch)
@@ -180,9 +214,16 @@ class OptimConfig:
             check(good, f"optim.lr_scale.{part}", "must be a number above 0", factor)
         check(self.max_minutes >= 0, "optim.max_minutes", "must be 0 (no limit) or more", self.max_minutes)
         if self.schedule == "cosine_minutes":
-            check(self.max_minutes > 0, "optim.max_minutes", "must be above 0 with optim.schedule=cosine_minutes", self.max_minutes)
+            check(
+                self.max_minutes > 0,
+                "optim.max_minutes",
+                "must be above 0 with optim.schedule=cosine_minutes",
+                self.max_minutes,
+            )
         if self.warmup_steps < 0 or (self.warmup_steps > self.steps and not self.epochs):
-            raise InputError(f"optim.warmup_steps must be from 0 to optim.steps ({self.steps}), got {self.warmup_steps}")
+            raise InputError(
+                f"optim.warmup_steps must be from 0 to optim.steps ({self.steps}), got {self.warmup_steps}"
+            )
 
 
 @dataclass(frozen=True)
@@ -196,11 +237,13 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where it runs; auto takes a GPU where there is one, cuda refuses to run without."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the forward; auto takes bf16 on a GPU that has it and on a CPU with AMX, else fp32. fp16 needs a GPU."""
+    """Arithmetic of the forward; auto takes bf16 on a GPU that has it and on a CPU with AMX, else fp32. fp16 needs a
+    GPU."""
     compile: bool = False
     """Whether the image encoder goes through torch.compile: slow to start, faster afterwards on a GPU."""
     activation_checkpointing: bool = False
-    """Whether transformer blocks forget their activations and compute them again in the backward: less memory, a third more time."""
+    """Whether transformer blocks forget their activations and compute them again in the backward: less memory, a third
+    more time."""
     log_every: int = 10
     """Optimiser steps between two lines of ``metrics.jsonl``."""
     save_every: int = 100
@@ -219,7 +262,12 @@ class RunConfig:
         check(self.save_every >= 0, "run.save_every", "must be 0 (at the end only) or more", self.save_every)
         check(self.keep >= 0, "run.keep", "must be 0 (last.pt alone) or more", self.keep)
         check(0 <= self.ema < 1, "run.ema", "must be from 0 (off) to below 1", self.ema)
-        check(set(self.trackers) <= {"wandb", "tensorboard"}, "run.trackers", "may hold wandb and tensorboard", self.trackers)
+        check(
+            set(self.trackers) <= {"wandb", "tensorboard"},
+            "run.trackers",
+            "may hold wandb and tensorboard",
+            self.trackers,
+        )
 
 
 @dataclass(frozen=True)
@@ -237,7 +285,8 @@ class ValidationConfig:
     seed: int = 0
     """Seed of the cases and of their first clicks."""
     hold_out: bool = False
-    """Whether the sources of ``data.hold_out`` are measured too; false measures held-back subjects of the trained sources alone."""
+    """Whether the sources of ``data.hold_out`` are measured too; false measures held-back subjects of the trained
+    sources alone."""
     images: bool = True
     """Whether pictures of some cases with clicks and masks are written into the run folder."""
 
@@ -262,8 +311,8 @@ class LossConfig:
     dice_smooth: float = 1.0
     """What is added to both sides of the Dice fraction, in voxels; above 0."""
     dice_form: Literal["auto", "squared", "plain"] = "auto"
-    """Whether probabilities are squared below the fraction of Dice; auto squares them for promptable models (SAM-Med3D) and not for
-    automatic ones (nnU-Net)."""
+    """Whether probabilities are squared below the fraction of Dice; auto squares them for promptable models (SAM-Med3D)
+    and not for automatic ones (nnU-Net)."""
     dice_background: bool = False
     """For automatic models: whether the background counts as one of the classes of Dice."""
     dice_batch: bool = False
@@ -275,10 +324,16 @@ class LossConfig:
     teacher: str = ""
     """Checkpoint (name or file) of the frozen model to learn from; needed for ``distill``."""
     distill_layers: list[tuple[int, int]] = field(default_factory=list)
-    """Pairs [block of the model, block of the teacher] to compare, from 0, -1 being the encoder's output; empty compares the outputs."""
+    """Pairs [block of the model, block of the teacher] to compare, from 0, -1 being the encoder's output; empty
+    compares the outputs."""
 
     def __post_init__(self) -> None:
-        check(min(self.dice, self.ce, self.iou) >= 0, "loss.dice, loss.ce, loss.iou", "must be 0 or more", (self.dice, self.ce, self.iou))
+        check(
+            min(self.dice, self.ce, self.iou) >= 0,
+            "loss.dice, loss.ce, loss.iou",
+            "must be 0 or more",
+            (self.dice, self.ce, self.iou),
+        )
         check(self.dice + self.ce > 0, "loss.dice, loss.ce", "must not both be 0", (self.dice, self.ce))
         check(self.dice_smooth > 0, "loss.dice_smooth", "must be above 0", self.dice_smooth)
         check(self.distill >= 0, "loss.distill", "must be 0 (off) or more", self.distill)

@@ -1,7 +1,8 @@
-"""Augmentation of a raw crop, cheap enough to never hold up training: axes, contrast, bias, blur, resolution, noise. Torch only.
+"""Augmentation of a raw crop, cheap enough to never hold up training: axes, contrast, bias, blur, resolution, noise.
+Torch only.
 
-Intensities keep their scale: normalising comes after, as the model's spec asks. Scale and place change where the crop is cut
-(``data/sampling.py``), at no cost. ``benchmarks/augment.py`` compares the speed with torchio's.
+Intensities keep their scale: normalising comes after, as the model's spec asks. Scale and place change where the crop
+is cut (``data/sampling.py``), at no cost. ``benchmarks/augment.py`` compares the speed with torchio's.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ BLUR_SIGMA_VOX = (0.5, 1.5)
 
 
 def orient(volumes: list[Tensor], rng: np.random.Generator, *, reorder: bool = True) -> list[Tensor]:
-    """Mirror each axis with probability one half, with ``reorder`` sometimes exchange those of a cubic crop; all tensors alike."""
+    """Mirror each axis with probability one half, with ``reorder`` sometimes exchange those of a cubic crop; all
+    tensors alike.
+    """
     axes = [axis for axis in range(3) if rng.random() < 0.5]
     cubic = len(set(volumes[0].shape)) == 1
-    order = [int(a) for a in rng.permutation(3)] if reorder and cubic and rng.random() < PERMUTE_PROBABILITY else [0, 1, 2]
+    order = (
+        [int(a) for a in rng.permutation(3)] if reorder and cubic and rng.random() < PERMUTE_PROBABILITY else [0, 1, 2]
+    )
     return [v.flip(axes).permute(order).contiguous() for v in volumes]
 
 
@@ -32,7 +37,8 @@ def augment_intensity(image: Tensor, inside: Tensor, generator: Generator, blur_
         image: (D, H, W) raw intensities.
         inside: (D, H, W) bool, the voxels that belong to the volume.
         generator: Source of all randomness.
-        blur_probability: Chance of a Gaussian blur; at 0 nothing is drawn for it, so that other draws stay as they are without.
+        blur_probability: Chance of a Gaussian blur; at 0 nothing is drawn for it, so that other draws stay as they are
+            without.
     """
 
     def chance(probability: float) -> bool:
@@ -51,7 +57,9 @@ def augment_intensity(image: Tensor, inside: Tensor, generator: Generator, blur_
         image = low + high - image
     if chance(0.3):
         coarse = torch.randn(1, 1, 3, 3, 3, generator=generator) * between(0.05, 0.3)
-        image = low + (image - low) * (1 + F.interpolate(coarse, size=image.shape, mode="trilinear", align_corners=True)[0, 0])
+        image = low + (image - low) * (
+            1 + F.interpolate(coarse, size=image.shape, mode="trilinear", align_corners=True)[0, 0]
+        )
     if blur_probability and chance(blur_probability):
         image = gaussian_blur(image, between(*BLUR_SIGMA_VOX))
     if chance(0.25):

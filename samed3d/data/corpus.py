@@ -1,13 +1,15 @@
-"""A prepared corpus: one JSON of what it is, two CSV tables of what is in it, one chunked array per image and per label map.
+"""A prepared corpus: one JSON of what it is, two CSV tables of what is in it, one chunked array per image and per label
+map.
 
-Every image is stored once, in canonical axes (z, y, x of RAS+); its labels are one integer map beside it, with a further layer only where
-structures overlap. ``data_prep/`` writes corpora, ``sampling.py`` draws training crops from them. Numpy only (blosc2 when a chunk is read).
+Every image is stored once, in canonical axes (z, y, x of RAS+); its labels are one integer map beside it, with a
+further layer only where structures overlap. ``data_prep/`` writes corpora, ``sampling.py`` draws training crops from
+them. Numpy only (blosc2 when a chunk is read).
 
 ::
 
     corpus.json              version, settings, sources with licence and attribution, counts
-    cases.csv                one row per image        labels.csv     one row per structure, kept or dropped with the reason
-    points.npy               voxels inside each structure, in the order of labels.csv
+    cases.csv                one row per image        labels.csv     one row per structure, kept or dropped with the
+    reason points.npy               voxels inside each structure, in the order of labels.csv
     problems.csv             inputs that could not be used, with the reason
     arrays/SOURCE/CASE...    .b2nd or .npz            records/SOURCE/CASE.json   what the tables are made of
 """
@@ -103,7 +105,9 @@ class CaseRecord:
 
 
 class Table:
-    """A manifest table in columns of text (arrays of Python strings: quick to make, and most columns are never looked at)."""
+    """A manifest table in columns of text (arrays of Python strings: quick to make, and most columns are never looked
+    at).
+    """
 
     def __init__(self, columns: dict[str, NDArray[np.object_]]) -> None:
         """From columns of one length."""
@@ -160,7 +164,9 @@ class Corpus:
         try:
             self.about: dict[str, Any] = json.loads((self.folder / "corpus.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise InputError(f"no corpus at {self.folder}: corpus.json is missing or broken; make one with samed3d prepare") from error
+            raise InputError(
+                f"no corpus at {self.folder}: corpus.json is missing or broken; make one with samed3d prepare"
+            ) from error
         version = self.about.get("version")
         if version != VERSION:
             newer = isinstance(version, int) and version > VERSION
@@ -194,7 +200,9 @@ class Corpus:
         """Every stored image with the structures that were kept."""
         labels = self._kept_labels()
         columns = self.case_table.columns
-        stored = (dict(zip(columns, row, strict=True)) for row in zip(*(c.tolist() for c in columns.values()), strict=True))
+        stored = (
+            dict(zip(columns, row, strict=True)) for row in zip(*(c.tolist() for c in columns.values()), strict=True)
+        )
         return [_case_from_row(row, labels.get(row["case"], [])) for row in stored if row["stored"] == "1"]
 
     def image(self, case: CaseRecord) -> NDArray:
@@ -216,11 +224,15 @@ class Corpus:
     def _kept_labels(self) -> dict[str, list[LabelRecord]]:
         table = self.label_table
         rows = np.flatnonzero(table["kept"] == "1")
-        numbers = [table.numbers(c)[rows].astype(np.int64).tolist() for c in "value voxels layer z0 y0 x0 z1 y1 x1".split()]
+        numbers = [
+            table.numbers(c)[rows].astype(np.int64).tolist() for c in "value voxels layer z0 y0 x0 z1 y1 x1".split()
+        ]
         texts = [table[c][rows].tolist() for c in ("case", "name", "category")]
         points = np.asarray(self.points)  # still mapped, but quicker to take rows of
         by_case: dict[str, list[LabelRecord]] = {}
-        for row, case, name, category, value, voxels, layer, z0, y0, x0, z1, y1, x1 in zip(rows.tolist(), *texts, *numbers, strict=True):
+        for row, case, name, category, value, voxels, layer, z0, y0, x0, z1, y1, x1 in zip(
+            rows.tolist(), *texts, *numbers, strict=True
+        ):
             record = LabelRecord(value, name, voxels, Region((z0, y0, x0), (z1, y1, x1)), layer, category, points[row])
             by_case.setdefault(case, []).append(record)
         return by_case
@@ -237,7 +249,9 @@ def labels_path(folder: Path, case: str, storage: str) -> Path:
 
 
 def in_validation(subject: str, share: float, seed: int = 0) -> bool:
-    """Whether a subject belongs to validation: a hash decides, so that the split never depends on what else is in a corpus."""
+    """Whether a subject belongs to validation: a hash decides, so that the split never depends on what else is in a
+    corpus.
+    """
     digest = hashlib.sha256(f"{seed}:{subject}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < share
 

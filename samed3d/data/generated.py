@@ -1,7 +1,8 @@
-"""Whole generated cases by kind and seed, as numpy arrays: what ``samed3d prepare synthetic`` stores and benchmarks measure.
+"""Whole generated cases by kind and seed, as numpy arrays: what ``samed3d prepare synthetic`` stores and benchmarks
+measure.
 
-Training draws its generated samples on the fly (``sampling.py``); both paint with ``synthesis.py``. The same kind, seed and shape give the
-same case on the CPU, whatever else was made before.
+Training draws its generated samples on the fly (``sampling.py``); both paint with ``synthesis.py``. The same kind, seed
+and shape give the same case on the CPU, whatever else was made before.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def generated_case(
         device: Where random shapes and label maps are made; the cases of one seed differ between devices.
 
     Returns:
-        Image, labels (D, H, W), their grid (1 mm in axes R, A, S for all but phantoms), and the names of the labels (empty for a label map:
-        the caller knows them).
+        Image, labels (D, H, W), their grid (1 mm in axes R, A, S for all but phantoms), and the names of the labels
+        (empty for a label map: the caller knows them).
 
     Raises:
         InputError: for an unknown kind, or a label map that is missing or not wanted.
@@ -43,7 +44,9 @@ def generated_case(
     if kind not in GENERATED_KINDS:
         raise InputError(f"--kind must be one of {', '.join(GENERATED_KINDS)}, got {kind!r}")
     if (kind == "labelmaps") != (label_map is not None):
-        raise InputError(f"a label map is needed for kind labelmaps and for no other, got kind {kind!r}; see --label-maps")
+        raise InputError(
+            f"a label map is needed for kind labelmaps and for no other, got kind {kind!r}; see --label-maps"
+        )
     rng = np.random.default_rng(seed)
     if kind == "phantom":
         return anatomical_phantom(rng)

@@ -1,8 +1,9 @@
 """A CT-like torso with exact labels, for the demo and for tests that need anatomy without data. Numpy and scipy only.
 
-The patient is modelled in millimetres, right (r), anterior (a) and superior (s) of a point in the upper abdomen, out of warped ellipsoids,
-tubes and shells; the scanner's grid may lie obliquely to the patient. It is a drawing, not a measurement: sizes, places and Hounsfield
-units are those of a textbook adult, and nothing learnt on it holds for people.
+The patient is modelled in millimetres, right (r), anterior (a) and superior (s) of a point in the upper abdomen, out of
+warped ellipsoids, tubes and shells; the scanner's grid may lie obliquely to the patient. It is a drawing, not a
+measurement: sizes, places and Hounsfield units are those of a textbook adult, and nothing learnt on it holds for
+people.
 """
 
 from __future__ import annotations
@@ -98,8 +99,9 @@ def anatomical_phantom(
         oblique: Whether the grid is turned by a few degrees against the patient.
 
     Returns:
-        ``(hu, labels, grid, names)``: int16 Hounsfield units and uint8 organ labels, both (D, H, W); the grid (i runs to the
-        patient's left, j to the back, k to the head, roughly); and the organ of every label present. Each organ is one connected piece.
+        ``(hu, labels, grid, names)``: int16 Hounsfield units and uint8 organ labels, both (D, H, W); the grid (i runs
+        to the patient's left, j to the back, k to the head, roughly); and the organ of every label present. Each organ
+        is one connected piece.
     """
     grid = _scanner_grid(generator, shape_zyx, spacing_xyz_mm, oblique)
     patient = _Patient(generator, grid)
@@ -127,7 +129,9 @@ def _scanner_grid(generator: np.random.Generator, shape_zyx: IntTriple, spacing_
     middle_vox = (np.array(shape_zyx[::-1]) - 1) / 2
     centre_lps = generator.uniform(-3, 3, 3) + (0.0, 12.0, 0.0)  # a little behind the patient, so that the table shows
     origin = centre_lps - turn @ (middle_vox * np.array(spacing_xyz_mm))
-    return Grid(shape_zyx, as_triple(list(spacing_xyz_mm)), as_triple(origin.round(3)), tuple(float(v) for v in turn.ravel()))
+    return Grid(
+        shape_zyx, as_triple(list(spacing_xyz_mm)), as_triple(origin.round(3)), tuple(float(v) for v in turn.ravel())
+    )
 
 
 class _Patient:
@@ -141,7 +145,8 @@ class _Patient:
         k, j, i = np.ogrid[tuple(slice(n) for n in grid.shape_zyx)]
         size = float(generator.uniform(0.96, 1.03))
         self.straight: list[Field] = [
-            ((matrix[row, 0] * i + matrix[row, 1] * j + matrix[row, 2] * k + matrix[row, 3]) / size).astype(np.float32) for row in range(3)
+            ((matrix[row, 0] * i + matrix[row, 1] * j + matrix[row, 2] * k + matrix[row, 3]) / size).astype(np.float32)
+            for row in range(3)
         ]
         # Bends shared by neighbouring organs, and finer bumps.
         self.r, self.a, self.s = (x + self.noise(70.0, 4.0) + self.noise(28.0, 1.2) for x in self.straight)
@@ -163,7 +168,8 @@ class _Patient:
         self.tissue[mask] = _IDS[name]
 
     def ellipsoid(self, centre_ras: Triple, radii_ras: Triple, *, lean: float = 0.0, tilt: float = 0.0) -> Field:
-        """Scaled distance: 0 in the middle, 1 on the surface. ``lean`` moves the axis right per mm up, ``tilt`` moves it forward.
+        """Scaled distance: 0 in the middle, 1 on the surface. ``lean`` moves the axis right per mm up, ``tilt`` moves
+        it forward.
 
         The place varies by some millimetres and the radii by some per cent from patient to patient.
         """
@@ -229,7 +235,9 @@ class _Patient:
         self.paint("stomach content", self.belly & (stomach < 0.88) & (s < self.dome - 6))
 
         spleen = self.ellipsoid((-108, -30, 8), (32, 46, 54), lean=0.1, tilt=-0.25)
-        self.paint("spleen", self.belly & (self.cavity < 0.97) & (spleen < 1) & (self.ellipsoid((-60, 0, 5), (34, 45, 70)) > 1))
+        self.paint(
+            "spleen", self.belly & (self.cavity < 0.97) & (spleen < 1) & (self.ellipsoid((-60, 0, 5), (34, 45, 70)) > 1)
+        )
 
         right_lobe = self.ellipsoid((72, 8, 2), (78, 86, 82), lean=-0.12)
         left_lobe = self.ellipsoid((2, 44, 18), (72, 36, 34), lean=0.2)

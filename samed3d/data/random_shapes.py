@@ -1,9 +1,11 @@
 """Random label maps: cells, blobs, nested organs and vessels of many forms, painted over each other. Torch only.
 
-Nothing here is anatomy; the point is variety. Fields are smooth noise made from few coefficients and three small matrix products, and
-solids are painted inside their bounding boxes only, so that one thread makes a 64^3 map in a few milliseconds.
+Nothing here is anatomy; the point is variety. Fields are smooth noise made from few coefficients and three small matrix
+products, and solids are painted inside their bounding boxes only, so that one thread makes a 64^3 map in a few
+milliseconds.
 
-Lengths are fractions of the half edge: the volume spans -1..1 along each axis. Read ``synthesis.py`` next: it gives labels an intensity.
+Lengths are fractions of the half edge: the volume spans -1..1 along each axis. Read ``synthesis.py`` next: it gives
+labels an intensity.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ def spline_matrix(size: int, cells: float, phase: float, device: torch.device) -
     return weights / weights.norm(dim=1, keepdim=True)
 
 
-def noise_field(channels: int, shape_zyx: IntTriple, cells: float | tuple[float, float, float], generator: Generator) -> Tensor:
+def noise_field(
+    channels: int, shape_zyx: IntTriple, cells: float | tuple[float, float, float], generator: Generator
+) -> Tensor:
     """(channels, D, H, W) smooth Gaussian noise of unit variance on ``generator.device``.
 
     Args:
@@ -81,8 +85,8 @@ def random_labels(shape_zyx: IntTriple, generator: Generator, *, kind: str | Non
         kind: One of ``KINDS``, or None to draw one or to paint several over each other.
 
     Returns:
-        ``(labels, n)``: int16 (D, H, W) with 0 for background and every one of 1..n present. Structures keep to one piece mostly, not
-        always: a caller that needs one component must pick it.
+        ``(labels, n)``: int16 (D, H, W) with 0 for background and every one of 1..n present. Structures keep to one
+        piece mostly, not always: a caller that needs one component must pick it.
 
     Raises:
         InputError: if ``kind`` is unknown or an axis is too short.
@@ -130,7 +134,9 @@ def _coordinates(shape: torch.Size, generator: Generator, strength: float) -> Te
 
 
 def _argmax(scores: Tensor) -> Tensor:
-    """int32 index of the greatest of up to 32 channels (first axis) of order one, as ``argmax(0)`` but several times faster on a CPU."""
+    """int32 index of the greatest of up to 32 channels (first axis) of order one, as ``argmax(0)`` but several times
+    faster on a CPU.
+    """
     best: Tensor | None = None
     for k in range(scores.shape[0]):  # the index rides in the low bits of the score, so that a plain maximum finds both
         packed = (scores[k] * 2.0**17).int().bitwise_left_shift_(5).add_(k)
@@ -204,8 +210,12 @@ def _paint_nested(labels: Tensor, generator: Generator) -> None:
         label = _paint_solid(labels, label, place, generator, 0.08, 0.7, spread=0.9)
 
 
-def _paint_solid(labels: Tensor, label: int, place: Tensor, generator: Generator, small: float, large: float, spread: float) -> int:
-    """Paint one turned solid of radius ``small``..``large`` with an optional wall or lesion; returns the next free label."""
+def _paint_solid(
+    labels: Tensor, label: int, place: Tensor, generator: Generator, small: float, large: float, spread: float
+) -> int:
+    """Paint one turned solid of radius ``small``..``large`` with an optional wall or lesion; returns the next free
+    label.
+    """
     draws = torch.rand(16, generator=generator, device=generator.device).tolist()
     centre = [(2 * d - 1) * spread for d in draws[:3]]
     radius = small * (large / small) ** draws[3]
@@ -240,7 +250,9 @@ def _paint_solid(labels: Tensor, label: int, place: Tensor, generator: Generator
 
 
 def _solid_depth(q: Tensor, choice: float) -> Tensor:
-    """(N,) 0 in the middle, 1 on the surface of an ellipsoid, a rounded box, a cylinder or a box, from (3, N) scaled positions."""
+    """(N,) 0 in the middle, 1 on the surface of an ellipsoid, a rounded box, a cylinder or a box, from (3, N) scaled
+    positions.
+    """
     square = q.square()
     if choice < _ELLIPSOIDS:
         return square.sum(0)
@@ -274,7 +286,11 @@ def _paint_curve(labels: Tensor, label: int, start: Tensor, radius: float, gener
     heading = torch.nn.functional.normalize(torch.randn(3, generator=generator, device=device), dim=0)
     wave = spline_matrix(count, uniform(generator, 1.0, 4.0), 0.0, device)
     wobble = wave @ torch.randn(wave.shape[1], 4, generator=generator, device=device)
-    curve = start + steps * heading * uniform(generator, 0.6, 2.5) + (wobble[:, :3] - wobble[:1, :3]) * uniform(generator, 0.1, 0.35)
+    curve = (
+        start
+        + steps * heading * uniform(generator, 0.6, 2.5)
+        + (wobble[:, :3] - wobble[:1, :3]) * uniform(generator, 0.1, 0.35)
+    )
     reach = math.ceil(radius_vox * 1.5)
     line = torch.arange(-reach, reach + 1, device=device)
     ball = torch.cartesian_prod(line, line, line)

@@ -1,8 +1,10 @@
-"""Training samples: one crop and one target per index, the same for the same seed and index whatever the worker or the order.
+"""Training samples: one crop and one target per index, the same for the same seed and index whatever the worker or the
+order.
 
-The crop follows the object: the object fills a drawn share of it, the crop's middle lies anywhere between the object's middle and a random
-voxel of it, so no centre prior can be learned. ``data.spacing_mm`` and ``data.placement`` give crops of one spacing, centred, as SAM-Med3D
-was trained. Generated samples come from ``synthesis.py``, from random shapes or from a corpus's label maps. Read ``training/loop.py`` next.
+The crop follows the object: the object fills a drawn share of it, the crop's middle lies anywhere between the object's
+middle and a random voxel of it, so no centre prior can be learned. ``data.spacing_mm`` and ``data.placement`` give
+crops of one spacing, centred, as SAM-Med3D was trained. Generated samples come from ``synthesis.py``, from random
+shapes or from a corpus's label maps. Read ``training/loop.py`` next.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ class Weighting:
     Attributes:
         source: Of a source's number of structures, in the source's share.
         category: Of a category's number of structures within its source, in the category's share.
-        size: Of a structure's number of voxels, among those of its category; above 0 prefers large ones, below small ones.
+        size: Of a structure's number of voxels, among those of its category; above 0 prefers large ones, below small
+            ones.
     """
 
     source: float = 0.5
@@ -58,14 +61,16 @@ class Weighting:
 
 
 class CropDataset(Dataset[dict[str, Tensor | str | int]]):
-    """Index to sample: ``image`` (C, D, H, W) float32 normalised and ``target`` (1, D, H, W) bool, on the model's tensor axes; ``case``,
-    its id; ``index``, its number in the run; ``skipped``, the damaged cases met on the way to it, one per line.
+    """Index to sample: ``image`` (C, D, H, W) float32 normalised and ``target`` (1, D, H, W) bool, on the model's
+    tensor axes; ``case``, its id; ``index``, its number in the run; ``skipped``, the damaged cases met on the way to
+    it, one per line.
 
-    The sample depends on seed and index alone, so that ranks, workers and a resumed run draw the same. A case whose file is damaged is
-    reported once, kept in ``bad``, and another is drawn in its place.
+    The sample depends on seed and index alone, so that ranks, workers and a resumed run draw the same. A case whose
+    file is damaged is reported once, kept in ``bad``, and another is drawn in its place.
 
     Args:
-        config: What to draw. A corpus may carry a weight, ``folder=3``: it is drawn three times as often as it would be.
+        config: What to draw. A corpus may carry a weight, ``folder=3``: it is drawn three times as often as it would
+            be.
         length: Number of samples; indices from ``start`` on, so that a resumed run goes on where it stopped.
         seed: Of all randomness.
         start: First index.
@@ -75,7 +80,8 @@ class CropDataset(Dataset[dict[str, Tensor | str | int]]):
         ct_clamp_hu: As in the model's spec; for cases of modality CT.
 
     Raises:
-        InputError: if a corpus has no case left for training, or none with a structure large enough at ``data.spacing_mm``.
+        InputError: if a corpus has no case left for training, or none with a structure large enough at
+            ``data.spacing_mm``.
     """
 
     def __init__(
@@ -98,13 +104,21 @@ class CropDataset(Dataset[dict[str, Tensor | str | int]]):
             folder, weight = split_weight(entry)
             corpus = Corpus(Path(folder))
             for case in corpus.cases:
-                chosen = [(weight, (corpus, case, label)) for label in case.labels if has_enough_voxels(case, label, config.spacing_mm)]
+                chosen = [
+                    (weight, (corpus, case, label))
+                    for label in case.labels
+                    if has_enough_voxels(case, label, config.spacing_mm)
+                ]
                 if not is_held_out(case, config):
                     (real if case.has_image else maps).extend(chosen)
         if config.corpus and not real and config.synthetic_share < 1:
             raise InputError(
                 f"no labelled image is left for training in {', '.join(config.corpus)}; check data.hold_out, data.validation_share"
-                + (f" and data.spacing_mm, at which a structure needs {MIN_TARGET_VOXELS} voxels" if config.spacing_mm else "")
+                + (
+                    f" and data.spacing_mm, at which a structure needs {MIN_TARGET_VOXELS} voxels"
+                    if config.spacing_mm
+                    else ""
+                )
             )
         self.real, self.real_ends = _weighted(real, weighting or Weighting())
         self.maps, self.map_ends = _weighted(maps, weighting or Weighting())
@@ -124,7 +138,13 @@ class CropDataset(Dataset[dict[str, Tensor | str | int]]):
             drawn = self._draw(rng, skipped)
             if drawn is not None and int(drawn[1].sum()) >= MIN_TARGET_VOXELS:
                 image, target, case = drawn
-                return {"image": image, "target": target[None], "case": case, "index": self.start + index, "skipped": "\n".join(skipped)}
+                return {
+                    "image": image,
+                    "target": target[None],
+                    "case": case,
+                    "index": self.start + index,
+                    "skipped": "\n".join(skipped),
+                }
         bad = f"; {len(self.bad)} cases are damaged, the last: {list(self.bad.values())[-1]}" if self.bad else ""
         raise InputError(
             f"no target of {MIN_TARGET_VOXELS} voxels in {ATTEMPTS} attempts at sample {self.start + index}; "
@@ -146,7 +166,12 @@ class CropDataset(Dataset[dict[str, Tensor | str | int]]):
                 image, inside, target = self._invented(rng, generator)
             else:
                 image, inside, target = self._painted(choice, rng, generator) if painted else self._cut(choice, rng)
-        except (InputError, OSError, RuntimeError, ValueError) as error:  # blosc2 and zlib report a damaged chunk in several ways
+        except (
+            InputError,
+            OSError,
+            RuntimeError,
+            ValueError,
+        ) as error:  # blosc2 and zlib report a damaged chunk in several ways
             if choice is None:
                 raise
             skipped.append(self._reported(choice[1], error))
@@ -175,12 +200,16 @@ class CropDataset(Dataset[dict[str, Tensor | str | int]]):
         target = labels == value if value else torch.zeros_like(labels, dtype=torch.bool)
         return image, torch.ones_like(target), target
 
-    def _painted(self, choice: Choice, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def _painted(
+        self, choice: Choice, rng: np.random.Generator, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """A sample painted on a real label map: image, inside, target."""
         corpus, case, label = choice
         frame = object_frame(case, label, self.config, rng)
         drawn = _nearest(corpus.labels(case, label.layer), frame)
-        image, labels = synthetic_case(frame.shape_zyx, generator, torch.from_numpy(drawn.astype(np.int16)), deform=True)
+        image, labels = synthetic_case(
+            frame.shape_zyx, generator, torch.from_numpy(drawn.astype(np.int16)), deform=True
+        )
         target = labels == label.value
         return image, torch.ones_like(target), target
 
@@ -209,12 +238,15 @@ def in_validation_part(case: CaseRecord, config: DataConfig) -> bool:
 
 
 def has_enough_voxels(case: CaseRecord, label: LabelRecord, spacing_mm: float) -> bool:
-    """Whether a structure has voxels enough for a click at a fixed spacing; at spacing 0 the crop follows it, however small it is."""
+    """Whether a structure has voxels enough for a click at a fixed spacing; at spacing 0 the crop follows it, however
+    small it is.
+    """
     return not spacing_mm or label.voxels * math.prod(case.spacing_zyx_mm) / spacing_mm**3 >= MIN_TARGET_VOXELS
 
 
 def split_weight(entry: str) -> tuple[str, float]:
-    """A corpus entry of the config as folder and weight: ``corpora/a=3`` is drawn three times as often; 1 where none is given.
+    """A corpus entry of the config as folder and weight: ``corpora/a=3`` is drawn three times as often; 1 where none is
+    given.
 
     Raises:
         InputError: if the weight is not a number above 0.
@@ -234,8 +266,8 @@ def split_weight(entry: str) -> tuple[str, float]:
 def object_frame(case: CaseRecord, label: LabelRecord, config: DataConfig, rng: np.random.Generator) -> CropFrame:
     """A crop in which the object fills a drawn share (log-uniform in ``config.fill``) of the edge, placed with jitter.
 
-    With ``config.spacing_mm`` the crop's voxels have that size instead; ``config.placement: centred`` puts the middle of the object's box
-    into the crop's middle.
+    With ``config.spacing_mm`` the crop's voxels have that size instead; ``config.placement: centred`` puts the middle
+    of the object's box into the crop's middle.
     """
     spacing = case.spacing_zyx_mm
     if config.spacing_mm:
@@ -271,7 +303,9 @@ def sample_mask(labels: NDArray, values: list[int], frame: CropFrame) -> Tensor:
 
 
 def _nearest(labels: NDArray, frame: CropFrame) -> NDArray:
-    """The label map on a frame by nearest neighbour; outside the volume is background. Reads only what lies under the frame."""
+    """The label map on a frame by nearest neighbour; outside the volume is background. Reads only what lies under the
+    frame.
+    """
     index, inside, part = [], [], []
     for axis, size in enumerate(labels.shape):
         at = frame.origin_zyx_vox[axis] + (np.arange(frame.shape_zyx[axis]) + 0.5) * frame.step_zyx_vox[axis] - 0.5
@@ -286,7 +320,9 @@ def _weighted(choices: list[tuple[float, Choice]], weighting: Weighting) -> tupl
     """The choices, and the ends of their stretches of 0..1."""
     if not choices:
         return [], np.zeros(0)
-    places: dict[tuple[str, str, str], tuple[int, int]] = {}  # (corpus, source, category) to numbers of source and category
+    places: dict[
+        tuple[str, str, str], tuple[int, int]
+    ] = {}  # (corpus, source, category) to numbers of source and category
     numbered: dict[tuple[str, str], int] = {}
     of_source, of_category, sizes = [], [], []
     for _, (corpus, case, label) in choices:

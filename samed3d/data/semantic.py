@@ -1,11 +1,13 @@
-"""Training samples with all classes at once: a crop of a labelled image and its map of class numbers, for automatic models.
+"""Training samples with all classes at once: a crop of a labelled image and its map of class numbers, for automatic
+models.
 
-Unlike ``sampling.py``, crops have the model's own spacing and shape and lie anywhere in the image; a third of them is placed on a voxel of
-a class, as nnU-Net does. Intensities are scaled by the whole image's statistics, not the crop's, so that a crop of air stays air: the same
-functions serve ``inference/sliding_window.py``. Read ``training/semantic.py`` next.
+Unlike ``sampling.py``, crops have the model's own spacing and shape and lie anywhere in the image; a third of them is
+placed on a voxel of a class, as nnU-Net does. Intensities are scaled by the whole image's statistics, not the crop's,
+so that a crop of air stays air: the same functions serve ``inference/sliding_window.py``. Read ``training/semantic.py``
+next.
 
-A structure that a source does not label counts as background there, and so does one that preparation dropped: train one model on sources
-that label the same things, prepared with ``--rules lenient``.
+A structure that a source does not label counts as background there, and so does one that preparation dropped: train one
+model on sources that label the same things, prepared with ``--rules lenient``.
 """
 
 from __future__ import annotations
@@ -53,10 +55,14 @@ class Intensities:
 
     @classmethod
     def of(cls, array: NDArray) -> Intensities:
-        """Of a (D, H, W) array, read slice by slice, of which about two million voxels on a regular grid are looked at."""
+        """Of a (D, H, W) array, read slice by slice, of which about two million voxels on a regular grid are looked
+        at.
+        """
         shape = array.shape
         step = max(1, math.ceil((math.prod(shape) / STATISTICS_VOXELS) ** (1 / 3)))
-        rows = [np.asarray(array[z : z + 1])[0, ::step, ::step].astype(np.float32).ravel() for z in range(0, shape[0], step)]
+        rows = [
+            np.asarray(array[z : z + 1])[0, ::step, ::step].astype(np.float32).ravel() for z in range(0, shape[0], step)
+        ]
         values = np.concatenate(rows)
         low, high = np.percentile(values, CUT_PERCENT)
         values = values.clip(low, high)
@@ -90,18 +96,24 @@ def training_cases(config: DataConfig) -> list[tuple[float, SemanticCase]]:
         for case in corpus.cases:
             if case.has_image and case.labels and not is_held_out(case, config):
                 found.setdefault((folder, case.case), (weight, corpus, []))[2].append(case)
-    return [(w, SemanticCase(corpus, tuple(sorted(images, key=lambda c: c.channel)))) for w, corpus, images in found.values()]
+    return [
+        (w, SemanticCase(corpus, tuple(sorted(images, key=lambda c: c.channel))))
+        for w, corpus, images in found.values()
+    ]
 
 
 def class_names(config: DataConfig) -> tuple[str, ...]:
-    """What is labelled in everything that may be trained on, sorted: a single source's own names, the categories of several sources.
+    """What is labelled in everything that may be trained on, sorted: a single source's own names, the categories of
+    several sources.
 
     Raises:
         InputError: if there is nothing.
     """
     cases = training_cases(config)
     one_source = len({case.about.source for _, case in cases}) == 1
-    names = {label.name if one_source else label.category or label.name for _, case in cases for label in case.about.labels}
+    names = {
+        label.name if one_source else label.category or label.name for _, case in cases for label in case.about.labels
+    }
     if not names:
         raise InputError(f"data.corpus must hold labelled images for an automatic model, got {config.corpus or 'none'}")
     return tuple(sorted(names))
@@ -128,9 +140,11 @@ def class_number(label: LabelRecord, numbers: dict[str, int]) -> int:
 
 
 class SemanticDataset(Dataset[dict[str, Tensor | str | int]]):
-    """Index to sample: ``image`` (C, D, H, W) float32, ``target`` (1, D, H, W) uint8 class numbers; ``case``, ``index``, ``skipped``.
+    """Index to sample: ``image`` (C, D, H, W) float32, ``target`` (1, D, H, W) uint8 class numbers; ``case``,
+    ``index``, ``skipped``.
 
-    The sample depends on seed and index alone. A damaged case is reported once, kept in ``bad``, and another is drawn in its place.
+    The sample depends on seed and index alone. A damaged case is reported once, kept in ``bad``, and another is drawn
+    in its place.
 
     Args:
         config: Corpora, split and augmentation; ``crop``, ``fill`` and ``placement`` are not used.
@@ -162,7 +176,11 @@ class SemanticDataset(Dataset[dict[str, Tensor | str | int]]):
         self.bad: dict[str, str] = {}
         self._statistics: dict[str, Intensities] = {}
         self._numbers = {name: number for number, name in enumerate(classes, start=1)}
-        labelled = [(w, c) for w, c in training_cases(config) if any(class_number(label, self._numbers) for label in c.about.labels)]
+        labelled = [
+            (w, c)
+            for w, c in training_cases(config)
+            if any(class_number(label, self._numbers) for label in c.about.labels)
+        ]
         if not labelled:
             corpora = ", ".join(config.corpus) or "no corpus (data.corpus is empty)"
             raise InputError(
@@ -171,7 +189,9 @@ class SemanticDataset(Dataset[dict[str, Tensor | str | int]]):
         chosen = [(w, c) for w, c in labelled if len(c.images) == channels]
         if not chosen:
             counts = sorted({len(c.images) for _, c in labelled})
-            raise InputError(f"in_channels must be the number of images per case, got {channels}; the corpus has {counts}")
+            raise InputError(
+                f"in_channels must be the number of images per case, got {channels}; the corpus has {counts}"
+            )
         self.real = [case for _, case in chosen]
         self._warn_of_dropped()
         self._ends = np.cumsum([w for w, _ in chosen]) / sum(w for w, _ in chosen)
@@ -193,22 +213,41 @@ class SemanticDataset(Dataset[dict[str, Tensor | str | int]]):
             case = self.real[at]
             try:
                 image, target = self._cut(case, rng)
-            except (InputError, OSError, RuntimeError, ValueError) as error:  # blosc2 and zlib report a damaged chunk in several ways
+            except (
+                InputError,
+                OSError,
+                RuntimeError,
+                ValueError,
+            ) as error:  # blosc2 and zlib report a damaged chunk in several ways
                 skipped.append(self._reported(case.about, error))
                 continue
-            return {"image": image, "target": target[None], "case": case.about.id, "index": number, "skipped": "\n".join(skipped)}
+            return {
+                "image": image,
+                "target": target[None],
+                "case": case.about.id,
+                "index": number,
+                "skipped": "\n".join(skipped),
+            }
         raise InputError(f"no readable case in {ATTEMPTS} attempts at sample {number}; the last: {skipped[-1]}")
 
     def _warn_of_dropped(self) -> None:
         """Say how many structures of these classes are missing from the label maps."""
         for corpus in {id(case.corpus): case.corpus for case in self.real}.values():
-            rows = corpus.label_table.where(case=[case.about.case for case in self.real if case.corpus is corpus], kept="0")
+            rows = corpus.label_table.where(
+                case=[case.about.case for case in self.real if case.corpus is corpus], kept="0"
+            )
             dropped = sum(
-                name in self._numbers or group in self._numbers for name, group in zip(rows["name"], rows["category"], strict=True)
+                name in self._numbers or group in self._numbers
+                for name, group in zip(rows["name"], rows["category"], strict=True)
             )
             if dropped:
                 rule = "count as background; prepare the corpus with --rules lenient"
-                logger.warning("%d structures of these classes were dropped when %s was prepared and %s", dropped, corpus.folder, rule)
+                logger.warning(
+                    "%d structures of these classes were dropped when %s was prepared and %s",
+                    dropped,
+                    corpus.folder,
+                    rule,
+                )
 
     def _reported(self, case: CaseRecord, error: Exception) -> str:
         if case.id not in self.bad:

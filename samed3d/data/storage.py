@@ -1,7 +1,8 @@
-"""Arrays on disk: chunked and compressed (``.b2nd``), so that a crop reads only the chunks under it, or plain numpy (``.npz``).
+"""Arrays on disk: chunked and compressed (``.b2nd``), so that a crop reads only the chunks under it, or plain numpy
+(``.npz``).
 
-``b2nd`` needs blosc2, imported when first used; ``npz`` needs numpy alone and reads whole arrays, for carrying a small corpus to a machine
-that has only torch. A file appears whole or not at all. Read ``corpus.py`` next.
+``b2nd`` needs blosc2, imported when first used; ``npz`` needs numpy alone and reads whole arrays, for carrying a small
+corpus to a machine that has only torch. A file appears whole or not at all. Read ``corpus.py`` next.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """One run at a time in a folder, which is made. The lock goes with the process, however it ends; some systems have none.
+    """One run at a time in a folder, which is made. The lock goes with the process, however it ends; some systems have
+    none.
 
     Raises:
         InputError: if another run is in it.
@@ -136,7 +138,9 @@ def only_run_in(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if made and folder.exists() and [p.name for p in folder.iterdir()] == [".lock"]:  # nothing came of it: leave no trace
+            if (
+                made and folder.exists() and [p.name for p in folder.iterdir()] == [".lock"]
+            ):  # nothing came of it: leave no trace
                 (folder / ".lock").unlink()
                 os.rmdir(folder)
 
@@ -148,9 +152,13 @@ def _write_b2nd(path: Path, array: NDArray) -> None:
     chunks = lead + tuple(min(CHUNK, n) for n in spatial)
     # Sorting bytes by their place helps numbers of several bytes; on bytes it would only cost time.
     filters = [blosc2.Filter.SHUFFLE] if array.dtype.itemsize > 1 else [blosc2.Filter.NOFILTER]
-    settings = blosc2.CParams(codec=blosc2.Codec.ZSTD, clevel=_LEVEL, filters=filters, typesize=array.dtype.itemsize, nthreads=1)
+    settings = blosc2.CParams(
+        codec=blosc2.Codec.ZSTD, clevel=_LEVEL, filters=filters, typesize=array.dtype.itemsize, nthreads=1
+    )
     blocks = lead + tuple(min(BLOCK, n) for n in chunks[-3:])
-    stored = blosc2.empty(array.shape, dtype=array.dtype, chunks=chunks, blocks=blocks, urlpath=str(path), mode="w", cparams=settings)
+    stored = blosc2.empty(
+        array.shape, dtype=array.dtype, chunks=chunks, blocks=blocks, urlpath=str(path), mode="w", cparams=settings
+    )
     for layer in np.ndindex(array.shape[:-3]):
         for z in range(0, spatial[0], CHUNK):  # one row of chunks at a time: the whole array is never copied
             index = (*(slice(i, i + 1) for i in layer), slice(z, min(z + CHUNK, spatial[0])))
@@ -161,5 +169,7 @@ def _blosc2() -> Any:
     try:
         import blosc2
     except ModuleNotFoundError as error:
-        raise InputError("a .b2nd corpus needs blosc2: pip install 'samed3d[corpus]', or prepare with --storage npz") from error
+        raise InputError(
+            "a .b2nd corpus needs blosc2: pip install 'samed3d[corpus]', or prepare with --storage npz"
+        ) from error
     return blosc2

@@ -1,10 +1,13 @@
-"""Random images from label maps, in the manner of SynthSeg and anatomix: the anatomy is given, everything seen is drawn. Torch only.
+"""Random images from label maps, in the manner of SynthSeg and anatomix: the anatomy is given, everything seen is
+drawn. Torch only.
 
-A model that has seen every contrast, blur and noise must find objects by their borders. Everything costs a few passes over the volume:
-one look-up for the contrast, and one matrix per axis that joins blur, thick slices and resampling. Label maps without data come from
+A model that has seen every contrast, blur and noise must find objects by their borders. Everything costs a few passes
+over the volume: one look-up for the contrast, and one matrix per axis that joins blur, thick slices and resampling.
+Label maps without data come from
 ``random_shapes.py``. Read ``training/step.py`` next.
 
-Source: Billot et al. 2023 (SynthSeg) and Dey et al. 2025 (anatomix) for the idea of training on images with drawn contrast.
+Source: Billot et al. 2023 (SynthSeg) and Dey et al. 2025 (anatomix) for the idea of training on images with drawn
+contrast.
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ def synthetic_case(
     Args:
         shape_zyx: Voxels.
         generator: Source of all randomness; the case is made on its device. Same seed, same case on the CPU.
-        labels: A label map (D, H, W) of any integer type to paint instead of a random one, such as a crop of a real one; negative values
-            are not allowed.
+        labels: A label map (D, H, W) of any integer type to paint instead of a random one, such as a crop of a real
+            one; negative values are not allowed.
         deform: Whether to flip and bend ``labels`` first.
 
     Returns:
@@ -42,7 +45,9 @@ def synthetic_case(
 
 
 def deform_labels(labels: Tensor, generator: Generator, *, strength: float = 0.12) -> Tensor:
-    """Labels (D, H, W), flipped at random along each axis and bent smoothly by about ``strength`` of an edge; nearest neighbour."""
+    """Labels (D, H, W), flipped at random along each axis and bent smoothly by about ``strength`` of an edge; nearest
+    neighbour.
+    """
     shape: IntTriple = (labels.shape[0], labels.shape[1], labels.shape[2])
     cells = uniform(generator, 1.0, 4.0)
     field = noise_field(3, shape, cells, generator).mul_(uniform(generator) * strength / cells)
@@ -77,9 +82,13 @@ def render(labels: Tensor, generator: Generator, *, device: torch.device | str |
         image.mul_(0.3).sub_(_borders(index), alpha=uniform(generator, 0.3, 1.0))
     fine = min(shape) / log_uniform(generator, 2.5, 16.0)
     image.addcmul_(spreads.take(index), noise_field(1, shape, fine, generator)[0])
-    image = _through_matrices(image, [_blur_matrix(n, log_uniform(generator, 0.3, 1.2), generator.device) for n in shape])
+    image = _through_matrices(
+        image, [_blur_matrix(n, log_uniform(generator, 0.3, 1.2), generator.device) for n in shape]
+    )
     if uniform(generator) < 0.7:
-        image.mul_(noise_field(1, shape, uniform(generator, 0.6, 2.0), generator)[0].mul_(uniform(generator, 0.0, 0.35)).exp_())
+        image.mul_(
+            noise_field(1, shape, uniform(generator, 0.6, 2.0), generator)[0].mul_(uniform(generator, 0.0, 0.35)).exp_()
+        )
     image = _curve(image, generator)
     image = _with_noise(image, generator)
     if uniform(generator) < 0.35:
@@ -103,7 +112,9 @@ def _with_background_parts(index: Tensor, count: int, generator: Generator) -> t
 
 
 def _palette(count: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Mean and texture amplitude per label; often several labels share a tissue, so that no threshold tells them apart."""
+    """Mean and texture amplitude per label; often several labels share a tissue, so that no threshold tells them
+    apart.
+    """
     device = generator.device
     means = torch.rand(count, generator=generator, device=device)
     if uniform(generator) < 0.4:
@@ -142,7 +153,9 @@ def _with_noise(image: Tensor, generator: Generator) -> Tensor:
     if uniform(generator) < 0.6:
         noise = torch.randn(shape, generator=generator, device=image.device)
     else:
-        noise = noise_field(1, shape, min(shape) / log_uniform(generator, 1.5, 4.0), generator)[0].mul_(0.5)  # coarse grain hides more
+        noise = noise_field(1, shape, min(shape) / log_uniform(generator, 1.5, 4.0), generator)[0].mul_(
+            0.5
+        )  # coarse grain hides more
     image = image.add_(noise, alpha=amplitude)
     if uniform(generator) < 0.2:
         other = torch.randn(shape, generator=generator, device=image.device).mul_(amplitude)
@@ -159,14 +172,18 @@ def _blur_matrix(size: int, sigma_vox: float, device: torch.device) -> Tensor:
 
 
 def _thick_slices(shape_zyx: IntTriple, generator: Generator) -> list[Tensor | None]:
-    """Along one axis: average into slices 2 to 6 voxels thick and interpolate back; as one matrix. None leaves an axis alone."""
+    """Along one axis: average into slices 2 to 6 voxels thick and interpolate back; as one matrix. None leaves an axis
+    alone.
+    """
     axis = integer(generator, 0, 2)
     size = shape_zyx[axis]
     slices = max(3, round(size / log_uniform(generator, 1.5, 6.0)))
     eye = torch.eye(size, device=generator.device)[None]
     thick = torch.nn.functional.adaptive_avg_pool1d(eye, slices)
     mode = "linear" if uniform(generator) < 0.7 else "nearest"
-    back = torch.nn.functional.interpolate(thick, size=size, mode=mode, **({"align_corners": False} if mode == "linear" else {}))[0]
+    back = torch.nn.functional.interpolate(
+        thick, size=size, mode=mode, **({"align_corners": False} if mode == "linear" else {})
+    )[0]
     return [back.T if a == axis else None for a in range(3)]
 
 

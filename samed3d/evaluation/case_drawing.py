@@ -1,8 +1,10 @@
-"""One case as a picture: three planes around a structure, the contours of truth and prediction, and the prompts that were given.
+"""One case as a picture: three planes around a structure, the contours of truth and prediction, and the prompts that
+were given.
 
-Drawn like the preview of a result (``inference/preview.py``: radiological view, the same greys), but close to the structure and with two
-contours that may cross: blue the label, orange the prediction. Planes go through the slice of each axis in which the label is largest.
-Needs Pillow, imported inside the functions. Read ``pictures.py`` for which cases are drawn.
+Drawn like the preview of a result (``inference/preview.py``: radiological view, the same greys), but close to the
+structure and with two contours that may cross: blue the label, orange the prediction. Planes go through the slice of
+each axis in which the label is largest. Needs Pillow, imported inside the functions. Read ``pictures.py`` for which
+cases are drawn.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ _GAP, _FINE = 4, 2  # drawn twice as large, then reduced
 _BACKGROUND = (16, 17, 20)
 
 
-def case_png(volume: Volume, truth: NDArray[np.bool_], prediction: NDArray[np.bool_] | None, prompts: Sequence[Prompt]) -> bytes:
+def case_png(
+    volume: Volume, truth: NDArray[np.bool_], prediction: NDArray[np.bool_] | None, prompts: Sequence[Prompt]
+) -> bytes:
     """A PNG of three panels.
 
     Args:
@@ -66,7 +70,9 @@ def data_uri(png: bytes) -> str:
 
 
 class _Panel:
-    """One slice of the window: which voxels it shows, and where a voxel is drawn. Axes run against the picture, as in the preview."""
+    """One slice of the window: which voxels it shows, and where a voxel is drawn. Axes run against the picture, as in
+    the preview.
+    """
 
     def __init__(self, plane: Plane, index: int, window: tuple[Triple, float], spacing: Triple) -> None:
         self.plane, self.index, self.spacing = plane, index, spacing
@@ -85,7 +91,9 @@ class _Panel:
         """The slice of a canonical array by linear interpolation, (size, size), 0 outside the image."""
         flat = np.take(array, self.index if index is None else index, axis=self.plane.normal).astype(np.float32)
         for axis, along in ((self.plane.down, 0), (self.plane.across, 1)):
-            steps = (0.5 - (np.arange(self.size) + 0.5) / self.size) * self.edge_mm / self.spacing[axis] + self.middle[axis]
+            steps = (0.5 - (np.arange(self.size) + 0.5) / self.size) * self.edge_mm / self.spacing[axis] + self.middle[
+                axis
+            ]
             flat = _interpolated(flat, steps, along)
         return flat
 
@@ -167,18 +175,32 @@ def _scale(draw: ImageDraw.ImageDraw, panel: _Panel) -> None:
     from PIL import ImageFont
 
     font = ImageFont.load_default(12 * _FINE)
-    draw.text((5 * _FINE, 4 * _FINE), panel.plane.name, fill=(210, 213, 218), font=font, stroke_width=1, stroke_fill=(0, 0, 0))
+    draw.text(
+        (5 * _FINE, 4 * _FINE), panel.plane.name, fill=(210, 213, 218), font=font, stroke_width=1, stroke_fill=(0, 0, 0)
+    )
     if panel.plane is PLANES[0]:
         power = 10.0 ** np.floor(np.log10(panel.edge_mm / 3))
         length = next(m * power for m in (5, 2, 1) if m * power <= panel.edge_mm / 3)
         x, y = 6 * _FINE, panel.size - 8 * _FINE
-        draw.rectangle((x, y, x + length / panel.edge_mm * panel.size, y + 2 * _FINE), fill=(235, 235, 235), outline=(0, 0, 0))
+        draw.rectangle(
+            (x, y, x + length / panel.edge_mm * panel.size, y + 2 * _FINE), fill=(235, 235, 235), outline=(0, 0, 0)
+        )
         told = f"{length:g} mm"
-        draw.text((x, y - 3 * _FINE), told, anchor="ld", fill=(235, 235, 235), font=font, stroke_width=1, stroke_fill=(0, 0, 0))
+        draw.text(
+            (x, y - 3 * _FINE),
+            told,
+            anchor="ld",
+            fill=(235, 235, 235),
+            font=font,
+            stroke_width=1,
+            stroke_fill=(0, 0, 0),
+        )
 
 
 def _window(target: NDArray, answer: NDArray | None, spacing: Triple) -> tuple[Triple, float]:
-    """Middle (canonical voxels) and edge (mm) of the cube that is shown: the label with room, and as much of the prediction as fits."""
+    """Middle (canonical voxels) and edge (mm) of the cube that is shown: the label with room, and as much of the
+    prediction as fits.
+    """
     region = bounding_region(target)
     extent = max(n * s for n, s in zip(region.shape_zyx, spacing, strict=True))
     middle = as_triple([(a + b - 1) / 2 for a, b in zip(region.start_zyx, region.stop_zyx, strict=True)])

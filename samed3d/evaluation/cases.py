@@ -1,4 +1,5 @@
-"""Labelled volumes to measure on, with who was trained on what: nnU-Net folders, a prepared corpus, files of the CVPR 2025 challenge.
+"""Labelled volumes to measure on, with who was trained on what: nnU-Net folders, a prepared corpus, files of the CVPR
+2025 challenge.
 
 Nothing is read until a case is measured. Read ``measuring.py`` next.
 """
@@ -48,7 +49,9 @@ class Split:
 
 @dataclass
 class Loaded:
-    """A case in memory: the image, its (D, H, W) labels, and for a challenge file its boxes and spacing as the file orders it."""
+    """A case in memory: the image, its (D, H, W) labels, and for a challenge file its boxes and spacing as the file
+    orders it.
+    """
 
     volume: Volume
     labels: NDArray
@@ -87,7 +90,9 @@ class LabelledCase:
         image = read_volume(self.image_path)
         labels, grid = read_label_map(self.label_path)
         if difference := grid_difference(image.grid, grid):
-            raise InputError(f"image and label must share one grid ({difference}): {self.image_path} and {self.label_path}")
+            raise InputError(
+                f"image and label must share one grid ({difference}): {self.image_path} and {self.label_path}"
+            )
         return Loaded(image, labels)
 
     def read(self) -> tuple[Volume, NDArray]:
@@ -100,8 +105,8 @@ def find_cases(folders: list[Path], split: Split, which: str, limit: int | None 
     """Cases on one side of the split.
 
     Args:
-        folders: Each an nnU-Net folder (first image channel only), a corpus, a folder of challenge npz files, or a folder of these;
-            label-only sets are passed over.
+        folders: Each an nnU-Net folder (first image channel only), a corpus, a folder of challenge npz files, or a
+            folder of these; label-only sets are passed over.
         split: What the model was kept from.
         which: ``"val"`` (unseen subjects and held-out sources), ``"train"`` or ``"all"``.
         limit: Cases per source.
@@ -153,7 +158,9 @@ def _nnunet_cases(dataset: Path, split: Split) -> Iterator[LabelledCase]:
         if image_path.exists():
             subject = subjects.get(case, case)
             group = split.group(dataset.name, subject)
-            yield LabelledCase(dataset.name, case, subject, str(about.get("modality", "")), group, image_path, label_path, names)
+            yield LabelledCase(
+                dataset.name, case, subject, str(about.get("modality", "")), group, image_path, label_path, names
+            )
 
 
 def _corpus_cases(folder: Path, split: Split) -> Iterator[LabelledCase]:
@@ -165,7 +172,9 @@ def _corpus_cases(folder: Path, split: Split) -> Iterator[LabelledCase]:
             people = (record.split_group or record.subject).split("|")
             groups = [split.group(record.source, person) for person in people]
             group = next((g for g in groups if g != "trained on"), "trained on")
-            yield LabelledCase(record.source, record.id, record.subject, record.modality, group, folder, folder, names, load)
+            yield LabelledCase(
+                record.source, record.id, record.subject, record.modality, group, folder, folder, names, load
+            )
 
 
 def _load_from_corpus(folder: Path, case_id: str) -> Loaded:
@@ -179,7 +188,8 @@ def _load_from_corpus(folder: Path, case_id: str) -> Loaded:
     if not kept:
         raise EmptyLabelError(f"no structure was kept: {case_id}")
     return Loaded(
-        Volume(np.asarray(corpus.image(record)[everything]), grid, f"{folder}:{case_id}"), np.where(np.isin(labels, kept), labels, 0)
+        Volume(np.asarray(corpus.image(record)[everything]), grid, f"{folder}:{case_id}"),
+        np.where(np.isin(labels, kept), labels, 0),
     )
 
 
@@ -187,7 +197,15 @@ def _npz_cases(folder: Path, split: Split) -> Iterator[LabelledCase]:
     for path in sorted(folder.glob("*.npz")):
         load, modality = functools.partial(_load_from_npz, path), path.name.split("_")[0]
         yield LabelledCase(
-            folder.name, path.stem, path.stem, modality, split.group(folder.name, path.stem), path, _truth_beside(path), {}, load
+            folder.name,
+            path.stem,
+            path.stem,
+            modality,
+            split.group(folder.name, path.stem),
+            path,
+            _truth_beside(path),
+            {},
+            load,
         )
 
 

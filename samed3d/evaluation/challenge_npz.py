@@ -1,8 +1,10 @@
-"""The files of the CVPR 2025 challenge for interactive 3D segmentation: a case, what a program is given, what it answers.
+"""The files of the CVPR 2025 challenge for interactive 3D segmentation: a case, what a program is given, what it
+answers.
 
-A case holds ``imgs`` and ``gts`` (D, H, W), ``spacing`` and perhaps ``boxes``; a program gets ``imgs spacing boxes`` and from the first
-click on ``clicks clicks_order prev_pred``, and answers ``segs``. Boxes and clicks are Python objects in these files, which ``numpy`` would
-read by running whatever the file says; here only containers, numbers and text come out of one. ``protocols/cvpr25.py`` has the rules.
+A case holds ``imgs`` and ``gts`` (D, H, W), ``spacing`` and perhaps ``boxes``; a program gets ``imgs spacing boxes``
+and from the first click on ``clicks clicks_order prev_pred``, and answers ``segs``. Boxes and clicks are Python objects
+in these files, which ``numpy`` would read by running whatever the file says; here only containers, numbers and text
+come out of one. ``protocols/cvpr25.py`` has the rules.
 """
 
 from __future__ import annotations
@@ -81,7 +83,9 @@ def read_objects(path: Path, name: str) -> list[Any]:
         version = np.lib.format.read_magic(file)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         _, _, kind = header(file)
-        values = _Unpickler(file).load() if kind.hasobject else np.lib.format.read_array(_rewound(file), allow_pickle=False)
+        values = (
+            _Unpickler(file).load() if kind.hasobject else np.lib.format.read_array(_rewound(file), allow_pickle=False)
+        )
     except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         raise InputError(f"npz has no readable {name!r}: {path} ({error})") from error
     return list(np.asarray(values, dtype=object).reshape(-1))
@@ -104,7 +108,8 @@ def read_boxes(path: Path) -> list[ChallengeBox] | None:
     for box in boxes:
         if not isinstance(box, dict) or (missing := set(BOX_KEYS) - set(box)):
             raise InputError(
-                f"boxes must be dicts with {' '.join(BOX_KEYS)}, got {box!r}: {path}" + (f"; {missing} missing" if box else "")
+                f"boxes must be dicts with {' '.join(BOX_KEYS)}, got {box!r}: {path}"
+                + (f"; {missing} missing" if box else "")
             )
     return [{key: int(box[key]) for key in BOX_KEYS} for box in boxes]
 

@@ -1,7 +1,8 @@
 """Saved runs side by side: one table, and a paired test wherever two runs hold the same structures, seeds and clicks.
 
-Runs that were clicked in other ways, or kept from other subjects, do not compare; putting them into one table needs a word from the user,
-and the table says so. Nothing is measured here. Read ``summaries.py`` for the numbers, ``report.py`` for one run alone.
+Runs that were clicked in other ways, or kept from other subjects, do not compare; putting them into one table needs a
+word from the user, and the table says so. Nothing is measured here. Read ``summaries.py`` for the numbers,
+``report.py`` for one run alone.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def compare_runs(folders: Sequence[Path], *, anyway: bool = False) -> Comparison
         anyway: Put runs side by side that are not alike; they are tested only where they are.
 
     Raises:
-        InputError: if fewer than two folders are given, one holds no results or is given twice, or the runs are not alike and
+        InputError: if fewer than two folders are given, one holds no results or is given twice, or the runs are not
+            alike and
             ``anyway`` was not said.
     """
     if len(folders) < 2:
@@ -71,7 +73,9 @@ def compare_runs(folders: Sequence[Path], *, anyway: bool = False) -> Comparison
     runs = dict(zip(_short_names(folders), map(read_run, folders), strict=True))
     unlike = differences_of_settings(runs)
     if unlike and not anyway:
-        raise InputError(f"these runs do not compare: {'; '.join(unlike)}; measure them alike, or say --anyway to see them side by side")
+        raise InputError(
+            f"these runs do not compare: {'; '.join(unlike)}; measure them alike, or say --anyway to see them side by side"
+        )
     models = [model for run in runs.values() for model in run.models]
     entries = [
         Entry(model if models.count(model) == 1 else f"{short}: {model}", short, model, way, mine)
@@ -84,7 +88,9 @@ def compare_runs(folders: Sequence[Path], *, anyway: bool = False) -> Comparison
 
 
 def differences_of_settings(runs: dict[str, SavedRun]) -> list[str]:
-    """What makes runs incomparable, in words: other ways of clicking, other subjects kept back, another split, data with nothing shared."""
+    """What makes runs incomparable, in words: other ways of clicking, other subjects kept back, another split, data
+    with nothing shared.
+    """
     found = []
     for what, value_of in (
         ("ways of clicking", lambda run: " / ".join(sorted(map(str, run.ways)))),
@@ -113,7 +119,9 @@ def comparison_text(comparison: Comparison) -> str:
             last = curve[max(curve)]
             scores = [f"{curve[c].mean:.3f}" if c in curve else "" for c in clicks]
             times = [figures.seconds_text(s) if not math.isnan(s) else "" for s in (h.first_seconds, h.later_seconds)]
-            lines.append([entry.name, str(last.subjects), str(last.measurements), *scores, f"{h.area.mean:.3f}", *times])
+            lines.append(
+                [entry.name, str(last.subjects), str(last.measurements), *scores, f"{h.area.mean:.3f}", *times]
+            )
         parts += [f"Dice, {way}", _aligned(lines)]
     for way, found in comparison.differences:
         lines = [["difference of Dice", "", "mean", "95 % interval", "p Wilcoxon", "corrected", "subjects"]]
@@ -136,7 +144,10 @@ def write_comparison(comparison: Comparison, path: Path) -> Path:
     """
     runs = ", ".join(dict.fromkeys(e.run for e in comparison.entries))
     parts = [f"<h1>Comparison: {escape(runs)}</h1>"]
-    parts += [paragraph(f"Not alike: {told}. Numbers that differ in this do not compare.", "warn") for told in comparison.unlike]
+    parts += [
+        paragraph(f"Not alike: {told}. Numbers that differ in this do not compare.", "warn")
+        for told in comparison.unlike
+    ]
     tested = dict(comparison.differences)
     for way in dict.fromkeys(e.way for e in comparison.entries):
         entries = [e for e in comparison.entries if e.way == way]
@@ -145,7 +156,9 @@ def write_comparison(comparison: Comparison, path: Path) -> Path:
             parts.append(f"<h3>Paired differences</h3>{paragraph(_PAIRED_NOTE, 'faint')}")
             parts.append(difference_figure(tested[way]) + difference_table(tested[way]))
         else:
-            parts.append(paragraph("No paired test: there are no two with a structure, seed and click in common.", "faint"))
+            parts.append(
+                paragraph("No paired test: there are no two with a structure, seed and click in common.", "faint")
+            )
     write_page(path, page(f"Comparison: {runs}", "\n".join(parts)))
     return path
 
@@ -155,7 +168,9 @@ unit; the corrected p is Wilcoxon's after Holm for all tests of this comparison.
 
 
 def _tested(entries: Sequence[Entry], runs: Sequence[str]) -> list[tuple[Way, list[Compared]]]:
-    """Paired differences between entries of different runs, the later run first: the same model where both runs have it, else all."""
+    """Paired differences between entries of different runs, the later run first: the same model where both runs have
+    it, else all.
+    """
     raw: list[tuple[Way, Compared]] = []
     for way in dict.fromkeys(e.way for e in entries):
         here = [e for e in entries if e.way == way]
@@ -165,7 +180,10 @@ def _tested(entries: Sequence[Entry], runs: Sequence[str]) -> list[tuple[Way, li
                 shared = {e.model for e in a} & {e.model for e in b}
                 pairs = [(x, y) for x in a for y in b if (x.model == y.model if shared else True)]
                 for x, y in pairs:
-                    raw += [(way, Compared(x.name, y.name, what, found, math.nan)) for what, found in compare_rows(x.rows, y.rows)]
+                    raw += [
+                        (way, Compared(x.name, y.name, what, found, math.nan))
+                        for what, found in compare_rows(x.rows, y.rows)
+                    ]
     corrected = holm([c.result.p_wilcoxon for _, c in raw])
     found: dict[Way, list[Compared]] = {}
     for (way, c), p in zip(raw, corrected, strict=True):
@@ -191,7 +209,16 @@ def _score_table(entries: Sequence[Entry]) -> str:
         last = h.dice[max(h.dice)]
         times = [figures.seconds_text(s) if not math.isnan(s) else "" for s in (h.first_seconds, h.later_seconds)]
         who = [escape(entry.name), f"{last.subjects}<small>{last.measurements} measured</small>"]
-        lines.append([*who, *(cell(h.dice.get(c), 3) for c in clicks), cell(h.area, 3), cell(h.nsd, 3), cell(h.hd95_mm, 1), *times])
+        lines.append(
+            [
+                *who,
+                *(cell(h.dice.get(c), 3) for c in clicks),
+                cell(h.area, 3),
+                cell(h.nsd, 3),
+                cell(h.hd95_mm, 1),
+                *times,
+            ]
+        )
     head = ["run and model", "subjects", *(_click(c) for c in clicks), "area", "NSD", "HD95, mm", "first", "later"]
     return table(head, lines)
 
@@ -232,6 +259,8 @@ def _aligned(lines: Sequence[Sequence[str]], left: int = 1) -> str:
     """Columns of equal width; the first ``left`` to the left, numbers to the right."""
     widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
     return "\n".join(
-        "  ".join(text.ljust(w) if n < left else text.rjust(w) for n, (text, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        "  ".join(
+            text.ljust(w) if n < left else text.rjust(w) for n, (text, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
         for line in lines
     )

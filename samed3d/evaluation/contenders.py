@@ -1,5 +1,5 @@
-"""What can be measured, behind one face: our models, any object with ``encode`` and ``decode``, classical baselines, the no-prompt control,
-programs and servers of others (``external.py``).
+"""What can be measured, behind one face: our models, any object with ``encode`` and ``decode``, classical baselines,
+the no-prompt control, programs and servers of others (``external.py``).
 
 Read ``contender.py`` for the face, ``protocols/base.py`` for who clicks.
 """
@@ -51,7 +51,9 @@ class ModelContender(Contender):
         """
         lacks = [part for part in ("spec", "encode", "decode", "eval", "to") if not hasattr(model, part)]
         if lacks:
-            raise InputError(f"a model to measure needs spec, encode, decode, eval and to; {name!r} lacks {', '.join(lacks)}")
+            raise InputError(
+                f"a model to measure needs spec, encode, decode, eval and to; {name!r} lacks {', '.join(lacks)}"
+            )
         # Sessions show strokes to a model that takes points as points along them.
         takes = frozenset(model.spec.prompts) & {"point", "box"}
         super().__init__(name, takes | ({"scribble"} if "point" in takes else set()), Meter(model))
@@ -78,7 +80,9 @@ class BaselineContender(Contender):
 
 
 class _MisledClickable:
-    """Moves every prompt to a place that has nothing to do with the structure; the same prompt always to the same place."""
+    """Moves every prompt to a place that has nothing to do with the structure; the same prompt always to the same
+    place.
+    """
 
     def __init__(self, inner: Clickable, volume: Volume) -> None:
         self._inner, self._size = inner, volume.grid.size_ijk
@@ -101,7 +105,9 @@ class _MisledClickable:
 
 
 class NoPrompt(Contender):
-    """The control without a prompt: the same contender, told a random place. What it scores is what the data give away for nothing."""
+    """The control without a prompt: the same contender, told a random place. What it scores is what the data give away
+    for nothing.
+    """
 
     def __init__(self, inner: Contender) -> None:
         super().__init__(f"{NO_PROMPT}{inner.name}", inner.takes, inner.meter)
@@ -116,8 +122,10 @@ def contender_of(name: str, device: str = "cpu") -> Contender:
     """What ``--model`` names.
 
     Args:
-        name: A checkpoint or ``.safetensors`` file; an architecture, which is measured with random weights and called so; a baseline;
-            ``oracle_bound@MM`` for another output grid; ``no_prompt:NAME`` for the control without a prompt; ``external:COMMAND`` and
+        name: A checkpoint or ``.safetensors`` file; an architecture, which is measured with random weights and called
+            so; a baseline;
+            ``oracle_bound@MM`` for another output grid; ``no_prompt:NAME`` for the control without a prompt;
+            ``external:COMMAND`` and
             ``server:URL`` (``external.py``).
         device: For networks.
 
@@ -141,7 +149,9 @@ def contender_of(name: str, device: str = "cpu") -> Contender:
         load(name)  # says what is wrong with it
     known = [*list_checkpoints(), *MODELS, *BASELINES]
     near = ", ".join(difflib.get_close_matches(name, known, 3, 0.3)) or ", ".join(known[:4])
-    raise InputError(f"no checkpoint or file is called {name!r}, nor a model or baseline; nearest names: {near} (all: samed3d models)")
+    raise InputError(
+        f"no checkpoint or file is called {name!r}, nor a model or baseline; nearest names: {near} (all: samed3d models)"
+    )
 
 
 def _bound_settings(name: str, number: str) -> dict[str, float]:

@@ -1,7 +1,8 @@
-"""Programs and servers of others, behind the same face: a command that is run per prompt, a server that speaks the nnInteractive protocol.
+"""Programs and servers of others, behind the same face: a command that is run per prompt, a server that speaks the
+nnInteractive protocol.
 
-A command gets files: the image, all prompts of the structure so far as our JSON (``docs/click.md``, ijk), and where to write the mask.
-Nothing is passed through a shell. Read ``contender.py`` for the face.
+A command gets files: the image, all prompts of the structure so far as our JSON (``docs/click.md``, ijk), and where to
+write the mask. Nothing is passed through a shell. Read ``contender.py`` for the face.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class ExternalProgram(Contender):
         except ValueError as error:
             raise InputError(f"--external cannot be read as a command ({error}): {command}") from error
         if missing := [place for place in PLACES if not any(place in word for word in self._words)]:
-            raise InputError(f"--external needs {' '.join(PLACES)} in the command, {' '.join(missing)} missing: {command}")
+            raise InputError(
+                f"--external needs {' '.join(PLACES)} in the command, {' '.join(missing)} missing: {command}"
+            )
         self._timeout = timeout_seconds
 
     def open(self, volume: Volume, truth: NDArray[np.bool_]) -> Clickable:
@@ -76,7 +79,9 @@ class _Program:
             raise InputError(f"external program did not run: {error}") from error
         if done.returncode != 0 or not out.exists():
             said = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
-            raise InputError(f"external program ended with code {done.returncode} and {'a' if out.exists() else 'no'} mask: {said}")
+            raise InputError(
+                f"external program ended with code {done.returncode} and {'a' if out.exists() else 'no'} mask: {said}"
+            )
         self._masks[object_id] = self._read(out)
 
     def mask_of(self, object_id: int) -> NDArray[np.uint8]:
@@ -88,12 +93,16 @@ class _Program:
         except EmptyLabelError:
             return np.zeros(self._volume.grid.shape_zyx, np.uint8)
         if difference := grid_difference(self._volume.grid, grid):
-            raise InputError(f"mask of the external program must lie on the image's grid ({difference}); write it with the image's header")
+            raise InputError(
+                f"mask of the external program must lie on the image's grid ({difference}); write it with the image's header"
+            )
         return (array > 0).astype(np.uint8)
 
 
 class NnInteractiveServer(Contender):
-    """``--server URL``: a server that speaks the nnInteractive protocol, through the client that its authors publish."""
+    """``--server URL``: a server that speaks the nnInteractive protocol, through the client that its authors
+    publish.
+    """
 
     def __init__(self, url: str) -> None:
         """Find the client.

@@ -1,8 +1,8 @@
 """Charts as inline SVG: click curves with bands, differences with intervals, spreads of seconds.
 
-Drawn here so that a report needs no other file and no library: colours are CSS variables of the page (``page.py``), so one drawing serves
-light, dark and paper; every mark has a ``<title>`` with its number, and series differ by marker and dash as well as by colour. Nothing is
-computed here but positions.
+Drawn here so that a report needs no other file and no library: colours are CSS variables of the page (``page.py``), so
+one drawing serves light, dark and paper; every mark has a ``<title>`` with its number, and series differ by marker and
+dash as well as by colour. Nothing is computed here but positions.
 """
 
 from __future__ import annotations
@@ -85,16 +85,24 @@ class _Canvas:
     def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
         self.marks.append(f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
 
-    def text(self, x: float, y: float, text: str, kind: str = "label", anchor: str = "middle", turn: bool = False) -> None:
+    def text(
+        self, x: float, y: float, text: str, kind: str = "label", anchor: str = "middle", turn: bool = False
+    ) -> None:
         turned = f' transform="rotate(-90 {x:.1f} {y:.1f})"' if turn else ""
-        self.marks.append(f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turned}>{escape(text)}</text>')
+        self.marks.append(
+            f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turned}>{escape(text)}</text>'
+        )
 
     def svg(self, title: str) -> str:
         size = f'viewBox="0 0 {self.width:.0f} {self.height:.0f}" width="{self.width:.0f}" height="{self.height:.0f}"'
-        return f'<svg class="chart" {size} role="img" aria-label="{escape(title, quote=True)}">{"".join(self.marks)}</svg>'
+        return (
+            f'<svg class="chart" {size} role="img" aria-label="{escape(title, quote=True)}">{"".join(self.marks)}</svg>'
+        )
 
 
-def click_chart(series: Sequence[Series], title: str, y_label: str = "Dice", *, small: bool = False, bands: bool = True) -> str:
+def click_chart(
+    series: Sequence[Series], title: str, y_label: str = "Dice", *, small: bool = False, bands: bool = True
+) -> str:
     """Scores in [0, 1] over clicks, one line per series, intervals as bands, a legend at the right unless ``small``.
 
     Args:
@@ -135,7 +143,8 @@ def click_chart(series: Sequence[Series], title: str, y_label: str = "Dice", *, 
 def legend_of(names: Sequence[tuple[str, int]]) -> str:
     """A legend as HTML, for a grid of charts: names with their styles."""
     entries = [
-        f'<span><svg width="30" height="12" aria-hidden="true">{_key(1, 6, style)}</svg>{escape(name)}</span>' for name, style in names
+        f'<span><svg width="30" height="12" aria-hidden="true">{_key(1, 6, style)}</svg>{escape(name)}</span>'
+        for name, style in names
     ]
     return f'<p class="legend">{"".join(entries)}</p>'
 
@@ -173,7 +182,8 @@ def difference_chart(lines: Sequence[Difference], title: str, x_label: str) -> s
 
 
 def spread_chart(lines: Sequence[Spread], title: str, x_label: str) -> str:
-    """Spreads on a logarithmic axis: a thin line from the 5th to the 95th percentile, a bar between quartiles, a mark at the median.
+    """Spreads on a logarithmic axis: a thin line from the 5th to the 95th percentile, a bar between quartiles, a mark
+    at the median.
 
     Args:
         lines: From top to bottom; percentiles above zero.
@@ -199,7 +209,9 @@ def spread_chart(lines: Sequence[Spread], title: str, x_label: str) -> str:
         canvas.text(left - 10, y + 4, _cut(s.label, 60), anchor="end")
         canvas.marks.append(f"<g><title>{escape(told + seconds_text(s.percentiles[4]))}</title>")
         canvas.line(a, y, e, y, f"whisker {colour}")
-        canvas.marks.append(f'<rect class="bar {colour}" x="{b:.1f}" y="{y - 6:.1f}" width="{max(1.0, d - b):.1f}" height="12" rx="2"/>')
+        canvas.marks.append(
+            f'<rect class="bar {colour}" x="{b:.1f}" y="{y - 6:.1f}" width="{max(1.0, d - b):.1f}" height="12" rx="2"/>'
+        )
         canvas.line(c, y - 8, c, y + 8, "median")
         canvas.marks.append("</g>")
         canvas.text(canvas.width - 70, y + 4, seconds_text(s.percentiles[2]), anchor="start")
@@ -214,7 +226,13 @@ def interval_text(low: float, high: float, form: str = "+.3f") -> str:
 def seconds_text(seconds: float) -> str:
     """A time as a person says it."""
     if seconds < 0.9995:
-        return f"{1000 * seconds:.0f} ms" if seconds >= 0.0095 else f"{1000 * seconds:.1f} ms" if seconds >= 0.001 else "under 1 ms"
+        return (
+            f"{1000 * seconds:.0f} ms"
+            if seconds >= 0.0095
+            else f"{1000 * seconds:.1f} ms"
+            if seconds >= 0.001
+            else "under 1 ms"
+        )
     return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
 
 

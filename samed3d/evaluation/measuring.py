@@ -1,4 +1,5 @@
-"""One case, one contender, one protocol: walk its structures and turn every prompt into a row and a line that can be replayed.
+"""One case, one contender, one protocol: walk its structures and turn every prompt into a row and a line that can be
+replayed.
 
 Read ``rows.py`` for the columns, ``protocols/base.py`` for who is walking, ``run.py`` next.
 """
@@ -75,11 +76,15 @@ def usable_ways(contender: Contender, protocol: AnyProtocol, ask: Ask) -> list[W
     if not fit:
         given = ", ".join(dict.fromkeys(FIRST[way.prompt] for way in ways))
         needs = " or a ".join(sorted(contender.takes))
-        raise InputError(f"model {contender.name!r} needs a {needs} first; protocol {protocol.name!r} gives it only: {given}")
+        raise InputError(
+            f"model {contender.name!r} needs a {needs} first; protocol {protocol.name!r} gives it only: {given}"
+        )
     return fit
 
 
-def measure(case: LabelledCase, contender: Contender, protocol: AnyProtocol, ask: Ask, loaded: Loaded | None = None) -> Part:
+def measure(
+    case: LabelledCase, contender: Contender, protocol: AnyProtocol, ask: Ask, loaded: Loaded | None = None
+) -> Part:
     """Measure a contender on all structures of a case.
 
     Args:
@@ -120,7 +125,9 @@ Series = Iterator[Turn] | list[Turn]
 _Found = Iterator[tuple[int, int, Way, Series]]
 
 
-def _structure_turns(contender: Contender, protocol: StructureProtocol, loaded: Loaded, values: list[int], ask: Ask) -> _Found:
+def _structure_turns(
+    contender: Contender, protocol: StructureProtocol, loaded: Loaded, values: list[int], ask: Ask
+) -> _Found:
     clicks = protocol.fixed_clicks or ask.clicks
     for number, value in enumerate(values):
         target = loaded.labels == value
@@ -156,8 +163,20 @@ def _note(
     value, seed, way = which
     target = loaded.labels == value
     voxels = int(np.count_nonzero(target))
-    about: Row = {"model": contender.name, "protocol": protocol.name, "group": case.group, "source": case.source, "case": case.case}
-    about |= {"subject": case.subject, "modality": case.modality, "label": value, "name": case.names.get(value, ""), "voxels": voxels}
+    about: Row = {
+        "model": contender.name,
+        "protocol": protocol.name,
+        "group": case.group,
+        "source": case.source,
+        "case": case.case,
+    }
+    about |= {
+        "subject": case.subject,
+        "modality": case.modality,
+        "label": value,
+        "name": case.names.get(value, ""),
+        "voxels": voxels,
+    }
     about["volume_ml"] = round(voxels * float(np.prod(loaded.volume.grid.spacing_xyz_mm)) / 1000, 4)
     about |= {"seed": seed, "policy": way.policy, "prompt": way.prompt}
     scorer = _Scorer(target, loaded, protocol, ask)
@@ -179,7 +198,9 @@ class _Scorer:
     def __init__(self, target: NDArray[np.bool_], loaded: Loaded, protocol: AnyProtocol, ask: Ask) -> None:
         self._target, self._spacing = target, loaded.volume.grid.spacing_zyx_mm
         if loaded.challenge_spacing is not None and isinstance(protocol, CaseProtocol):
-            self._spacing = loaded.challenge_spacing  # the challenge's evaluator takes the numbers in the order of the file
+            self._spacing = (
+                loaded.challenge_spacing
+            )  # the challenge's evaluator takes the numbers in the order of the file
         self._tolerance = protocol.tolerance_mm if protocol.tolerance_mm is not None else ask.tolerance_mm
         self._surfaces, self._before = ask.surfaces, 0
 
@@ -189,7 +210,10 @@ class _Scorer:
         size = int(np.count_nonzero(turn.mask))
         row: Row = {"dice": round(dice(turn.mask, target), 5)}
         if self._surfaces:
-            row |= {key: round(value, 5) for key, value in surface_scores(turn.mask, target, spacing, self._tolerance).items()}
+            row |= {
+                key: round(value, 5)
+                for key, value in surface_scores(turn.mask, target, spacing, self._tolerance).items()
+            }
         row["volume_error"] = round(volume_error(turn.mask, target), 5)
         if turn.clicked is not None:
             at, positive = turn.clicked
@@ -213,8 +237,11 @@ def fits(contender: Contender, protocols: Sequence[AnyProtocol], ask: Ask) -> bo
     return False
 
 
-def measurable(contenders: Sequence[Contender], protocols: Sequence[AnyProtocol], ask: Ask) -> frozenset[tuple[str, str]]:
-    """(contender, protocol) by name where the protocol gives a prompt that the contender takes; what is left out is logged.
+def measurable(
+    contenders: Sequence[Contender], protocols: Sequence[AnyProtocol], ask: Ask
+) -> frozenset[tuple[str, str]]:
+    """(contender, protocol) by name where the protocol gives a prompt that the contender takes; what is left out is
+    logged.
 
     Raises:
         InputError: if a contender can be clicked under none of the protocols.
@@ -229,9 +256,13 @@ def measurable(contenders: Sequence[Contender], protocols: Sequence[AnyProtocol]
                 reasons.append(error)
                 continue
             pairs.add((contender.name, protocol.name))
-            if missing := dict.fromkeys(way.prompt for way in protocol.ways(ask.policies, ask.prompts) if way not in fit):
+            if missing := dict.fromkeys(
+                way.prompt for way in protocol.ways(ask.policies, ask.prompts) if way not in fit
+            ):
                 first = " or a ".join(missing)
-                logger.warning("%s does not take a %s first; under %s it is left out there", contender.name, first, protocol.name)
+                logger.warning(
+                    "%s does not take a %s first; under %s it is left out there", contender.name, first, protocol.name
+                )
         if len(reasons) == len(protocols):
             raise reasons[0]
         for reason in reasons:

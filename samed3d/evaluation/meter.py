@@ -1,7 +1,8 @@
-"""What a prompt costs: seconds, the encoder's part of them, and peak memory. Read ``protocols/base.py`` for who is metered.
+"""What a prompt costs: seconds, the encoder's part of them, and peak memory. Read ``protocols/base.py`` for who is
+metered.
 
-Several users, seeds and protocols often look at the very same crop. On a CPU its features are then taken from the first time, and what
-that took is charged again, so that no answer and no latency depends on what was measured before.
+Several users, seeds and protocols often look at the very same crop. On a CPU its features are then taken from the first
+time, and what that took is charged again, so that no answer and no latency depends on what was measured before.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Cost:
 
 
 class Meter:
-    """Measures what runs inside ``running``; the encoder's time comes from the model's own ``encode``, which it wraps."""
+    """Measures what runs inside ``running``; the encoder's time comes from the model's own ``encode``, which it
+    wraps.
+    """
 
     def __init__(self, model: Any = None) -> None:
         """For a model with ``encode``, or None."""

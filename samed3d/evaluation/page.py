@@ -1,6 +1,7 @@
 """One self-contained HTML page: head, style, tables. It opens without a network, in light and dark, and prints.
 
-No script and no outside resource: what is folded away uses ``<details>``, what is told on pointing uses ``title``. Read ``report.py`` and
+No script and no outside resource: what is folded away uses ``<details>``, what is told on pointing uses ``title``. Read
+``report.py`` and
 ``compare.py`` for the pages that are made with it.
 """
 
@@ -69,7 +70,10 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 18px; margi
 
 def page(title: str, body: str) -> str:
     """A whole HTML document."""
-    styles = "\n".join(f"svg .s{n} {{ stroke: var(--s{n}); }} svg :is(.dot, .band, .bar).s{n} {{ fill: var(--s{n}); }}" for n in range(8))
+    styles = "\n".join(
+        f"svg .s{n} {{ stroke: var(--s{n}); }} svg :is(.dot, .band, .bar).s{n} {{ fill: var(--s{n}); }}"
+        for n in range(8)
+    )
     style = _STYLE.replace("LIGHT", _variables(_LIGHT)).replace("DARK", _variables(_DARK)).replace("COLOURS", styles)
     meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     head = f"<head>{meta}<title>{escape(title)}</title><style>{style}</style></head>"
@@ -97,7 +101,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> 
     """A table of cells that are HTML already; the first ``left`` columns are words, the others numbers."""
     kinds = [' class="l"' if n < left else "" for n in range(len(head))]
     titles = "".join(f"<th{k}>{escape(h)}</th>" for k, h in zip(kinds, head, strict=True))
-    lines = "".join("<tr>" + "".join(f"<td{k}>{cell}</td>" for k, cell in zip(kinds, row, strict=True)) + "</tr>" for row in rows)
+    lines = "".join(
+        "<tr>" + "".join(f"<td{k}>{cell}</td>" for k, cell in zip(kinds, row, strict=True)) + "</tr>" for row in rows
+    )
     return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 

@@ -1,8 +1,10 @@
-"""The ten worst and ten typical cases of a run as pictures: the saved prompts are given to the model again, in bounded time.
+"""The ten worst and ten typical cases of a run as pictures: the saved prompts are given to the model again, in bounded
+time.
 
-Which cases is decided from ``cases.csv`` alone; the prompts come from ``prompts.jsonl``, image and label from the files it names. What
-cannot be made again (a file that is gone, a protocol that does not look at the whole volume, time that is up) is said in a line. The Dice
-of the mask that is drawn is compared with the saved one, and told where the two differ. Read ``case_drawing.py`` for the drawing.
+Which cases is decided from ``cases.csv`` alone; the prompts come from ``prompts.jsonl``, image and label from the files
+it names. What cannot be made again (a file that is gone, a protocol that does not look at the whole volume, time that
+is up) is said in a line. The Dice of the mask that is drawn is compared with the saved one, and told where the two
+differ. Read ``case_drawing.py`` for the drawing.
 """
 
 from __future__ import annotations
@@ -59,10 +61,12 @@ def worst_and_typical(rows: Sequence[Row], count: int = CASES) -> tuple[list[Cho
 
     Args:
         rows: Of one model and one way of clicking.
-        count: How many of each, fewer where there are not twice as many structures; a structure appears once, with its worst seed, an
-            image at most twice in each list.
+        count: How many of each, fewer where there are not twice as many structures; a structure appears once, with its
+            worst seed, an image at most twice in each list.
     """
-    curves = [Chosen(first, tuple(scores)) for first, _, scores in curves_of(rows, "dice") if not math.isnan(scores[-1])]
+    curves = [
+        Chosen(first, tuple(scores)) for first, _, scores in curves_of(rows, "dice") if not math.isnan(scores[-1])
+    ]
     ordered = sorted(curves, key=lambda c: (c.scores[-1], str(c.key)))
     count = min(count, (len({_structure(c) for c in curves}) + 1) // 2)
     worst = _spread(ordered, count)
@@ -91,14 +95,19 @@ def picture_section(run: SavedRun, seconds: float) -> str:
     ordered = [*_by_image(worst), *_by_image(typical)]  # the worst first: time may be up
     made, left_out = _pictures(ordered, lines, time.monotonic() + seconds)
     parts = [paragraph(f"Model {model}, {way}: after the last click. {_INTRO}", "faint")]
-    for title, chosen in ((f"The {len(worst)} worst", worst), (f"{len(typical)} typical, nearest to the median", typical)):
+    for title, chosen in (
+        (f"The {len(worst)} worst", worst),
+        (f"{len(typical)} typical, nearest to the median", typical),
+    ):
         if figures := "".join(made[c.key] for c in chosen if c.key in made):
             parts.append(f'<h3>{title}</h3><div class="cases">{figures}</div>')
     parts += [paragraph(f"Not shown: {told} ({n})", "faint") for told, n in Counter(left_out).items()]
     return "".join(parts)
 
 
-def _pictures(chosen: Sequence[Chosen], lines: dict[tuple[Any, ...], dict[str, Any]], until: float) -> tuple[dict[tuple, str], list[str]]:
+def _pictures(
+    chosen: Sequence[Chosen], lines: dict[tuple[Any, ...], dict[str, Any]], until: float
+) -> tuple[dict[tuple, str], list[str]]:
     """A figure for each case that could be drawn, and why not for the others."""
     made: dict[tuple, str] = {}
     left_out: list[str] = []
@@ -123,7 +132,11 @@ def _figure(one: Chosen, again: Replayed) -> str:
     name = str(row["name"]) or f"label {row['label']}"
     path = " \u2192 ".join(f"{s:.2f}" for s in one.scores)
     size = "" if row.get("volume_ml") is None else f", {row['volume_ml']:.3g} ml"
-    note = "" if abs(drawn - one.scores[-1]) <= _SAME_DICE else f" Not made again exactly: the mask drawn here has Dice {drawn:.2f}."
+    note = (
+        ""
+        if abs(drawn - one.scores[-1]) <= _SAME_DICE
+        else f" Not made again exactly: the mask drawn here has Dice {drawn:.2f}."
+    )
     where = escape(f"{row['source']} / {row['case']}{size}, seed {row['seed']}.{note}")
     alt = escape(f"{name} of {row['case']}: three planes with label, prediction and prompts", quote=True)
     caption = f"<b>{escape(name)}</b>, Dice {path}<br><span>{where}</span>"

@@ -1,7 +1,8 @@
-"""A saved line of ``prompts.jsonl`` answered again: the image is read, the model is given the same prompts, its last mask is returned.
+"""A saved line of ``prompts.jsonl`` answered again: the image is read, the model is given the same prompts, its last
+mask is returned.
 
-One image and its models are kept at a time, so that several structures of one image cost one reading. Only protocols that answer on the
-whole volume through a session can be made again here.
+One image and its models are kept at a time, so that several structures of one image cost one reading. Only protocols
+that answer on the whole volume through a session can be made again here.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Answers:
         return self.volume, self.labels
 
     def subject(self, model: str, volume: Volume, truth: NDArray[np.bool_]) -> Clickable:
-        """Who answers for that model on the latest image; a bound, which is told the truth, begins anew for each structure.
+        """Who answers for that model on the latest image; a bound, which is told the truth, begins anew for each
+        structure.
 
         Raises:
             InputError: if there is no such model any more.

@@ -1,8 +1,8 @@
 """``report.html``: a results folder as a page that a person wants to read, in one file that opens without a network.
 
-Everything on it comes from ``cases.csv``, ``results.json`` and, for the pictures, ``prompts.jsonl`` with the images themselves. Numbers are
-made in ``summaries.py``, charts in ``figures.py``, pictures in ``pictures.py``, the page's look in ``page.py``; here is the order and the
-words. Not here: two runs side by side (``compare.py``).
+Everything on it comes from ``cases.csv``, ``results.json`` and, for the pictures, ``prompts.jsonl`` with the images
+themselves. Numbers are made in ``summaries.py``, charts in ``figures.py``, pictures in ``pictures.py``, the page's look
+in ``page.py``; here is the order and the words. Not here: two runs side by side (``compare.py``).
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ _TRAINED_ON_ALL = """Every subject here was trained on by the first checkpoint: 
 accurate it is."""
 _TRAINED_ON_SOME = """rows are of subjects that the first checkpoint was trained on. They have lines of their own in the tables of
 scores and are left out of everything else."""
-_UNEVEN = (
-    "the models were not measured on the same number of structures and clicks; only the paired differences compare like with like. Rows"
-)
+_UNEVEN = "the models were not measured on the same number of structures and clicks; only the paired differences compare like with like. Rows"
 _FOOT = """Rows: cases.csv, one per model, structure, seed and click. Prompts: prompts.jsonl. This page is made from them by samed3d
 evaluate report."""
 
@@ -56,7 +54,8 @@ def write_report(folder: Path, *, picture_seconds: float = PICTURE_SECONDS) -> P
 
     Args:
         folder: What ``samed3d evaluate`` wrote.
-        picture_seconds: How long pictures of cases may take to be made, by giving the model the saved prompts again; 0 makes none.
+        picture_seconds: How long pictures of cases may take to be made, by giving the model the saved prompts again; 0
+            makes none.
 
     Returns:
         The page's path.
@@ -82,7 +81,9 @@ def report_body(run: SavedRun, pictures: str = "") -> str:
     parts.append(_NAVIGATION)
     scores = [_about(run, way) + score_tables(run.of(way)) + own_scores(_own(run, way)) for way in ways]
     parts.append('<h2 id="scores">Scores</h2>' + paragraph(_SCORES_NOTE, "faint") + _first_open("Scores", ways, scores))
-    parts.append('<h2 id="curves">Click curves</h2>' + _first_open("Click curves", ways, [_curves(run, way) for way in ways]))
+    parts.append(
+        '<h2 id="curves">Click curves</h2>' + _first_open("Click curves", ways, [_curves(run, way) for way in ways])
+    )
     parts.append('<h2 id="differences">Differences between models</h2>' + _differences(run, ways))
     parts.append('<h2 id="cases">Cases</h2>' + (pictures or paragraph("Pictures were not asked for.", "faint")))
     parts.append('<h2 id="time">Time per prompt</h2>' + _latency(run))
@@ -96,7 +97,9 @@ def _title(run: SavedRun) -> str:
     structures = {(r["source"], r["case"], r["label"]) for r in run.rows}
     sources = {r["source"] for r in run.rows}
     shown = ", ".join(run.models[:3]) + (f" and {len(run.models) - 3} more" if len(run.models) > 3 else "")
-    names = "; ".join(map(str, run.ways[:3])) + (f"; and {_count(len(run.ways) - 3, 'more way')}" if len(run.ways) > 3 else "")
+    names = "; ".join(map(str, run.ways[:3])) + (
+        f"; and {_count(len(run.ways) - 3, 'more way')}" if len(run.ways) > 3 else ""
+    )
     told = (
         f"{_count(len(structures), 'structure')} in {_count(len(cases), 'image')} of {_count(len(subjects), 'subject')} "
         f"from {_count(len(sources), 'data set')}; {_count(len({r['seed'] for r in run.rows}), 'seed')}"
@@ -140,9 +143,14 @@ def _curves(run: SavedRun, way: Way) -> str:
     parts = ['<figure><div class="charts">', _chart(run, dice, "All structures", "Dice")]
     if any(not math.isnan(score(r, "nsd")) for r in rows):
         parts.append(_chart(run, model_curves(rows, "nsd"), "All structures", "NSD"))
-    bands = "bands are 95 % bootstrap intervals over subjects" if len(dice) <= _FEW_LINES else "the table has the intervals"
+    bands = (
+        "bands are 95 % bootstrap intervals over subjects" if len(dice) <= _FEW_LINES else "the table has the intervals"
+    )
     caption = f"Mean over structures; {bands}. Point at a mark for its numbers."
-    parts.append(f"</div><figcaption>{caption}</figcaption></figure>" + folded("These numbers as a table", curve_table({"all": dice})))
+    parts.append(
+        f"</div><figcaption>{caption}</figcaption></figure>"
+        + folded("These numbers as a table", curve_table({"all": dice}))
+    )
     splits: tuple[tuple[str, Callable[[Row], str], Callable[[str], object] | None], ...] = (
         ("By dataset", lambda r: r["source"], None),
         ("By modality", modality_class, None),
@@ -151,9 +159,16 @@ def _curves(run: SavedRun, way: Way) -> str:
     for title, name_of, order in splits:
         split = grouped(rows, name_of, order)
         curves = {name: model_curves(of_one) for name, of_one in split.items()}
-        charts = [_chart(run, curves[name], f"{name} ({_people(of_one)})", "Dice", small=True) for name, of_one in split.items()]
+        charts = [
+            _chart(run, curves[name], f"{name} ({_people(of_one)})", "Dice", small=True)
+            for name, of_one in split.items()
+        ]
         parts.append(f"<h3>{title}</h3>" + figures.legend_of([(m, run.models.index(m)) for m in dice]))
-        bands = "" if len(dice) <= _FEW_SMALL_LINES else " Bands are left out of charts with many lines; the table has the intervals."
+        bands = (
+            ""
+            if len(dice) <= _FEW_SMALL_LINES
+            else " Bands are left out of charts with many lines; the table has the intervals."
+        )
         caption = f"<figcaption>In brackets the number of subjects.{bands}</figcaption>"
         parts.append(f'<figure><div class="charts">{"".join(charts)}</div>{caption}</figure>')
         parts.append(folded("These numbers as a table", curve_table(curves)))
@@ -178,7 +193,9 @@ def _differences(run: SavedRun, ways: Sequence[Way]) -> str:
         return paragraph("One model was measured: there is nothing to compare.", "faint")
     parts = [paragraph(_TESTS_NOTE, "faint")]
     for way in ways:
-        found = differences(untrained(run.of(way)), [m for m in run.models if any(r["model"] == m for r in run.of(way))])
+        found = differences(
+            untrained(run.of(way)), [m for m in run.models if any(r["model"] == m for r in run.of(way))]
+        )
         if found:
             parts.append(_way_heading(way, ways) + difference_figure(found) + difference_table(found))
     return "".join(parts)
@@ -198,7 +215,10 @@ def _latency(run: SavedRun) -> str:
             encode = [v for r in chosen if not math.isnan(v := score(r, "encode_seconds"))]
             memory = [v for r in chosen if not math.isnan(v := score(r, "peak_mib"))]
             cells = [escape(model), what, str(len(chosen)), *map(figures.seconds_text, (a, b, c, d, e))]
-            cells += [figures.seconds_text(float(np.median(encode))) if encode else "", f"{max(memory):,.0f} MiB" if memory else ""]
+            cells += [
+                figures.seconds_text(float(np.median(encode))) if encode else "",
+                f"{max(memory):,.0f} MiB" if memory else "",
+            ]
             rows_of_table.append(cells)
     if not lines:
         return paragraph("No times were recorded.", "faint")
@@ -223,7 +243,11 @@ def _how(run: SavedRun) -> str:
 def flattened(entry: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Nested settings as lines ``outer inner``: value; what was not set is left out."""
     if isinstance(entry, dict):
-        return [line for key, value in entry.items() for line in flattened(value, f"{prefix} {key}".strip().replace("_", " "))]
+        return [
+            line
+            for key, value in entry.items()
+            for line in flattened(value, f"{prefix} {key}".strip().replace("_", " "))
+        ]
     if entry is None or entry == []:
         return []
     return [(prefix, ", ".join(map(str, entry)) if isinstance(entry, list | tuple) else str(entry))]

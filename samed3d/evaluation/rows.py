@@ -1,15 +1,16 @@
-"""What a run of ``samed3d evaluate`` leaves behind: the columns of ``cases.csv``, the parts of ``results.json``, the lines of
+"""What a run of ``samed3d evaluate`` leaves behind: the columns of ``cases.csv``, the parts of ``results.json``, the
+lines of
 ``prompts.jsonl``. The one place that a reader of results must know; whoever writes them is ``run.py``.
 
 ``cases.csv``: one row per model, protocol, case, structure, seed, policy, first prompt and click.
 
-==================  ========================================================================================================
-column              meaning
-==================  ========================================================================================================
-model               as given to ``--model``; ``NAME (random weights)`` for an architecture without trained weights
-protocol            a name of ``protocols.PROTOCOLS``
-group               ``unseen subject``, ``held-out source`` or ``trained on``, by the first checkpoint's own split
-source              dataset
+==================
+======================================================================================================== column
+meaning ==================
+======================================================================================================== model
+as given to ``--model``; ``NAME (random weights)`` for an architecture without trained weights protocol            a
+name of ``protocols.PROTOCOLS`` group               ``unseen subject``, ``held-out source`` or ``trained on``, by the
+first checkpoint's own split source              dataset
 case                image, unique within its source
 subject             person or animal; intervals are over subjects
 modality            as the dataset states it
@@ -30,19 +31,25 @@ added_voxels        voxels that the newest prompt added to the mask minus those 
 seconds             from giving the prompt to having the mask
 encode_seconds      the part of ``seconds`` spent in the image encoder, empty where there is none
 peak_mib            peak memory of the process (of the GPU where one is used) during the prompt
-==================  ========================================================================================================
+==================
+========================================================================================================
 
-An empty cell means "does not apply" or "not measured". A perfect mask gets no further click: its row repeats with ``seconds`` 0.
+An empty cell means "does not apply" or "not measured". A perfect mask gets no further click: its row repeats with
+``seconds`` 0.
 
-``results.json``: ``settings`` (what was asked; ``settings.hash`` names the configuration), ``environment``, ``command``, ``revision``,
-``summary`` (one entry per model, protocol, policy, prompt, ``by`` + ``value`` and click: ``dice``, ``interval``, ``nsd``,
-``nsd_subvoxel``, ``hd95_mm``, ``obeyed``, ``median_seconds``, ``subjects``, ``measurements``) and ``scores`` (one entry per model,
-protocol, policy, prompt, ``group`` and ``score``: ``value``, ``interval``, ``subjects``, ``measurements``; scores are ``area``, ``clicks
-to 0.9``, ``failures at 0.9``, ``monotone`` and a protocol's own such as ``DSC_AUC``). An interval is null where there is one subject.
+``results.json``: ``settings`` (what was asked; ``settings.hash`` names the configuration), ``environment``,
+``command``, ``revision``,
+``summary`` (one entry per model, protocol, policy, prompt, ``by`` + ``value`` and click: ``dice``, ``interval``,
+``nsd``,
+``nsd_subvoxel``, ``hd95_mm``, ``obeyed``, ``median_seconds``, ``subjects``, ``measurements``) and ``scores`` (one entry
+per model, protocol, policy, prompt, ``group`` and ``score``: ``value``, ``interval``, ``subjects``, ``measurements``;
+scores are ``area``, ``clicks to 0.9``, ``failures at 0.9``, ``monotone`` and a protocol's own such as ``DSC_AUC``). An
+interval is null where there is one subject.
 
-``prompts.jsonl``: one line per model, protocol, case, structure, seed, policy and first prompt, so that any mask can be made again:
-``model protocol source case label seed policy prompt image labels_file turns``; ``turns`` is a list of ``{"click": n, "prompts": [...]}``
-whose prompts are those of our JSON, in ijk of the image.
+``prompts.jsonl``: one line per model, protocol, case, structure, seed, policy and first prompt, so that any mask can be
+made again:
+``model protocol source case label seed policy prompt image labels_file turns``; ``turns`` is a list of ``{"click": n,
+"prompts": [...]}`` whose prompts are those of our JSON, in ijk of the image.
 """
 
 from __future__ import annotations
@@ -56,7 +63,9 @@ from typing import Any
 
 Row = dict[str, Any]
 
-KEY = tuple("model protocol group source case subject modality label name voxels volume_ml seed policy prompt click".split())
+KEY = tuple(
+    "model protocol group source case subject modality label name voxels volume_ml seed policy prompt click".split()
+)
 MEASURED = tuple(
     "dice nsd nsd_subvoxel hd95_mm volume_error obeyed positive added_voxels seconds encode_seconds peak_mib".split(),
 )
@@ -81,7 +90,9 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of a ``cases.csv`` with numbers as numbers and empty cells as None; columns that it does not have are left out."""
+    """Rows of a ``cases.csv`` with numbers as numbers and empty cells as None; columns that it does not have are left
+    out.
+    """
     with path.open(newline="", encoding="utf-8") as file:
         return [{key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
 

@@ -1,8 +1,9 @@
-"""``samed3d evaluate``: every case by every model under every protocol, in as many processes as asked, picked up again where it stopped.
+"""``samed3d evaluate``: every case by every model under every protocol, in as many processes as asked, picked up again
+where it stopped.
 
-Each finished case is a file in ``parts/`` until all are there; then they become ``cases.csv``, ``prompts.jsonl`` and ``results.json``
-(``rows.py`` says what is in them). A folder holds one configuration: its hash covers the models' weights, the protocols, the settings and
-the cases. Read ``measuring.py`` for what happens to a case.
+Each finished case is a file in ``parts/`` until all are there; then they become ``cases.csv``, ``prompts.jsonl`` and
+``results.json`` (``rows.py`` says what is in them). A folder holds one configuration: its hash covers the models'
+weights, the protocols, the settings and the cases. Read ``measuring.py`` for what happens to a case.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def evaluate(
 
     Args:
         data: nnU-Net folders, corpora, folders of challenge npz files, or folders of these.
-        models: What ``contender_of`` understands, ``"baselines"`` for all of them, or contenders of your own (one process only).
+        models: What ``contender_of`` understands, ``"baselines"`` for all of them, or contenders of your own (one
+            process only).
         out: Folder for the results; one that holds a part of this very configuration is continued.
         clicks: Click counts to report; the largest is how many are given where the protocol does not say.
         seeds: Repetitions with other clicks.
@@ -97,14 +99,31 @@ def evaluate(
     names = _each_once(models)
     used = tuple(PROTOCOLS if "all" in protocols else dict.fromkeys(protocols))
     ways = [tuple(known if "all" in given else given) for given, known in ((policies, POLICIES), (prompts, PROMPTS))]
-    ask = Ask(max(clicks), seeds, ways[0], ways[1], 1 if quick else labels_per_case, tolerance_mm=tolerance_mm, surfaces=surfaces)
+    ask = Ask(
+        max(clicks),
+        seeds,
+        ways[0],
+        ways[1],
+        1 if quick else labels_per_case,
+        tolerance_mm=tolerance_mm,
+        surfaces=surfaces,
+    )
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     contenders = [contender_of(name, device) if isinstance(name, str) else name for name in names]
     names, contenders = _suited(names, contenders, "baselines" in models, [protocol_of(name) for name in used], ask)
     pairs = measurable(contenders, [protocol_of(name) for name in used], ask)
     kept_from = _split_of([name for name in names if isinstance(name, str)])
     cases = find_cases(list(data), kept_from, split, limit)
-    job = Job(tuple(_smallest(cases) if quick else cases), tuple(contenders), tuple(names), used, pairs, ask, out / PARTS, device)
+    job = Job(
+        tuple(_smallest(cases) if quick else cases),
+        tuple(contenders),
+        tuple(names),
+        used,
+        pairs,
+        ask,
+        out / PARTS,
+        device,
+    )
     _run(job, _settings(job, clicks, split, kept_from), clicks, processes, progress)
     return out
 
@@ -150,7 +169,9 @@ def _settings(job: Job, clicks: Sequence[int], split: str, kept_from: Split) -> 
 
 
 def _smallest(cases: list[LabelledCase]) -> list[LabelledCase]:
-    """The smallest file of each source, of the ``QUICK_CASES`` sources where it covers least (models with a spacing tile what is large)."""
+    """The smallest file of each source, of the ``QUICK_CASES`` sources where it covers least (models with a spacing
+    tile what is large).
+    """
     size = {id(c): c.image_path.stat().st_size for c in cases}
     per_source: dict[str, LabelledCase] = {}
     for case in sorted(cases, key=lambda c: size[id(c)]):
@@ -202,7 +223,9 @@ def _merge(job: Job, settings: dict[str, Any], clicks: Sequence[int], processes:
     parts = [json.loads(path.read_text(encoding="utf-8")) for path in job.part_files()]
     rows = [row for part in parts for row in part["rows"]]
     if not rows:
-        raise InputError(f"nothing could be measured: no structure of at least {job.ask.min_voxels} voxels in {len(job.cases)} cases")
+        raise InputError(
+            f"nothing could be measured: no structure of at least {job.ask.min_voxels} voxels in {len(job.cases)} cases"
+        )
     out = job.parts.parent
     write_rows(out / CASES_CSV, rows)
     write_lines(out / PROMPTS_JSONL, [line for part in parts for line in part["lines"]])
@@ -211,7 +234,9 @@ def _merge(job: Job, settings: dict[str, Any], clicks: Sequence[int], processes:
         "environment": _environment(processes),
         "command": " ".join(["samed3d", *sys.argv[1:]]),
         "revision": _revision(),
-        "protocols": {name: {"title": PROTOCOLS[name].title, "flattering": PROTOCOLS[name].flattering} for name in job.protocols},
+        "protocols": {
+            name: {"title": PROTOCOLS[name].title, "flattering": PROTOCOLS[name].flattering} for name in job.protocols
+        },
         "summary": summarise(rows, clicks),
         "scores": score_series(rows),
     }
@@ -251,7 +276,12 @@ def _revision() -> str | None:
         return None
     try:
         found = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+"], cwd=root, capture_output=True, text=True, check=True, timeout=10
+            ["git", "describe", "--always", "--dirty=+"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
         )
     except (OSError, subprocess.SubprocessError):
         return None
@@ -259,7 +289,9 @@ def _revision() -> str | None:
 
 
 def _split_of(models: Sequence[str]) -> Split:
-    """The split stored in the first checkpoint that was trained by this project; the default split where there is none."""
+    """The split stored in the first checkpoint that was trained by this project; the default split where there is
+    none.
+    """
     for name in models:
         path = find_checkpoint(name.rpartition(":")[2])
         stored = read_header(path).get("training", {}).get("data") if path else None

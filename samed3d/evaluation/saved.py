@@ -1,7 +1,8 @@
 """A saved run as a reader sees it: the folder's rows, what was asked, and the ways in which it was clicked.
 
-Columns that an older or foreign ``cases.csv`` lacks are filled with what they mean when nobody says otherwise, so that a reader need not
-ask. Read ``rows.py`` for what the columns are, ``report.py`` and ``compare.py`` for what is made of them.
+Columns that an older or foreign ``cases.csv`` lacks are filled with what they mean when nobody says otherwise, so that
+a reader need not ask. Read ``rows.py`` for what the columns are, ``report.py`` and ``compare.py`` for what is made of
+them.
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ def read_run(folder: Path) -> SavedRun:
     """
     path = folder / CASES_CSV
     if not path.is_file():
-        raise InputError(f"a results folder must hold {CASES_CSV}, which samed3d evaluate writes when it is done, got {folder}")
+        raise InputError(
+            f"a results folder must hold {CASES_CSV}, which samed3d evaluate writes when it is done, got {folder}"
+        )
     try:
         rows = read_rows(path)
     except (ValueError, KeyError) as error:
@@ -139,7 +142,9 @@ def subject_key(row: Row) -> Hashable:
 
 
 def structure_key(row: Row) -> Hashable:
-    """What was clicked and with which seed, whoever answered: the same for every model of a run, and for other runs on the same data."""
+    """What was clicked and with which seed, whoever answered: the same for every model of a run, and for other runs on
+    the same data.
+    """
     return (row["protocol"], row["policy"], row["prompt"], row["source"], row["case"], row["label"], row["seed"])
 
 
@@ -160,7 +165,9 @@ def curves_of(rows: Sequence[Row], metric: str) -> list[tuple[Row, list[int], li
 
 
 def modality_class(row: Row) -> str:
-    """A dataset's own words for the modality, shortened to what is the same for several: ``"CT (portal venous phase)"`` is CT."""
+    """A dataset's own words for the modality, shortened to what is the same for several: ``"CT (portal venous phase)"``
+    is CT.
+    """
     text = re.split(r"[(,;:/]", str(row["modality"]))[0].strip()
     return text or DEFAULTS["modality"]
 
@@ -173,7 +180,9 @@ def size_class(row: Row) -> str:
             above = [limit for limit in limits if value >= limit]
             below = [limit for limit in limits if value < limit]
             low, high = _plain(above[-1]) if above else "", _plain(below[0]) if below else ""
-            return f"under {high} {unit}" if not low else f"{low} to {high} {unit}" if high else f"{low} {unit} and more"
+            return (
+                f"under {high} {unit}" if not low else f"{low} to {high} {unit}" if high else f"{low} {unit} and more"
+            )
     return "size not stated"
 
 

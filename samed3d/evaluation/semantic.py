@@ -1,7 +1,8 @@
 """How good an automatic model is: Dice, surface Dice and HD95 of each class, on whole volumes at their native grid.
 
-Rows have the columns of ``rows.py`` (protocol ``automatic``, no clicks), one per case and class that the source labels, so that reports and
-comparisons read them as they read clicked ones. The windows are in ``inference/sliding_window.py``; read that next.
+Rows have the columns of ``rows.py`` (protocol ``automatic``, no clicks), one per case and class that the source labels,
+so that reports and comparisons read them as they read clicked ones. The windows are in ``inference/sliding_window.py``;
+read that next.
 """
 
 from __future__ import annotations
@@ -54,11 +55,12 @@ def automatic_rows(
         tolerance_mm: Of the surface Dice.
         device: Where the model runs.
         overlap: Of the windows.
-        category_of: From a source's label name and the source's name to the category that training used, for a model of several sources.
+        category_of: From a source's label name and the source's name to the category that training used, for a model of
+            several sources.
 
     Returns:
-        A row per class that the source labels: nan where a class is in neither mask, the rules of ``metrics`` where it is in one. Empty
-        where the case is unlabelled or the model knows none of its labels.
+        A row per class that the source labels: nan where a class is in neither mask, the rules of ``metrics`` where it
+        is in one. Empty where the case is unlabelled or the model knows none of its labels.
     """
     try:
         loaded = case.loaded()
@@ -73,20 +75,39 @@ def automatic_rows(
     predicted = segment_volume(loaded.volume, model, device=device, overlap=overlap)
     seconds = round(time.perf_counter() - began, 4)
     spacing = loaded.volume.grid.spacing_zyx_mm
-    about: Row = {"model": model_name, "protocol": PROTOCOL, "group": case.group, "source": case.source, "case": case.case}
-    about |= {"subject": case.subject, "modality": case.modality, "seed": 0, "policy": "none", "prompt": "none", "click": 0}
+    about: Row = {
+        "model": model_name,
+        "protocol": PROTOCOL,
+        "group": case.group,
+        "source": case.source,
+        "case": case.case,
+    }
+    about |= {
+        "subject": case.subject,
+        "modality": case.modality,
+        "seed": 0,
+        "policy": "none",
+        "prompt": "none",
+        "click": 0,
+    }
     rows = []
     for number, theirs in values.items():
         mask, truth = predicted == number, np.isin(loaded.labels, theirs)
         voxels = int(np.count_nonzero(truth))
         row: Row = about | {"label": theirs[0], "name": case.names[theirs[0]], "voxels": voxels}
-        row |= {"volume_ml": round(voxels * float(np.prod(spacing)) / 1000, 4), "dice": round(dice(mask, truth), 5), "seconds": seconds}
+        row |= {
+            "volume_ml": round(voxels * float(np.prod(spacing)) / 1000, 4),
+            "dice": round(dice(mask, truth), 5),
+            "seconds": seconds,
+        }
         row |= {key: round(value, 5) for key, value in surface_scores(mask, truth, spacing, tolerance_mm).items()}
         rows.append(row | {"volume_error": round(volume_error(mask, truth), 5) if voxels else None})
     return rows
 
 
-def class_values(case: LabelledCase, classes: tuple[str, ...], category_of: CategoryOf | None = None) -> dict[int, list[int]]:
+def class_values(
+    case: LabelledCase, classes: tuple[str, ...], category_of: CategoryOf | None = None
+) -> dict[int, list[int]]:
     """Which label values of a case belong to each class number, by name, or by category where no name fits."""
     numbers = {name.casefold(): number for number, name in enumerate(classes, start=1)}
     found: dict[int, list[int]] = {}
@@ -134,27 +155,46 @@ def evaluate_automatic(
         raise InputError(f"output folder already holds results: {out}; choose another")
     model: Any = load(model_name)
     if not isinstance(model, SemanticModel):
-        raise InputError(f"model must be an automatic one for the protocol {PROTOCOL}, got {model_name!r}, which needs prompts")
+        raise InputError(
+            f"model must be an automatic one for the protocol {PROTOCOL}, got {model_name!r}, which needs prompts"
+        )
     path = find_checkpoint(model_name)
     stored = read_header(path).get("training", {}).get("data") if path else None
-    kept_from = Split(stored["validation_share"], stored["split_seed"], tuple(stored["hold_out"])) if stored else Split()
+    kept_from = (
+        Split(stored["validation_share"], stored["split_seed"], tuple(stored["hold_out"])) if stored else Split()
+    )
     rows: list[Row] = []
     for case in find_cases(list(data), kept_from, split, limit):
-        options: dict[str, Any] = {"tolerance_mm": tolerance_mm, "device": device, "overlap": overlap, "category_of": category_of}
+        options: dict[str, Any] = {
+            "tolerance_mm": tolerance_mm,
+            "device": device,
+            "overlap": overlap,
+            "category_of": category_of,
+        }
         rows += automatic_rows(case, model, model_name, **options)
     if not rows:
         classes = ", ".join(model.config["class_names"])
-        raise InputError(f"no case in {', '.join(map(str, data))} labels a class of {model_name} ({classes}); give data that do")
+        raise InputError(
+            f"no case in {', '.join(map(str, data))} labels a class of {model_name} ({classes}); give data that do"
+        )
     out.mkdir(parents=True, exist_ok=True)
     write_rows(out / CASES_CSV, rows)
-    settings = {"data": [str(d) for d in data], "model": model_name, "split": split, "limit": limit, "tolerance_mm": tolerance_mm}
+    settings = {
+        "data": [str(d) for d in data],
+        "model": model_name,
+        "split": split,
+        "limit": limit,
+        "tolerance_mm": tolerance_mm,
+    }
     body = {"settings": settings | {"protocol": PROTOCOL, "overlap": overlap}, "summary": summarise_classes(rows)}
     write_text(out / RESULTS_JSON, json.dumps(body, indent=1))
     return out
 
 
 def summarise_classes(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Means per model, source and class with 95 % bootstrap intervals over subjects; a class in neither mask is in no mean."""
+    """Means per model, source and class with 95 % bootstrap intervals over subjects; a class in neither mask is in no
+    mean.
+    """
     summary = []
     for key in dict.fromkeys((row["model"], row["source"], row["name"]) for row in rows):
         mine = [row for row in rows if (row["model"], row["source"], row["name"]) == key]

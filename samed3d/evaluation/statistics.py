@@ -1,8 +1,8 @@
 """How sure a mean is, and whether two models differ: bootstrap intervals over subjects and paired tests.
 
-Structures of one subject are not independent, and neither are its seeds: what is drawn anew is always the subject with all that was
-measured on it. Structures weigh equally within the mean. Numbers only; no files and no text. Read ``saved.py`` for where the rows come
-from, ``report.py`` for where the numbers go.
+Structures of one subject are not independent, and neither are its seeds: what is drawn anew is always the subject with
+all that was measured on it. Structures weigh equally within the mean. Numbers only; no files and no text. Read
+``saved.py`` for where the rows come from, ``report.py`` for where the numbers go.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class PairedDifference:
 
     Attributes:
         difference: Mean of the first minus the second, with its interval.
-        p_bootstrap: Two-sided, from the bootstrap over subjects: how often the mean difference falls on the other side of zero, doubled.
+        p_bootstrap: Two-sided, from the bootstrap over subjects: how often the mean difference falls on the other side
+            of zero, doubled.
         p_wilcoxon: Two-sided Wilcoxon signed-rank test on the subjects' mean differences.
         better: Pairs in which the first scores higher.
         equal: Pairs in which both score the same.

@@ -1,6 +1,7 @@
 """From rows to the numbers of a report: headline scores, click curves by whatever one asks, differences between models.
 
-Every mean carries its interval over subjects (``statistics.py``). Nothing is drawn or worded here. Read ``report.py`` next.
+Every mean carries its interval over subjects (``statistics.py``). Nothing is drawn or worded here. Read ``report.py``
+next.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class Headline:
 
 @dataclass(frozen=True)
 class Compared:
-    """One model against another in one score; ``corrected`` is the Wilcoxon p after Holm over all that were tested together."""
+    """One model against another in one score; ``corrected`` is the Wilcoxon p after Holm over all that were tested
+    together.
+    """
 
     first: str
     second: str
@@ -72,7 +75,9 @@ def untrained(rows: Sequence[Row]) -> list[Row]:
     return [r for r in rows if r["group"] != TRAINED_ON] or list(rows)
 
 
-def grouped(rows: Sequence[Row], name_of: Callable[[Row], str], order: Callable[[str], object] | None = None) -> dict[str, list[Row]]:
+def grouped(
+    rows: Sequence[Row], name_of: Callable[[Row], str], order: Callable[[str], object] | None = None
+) -> dict[str, list[Row]]:
     """Rows by a name, the names in order."""
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -134,9 +139,11 @@ def headline(rows: Sequence[Row], model: str) -> Headline:
 
 
 def differences(rows: Sequence[Row], models: Sequence[str]) -> list[Compared]:
-    """Each pair of models on the structures and seeds that both were given: Dice after the first and the last click, and the area.
+    """Each pair of models on the structures and seeds that both were given: Dice after the first and the last click,
+    and the area.
 
-    With more than ``ALL_PAIRS`` models only the first is compared with each other one. Pairs with nothing in common are left out.
+    With more than ``ALL_PAIRS`` models only the first is compared with each other one. Pairs with nothing in common are
+    left out.
     """
     chosen = list(combinations(models, 2)) if len(models) <= ALL_PAIRS else [(models[0], other) for other in models[1:]]
     by_model = {m: [r for r in rows if r["model"] == m] for m in models}
@@ -180,7 +187,9 @@ def _effort(curves: Sequence[tuple[Row, list[int], list[float]]], who: Sequence[
 
 
 def _area(clicks: Sequence[int], scores: Sequence[float]) -> float:
-    """Mean height of the curve from the first click on; nan where a click between is missing, since the rest would weigh more."""
+    """Mean height of the curve from the first click on; nan where a click between is missing, since the rest would
+    weigh more.
+    """
     clicked = [s for c, s in zip(clicks, scores, strict=True) if c > 0]
     whole = clicks[-1] - clicks[0] == len(clicks) - 1
     return area_under_curve(clicked) if clicked and whole else math.nan

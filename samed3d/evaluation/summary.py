@@ -1,6 +1,8 @@
-"""From rows to the ``summary`` and ``scores`` of ``results.json``: means per click, and figures of whole series of clicks.
+"""From rows to the ``summary`` and ``scores`` of ``results.json``: means per click, and figures of whole series of
+clicks.
 
-Structures weigh equally; intervals are over subjects (``statistics.py``). Read ``report.py`` for what a person is shown.
+Structures weigh equally; intervals are over subjects (``statistics.py``). Read ``report.py`` for what a person is
+shown.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ def summarise(rows: Sequence[Row], clicks: Sequence[int]) -> list[dict[str, Any]
 
     Args:
         rows: Of ``cases.csv``.
-        clicks: Which clicks to report; protocols with clicks of their own report all of theirs, a first box or scribble is click 0.
+        clicks: Which clicks to report; protocols with clicks of their own report all of theirs, a first box or scribble
+            is click 0.
     """
     lines = []
     for way, mine in by_way(rows).items():
@@ -51,7 +54,9 @@ def summarise(rows: Sequence[Row], clicks: Sequence[int]) -> list[dict[str, Any]
 
 
 def score_series(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Figures of whole series per way and group: area, clicks to a quality, failures, monotony, and the protocol's own."""
+    """Figures of whole series per way and group: area, clicks to a quality, failures, monotony, and the protocol's
+    own.
+    """
     lines = []
     for way, mine in by_way(rows).items():
         per_case = [
@@ -66,7 +71,9 @@ def score_series(rows: Sequence[Row]) -> list[dict[str, Any]]:
             for score in dict.fromkeys(line["score"] for line in own):
                 chosen = [line for line in own if line["score"] == score]
                 about = dict(zip(WAY, way, strict=True)) | {"group": group, "score": score}
-                lines.append(about | _estimate([line["value"] for line in chosen], [line["subject"] for line in chosen]))
+                lines.append(
+                    about | _estimate([line["value"] for line in chosen], [line["subject"] for line in chosen])
+                )
     return lines
 
 
@@ -107,7 +114,12 @@ def _means(rows: Sequence[Row]) -> dict[str, Any]:
 def _estimate(values: Sequence[float], subjects: Sequence[str]) -> dict[str, Any]:
     found = mean_with_interval(values, subjects)
     mean = None if math.isnan(found.mean) else round(found.mean, 4)
-    return {"value": mean, "interval": _ends(found.low, found.high), "subjects": found.subjects, "measurements": found.measurements}
+    return {
+        "value": mean,
+        "interval": _ends(found.low, found.high),
+        "subjects": found.subjects,
+        "measurements": found.measurements,
+    }
 
 
 def _ends(low: float, high: float) -> list[float] | None:

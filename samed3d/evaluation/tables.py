@@ -1,4 +1,6 @@
-"""The tables of a report: scores, effort, curves, differences, as HTML. Numbers come from ``summaries.py``, the page from ``report.py``."""
+"""The tables of a report: scores, effort, curves, differences, as HTML. Numbers come from ``summaries.py``, the page
+from ``report.py``.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,22 @@ _SHOWN_CLICKS = 6
 
 
 def score_tables(rows: Sequence[Row]) -> str:
-    """Dice by click, then surfaces, effort and behaviour, of every model by group; the rows are of one way of clicking."""
+    """Dice by click, then surfaces, effort and behaviour, of every model by group; the rows are of one way of
+    clicking.
+    """
     groups = grouped(rows, lambda r: r["group"], lambda g: (g == TRAINED_ON, g))
     clicks = _some(clicks_of(rows), _SHOWN_CLICKS)
     has = {metric: any(not math.isnan(score(r, metric)) for r in rows) for metric in ("nsd", "hd95_mm", "obeyed")}
     head = ["group", "model", "subjects", "measured", *map(_clicks, clicks), "area"]
-    more = ["group", "model", *["NSD"] * has["nsd"], *["HD95, mm"] * has["hd95_mm"], "clicks to 0.80", "to 0.85", "to 0.90"]
+    more = [
+        "group",
+        "model",
+        *["NSD"] * has["nsd"],
+        *["HD95, mm"] * has["hd95_mm"],
+        "clicks to 0.80",
+        "to 0.85",
+        "to 0.90",
+    ]
     more += [*["obeyed"] * has["obeyed"], "lowered", "first", "later"]
     scores, efforts = [], []
     for group, of_group in groups.items():
@@ -31,9 +43,22 @@ def score_tables(rows: Sequence[Row]) -> str:
             h = headline(mine, model)
             final = h.dice[max(h.dice)]
             who = [escape(group) if n == 0 else "", escape(model)]
-            scores.append([*who, str(final.subjects), str(final.measurements), *(cell(h.dice.get(c)) for c in clicks), cell(h.area)])
+            scores.append(
+                [
+                    *who,
+                    str(final.subjects),
+                    str(final.measurements),
+                    *(cell(h.dice.get(c)) for c in clicks),
+                    cell(h.area),
+                ]
+            )
             surfaces = [cell(h.nsd)] * has["nsd"] + [cell(h.hd95_mm, 1)] * has["hd95_mm"]
-            behaviour = [*[_percent(h.obeyed)] * has["obeyed"], _percent(h.lowered), _seconds(h.first_seconds), _seconds(h.later_seconds)]
+            behaviour = [
+                *[_percent(h.obeyed)] * has["obeyed"],
+                _percent(h.lowered),
+                _seconds(h.first_seconds),
+                _seconds(h.later_seconds),
+            ]
             efforts.append([*who, *surfaces, *(_effort(h, n) for n in range(3)), *behaviour])
     return table(head, scores, left=2) + table(more, efforts, left=2)
 
@@ -47,7 +72,9 @@ def own_scores(lines: Sequence[dict[str, Any]]) -> str:
         value = math.nan if line.get("value") is None else float(line["value"])
         e = Estimate(value, low, high, int(line.get("subjects", 0)), int(line.get("measurements", 0)))
         rows.setdefault((str(line.get("group", "")), str(line["model"])), {})[line["score"]] = cell(e, 3)
-    cells = [[escape(group), escape(model), *(found.get(n, "") for n in names)] for (group, model), found in rows.items()]
+    cells = [
+        [escape(group), escape(model), *(found.get(n, "") for n in names)] for (group, model), found in rows.items()
+    ]
     return table(["group", "model", *names], cells, left=2) if cells else ""
 
 
@@ -68,7 +95,11 @@ def difference_figure(found: Sequence[Compared]) -> str:
     what = [c.what for c in found if c.what.startswith("after")][-1:]
     lines = [
         figures.Difference(
-            f"{c.first} \u2212 {c.second}", c.result.difference.mean, c.result.difference.low, c.result.difference.high, c.what
+            f"{c.first} \u2212 {c.second}",
+            c.result.difference.mean,
+            c.result.difference.low,
+            c.result.difference.high,
+            c.what,
         )
         for c in found
         if c.what in what
@@ -81,13 +112,33 @@ def difference_figure(found: Sequence[Compared]) -> str:
 
 def difference_table(found: Sequence[Compared]) -> str:
     """All differences with both tests."""
-    head = ["first", "second", "score", "difference", "p bootstrap", "p Wilcoxon", "p corrected", "better / equal / worse", "subjects"]
+    head = [
+        "first",
+        "second",
+        "score",
+        "difference",
+        "p bootstrap",
+        "p Wilcoxon",
+        "p corrected",
+        "better / equal / worse",
+        "subjects",
+    ]
     lines = []
     for c in found:
         r, d = c.result, c.result.difference
         ps = [p_text(p) for p in (r.p_bootstrap, r.p_wilcoxon, c.corrected)]
         counts = f"{r.better} / {r.equal} / {r.worse}"
-        lines.append([escape(c.first), escape(c.second), c.what, cell(d, 3, sign=True), *map(escape, ps), counts, str(d.subjects)])
+        lines.append(
+            [
+                escape(c.first),
+                escape(c.second),
+                c.what,
+                cell(d, 3, sign=True),
+                *map(escape, ps),
+                counts,
+                str(d.subjects),
+            ]
+        )
     return table(head, lines, left=3)
 
 

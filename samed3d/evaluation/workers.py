@@ -1,7 +1,7 @@
 """Cases spread over processes, each finished piece a file of its own: a run that was killed goes on where it stopped.
 
-The numbers do not depend on how many processes there are, for every structure, seed and way has its own generator; but torch rounds
-otherwise with other numbers of threads, which processes share. Read ``measuring.py`` for
+The numbers do not depend on how many processes there are, for every structure, seed and way has its own generator; but
+torch rounds otherwise with other numbers of threads, which processes share. Read ``measuring.py`` for
 what a piece is.
 """
 
@@ -67,7 +67,11 @@ class Job:
 
     def part_files(self) -> list[Path]:
         """Every piece by model, protocol and case: the order of ``cases.csv``."""
-        found = [(contender, protocol, n, path) for n in range(len(self.cases)) for contender, protocol, path in self.pieces(n)]
+        found = [
+            (contender, protocol, n, path)
+            for n in range(len(self.cases))
+            for contender, protocol, path in self.pieces(n)
+        ]
         return [path for *_, path in sorted(found, key=lambda f: (f[0], self.protocols.index(f[1]), f[2]))]
 
     def pending(self) -> list[int]:
@@ -89,7 +93,9 @@ def measure_cases(job: Job, processes: int, progress: bool) -> None:
             _measure_case(job, number)
         return
     if any(not isinstance(name, str) for name in job.names):
-        raise InputError(f"models given as objects are measured in one process, got processes={processes}; save them to a file, or use 1")
+        raise InputError(
+            f"models given as objects are measured in one process, got processes={processes}; save them to a file, or use 1"
+        )
     context = multiprocessing.get_context("spawn")
     processes = min(processes, len(pending))
     threads = max(1, torch.get_num_threads() // processes)
@@ -120,7 +126,9 @@ def _begin(job: Job, threads: int, counter: Any) -> None:
 
 
 def end_with_parent() -> None:
-    """End this worker when the process that started it is gone: one that was killed cannot say so, and its workers would wait for ever."""
+    """End this worker when the process that started it is gone: one that was killed cannot say so, and its workers
+    would wait for ever.
+    """
     parent = multiprocessing.parent_process()
     if parent is None:
         return

@@ -1,1 +1,3 @@
-"""From prompts to masks on whole volumes: predictor (one crop), placement (which crops), session (what a user holds)."""
+"""From prompts to masks on whole volumes: predictor (one crop), placement (which crops), session (what a user
+holds).
+"""

@@ -25,7 +25,9 @@ from samed3d.volume.segments import Segment
 
 
 def is_automatic(model: str | Path) -> bool:
-    """Whether a checkpoint (name or file) is of an automatic model; only its header is read. False for anything that is no checkpoint."""
+    """Whether a checkpoint (name or file) is of an automatic model; only its header is read. False for anything that is
+    no checkpoint.
+    """
     path = find_checkpoint(model)
     return path is not None and path.suffix == ".safetensors" and bool(read_header(path)["spec"].get("classes"))
 
@@ -59,11 +61,14 @@ def segment_file(
         ``objects`` (id, name, voxels, mm3 of each class), ``device``, ``seconds``, ``model``.
 
     Raises:
-        InputError: as ``read_volume``, ``load``, ``segment_volume`` and the writers; also where nothing is found to write as segments.
+        InputError: as ``read_volume``, ``load``, ``segment_volume`` and the writers; also where nothing is found to
+            write as segments.
     """
     kind = checked_format(output, format)
     began = time.perf_counter()
-    volumes = [read_volume(path, channel=channel, series=series) for path in ([images] if isinstance(images, Path) else images)]
+    volumes = [
+        read_volume(path, channel=channel, series=series) for path in ([images] if isinstance(images, Path) else images)
+    ]
     network: Any = load(model)
     chosen = pick_device(device)
     labels = segment_volume(volumes, network, device=chosen, overlap=overlap, mirror=mirror)
@@ -73,7 +78,9 @@ def segment_file(
     else:
         found = [n for n in range(1, len(names) + 1) if (labels == n).any()]
         if not found:
-            raise InputError(f"nothing was found in {volume.source}, and {kind} needs a segment; write a label map (.nii.gz) instead")
+            raise InputError(
+                f"nothing was found in {volume.source}, and {kind} needs a segment; write a label map (.nii.gz) instead"
+            )
         segments = [Segment(n, names[n - 1], colour_of(n), PackedMask.of(labels == n)) for n in found]
         export_segments(output, kind, segments, volume, series)
     counts = np.bincount(labels.ravel(), minlength=len(names) + 1)
@@ -82,4 +89,9 @@ def segment_file(
         {"id": n, "name": name, "voxels": int(counts[n]), "mm3": round(int(counts[n]) * voxel_mm3, 3)}
         for n, name in enumerate(names, start=1)
     ]
-    return {"model": str(model), "objects": objects, "device": str(chosen), "seconds": round(time.perf_counter() - began, 3)}
+    return {
+        "model": str(model),
+        "objects": objects,
+        "device": str(chosen),
+        "seconds": round(time.perf_counter() - began, 3),
+    }

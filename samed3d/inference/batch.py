@@ -1,8 +1,9 @@
-"""Many images from a list, one after the other: what to do is checked before anything is done, and a run that stopped goes on.
+"""Many images from a list, one after the other: what to do is checked before anything is done, and a run that stopped
+goes on.
 
-The list is a CSV with a header: ``image``, and ``prompts`` (a prompt file) or ``point``, ``negative_point`` and ``box`` (several separated
-by semicolons); and, where wanted, ``output``, ``channel`` and ``series``. Paths are relative to the list. Not here: the options
-(``cli/batch.py``), one image (``session.py``).
+The list is a CSV with a header: ``image``, and ``prompts`` (a prompt file) or ``point``, ``negative_point`` and ``box``
+(several separated by semicolons); and, where wanted, ``output``, ``channel`` and ``series``. Paths are relative to the
+list. Not here: the options (``cli/batch.py``), one image (``session.py``).
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def read_jobs(path: Path, folder: Path, format: str | None = None, space: str = 
         space: Of the positions in the columns.
 
     Raises:
-        InputError: if the list or a line of it cannot be used, or two lines write the same file; the message names the line.
+        InputError: if the list or a line of it cannot be used, or two lines write the same file; the message names the
+            line.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -81,7 +83,9 @@ def read_jobs(path: Path, folder: Path, format: str | None = None, space: str = 
     for job in jobs:
         other = seen.setdefault(job.output.resolve(), job.line)
         if other != job.line:
-            raise InputError(f"{path}, line {job.line}: output must differ from line {other}'s, got {job.output} again; name an output")
+            raise InputError(
+                f"{path}, line {job.line}: output must differ from line {other}'s, got {job.output} again; name an output"
+            )
         if job.output.resolve() in {j.image.resolve() for j in jobs}:
             raise InputError(f"{path}, line {job.line}: output must not be an image of the list, got {job.output}")
     return jobs
@@ -96,7 +100,9 @@ def _job(row: dict[str, str], line: int, path: Path, folder: Path, format: str |
     suffix = FORMATS[format][0] if format else SUFFIXES[0]
     output = folder / (cells["output"] or _stem(image.resolve()) + suffix)
     if format and not output.name.lower().endswith(FORMATS[format]):
-        raise InputError(f"{where}: output of format {format} must end in {' or '.join(FORMATS[format])}, got {output.name!r}")
+        raise InputError(
+            f"{where}: output of format {format} must end in {' or '.join(FORMATS[format])}, got {output.name!r}"
+        )
     if ".." in Path(cells["output"]).parts or Path(cells["output"]).is_absolute():
         raise InputError(f"{where}: output must be a name inside the output folder, got {cells['output']!r}")
     if cells["channel"] and not cells["channel"].isdigit():
@@ -105,7 +111,14 @@ def _job(row: dict[str, str], line: int, path: Path, folder: Path, format: str |
         objects = _objects(cells, path, space)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
-    return Job(line, image, tuple(objects), output, int(cells["channel"]) if cells["channel"] else None, cells["series"] or None)
+    return Job(
+        line,
+        image,
+        tuple(objects),
+        output,
+        int(cells["channel"]) if cells["channel"] else None,
+        cells["series"] or None,
+    )
 
 
 def _objects(cells: dict[str, str], path: Path, space: str) -> list[ObjectPrompts]:
@@ -124,7 +137,9 @@ def _objects(cells: dict[str, str], path: Path, space: str) -> list[ObjectPrompt
         objects = [one]
     for entry in objects:
         if not entry.has_positive:
-            raise InputError(f"object {entry.id} ({entry.name}) needs a positive point or a box, got {len(entry.prompts)} prompts")
+            raise InputError(
+                f"object {entry.id} ({entry.name}) needs a positive point or a box, got {len(entry.prompts)} prompts"
+            )
     return objects
 
 
@@ -141,7 +156,8 @@ def run_jobs(
     format: str | None = None,
     told: Callable[[Job, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Segment every image and write ``report.json`` beside the masks. Jobs that an earlier run finished alike are not done again.
+    """Segment every image and write ``report.json`` beside the masks. Jobs that an earlier run finished alike are not
+    done again.
 
     Args:
         jobs: Of ``read_jobs``.

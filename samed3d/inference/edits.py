@@ -1,7 +1,8 @@
 """What can be done to a scene, one function per edit, and the history of edits with unlimited undo and redo.
 
-An edit is a small record (``{"do": "add", ...}``) that the journal can write and read; the same edits on the same volume and model give the
-same masks. Not here: writing them down (``journal.py``). Read ``session.py`` next, ``steps.py`` for how prompts become masks.
+An edit is a small record (``{"do": "add", ...}``) that the journal can write and read; the same edits on the same
+volume and model give the same masks. Not here: writing them down (``journal.py``). Read ``session.py`` next,
+``steps.py`` for how prompts become masks.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def _look(scene: Scene, edit: Edit, chains: Chains) -> Scene:
     track = _unlocked(_known(scene, edit["object"]))
     if track.step is None or not any(s.said is not None and s.said.positive for s in track.chain):
         raise InputError(f"object {track.id} needs a positive point or a box before it can be predicted")
-    return _with(scene, replace(track, step=chains.extended(track.step, 0, None, True, _others(scene, track.id, chains))))
+    return _with(
+        scene, replace(track, step=chains.extended(track.step, 0, None, True, _others(scene, track.id, chains)))
+    )
 
 
 def _remove(scene: Scene, edit: Edit, chains: Chains) -> Scene:
@@ -104,7 +107,11 @@ def _unlocked(track: Track) -> Track:
 
 def _others(scene: Scene, object_id: int, chains: Chains) -> Others | None:
     """The other objects as background, if that is the rule."""
-    masks = [t.step.mask for t in scene.tracks.values() if t.id != object_id and t.step is not None and not t.step.mask.region.is_empty]
+    masks = [
+        t.step.mask
+        for t in scene.tracks.values()
+        if t.id != object_id and t.step is not None and not t.step.mask.region.is_empty
+    ]
     if not scene.others_are_negative or not masks:
         return None
     region = masks[0].region
@@ -167,7 +174,11 @@ class History:
 
     def log(self) -> list[Edit]:
         """The edits and undos that lead here."""
-        return [*(edit for edit, _ in self.done), *(edit for edit, _ in reversed(self.undone)), *({"do": UNDO} for _ in self.undone)]
+        return [
+            *(edit for edit, _ in self.done),
+            *(edit for edit, _ in reversed(self.undone)),
+            *({"do": UNDO} for _ in self.undone),
+        ]
 
 
 def settled(log: Sequence[Edit]) -> tuple[list[Edit], list[Edit]]:
@@ -202,7 +213,12 @@ def edit_from_json(body: Any, where: str) -> Edit:
     """
     if not isinstance(body, dict) or body.get("do") not in (*_DOING, UNDO, REDO):
         raise InputError(f"{where}: not an edit of a session: {str(body)[:80]!r}")
-    needed = {"add": ("object", "id", "prompt"), "move": ("id", "prompt"), "remove": ("id",), "rule": ("others_are_negative",)}
+    needed = {
+        "add": ("object", "id", "prompt"),
+        "move": ("id", "prompt"),
+        "remove": ("id",),
+        "rule": ("others_are_negative",),
+    }
     needed |= {"look": ("object",), "object": ("object",), "drop": ("object",)}
     if missing := [key for key in needed.get(body["do"], ()) if key not in body]:
         raise InputError(f"{where}: an edit {body['do']!r} needs {', '.join(missing)}")

@@ -1,9 +1,9 @@
 """Models for other programs: ONNX graphs, TorchScript files, a Hugging Face folder.
 
-A promptable model becomes two graphs, as its contract has two calls: the encoder runs once per crop, the decoder once per prompt. Beside
-them lies ``model.json``, which says what crop they want and in which order the tensors go. Where to cut a crop and how to paste the answer
-back is not in a graph: that is ``placement.py`` and ``crops.py``. The Hugging Face folder holds weights and numbers, not code. The page
-with a program that needs no samed3d is ``docs/export.md``.
+A promptable model becomes two graphs, as its contract has two calls: the encoder runs once per crop, the decoder once
+per prompt. Beside them lies ``model.json``, which says what crop they want and in which order the tensors go. Where to
+cut a crop and how to paste the answer back is not in a graph: that is ``placement.py`` and ``crops.py``. The Hugging
+Face folder holds weights and numbers, not code. The page with a program that needs no samed3d is ``docs/export.md``.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class DecoderGraph(nn.Module):
         boxes: Tensor | None = None,
         box_valid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Features, clicks (1, N, 3), labels (1, N), then what the model understands of masks and boxes, each with its flag."""
+        """Features, clicks (1, N, 3), labels (1, N), then what the model understands of masks and boxes, each with its
+        flag.
+        """
         prompts = PromptBatch(points, labels, boxes, box_valid, mask_logits, mask_valid)
         out = self.model.decode(dict(zip(self.names, features, strict=True)), prompts)
         return out.logits, out.iou, out.lowres_logits
@@ -85,7 +87,8 @@ def export(name: str, file_format: str, folder: str | Path) -> list[Path]:
         The files.
 
     Raises:
-        InputError: for an unknown format or model, an existing folder, a missing package, or a model that is no fixed graph.
+        InputError: for an unknown format or model, an existing folder, a missing package, or a model that is no fixed
+            graph.
     """
     if file_format not in FORMATS:
         raise InputError(f"--format must be one of {', '.join(FORMATS)}, got {file_format!r}")
@@ -184,7 +187,9 @@ def _write_onnx(model: AnyModel, folder: Path) -> None:
     _write_about(model, folder, about)
 
 
-def _onnx(module: nn.Module, example: tuple[Any, ...], path: Path, inputs: list[str], outputs: list[str], shapes: Any) -> None:
+def _onnx(
+    module: nn.Module, example: tuple[Any, ...], path: Path, inputs: list[str], outputs: list[str], shapes: Any
+) -> None:
     with _quiet():
         program = torch.onnx.export(
             module.eval(),
@@ -213,8 +218,13 @@ def _write_torchscript(model: AnyModel, folder: Path) -> None:
         torch.jit.trace(encoder, image, check_trace=False).save(folder / "encoder.pt")
         example = decoder_example(model, list(encoder(image)), names)
         torch.jit.trace(DecoderGraph(model, names), example, check_trace=False).save(folder / "decoder.pt")
-    inputs = {"inputs": ["a list of " + ", ".join(_tensor_names(names)), *decoder_inputs(model)[len(names) :]], "outputs": list(OUTPUTS)}
-    _write_about(model, folder, {"encoder.pt": {"inputs": ["image"], "outputs": _tensor_names(names)}, "decoder.pt": inputs})
+    inputs = {
+        "inputs": ["a list of " + ", ".join(_tensor_names(names)), *decoder_inputs(model)[len(names) :]],
+        "outputs": list(OUTPUTS),
+    }
+    _write_about(
+        model, folder, {"encoder.pt": {"inputs": ["image"], "outputs": _tensor_names(names)}, "decoder.pt": inputs}
+    )
 
 
 def _write_hub(model: AnyModel, folder: Path) -> None:
@@ -222,7 +232,8 @@ def _write_hub(model: AnyModel, folder: Path) -> None:
 
 
 def hub_model_class() -> Any:
-    """``HubModel``: our models behind Hugging Face's ``save_pretrained`` and ``from_pretrained``; ``.network`` is the model itself.
+    """``HubModel``: our models behind Hugging Face's ``save_pretrained`` and ``from_pretrained``; ``.network`` is the
+    model itself.
 
     Raises:
         InputError: if huggingface_hub is not installed.
@@ -230,10 +241,14 @@ def hub_model_class() -> Any:
     _check_packages(("huggingface_hub",))
     from huggingface_hub import PyTorchModelHubMixin
 
-    class HubModel(nn.Module, PyTorchModelHubMixin, library_name="samed3d", tags=["image-segmentation", "medical", "3d"]):
+    class HubModel(
+        nn.Module, PyTorchModelHubMixin, library_name="samed3d", tags=["image-segmentation", "medical", "3d"]
+    ):
         """See ``hub_model_class``."""
 
-        def __init__(self, architecture: str, numbers: dict[str, Any], spec: dict[str, Any], network: Any = None) -> None:
+        def __init__(
+            self, architecture: str, numbers: dict[str, Any], spec: dict[str, Any], network: Any = None
+        ) -> None:
             super().__init__()
             self.network = create_model(architecture, **numbers) if network is None else network
             self.network.spec = spec_from_json(spec)
@@ -254,7 +269,9 @@ def _check_packages(names: tuple[str, ...]) -> None:
         try:
             __import__(name)
         except ImportError as error:
-            raise InputError(f"this export needs the package {name}, which is not installed; run: pip install 'samed3d[export]'") from error
+            raise InputError(
+                f"this export needs the package {name}, which is not installed; run: pip install 'samed3d[export]'"
+            ) from error
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """The append-only journal of a session: one JSON line per edit, on the disk before the edit is acknowledged.
 
-A process may be killed at any moment: a last line that was not finished is cut off at the next opening, everything before it counts. One
-session at a time may hold a journal. What the lines mean is in ``edits.py``; read ``session.py`` next.
+A process may be killed at any moment: a last line that was not finished is cut off at the next opening, everything
+before it counts. One session at a time may hold a journal. What the lines mean is in ``edits.py``; read ``session.py``
+next.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ class Journal:
 
         Args:
             path: The file; its folder must exist.
-            header: ``image`` (with ``sha256``) and ``model`` (with ``name``) of the session. An existing journal must be of the same image
-                and model; ``model["weights"]`` may differ with a warning, for then the same prompts give other masks.
+            header: ``image`` (with ``sha256``) and ``model`` (with ``name``) of the session. An existing journal must
+                be of the same image and model; ``model["weights"]`` may differ with a warning, for then the same
+                prompts give other masks.
 
         Raises:
             InputError: if the journal is damaged, in use, of another image or model, or cannot be written.
@@ -81,13 +83,17 @@ class Journal:
             try:
                 bodies.append(json.loads(line))
             except ValueError as error:
-                raise InputError(f"journal is damaged in line {number}: {self.path} ({error}); move it away to begin anew") from error
+                raise InputError(
+                    f"journal is damaged in line {number}: {self.path} ({error}); move it away to begin anew"
+                ) from error
         self._check(bodies[0], header)
         return [edit_from_json(body, f"{self.path}, line {number}") for number, body in enumerate(bodies[1:], start=2)]
 
     def _check(self, found: Any, header: dict[str, Any]) -> None:
         if not isinstance(found, dict) or found.get("journal") != VERSION:
-            raise InputError(f"journal must be one of version {VERSION}: {self.path}; give the path of a journal or of no file")
+            raise InputError(
+                f"journal must be one of version {VERSION}: {self.path}; give the path of a journal or of no file"
+            )
         check_same(found, header, f"journal {self.path}")
 
     def _write(self, body: dict[str, Any]) -> None:
@@ -111,12 +117,18 @@ def check_same(found: dict[str, Any], header: dict[str, Any], what: str) -> None
     """
     image, model = found.get("image") or {}, found.get("model") or {}
     if image.get("sha256") != header["image"]["sha256"]:
-        raise InputError(f"{what} belongs to another image ({image.get('source')}), got {header['image']['source']}; open it with its own")
+        raise InputError(
+            f"{what} belongs to another image ({image.get('source')}), got {header['image']['source']}; open it with its own"
+        )
     if model.get("weights") == header["model"]["weights"]:  # the same network, whatever it is called
         return
     if model.get("name") != header["model"]["name"]:
-        raise InputError(f"{what} was made with model {model.get('name')!r}, got {header['model']['name']!r}; open it with the same model")
-    logger.warning("the weights of model %s are not those of %s; the same prompts may give other masks", model.get("name"), what)
+        raise InputError(
+            f"{what} was made with model {model.get('name')!r}, got {header['model']['name']!r}; open it with the same model"
+        )
+    logger.warning(
+        "the weights of model %s are not those of %s; the same prompts may give other masks", model.get("name"), what
+    )
 
 
 def _lock(file: FileIO, path: Path) -> None:

@@ -1,7 +1,8 @@
 """Masks as files: which format a path means, and the objects of a scene as named segments.
 
-Label maps (NIfTI, NRRD, MetaImage) are on the image's own grid; ``.seg.nrrd``, DICOM-SEG and RTSTRUCT also carry names and colours, and
-objects may overlap in them. The writing itself is in ``volume/``. Used by ``results.py`` and the command line.
+Label maps (NIfTI, NRRD, MetaImage) are on the image's own grid; ``.seg.nrrd``, DICOM-SEG and RTSTRUCT also carry names
+and colours, and objects may overlap in them. The writing itself is in ``volume/``. Used by ``results.py`` and the
+command line.
 """
 
 from __future__ import annotations
@@ -35,10 +36,14 @@ def checked_format(path: str | Path, format: str | None = None) -> str:
     """
     if format is not None and format not in FORMATS:
         raise InputError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    check_output(path, suffixes=FORMATS[format] if format else sorted({s for suffixes in FORMATS.values() for s in suffixes}))
+    check_output(
+        path, suffixes=FORMATS[format] if format else sorted({s for suffixes in FORMATS.values() for s in suffixes})
+    )
     name = Path(path).name.lower()
     fitting = [kind for kind, suffixes in FORMATS.items() if name.endswith(suffixes)]
-    return format or max(fitting, key=lambda kind: (max(len(s) for s in FORMATS[kind] if name.endswith(s)), kind == "dicom-seg"))
+    return format or max(
+        fitting, key=lambda kind: (max(len(s) for s in FORMATS[kind] if name.endswith(s)), kind == "dicom-seg")
+    )
 
 
 def segments_of(scene: Scene, volume: Volume) -> list[Segment]:
@@ -49,7 +54,9 @@ def segments_of(scene: Scene, volume: Volume) -> list[Segment]:
             continue
         part = volume.view.to_stored(track.step.mask.inside())
         region = volume.view.region_to_stored(track.step.mask.region)
-        found.append(Segment(track.id, track.name, track.colour, PackedMask.of_part(part, region, volume.grid.shape_zyx)))
+        found.append(
+            Segment(track.id, track.name, track.colour, PackedMask.of_part(part, region, volume.grid.shape_zyx))
+        )
     return found
 
 

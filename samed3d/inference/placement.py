@@ -1,7 +1,8 @@
 """Which crops to look at: the prompts say where, the mask says how far. Never a ground truth.
 
-A model of relative scale zooms: out while the mask runs into the crop's border, in when it is small there. A model of fixed spacing
-tiles: where the mask meets the border, a crop half a step further is added and blended. Read ``session.py`` next.
+A model of relative scale zooms: out while the mask runs into the crop's border, in when it is small there. A model of
+fixed spacing tiles: where the mask meets the border, a crop half a step further is added and blended. Read
+``session.py`` next.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 ZOOM_STEP = 1.6
 FIRST_LOOK = 0.5
-"""Edge of the crop around a first click, as a share of the volume's longest edge; never finer than the image's own resolution."""
+"""Edge of the crop around a first click, as a share of the volume's longest edge; never finer than the image's own
+resolution."""
 LARGEST_CROP = 1.0
 """Zooming out ends when the crop's edge is this multiple of the volume's longest edge."""
 BOX_FILL = 0.6
@@ -67,12 +69,16 @@ def touched_faces(crop: CropMask) -> list[tuple[int, int]]:
 
 
 def _zoom(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed | None) -> Placed:
-    """Look where the prompts are, then follow the mask: out while it runs into the border, in once where it is small."""
+    """Look where the prompts are, then follow the mask: out while it runs into the border, in once where it is
+    small.
+    """
     frame, prior = _start(predictor, prompts, previous)
     crop = predictor.decode(frame, prompts, prior)
     canvas = predictor.paste(crop)
     largest = _largest_edge(predictor)
-    only_less = previous is not None and not prompts.newest_positive  # a click off the object asks for less: no reason to look further
+    only_less = (
+        previous is not None and not prompts.newest_positive
+    )  # a click off the object asks for less: no reason to look further
     while not only_less and touched_faces(crop) and _edge_mm(predictor, crop.frame) < largest:
         wider = _fitted(predictor, prompts, min(_edge_mm(predictor, crop.frame) * ZOOM_STEP, largest), _middle(crop))
         crop = predictor.decode(wider, prompts, predictor.lowres_of(canvas, wider, crop.lowres_logits))
@@ -92,11 +98,15 @@ def _largest_edge(predictor: CropPredictor) -> float:
 
 
 def _holds_points(frame: CropFrame, prompts: CanonicalPrompts, factor: float) -> bool:
-    """Whether a crop ``factor`` times as large around the same middle would still hold every click, also those off the object."""
+    """Whether a crop ``factor`` times as large around the same middle would still hold every click, also those off the
+    object.
+    """
     return all(frame.zoomed(factor).contains(at) for at, _ in prompts.points)
 
 
-def _start(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed | None) -> tuple[CropFrame, Tensor | None]:
+def _start(
+    predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed | None
+) -> tuple[CropFrame, Tensor | None]:
     """The first crop to look at, and the earlier mask on it."""
     reach = prompts.positives + [as_triple(list(corner)) for corner in _inner_corners(prompts.newest_extent)]
     if previous is not None and previous.crop is not None:
@@ -112,17 +122,23 @@ def _start(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed
         frame = _around(predictor, (low, high))
         if not all(frame.contains(at) for at in reach):
             edge = max(_edge_mm(predictor, frame), _edge_around(predictor, reach, frame))
-            frame = _fitted(predictor, prompts, edge, as_triple([(a + b - 1) / 2 for a, b in zip(low, high, strict=True)]))
+            frame = _fitted(
+                predictor, prompts, edge, as_triple([(a + b - 1) / 2 for a, b in zip(low, high, strict=True)])
+            )
         return frame, predictor.lowres_of(previous.canvas, frame)
     ends = prompts.box or prompts.extent
     if ends is not None:
         frame = _around(predictor, ends)
         if not all(frame.contains(at) for at in prompts.positives):
             edge = max(_edge_mm(predictor, frame), _edge_around(predictor, reach, frame))
-            frame = _fitted(predictor, prompts, edge, as_triple([(a + b) / 2 - 0.5 for a, b in zip(*ends, strict=True)]))
+            frame = _fitted(
+                predictor, prompts, edge, as_triple([(a + b) / 2 - 0.5 for a, b in zip(*ends, strict=True)])
+            )
         return frame, None
     largest = _largest_edge(predictor)
-    edge = max(min(predictor.spacing_zyx_mm) * max(predictor.crop_shape), FIRST_LOOK * largest, _edge_around(predictor, reach))
+    edge = max(
+        min(predictor.spacing_zyx_mm) * max(predictor.crop_shape), FIRST_LOOK * largest, _edge_around(predictor, reach)
+    )
     return _fitted(predictor, prompts, min(edge, largest), prompts.positives[-1]), None
 
 
@@ -161,7 +177,9 @@ def _edge_around(predictor: CropPredictor, reach: list[Triple], frame: CropFrame
 
 
 def _fitted(predictor: CropPredictor, prompts: CanonicalPrompts, edge_mm: float, middle: Triple) -> CropFrame:
-    """A cube of that edge around ``middle``, moved so that it wastes little outside the volume and holds every positive point if it can."""
+    """A cube of that edge around ``middle``, moved so that it wastes little outside the volume and holds every positive
+    point if it can.
+    """
     centre = list(middle)
     for axis, (size, spacing) in enumerate(zip(predictor.shape_zyx, predictor.spacing_zyx_mm, strict=True)):
         half = edge_mm / spacing / 2
@@ -228,7 +246,11 @@ def _first_tile(
 ) -> tuple[CropFrame, Tensor | None]:
     """The last crop again if it holds what is new, else one around that; and the earlier mask on it."""
     ends = prompts.newest_extent or prompts.box or prompts.extent
-    newest = prompts.points[-1][0] if prompts.points else as_triple([(a + b) / 2 - 0.5 for a, b in zip(*(ends or ()), strict=True)])
+    newest = (
+        prompts.points[-1][0]
+        if prompts.points
+        else as_triple([(a + b) / 2 - 0.5 for a, b in zip(*(ends or ()), strict=True)])
+    )
     crop = None if previous is None else previous.crop
     if previous is not None and crop is not None:
         # A click off the object where there is no mask changes nothing elsewhere: no crop is moved there.
@@ -236,7 +258,9 @@ def _first_tile(
         if needless or crop.frame.contains(newest, margin_vox=min(predictor.crop_shape) / 8):
             return crop.frame, crop.lowres_logits
     frame = CropFrame.centred(newest, steps, predictor.crop_shape).snapped()
-    return frame, None if previous is None else predictor.lowres_of(previous.canvas, frame, None if crop is None else crop.lowres_logits)
+    return frame, None if previous is None else predictor.lowres_of(
+        previous.canvas, frame, None if crop is None else crop.lowres_logits
+    )
 
 
 def _is_mask(canvas: Canvas, at: Triple) -> bool:
@@ -257,7 +281,9 @@ def _neighbours(crop: CropMask) -> list[CropFrame]:
 
 
 class _Blend:
-    """Overlapping tiles averaged with weights that fall to the tiles' faces, over what was known before; a tile is added once."""
+    """Overlapping tiles averaged with weights that fall to the tiles' faces, over what was known before; a tile is
+    added once.
+    """
 
     def __init__(self, before: Canvas | None) -> None:
         self._before = before

@@ -2,7 +2,8 @@
 
 Features are kept per crop, so a later click costs a decode.
 
-Positions here are canonical zyx voxels of the volume. Where crops are put is decided in ``placement.py``; read that next.
+Positions here are canonical zyx voxels of the volume. Where crops are put is decided in ``placement.py``; read that
+next.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ logger = logging.getLogger(__name__)
 CACHED_CROPS = 4
 """Least number of crops whose features are kept."""
 CACHED_MIB = 96
-"""Features of more crops are kept up to this size: the 27 tiles of a model like SAM-Med3D, so that a click encodes none of them again."""
+"""Features of more crops are kept up to this size: the 27 tiles of a model like SAM-Med3D, so that a click encodes none
+of them again."""
 
 
 @dataclass
@@ -36,7 +38,8 @@ class CanonicalPrompts:
     Attributes:
         points: (zyx voxel position, positive) per click, and a few per stroke.
         box: Half-open low and high corner in voxel edges, the union of all boxes, or None.
-        extent: As ``box``, of what bounds the object in one slice only: it says where to look and is not given to the model.
+        extent: As ``box``, of what bounds the object in one slice only: it says where to look and is not given to the
+            model.
         newest_positive: Whether anything since the last prediction says what belongs to the object.
         newest_extent: ``box`` or ``extent`` where it was given since the last prediction.
     """
@@ -49,13 +52,17 @@ class CanonicalPrompts:
 
     @property
     def positives(self) -> list[Triple]:
-        """Positions that belong to the object, oldest first. Only these move a crop: a click off the object says nothing of where it is."""
+        """Positions that belong to the object, oldest first. Only these move a crop: a click off the object says
+        nothing of where it is.
+        """
         return [at for at, positive in self.points if positive]
 
 
 @dataclass
 class CropMask:
-    """A decoded crop: ``logits`` and ``inside`` (D, H, W) on the crop's grid, the predicted IoU, and what the next decode takes back."""
+    """A decoded crop: ``logits`` and ``inside`` (D, H, W) on the crop's grid, the predicted IoU, and what the next
+    decode takes back.
+    """
 
     frame: CropFrame
     logits: Tensor
@@ -66,7 +73,9 @@ class CropMask:
 
 @dataclass
 class Canvas:
-    """Logits of the part of the volume that has been seen: a region of the canonical volume, everything else is background."""
+    """Logits of the part of the volume that has been seen: a region of the canonical volume, everything else is
+    background.
+    """
 
     region: Region
     logits: Tensor
@@ -104,7 +113,8 @@ class CropPredictor:
         Args:
             frame: The crop.
             prompts: All of the object's prompts; those outside the crop are left out.
-            mask_logits: (1, 1, d, h, w) ``CropMask.lowres_logits`` of this crop or ``lowres_of`` a canvas; None for no mask yet.
+            mask_logits: (1, 1, d, h, w) ``CropMask.lowres_logits`` of this crop or ``lowres_of`` a canvas; None for no
+                mask yet.
         """
         features, inside = self._encode(frame)
         with self._precision():
@@ -115,7 +125,9 @@ class CropPredictor:
         return CropMask(frame, logits.contiguous(), inside, float(output.iou[0, 0]), output.lowres_logits)
 
     def lowres_of(self, canvas: Canvas, frame: CropFrame, like: Tensor | None = None) -> Tensor:
-        """A canvas's logits as the mask prompt of a crop, in the shape of an earlier ``lowres_logits`` (None asks the model for one)."""
+        """A canvas's logits as the mask prompt of a crop, in the shape of an earlier ``lowres_logits`` (None asks the
+        model for one).
+        """
         if like is None:
             like = self.decode(
                 frame, CanonicalPrompts([(frame.to_volume(as_triple([n / 2 for n in frame.shape_zyx])), True)])
@@ -155,20 +167,26 @@ class CropPredictor:
 
     def _precision(self) -> torch.autocast:
         """bf16 where the weights were trained in it and the processor computes in it."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.model.spec.bf16 and computes_bf16(self.device))
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.model.spec.bf16 and computes_bf16(self.device)
+        )
 
     def _batch(self, frame: CropFrame, prompts: CanonicalPrompts, mask_logits: Tensor | None) -> PromptBatch:
         spec = self.model.spec
         points = [(frame.to_crop(at), positive) for at, positive in prompts.points if frame.contains(at)]
         if spec.click_memory == "newest":
             points = points[-1:]
-        positions = torch.tensor([_axes(at, spec.tensor_axes) for at, _ in points], dtype=torch.float32).reshape(1, -1, 3)
+        positions = torch.tensor([_axes(at, spec.tensor_axes) for at, _ in points], dtype=torch.float32).reshape(
+            1, -1, 3
+        )
         labels = torch.tensor([[int(positive) for _, positive in points]], dtype=torch.int64).reshape(1, -1)
         batch = PromptBatch(positions.to(self.device), labels.to(self.device), mask_logits=mask_logits)
         if prompts.box is not None and "box" in spec.prompts:
             # Corners are voxel edges; an edge at e lies half a voxel below the centre e.
             corners = [frame.to_crop(as_triple([v - 0.5 for v in corner])) for corner in prompts.box]
-            edges = [[min(max(v + 0.5, 0.0), float(n)) for v, n in zip(c, frame.shape_zyx, strict=True)] for c in corners]
+            edges = [
+                [min(max(v + 0.5, 0.0), float(n)) for v, n in zip(c, frame.shape_zyx, strict=True)] for c in corners
+            ]
             batch.boxes = torch.tensor([[_axes(as_triple(e), spec.tensor_axes) for e in edges]], device=self.device)
         return batch
 

@@ -1,7 +1,9 @@
-"""A picture of a result: three orthogonal slices through the first prompt, with contours, prompts, directions and a scale bar.
+"""A picture of a result: three orthogonal slices through the first prompt, with contours, prompts, directions and a
+scale bar.
 
-Slices are drawn in radiological view (the patient's right at the picture's left) whatever the storage order of the file; an oblique
-volume is drawn along its own axes. Needs Pillow, imported inside the functions. Not here: anything interactive (``apps/``).
+Slices are drawn in radiological view (the patient's right at the picture's left) whatever the storage order of the
+file; an oblique volume is drawn along its own axes. Needs Pillow, imported inside the functions. Not here: anything
+interactive (``apps/``).
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ class Plane:
     letters: tuple[str, str, str, str]  # left, right, top, bottom
 
 
-# Canonical z, y, x run to superior, anterior, right; the picture runs to inferior, posterior and left: every axis is drawn reversed.
+# Canonical z, y, x run to superior, anterior, right; the picture runs to inferior, posterior and left: every axis is
+# drawn reversed.
 PLANES = (
     Plane("axial", 1, 2, 0, ("R", "L", "A", "P")),
     Plane("coronal", 0, 2, 1, ("R", "L", "S", "I")),
@@ -83,7 +86,9 @@ class _Scene:
 
     def panel_size(self, plane: Plane) -> tuple[int, int]:
         """Width and height of a panel in drawn pixels."""
-        across, down = (self.image.shape[a] * self.spacing_zyx_mm[a] * self.pixels_per_mm for a in (plane.across, plane.down))
+        across, down = (
+            self.image.shape[a] * self.spacing_zyx_mm[a] * self.pixels_per_mm for a in (plane.across, plane.down)
+        )
         return max(1, round(across * _DRAW)), max(1, round(down * _DRAW))
 
     def to_panel(self, plane: Plane, zyx: Triple) -> tuple[float, float]:
@@ -99,13 +104,20 @@ class _Scene:
         return flat[::-1, ::-1]
 
     def is_near(self, plane: Plane, zyx: Triple) -> bool:
-        """Whether a position lies within one and a half voxels of the slice, or nearer to it than a marker's arm is long."""
+        """Whether a position lies within one and a half voxels of the slice, or nearer to it than a marker's arm is
+        long.
+        """
         off = abs(zyx[plane.normal] - self.centre_zyx[plane.normal])
         return off <= 1.5 or off * self.spacing_zyx_mm[plane.normal] * self.pixels_per_mm <= _MARKER
 
 
 def write_preview(
-    path: str | Path, volume: Volume, mask: NDArray, prompts: Sequence[ObjectPrompts] | Sequence[Prompt], *, title: str = ""
+    path: str | Path,
+    volume: Volume,
+    mask: NDArray,
+    prompts: Sequence[ObjectPrompts] | Sequence[Prompt],
+    *,
+    title: str = "",
 ) -> None:
     """Write a PNG of three slices through the first positive prompt (a point, or the centre of a box).
 
@@ -169,8 +181,8 @@ def _scene(volume: Volume, mask: NDArray, objects: Sequence[ObjectPrompts]) -> _
 def tone_curve(image: NDArray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Intensities and their grey in [0, 1]: half linear between robust percentiles, half by rank.
 
-    By rank alone would flatten the picture, linear alone would leave CT's soft tissue a few greys between air and bone. The darkest
-    voxels (air, zero padding) are left out, so that they do not use up the greys.
+    By rank alone would flatten the picture, linear alone would leave CT's soft tissue a few greys between air and bone.
+    The darkest voxels (air, zero padding) are left out, so that they do not use up the greys.
     """
     step = tuple(max(1, n // 100) for n in image.shape)
     values = image[:: step[0], :: step[1], :: step[2]].astype(np.float64).ravel()
@@ -267,7 +279,9 @@ def _panel(scene: _Scene, plane: Plane) -> Image.Image:
 
 
 def _draw_object(panel: Image.Image, mask: NDArray[np.bool_], colour: Colour) -> None:
-    """Tint a mask and draw its contour, the half level of the mask enlarged to the panel and freed of its voxel steps."""
+    """Tint a mask and draw its contour, the half level of the mask enlarged to the panel and freed of its voxel
+    steps.
+    """
     from PIL import Image, ImageChops, ImageFilter
 
     step = (panel.width / mask.shape[1], panel.height / mask.shape[0])
@@ -290,7 +304,9 @@ def _draw_prompts(draw: ImageDraw.ImageDraw, scene: _Scene, plane: Plane) -> Non
     for low, high in scene.boxes:
         if low[plane.normal] - 0.5 <= scene.centre_zyx[plane.normal] <= high[plane.normal] + 0.5:
             corner = scene.to_panel(plane, as_triple([v + 0.5 for v in high]))
-            draw.rectangle((*corner, *scene.to_panel(plane, as_triple([v - 0.5 for v in low]))), outline=_BOX, width=2 * _DRAW)
+            draw.rectangle(
+                (*corner, *scene.to_panel(plane, as_triple([v - 0.5 for v in low]))), outline=_BOX, width=2 * _DRAW
+            )
     for at, positive in scene.points:
         if scene.is_near(plane, at):
             _draw_marker(draw, scene.to_panel(plane, at), positive)
@@ -310,7 +326,12 @@ def _draw_marker(draw: ImageDraw.ImageDraw, at: tuple[float, float], positive: b
 def _draw_letters(draw: ImageDraw.ImageDraw, size: tuple[int, int], plane: Plane) -> None:
     width, height = size
     inset = 6 * _DRAW
-    places = [(inset, height / 2, "lm"), (width - inset, height / 2, "rm"), (width / 2, inset, "ma"), (width / 2, height - inset, "md")]
+    places = [
+        (inset, height / 2, "lm"),
+        (width - inset, height / 2, "rm"),
+        (width / 2, inset, "ma"),
+        (width / 2, height - inset, "md"),
+    ]
     style: dict[str, Any] = {"fill": _TEXT, "font": _font(18), "stroke_width": _DRAW, "stroke_fill": (0, 0, 0)}
     for letter, (x, y, anchor) in zip(plane.letters, places, strict=True):
         draw.text((x, y), letter, anchor=anchor, **style)
@@ -323,7 +344,15 @@ def _draw_scale(draw: ImageDraw.ImageDraw, size: tuple[int, int], pixels_per_mm:
     x, y = 10 * _DRAW, size[1] - 12 * _DRAW
     draw.rectangle((x - _DRAW, y - _DRAW, x + length * pixels_per_mm + _DRAW, y + 5 * _DRAW), fill=(0, 0, 0))
     draw.rectangle((x, y, x + length * pixels_per_mm, y + 4 * _DRAW), fill=_TEXT)
-    draw.text((x, y - 4 * _DRAW), f"{length:g} mm", anchor="ld", fill=_TEXT, font=_font(16), stroke_width=_DRAW, stroke_fill=(0, 0, 0))
+    draw.text(
+        (x, y - 4 * _DRAW),
+        f"{length:g} mm",
+        anchor="ld",
+        fill=_TEXT,
+        font=_font(16),
+        stroke_width=_DRAW,
+        stroke_fill=(0, 0, 0),
+    )
 
 
 def _round_length(limit: float) -> float:

@@ -1,6 +1,8 @@
-"""What can be read from a session: objects, masks, probabilities, the label map, a suggested click, files; and what an edit changed.
+"""What can be read from a session: objects, masks, probabilities, the label map, a suggested click, files; and what an
+edit changed.
 
-Nothing here changes a session; that is in ``session.py``. Read ``scene.py`` for what an object is, ``steps.py`` for where masks come from.
+Nothing here changes a session; that is in ``session.py``. Read ``scene.py`` for what an object is, ``steps.py`` for
+where masks come from.
 """
 
 from __future__ import annotations
@@ -67,7 +69,9 @@ class Results:
     def __init__(self, volume: Volume, model: PromptableModel, device: torch.device, model_name: str) -> None:
         """Made by ``Session``."""
         self.volume, self.model_name, self.device = volume, model_name, device
-        self._predictor = CropPredictor(model.eval(), device, volume.view.to_canonical(volume.array), volume.view.spacing_zyx_mm)
+        self._predictor = CropPredictor(
+            model.eval(), device, volume.view.to_canonical(volume.array), volume.view.spacing_zyx_mm
+        )
         self._chains = Chains(volume, self._predictor)
         self._history = History()
         self._picked: dict[str, Any] = {}
@@ -106,7 +110,9 @@ class Results:
 
     @property
     def labels(self) -> NDArray[np.unsignedinteger]:
-        """All objects as one label map of their ids, (D, H, W); where objects overlap a locked one wins, then the more certain one."""
+        """All objects as one label map of their ids, (D, H, W); where objects overlap a locked one wins, then the more
+        certain one.
+        """
         labels = label_map(self._scene, self._predictor.shape_zyx, self._canvas)
         return np.ascontiguousarray(self.volume.view.to_stored(labels))
 
@@ -125,8 +131,8 @@ class Results:
     def save(self, path: str | Path) -> None:
         """Write the masks, or to a ``.json`` file the whole session; the suffix decides.
 
-        One object is written as its mask, several as a label map. A session file holds the prompts, the object table, every edit for undo
-        and redo, and where the image lies.
+        One object is written as its mask, several as a label map. A session file holds the prompts, the object table,
+        every edit for undo and redo, and where the image lies.
         """
         if Path(path).name.lower().endswith(SESSION_SUFFIX):
             save_session(Path(path), self, self._history.log())
@@ -141,14 +147,16 @@ class Results:
             format: None goes by the suffix: ``.seg.nrrd`` is a 3D Slicer segmentation, ``.dcm`` a DICOM-SEG.
 
         Raises:
-            InputError: if format and suffix disagree, there is nothing to write, the file cannot be written, or DICOM is asked for and the
-                image was not read from a DICOM series.
+            InputError: if format and suffix disagree, there is nothing to write, the file cannot be written, or DICOM
+                is asked for and the image was not read from a DICOM series.
         """
         kind = checked_format(path, format)
         if kind in LABEL_MAP_FORMATS:
             write_mask(Path(path), self.labels if len(self._scene.tracks) > 1 else self.mask, self.volume.grid)
             return
-        export_segments(Path(path), kind, segments_of(self._scene, self.volume), self.volume, self._picked.get("series"))
+        export_segments(
+            Path(path), kind, segments_of(self._scene, self.volume), self.volume, self._picked.get("series")
+        )
 
     def save_probability(self, path: str | Path) -> None:
         """Write the current object's probability, float32."""
@@ -189,7 +197,9 @@ class Results:
         return Canvas(Region((0, 0, 0), (0, 0, 0)), torch.zeros(0, 0, 0)) if placed is None else placed.canvas
 
 
-def update_between(before: Scene, after: Scene, object_id: int, prompt_id: int, began: float, view: CanonicalView) -> MaskUpdate:
+def update_between(
+    before: Scene, after: Scene, object_id: int, prompt_id: int, began: float, view: CanonicalView
+) -> MaskUpdate:
     """How one object's mask differs between two scenes.
 
     Args:
@@ -219,5 +229,7 @@ def pick_device(name: str) -> torch.device:
     if name not in ("auto", "cpu", "cuda"):
         raise InputError(f"device must be auto, cpu or cuda, got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("device cuda was asked for but this machine has no CUDA GPU that torch can use; leave --device out or say cpu")
+        raise InputError(
+            "device cuda was asked for but this machine has no CUDA GPU that torch can use; leave --device out or say cpu"
+        )
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

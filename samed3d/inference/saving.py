@@ -1,8 +1,9 @@
 """Session files, and what a session says of itself: image, model, objects, timings.
 
-A session file is JSON: ``image`` (where it lies and its hash), ``model``, ``objects`` (the prompts as in a prompt file, with the table) and
-``edits`` (what undo and redo need; masks follow from it). Not here: the journal (``journal.py``), masks as files (``mask_files.py``).
-Used by ``session.py``; read that next.
+A session file is JSON: ``image`` (where it lies and its hash), ``model``, ``objects`` (the prompts as in a prompt file,
+with the table) and
+``edits`` (what undo and redo need; masks follow from it). Not here: the journal (``journal.py``), masks as files
+(``mask_files.py``). Used by ``session.py``; read that next.
 """
 
 from __future__ import annotations
@@ -74,7 +75,11 @@ def weights_hash(model: PromptableModel) -> str:
     found = hashlib.sha256()
     for name, value in model.state_dict().items():
         found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data if value.dim() else str(value.item()).encode())
+        found.update(
+            value.detach().cpu().contiguous().view(torch.uint8).numpy().data
+            if value.dim()
+            else str(value.item()).encode()
+        )
     return found.hexdigest()[:16]
 
 
@@ -142,7 +147,12 @@ def save_session(path: Path, session: Described, edits: list[Edit]) -> None:
         }
         for o in session.objects()
     ]
-    body = {"session": VERSION, **identity(session), "objects": objects, "edits": [edit_to_json(edit) for edit in edits]}
+    body = {
+        "session": VERSION,
+        **identity(session),
+        "objects": objects,
+        "edits": [edit_to_json(edit) for edit in edits],
+    }
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         partial.write_text(json.dumps(body, indent=1) + "\n")
@@ -168,9 +178,9 @@ def read_session(path: Path) -> SavedSession:
     if not isinstance(body, dict) or body.get("session") != VERSION:
         raise InputError(f'session file must be an object with "session": {VERSION}: {path}')
     parts = {"image": "source", "model": "name"}
-    if any(not isinstance(body.get(key), dict) or part not in body[key] for key, part in parts.items()) or not isinstance(
-        body.get("edits"), list
-    ):
+    if any(
+        not isinstance(body.get(key), dict) or part not in body[key] for key, part in parts.items()
+    ) or not isinstance(body.get("edits"), list):
         raise InputError(f"session file must name its image and model and list its edits: {path}")
     edits = [edit_from_json(edit, f"{path}, edit {number}") for number, edit in enumerate(body["edits"], start=1)]
     return SavedSession({"image": body["image"], "model": body["model"]}, edits, path)
@@ -206,7 +216,13 @@ def describe(session: Described, seconds: dict[int, list[float]]) -> dict[str, A
     ]
     versions = {"samed3d": __version__, "torch": torch.__version__, "python": platform.python_version()}
     image = {"source": session.volume.source, "size_ijk": grid.size_ijk, "spacing_mm": grid.spacing_xyz_mm}
-    return {"versions": versions, "device": str(session.device), "model": session.model_name, "image": image, "objects": objects}
+    return {
+        "versions": versions,
+        "device": str(session.device),
+        "model": session.model_name,
+        "image": image,
+        "objects": objects,
+    }
 
 
 def _said(prompt: Prompt) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""All objects of a volume at one moment, as undo and redo know them: nothing here changes, every edit makes a new scene.
+"""All objects of a volume at one moment, as undo and redo know them: nothing here changes, every edit makes a new
+scene.
 
 Also what callers are shown of an object, and the label map of all objects. Read ``edits.py`` next.
 """
@@ -74,7 +75,9 @@ class Scene:
 
     def holding(self, prompt_id: int) -> Track | None:
         """The object that a prompt belongs to."""
-        return next((t for t in self.tracks.values() if any(s.id == prompt_id for s in t.chain if s.prompt is not None)), None)
+        return next(
+            (t for t in self.tracks.values() if any(s.id == prompt_id for s in t.chain if s.prompt is not None)), None
+        )
 
 
 @dataclass
@@ -116,10 +119,13 @@ def shown(track: Track) -> SessionObject:
     )
 
 
-def label_map(scene: Scene, shape_zyx: tuple[int, int, int], canvas_of: Callable[[Track], Canvas]) -> NDArray[np.unsignedinteger]:
+def label_map(
+    scene: Scene, shape_zyx: tuple[int, int, int], canvas_of: Callable[[Track], Canvas]
+) -> NDArray[np.unsignedinteger]:
     """All objects as one map of their ids on the canonical volume.
 
-    Where objects overlap a locked one wins over others, then the more certain one (the higher logit), then the lower id.
+    Where objects overlap a locked one wins over others, then the more certain one (the higher logit), then the lower
+    id.
 
     Args:
         scene: The objects.

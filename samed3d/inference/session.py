@@ -1,9 +1,10 @@
 """A session: one volume, one model, any number of objects, prompts in and masks on the image's own grid out.
 
-The prompts are the source of truth, the masks follow from them: any prompt can be moved or taken out, everything can be undone and redone,
-and with a journal all of it survives a crash. Not here: what can be read from a session (``results.py``), what an edit does (``edits.py``),
-what a prompt becomes (``strokes.py``), where the model looks (``placement.py``), files (``journal.py``, ``saving.py``). One thread at a
-time. Read ``edits.py`` next; the contract with models is ``models/base.py``.
+The prompts are the source of truth, the masks follow from them: any prompt can be moved or taken out, everything can be
+undone and redone, and with a journal all of it survives a crash. Not here: what can be read from a session
+(``results.py``), what an edit does (``edits.py``), what a prompt becomes (``strokes.py``), where the model looks
+(``placement.py``), files (``journal.py``, ``saving.py``). One thread at a time. Read ``edits.py`` next; the contract
+with models is ``models/base.py``.
 """
 
 from __future__ import annotations
@@ -55,12 +56,13 @@ class Session(Results):
             device: ``"auto"`` (CUDA where there is one), ``"cpu"`` or ``"cuda"``.
             channel: Channel of a multi-channel image.
             series: Series of a DICOM folder.
-            journal: File that every edit is written to before it is acknowledged; where it exists, the session in it goes on.
+            journal: File that every edit is written to before it is acknowledged; where it exists, the session in it
+                goes on.
             model_name: What a model that is already built was loaded as, so that a saved session can load it again.
 
         Raises:
-            InputError: for an image or model that cannot be used, a device that is not there, or a journal that is damaged, in use, or of
-                another image or model.
+            InputError: for an image or model that cannot be used, a device that is not there, or a journal that is
+                damaged, in use, or of another image or model.
         """
         pick_device(device)
         network = model if isinstance(model, PromptableModel) else load_promptable(model)
@@ -100,7 +102,9 @@ class Session(Results):
         """
         saved = read_session(Path(path))
         if journal is not None and Path(journal).exists():
-            raise InputError(f"journal must be a new file for a loaded session, got {journal}; open the journal itself instead")
+            raise InputError(
+                f"journal must be a new file for a loaded session, got {journal}; open the journal itself instead"
+            )
         source = image if image is not None else saved.image_path(Path(path))
         session = cls.open(source, model if model is not None else saved.model, device, saved.channel, saved.series)
         saved.check(identity(session))
@@ -135,11 +139,13 @@ class Session(Results):
             predict: False leaves the mask as it is until the next prompt or ``predict``.
 
         Raises:
-            InputError: if the prompt lies outside the volume, the model does not understand it, nothing positive was said yet, or the
-                object is locked.
+            InputError: if the prompt lies outside the volume, the model does not understand it, nothing positive was
+                said yet, or the object is locked.
         """
         track = self._scene.tracks.get(object_id)
-        if not is_positive(prompt) and not any(is_positive(s.prompt) for s in (track.chain if track else []) if s.prompt is not None):
+        if not is_positive(prompt) and not any(
+            is_positive(s.prompt) for s in (track.chain if track else []) if s.prompt is not None
+        ):
             raise InputError(f"object {object_id} needs a positive point or a box before a negative point")
         return self._add(prompt, object_id, name, predict)
 
@@ -152,7 +158,9 @@ class Session(Results):
         read = [(entry, [read_prior(prompt, self.volume) for prompt in entry.prompts]) for entry in objects]
         for entry, prompts in read:
             if not entry.has_positive:
-                raise InputError(f"object {entry.id} ({entry.name}) needs a positive point or a box, got only negative points")
+                raise InputError(
+                    f"object {entry.id} ({entry.name}) needs a positive point or a box, got only negative points"
+                )
             for prompt in prompts:
                 self._chains.check(prompt)
         for entry, prompts in read:
@@ -162,7 +170,12 @@ class Session(Results):
     def _add(self, prompt: Prompt, object_id: int, name: str | None, predict: bool) -> MaskUpdate:
         if type(object_id) is not int or not 1 <= object_id < 2**16:
             raise InputError(f"object id must be a whole number from 1 to 65535, got {object_id!r}")
-        edit: Edit = {"do": "add", "object": object_id, "id": self._next_prompt, "prompt": read_prior(prompt, self.volume)}
+        edit: Edit = {
+            "do": "add",
+            "object": object_id,
+            "id": self._next_prompt,
+            "prompt": read_prior(prompt, self.volume),
+        }
         if name is not None and object_id not in self._scene.tracks:
             edit["name"] = name
         if not predict:
@@ -191,12 +204,16 @@ class Session(Results):
         if not isinstance(to, Prompt):
             old = self._object(holder).numbered[prompt_id]
             if not isinstance(old, Point):
-                raise InputError(f"prompt {prompt_id} is a {type(old).__name__.lower()}: move it by giving the new one, got {to!r}")
+                raise InputError(
+                    f"prompt {prompt_id} is a {type(old).__name__.lower()}: move it by giving the new one, got {to!r}"
+                )
             to = Point(tuple(to), old.positive, old.space)  # type: ignore[arg-type]
         return self._commit({"do": "move", "id": prompt_id, "prompt": read_prior(to, self.volume)}, holder, prompt_id)
 
     def predict(self, object_id: int | None = None) -> MaskUpdate:
-        """Ask the model again: what was added with ``predict=False``, or the same prompts with the mask so far to start from."""
+        """Ask the model again: what was added with ``predict=False``, or the same prompts with the mask so far to start
+        from.
+        """
         number = self._number(object_id)
         return self._commit({"do": "look", "object": number}, number, 0)
 
@@ -225,9 +242,16 @@ class Session(Results):
         return number
 
     def edit_object(
-        self, object_id: int, *, name: str | None = None, colour: str | None = None, visible: bool | None = None, locked: bool | None = None
+        self,
+        object_id: int,
+        *,
+        name: str | None = None,
+        colour: str | None = None,
+        visible: bool | None = None,
+        locked: bool | None = None,
     ) -> None:
-        """Change an object's entry in the table; what is None stays. A locked object's mask cannot be changed nor covered in ``labels``.
+        """Change an object's entry in the table; what is None stays. A locked object's mask cannot be changed nor
+        covered in ``labels``.
 
         Raises:
             InputError: if there is no such object, or the colour is not ``#rrggbb``.
@@ -248,7 +272,9 @@ class Session(Results):
 
     @property
     def others_are_negative(self) -> bool:
-        """Whether predictions treat the other objects' voxels as background; setting it is an edit and counts from then on."""
+        """Whether predictions treat the other objects' voxels as background; setting it is an edit and counts from then
+        on.
+        """
         return self._scene.others_are_negative
 
     @others_are_negative.setter

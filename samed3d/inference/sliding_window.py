@@ -1,8 +1,10 @@
-"""All classes of a whole volume by an automatic model: overlapping windows, weighted towards their middles, on any volume.
+"""All classes of a whole volume by an automatic model: overlapping windows, weighted towards their middles, on any
+volume.
 
-Windows have the model's shape and spacing and are sampled from the volume one at a time, so the volume is never resampled as a whole;
-answers are pasted back on the volume's own voxels before they are averaged. Rows of windows go along the volume's first canonical axis, and
-only the slices that a later row can still change are held. For clicks, see ``session.py``.
+Windows have the model's shape and spacing and are sampled from the volume one at a time, so the volume is never
+resampled as a whole; answers are pasted back on the volume's own voxels before they are averaged. Rows of windows go
+along the volume's first canonical axis, and only the slices that a later row can still change are held. For clicks, see
+``session.py``.
 """
 
 from __future__ import annotations
@@ -47,24 +49,30 @@ def segment_volume(
         volume: One image, or one per channel of the model, all on one grid.
         model: A ``SemanticModel``; moved to ``device`` and put in eval mode.
         device: Where it runs.
-        overlap: Share of a window's edge by which neighbours overlap, 0 to below 1. MA-SAM's stacks slide by one slice: 0.8 of five.
+        overlap: Share of a window's edge by which neighbours overlap, 0 to below 1. MA-SAM's stacks slide by one slice:
+            0.8 of five.
         mirror: Average over the eight mirrorings of each window; eight times as slow.
 
     Returns:
         (D, H, W) in the image's own grid and order.
 
     Raises:
-        InputError: if the model needs prompts, the number of volumes or their shapes do not fit, or ``overlap`` is out of range.
+        InputError: if the model needs prompts, the number of volumes or their shapes do not fit, or ``overlap`` is out
+            of range.
     """
     volumes = [volume] if isinstance(volume, Volume) else list(volume)
     if not isinstance(model, SemanticModel):
-        raise InputError(f"model must be an automatic one, got {type(model).__name__}, which needs prompts; give --point or --box")
+        raise InputError(
+            f"model must be an automatic one, got {type(model).__name__}, which needs prompts; give --point or --box"
+        )
     if not 0 <= overlap < 1:
         raise InputError(f"overlap must be from 0 to below 1, got {overlap}")
     if len(volumes) != model.spec.in_channels:
         raise InputError(f"{model.spec.name} takes {model.spec.in_channels} images per case, got {len(volumes)}")
     if len({v.grid.shape_zyx for v in volumes}) > 1:
-        raise InputError(f"images of one case must have one shape, got {[v.grid.shape_zyx for v in volumes]}; register and resample them")
+        raise InputError(
+            f"images of one case must have one shape, got {[v.grid.shape_zyx for v in volumes]}; register and resample them"
+        )
     view = volumes[0].view
     arrays = [v.view.to_canonical(v.array) for v in volumes]
     labels = segment_array(arrays, view.spacing_zyx_mm, model, torch.device(device), overlap, mirror)
@@ -73,7 +81,12 @@ def segment_volume(
 
 @torch.inference_mode()
 def segment_array(
-    arrays: Sequence[NDArray], spacing_zyx_mm: Triple, model: SemanticModel, device: torch.device, overlap: float, mirror: bool
+    arrays: Sequence[NDArray],
+    spacing_zyx_mm: Triple,
+    model: SemanticModel,
+    device: torch.device,
+    overlap: float,
+    mirror: bool,
 ) -> NDArray[np.uint8]:
     """As ``segment_volume`` on canonical (D, H, W) arrays, one per channel."""
     model = model.to(device).eval()
@@ -81,9 +94,14 @@ def segment_array(
     statistics = [Intensities.of(array) for array in arrays]
     wanted = target_spacing(model) or spacing_zyx_mm
     frames = window_frames(
-        shape, as_triple([w / s for w, s in zip(wanted, spacing_zyx_mm, strict=True)]), model.spec.input_shape_zyx, overlap
+        shape,
+        as_triple([w / s for w, s in zip(wanted, spacing_zyx_mm, strict=True)]),
+        model.spec.input_shape_zyx,
+        overlap,
     )
-    logger.info("%d windows of %s voxels", sum(len(row) for row in frames), " x ".join(map(str, model.spec.input_shape_zyx)))
+    logger.info(
+        "%d windows of %s voxels", sum(len(row) for row in frames), " x ".join(map(str, model.spec.input_shape_zyx))
+    )
     weight = gaussian_weight(model.spec.input_shape_zyx)
 
     def answer(frame: CropFrame) -> Tensor:
@@ -94,10 +112,13 @@ def segment_array(
     return _merged(frames, shape, model.spec.classes, answer)
 
 
-def window_frames(shape_zyx: IntTriple, step_zyx_vox: Triple, window_zyx: IntTriple, overlap: float) -> list[list[CropFrame]]:
+def window_frames(
+    shape_zyx: IntTriple, step_zyx_vox: Triple, window_zyx: IntTriple, overlap: float
+) -> list[list[CropFrame]]:
     """Windows that cover a volume, in rows of one place along z, from low to high.
 
-    A volume that is smaller than a window gets one in its middle; otherwise the first and the last end at the volume's faces.
+    A volume that is smaller than a window gets one in its middle; otherwise the first and the last end at the volume's
+    faces.
     """
     places: list[list[float]] = []
     for size, step, count in zip(shape_zyx, step_zyx_vox, window_zyx, strict=True):
@@ -109,7 +130,10 @@ def window_frames(shape_zyx: IntTriple, step_zyx_vox: Triple, window_zyx: IntTri
             starts = [i * (size - extent) / (number - 1) for i in range(number)]
         # Whole voxels at step 1: nothing is interpolated. Elsewhere a move could leave the last voxels out.
         places.append([float(math.floor(s + 0.5)) if step == 1 else s for s in starts])
-    return [[CropFrame((z, y, x), step_zyx_vox, window_zyx) for y, x in itertools.product(places[1], places[2])] for z in places[0]]
+    return [
+        [CropFrame((z, y, x), step_zyx_vox, window_zyx) for y, x in itertools.product(places[1], places[2])]
+        for z in places[0]
+    ]
 
 
 def gaussian_weight(shape_zyx: IntTriple) -> Tensor:
@@ -134,7 +158,9 @@ def _probabilities(model: SemanticModel, image: Tensor, mirror: bool) -> Tensor:
     return total / len(MIRRORS)
 
 
-def _merged(rows: list[list[CropFrame]], shape: IntTriple, classes: int, answer: Callable[[CropFrame], Tensor]) -> NDArray[np.uint8]:
+def _merged(
+    rows: list[list[CropFrame]], shape: IntTriple, classes: int, answer: Callable[[CropFrame], Tensor]
+) -> NDArray[np.uint8]:
     """Sum weighted probabilities on the volume's voxels slab by slab and take the greatest.
 
     The weights' own sum is the same for all classes of a voxel, so it is never needed.

@@ -1,8 +1,8 @@
 """An object's prompts as a chain of steps, each with the mask after it; editing one replays from there.
 
-The mask after every step is kept as packed bits, so that undo shows it at once. The logits behind it are kept for the most recent steps
-within a memory bound and are otherwise computed again from the prompts, exactly as before. Read ``edits.py`` next; ``strokes.py`` for what
-a prompt means, ``placement.py`` for where the model looks.
+The mask after every step is kept as packed bits, so that undo shows it at once. The logits behind it are kept for the
+most recent steps within a memory bound and are otherwise computed again from the prompts, exactly as before. Read
+``edits.py`` next; ``strokes.py`` for what a prompt means, ``placement.py`` for where the model looks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ MOST_DEPTH = 2.0
 
 @dataclass(frozen=True)
 class Others:
-    """What the other objects held when a step was predicted with them as background: their masks, and a voxel deep in each."""
+    """What the other objects held when a step was predicted with them as background: their masks, and a voxel deep in
+    each.
+    """
 
     mask: PackedMask
     points: tuple[Triple, ...]
@@ -50,7 +52,8 @@ class Step:
         others: The other objects, where they counted as background.
         mask: The object on the canonical volume after this step.
         seconds: That it took.
-        depth: How far the object was found to reach across the slices of 2D boxes and lassos, half-open, if they left that open.
+        depth: How far the object was found to reach across the slices of 2D boxes and lassos, half-open, if they left
+            that open.
     """
 
     before: Step | None = field(repr=False)
@@ -92,7 +95,9 @@ class Chains:
         """The prompt on the canonical volume; raises ``InputError`` if it cannot be used."""
         return understood(prompt, self.volume, self.predictor.model.spec)
 
-    def extended(self, before: Step | None, prompt_id: int, prompt: Prompt | None, look: bool, others: Others | None) -> Step:
+    def extended(
+        self, before: Step | None, prompt_id: int, prompt: Prompt | None, look: bool, others: Others | None
+    ) -> Step:
         """A chain with one more prompt (or look, where ``prompt`` is None), predicted."""
         began = time.perf_counter()
         said = None if prompt is None else self.check(prompt)
@@ -120,7 +125,9 @@ class Chains:
         return last
 
     def placed(self, step: Step) -> Placed | None:
-        """The logits after a step, predicted again where they are no longer kept; None before anything positive was said."""
+        """The logits after a step, predicted again where they are no longer kept; None before anything positive was
+        said.
+        """
         missing: list[Step] = []
         at: Step | None = step
         while at is not None and at not in self._held:

@@ -1,8 +1,9 @@
-"""What a prompt means on the canonical volume: a few points and a box for the model, and voxels whose label is then not contradicted.
+"""What a prompt means on the canonical volume: a few points and a box for the model, and voxels whose label is then not
+contradicted.
 
-Models are trained on points, boxes and masks. A scribble or a lasso becomes a bounded number of points; its voxels are obeyed as clicks
-are. A 2D box becomes the point in its middle and says how large the crop is. Read ``steps.py`` next; what each prompt means to a user is
-in ``prompts/kinds.py``.
+Models are trained on points, boxes and masks. A scribble or a lasso becomes a bounded number of points; its voxels are
+obeyed as clicks are. A 2D box becomes the point in its middle and says how large the crop is. Read ``steps.py`` next;
+what each prompt means to a user is in ``prompts/kinds.py``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,18 @@ from samed3d.geometry import Region, Triple, as_triple, ijk_to_zyx
 from samed3d.inference.placement import Placed
 from samed3d.inference.predictor import CanonicalPrompts, Canvas
 from samed3d.models.base import ModelSpec
-from samed3d.prompts import Box, Lasso, MaskPrior, PackedMask, Point, Prompt, Scribble, box_in_grid, path_in_grid, point_in_grid
+from samed3d.prompts import (
+    Box,
+    Lasso,
+    MaskPrior,
+    PackedMask,
+    Point,
+    Prompt,
+    Scribble,
+    box_in_grid,
+    path_in_grid,
+    point_in_grid,
+)
 from samed3d.volume import Volume
 from samed3d.volume.contours import toggle_polygon
 
@@ -69,7 +81,9 @@ def understood(prompt: Prompt, volume: Volume, spec: ModelSpec) -> Said:
     needs = "mask" if isinstance(prompt, MaskPrior) else "box" if isinstance(prompt, Box) and flat is None else "point"
     if needs not in spec.prompts:
         name = type(prompt).__name__.lower() if needs == "point" else needs
-        raise InputError(f"model {spec.name!r} does not understand a {name}; it takes {', '.join(sorted(spec.prompts - {'mask'}))}")
+        raise InputError(
+            f"model {spec.name!r} does not understand a {name}; it takes {', '.join(sorted(spec.prompts - {'mask'}))}"
+        )
     if isinstance(prompt, Point):
         at = _canonical(point_in_grid(prompt, volume.grid), volume)
         return Said(((at, prompt.positive),), voxels=_voxels([at], volume), positive=prompt.positive)
@@ -119,11 +133,15 @@ def unknown_axis(said: Sequence[Said]) -> int | None:
 
 
 def _solid(said: Sequence[Said], depth: tuple[float, float] | None) -> Corners | None:
-    """The 3D box that 2D ones make together: each axis is bounded by those that are not flat along it, the last one by ``depth``."""
+    """The 3D box that 2D ones make together: each axis is bounded by those that are not flat along it, the last one by
+    ``depth``.
+    """
     extents = [(s.extent, s.flat) for s in said if s.extent is not None]
     low, high = [], []
     for axis in range(3):
-        ends = [(extent[0][axis], extent[1][axis]) for extent, flat in extents if flat != axis] or ([depth] if depth and extents else [])
+        ends = [(extent[0][axis], extent[1][axis]) for extent, flat in extents if flat != axis] or (
+            [depth] if depth and extents else []
+        )
         if not ends:
             return None
         low.append(min(a for a, _ in ends))
@@ -132,7 +150,9 @@ def _solid(said: Sequence[Said], depth: tuple[float, float] | None) -> Corners |
 
 
 def obeyed(canvas: Canvas, said: Sequence[Said]) -> Canvas:
-    """Give every voxel under a prompt its prompt's sign, the newest last; the canvas grows to hold what belongs to the object."""
+    """Give every voxel under a prompt its prompt's sign, the newest last; the canvas grows to hold what belongs to the
+    object.
+    """
     for entry in since_prior(said):
         if entry.voxels is None or not len(entry.voxels):
             continue
@@ -160,7 +180,9 @@ def _canonical(ijk: Triple, volume: Volume) -> Triple:
 
 def _voxels(positions: Sequence[Triple] | NDArray, volume: Volume) -> NDArray[np.intp]:
     """The voxels that positions fall into, each once."""
-    exact = np.asarray(positions, dtype=np.float64).reshape(-1, 3).round(6)  # a half that came from mm rounds as one given in voxels
+    exact = (
+        np.asarray(positions, dtype=np.float64).reshape(-1, 3).round(6)
+    )  # a half that came from mm rounds as one given in voxels
     rounded = np.floor(exact + 0.5).astype(np.intp)
     return np.unique(np.clip(rounded, 0, np.array(volume.view.shape_zyx) - 1), axis=0)
 
@@ -185,7 +207,9 @@ def _scribble(scribble: Scribble, volume: Volume) -> Said:
     steps = np.abs(np.diff(path, axis=0)).max(1)
     counts = np.maximum(1, np.ceil(2 * steps).astype(int))  # no voxel under the line is missed by much at half a voxel
     if counts.sum() > MAX_STROKE_SAMPLES:
-        raise InputError(f"scribble must be at most {MAX_STROKE_SAMPLES // 2} voxels long, got {steps.sum():.0f}; draw several")
+        raise InputError(
+            f"scribble must be at most {MAX_STROKE_SAMPLES // 2} voxels long, got {steps.sum():.0f}; draw several"
+        )
     pieces = [a + (b - a) * (np.arange(n) / n)[:, None] for a, b, n in zip(path[:-1], path[1:], counts, strict=True)]
     line = np.concatenate([*pieces, path[-1:]])
     voxels = _voxels(line, volume)
@@ -196,11 +220,15 @@ def _scribble(scribble: Scribble, volume: Volume) -> Said:
     count = min(STROKE_POINTS, len(np.unique(np.floor(line + 0.5), axis=0)))
     chosen = [line[round((n + 0.5) / count * (len(line) - 1))] for n in range(count)]
     middle = chosen.pop(count // 2)  # models that remember one click get the middle of the stroke
-    return Said(tuple((as_triple(at), scribble.positive) for at in [*chosen, middle]), voxels=voxels, positive=scribble.positive)
+    return Said(
+        tuple((as_triple(at), scribble.positive) for at in [*chosen, middle]), voxels=voxels, positive=scribble.positive
+    )
 
 
 def _brush(radius_vox: float, spacing_zyx_mm: Triple) -> NDArray[np.intp]:
-    """Offsets under a round brush: as wide as ``radius_vox`` of the finest voxels, in mm, so that it stays in a thick slice."""
+    """Offsets under a round brush: as wide as ``radius_vox`` of the finest voxels, in mm, so that it stays in a thick
+    slice.
+    """
     radius = radius_vox * min(spacing_zyx_mm)
     reach = [int(radius / s + 1e-9) for s in spacing_zyx_mm]
     offsets = np.stack(np.meshgrid(*(np.arange(-r, r + 1) for r in reach), indexing="ij"), axis=-1).reshape(-1, 3)
@@ -220,7 +248,9 @@ def _lasso(lasso: Lasso, volume: Volume) -> Said:
     toggle_polygon(plane, path[:, [columns, rows]])
     inside = np.logical_xor.accumulate(plane, axis=1)[:, :-1]
     if not inside.any():
-        raise InputError("lasso must enclose the centre of a voxel of the volume, got an outline that holds none; draw it larger")
+        raise InputError(
+            "lasso must enclose the centre of a voxel of the volume, got an outline that holds none; draw it larger"
+        )
     spacing = (volume.view.spacing_zyx_mm[rows], volume.view.spacing_zyx_mm[columns])
     deep, points = _deep_part(inside, spacing)
     shown = deep if lasso.positive else np.argwhere(inside)
@@ -259,14 +289,17 @@ def _given_mask(prompt: MaskPrior, volume: Volume) -> PackedMask:
     if isinstance(prompt.mask, str):
         raise InputError(f"mask {prompt.mask} must be read before it is placed")
     if prompt.mask.shape_zyx != volume.grid.shape_zyx:
-        raise InputError(f"mask must have the image's shape (D, H, W) {volume.grid.shape_zyx}, got {prompt.mask.shape_zyx}")
+        raise InputError(
+            f"mask must have the image's shape (D, H, W) {volume.grid.shape_zyx}, got {prompt.mask.shape_zyx}"
+        )
     if prompt.mask.region.is_empty:
         raise InputError("mask must hold a voxel, got an empty one; leave it out")
     return PackedMask.of(volume.view.to_canonical(prompt.mask.full()))
 
 
 def read_prior(prompt: Prompt, volume: Volume) -> Prompt:
-    """A mask prompt that names a file, with the file's mask on the image's grid in its place; any other prompt as it is.
+    """A mask prompt that names a file, with the file's mask on the image's grid in its place; any other prompt as it
+    is.
 
     Raises:
         InputError: if the file cannot be read, or holds nothing inside the image.
@@ -289,7 +322,10 @@ def deepest_voxel(prior: PackedMask) -> Triple:
 
     depth = distance_inside(prior.inside())
     return as_triple(
-        [float(a + b) for a, b in zip(np.unravel_index(int(depth.argmax()), depth.shape), prior.region.start_zyx, strict=True)]
+        [
+            float(a + b)
+            for a, b in zip(np.unravel_index(int(depth.argmax()), depth.shape), prior.region.start_zyx, strict=True)
+        ]
     )
 
 

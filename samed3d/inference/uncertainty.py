@@ -1,4 +1,6 @@
-"""Where the next click would tell the model most: the least certain place near the border of a mask. Used by ``session.py``."""
+"""Where the next click would tell the model most: the least certain place near the border of a mask. Used by
+``session.py``.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from samed3d.inference.predictor import Canvas
 from samed3d.prompts import MASK_LOGIT_THRESHOLD
 
 WINDOW_VOX = 5
-"""Edge of the cube over which uncertainty is averaged: every border is uncertain in its last voxel, a doubtful one over several."""
+"""Edge of the cube over which uncertainty is averaged: every border is uncertain in its last voxel, a doubtful one over
+several."""
 BAND_VOX = 4
 """How far from the mask's border a suggestion may lie."""
 LONGEST = 128
@@ -57,7 +60,9 @@ def least_certain(canvas: Canvas, clicked: Sequence[Triple], spacing_zyx_mm: Tri
 
 
 def _pooled(values: torch.Tensor, width: int, pool: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """A pooling over a cube of ``width`` voxels, one axis after the other, which costs a fraction of doing it at once."""
+    """A pooling over a cube of ``width`` voxels, one axis after the other, which costs a fraction of doing it at
+    once.
+    """
     pooled = values[None, None]
     for axis in range(3):
         kernel = [width if a == axis else 1 for a in range(3)]

@@ -1,7 +1,8 @@
-"""How well a mask agrees with a reference, and how well a series of clicks went. Distances in mm, rules for empty masks stated.
+"""How well a mask agrees with a reference, and how well a series of clicks went. Distances in mm, rules for empty masks
+stated.
 
-``masks.py``: Dice, surface Dice over voxels, HD95, volume error. ``elements.py``: surface Dice over surface elements. ``curves.py``: the
-area under a click curve, clicks to a quality, failures. Only numpy is needed at import.
+``masks.py``: Dice, surface Dice over voxels, HD95, volume error. ``elements.py``: surface Dice over surface elements.
+``curves.py``: the area under a click curve, clicks to a quality, failures. Only numpy is needed at import.
 """
 
 from __future__ import annotations

@@ -17,7 +17,9 @@ def trapezoid(scores: Sequence[float]) -> float:
 
 
 def area_under_curve(scores: Sequence[float]) -> float:
-    """The mean height of the curve: ``trapezoid`` over its width, in the unit of the scores; a single score is its own mean."""
+    """The mean height of the curve: ``trapezoid`` over its width, in the unit of the scores; a single score is its own
+    mean.
+    """
     return trapezoid(scores) / (len(scores) - 1) if len(scores) > 1 else float(scores[0])
 
 
@@ -33,6 +35,8 @@ def clicks_to(scores: Sequence[float], quality: float, first_click: int = 1) -> 
 
 
 def monotone_share(scores: Sequence[float], slack: float = 0.0) -> float | None:
-    """The share of further clicks that did not make the score worse by more than ``slack``; None without a further click."""
+    """The share of further clicks that did not make the score worse by more than ``slack``; None without a further
+    click.
+    """
     steps = [b >= a - slack for a, b in zip(scores[:-1], scores[1:], strict=True)]
     return sum(steps) / len(steps) if steps else None

@@ -1,8 +1,9 @@
-"""Surface Dice over surface elements: each counts with its area in mm2, so that it does not depend on how a surface lies in the grid.
+"""Surface Dice over surface elements: each counts with its area in mm2, so that it does not depend on how a surface
+lies in the grid.
 
-A surface element sits at a corner where eight voxels meet and not all eight are alike; its area is that of the marching-cubes patch
-between the centres of those voxels. Distances run from corner to corner. This is the definition of DeepMind's ``surface-distance``,
-which the CVPR 2025 challenge scores with; ``masks.nsd`` counts surface voxels instead.
+A surface element sits at a corner where eight voxels meet and not all eight are alike; its area is that of the
+marching-cubes patch between the centres of those voxels. Distances run from corner to corner. This is the definition of
+DeepMind's ``surface-distance``, which the CVPR 2025 challenge scores with; ``masks.nsd`` counts surface voxels instead.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def nsd_subvoxel(pred: NDArray, target: NDArray, spacing_zyx_mm: Triple, toleran
         ValueError: if the shapes differ or the tolerance is negative.
 
     Source:
-        Nikolov et al., Deep learning to achieve clinically applicable segmentation of head and neck anatomy for radiotherapy (2018).
+        Nikolov et al., Deep learning to achieve clinically applicable segmentation of head and neck anatomy for
+        radiotherapy (2018).
     """
     if tolerance_mm < 0:
         raise ValueError(f"tolerance_mm must be >= 0, got {tolerance_mm}")
@@ -62,7 +64,9 @@ def surface_scores(pred: NDArray, target: NDArray, spacing_zyx_mm: Triple, toler
     return {"nsd": found.share_within(tolerance_mm), "nsd_subvoxel": subvoxel, "hd95_mm": found.percentile(95)}
 
 
-def subvoxel_in(a: NDArray[np.bool_], b: NDArray[np.bool_], region: Region, spacing_zyx_mm: Triple, tolerance_mm: float) -> float:
+def subvoxel_in(
+    a: NDArray[np.bool_], b: NDArray[np.bool_], region: Region, spacing_zyx_mm: Triple, tolerance_mm: float
+) -> float:
     """``nsd_subvoxel`` of two masks that are not empty inside a region that holds both with a voxel of room."""
     areas = element_areas(spacing_zyx_mm)
     elements = [areas[_codes(cut(mask, region))] for mask in (a, b)]
@@ -86,10 +90,11 @@ def _codes(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
 
 @functools.lru_cache(maxsize=16)
 def element_areas(spacing_zyx_mm: Triple) -> NDArray[np.float64]:
-    """The area in mm2 of the patch for each of the 256 ways in which eight voxels can belong to a mask; 0 for all or none.
+    """The area in mm2 of the patch for each of the 256 ways in which eight voxels can belong to a mask; 0 for all or
+    none.
 
-    The four or fewer voxels of the smaller side are cut off, edge-connected ones together. A patch of more than three vertices is split
-    into the triangles that have the largest area on the unit cube.
+    The four or fewer voxels of the smaller side are cut off, edge-connected ones together. A patch of more than three
+    vertices is split into the triangles that have the largest area on the unit cube.
     """
     areas = np.zeros(256)
     for code in range(256):
@@ -154,4 +159,6 @@ def _triangulations(polygon: tuple[int, ...]) -> Iterator[list[tuple[int, int, i
 
 
 def _area(points: NDArray[np.float64], triangles: list[tuple[int, int, int]]) -> float:
-    return float(sum(np.linalg.norm(np.cross(points[b] - points[a], points[c] - points[a])) / 2 for a, b, c in triangles))
+    return float(
+        sum(np.linalg.norm(np.cross(points[b] - points[a], points[c] - points[a])) / 2 for a, b, c in triangles)
+    )

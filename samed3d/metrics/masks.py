@@ -1,8 +1,9 @@
-"""How well a mask agrees with a reference: Dice, surface Dice (NSD) and the 95th percentile Hausdorff distance, in millimetres.
+"""How well a mask agrees with a reference: Dice, surface Dice (NSD) and the 95th percentile Hausdorff distance, in
+millimetres.
 
-Surfaces are sets of voxels: a mask's voxels that touch background by a face, or the border of the array. Distances run from voxel centre
-to voxel centre. Only numpy is needed at import; distances use ``edt`` where it is installed, else SciPy. Not here: surface elements
-with areas (``elements.py``), metrics over several clicks (``curves.py``).
+Surfaces are sets of voxels: a mask's voxels that touch background by a face, or the border of the array. Distances run
+from voxel centre to voxel centre. Only numpy is needed at import; distances use ``edt`` where it is installed, else
+SciPy. Not here: surface elements with areas (``elements.py``), metrics over several clicks (``curves.py``).
 
 Rules for empty masks, so that no case drops out of an average unseen:
 
@@ -64,7 +65,9 @@ class SurfaceDistances:
 
     def percentile(self, percent: float) -> float:
         """The larger of the two directed percentiles, in mm."""
-        return float(max(np.percentile(self.pred_to_target_mm, percent), np.percentile(self.target_to_pred_mm, percent)))
+        return float(
+            max(np.percentile(self.pred_to_target_mm, percent), np.percentile(self.target_to_pred_mm, percent))
+        )
 
 
 def surface_distances(pred: NDArray, target: NDArray, spacing_zyx_mm: Triple) -> SurfaceDistances | None:
@@ -98,8 +101,8 @@ def nsd(pred: NDArray, target: NDArray, spacing_zyx_mm: Triple, tolerance_mm: fl
         ValueError: if the shapes differ or the tolerance is negative.
 
     Source:
-        Nikolov et al., Deep learning to achieve clinically applicable segmentation of head and neck anatomy for radiotherapy (2018);
-        surface voxels are counted here, where they weigh surface elements by area.
+        Nikolov et al., Deep learning to achieve clinically applicable segmentation of head and neck anatomy for
+        radiotherapy (2018); surface voxels are counted here, where they weigh surface elements by area.
     """
     if tolerance_mm < 0:
         raise ValueError(f"tolerance_mm must be >= 0, got {tolerance_mm}")
@@ -130,7 +133,9 @@ def image_diagonal_mm(shape_zyx: tuple[int, ...], spacing_zyx_mm: Triple) -> flo
 
 
 def volume_error(pred: NDArray, target: NDArray) -> float:
-    """(Predicted - true) / true volume: -1 for an empty prediction, 0 for the right size, inf or nan without a target."""
+    """(Predicted - true) / true volume: -1 for an empty prediction, 0 for the right size, inf or nan without a
+    target.
+    """
     a, b = as_masks(pred, target)
     size, wanted = int(np.count_nonzero(a)), int(np.count_nonzero(b))
     return (size - wanted) / wanted if wanted else float("inf" if size else "nan")
@@ -146,7 +151,10 @@ def as_masks(pred: NDArray, target: NDArray) -> tuple[NDArray[np.bool_], NDArray
 def cut(mask: NDArray[np.bool_], region: Region) -> NDArray[np.bool_]:
     """The mask in a region that may reach one voxel outside it, where there is background."""
     inside = region.clip((mask.shape[0], mask.shape[1], mask.shape[2]))
-    pad = [(a - o, p - b) for o, p, a, b in zip(region.start_zyx, region.stop_zyx, inside.start_zyx, inside.stop_zyx, strict=True)]
+    pad = [
+        (a - o, p - b)
+        for o, p, a, b in zip(region.start_zyx, region.stop_zyx, inside.start_zyx, inside.stop_zyx, strict=True)
+    ]
     return np.pad(mask[inside.slices], pad)
 
 

@@ -1,7 +1,7 @@
 """The registry: every architecture by name, one visible dict of builders.
 
-``create_model`` builds with random weights, ``load`` also reads them. Each builder is one function in the file named here, where every
-number of the architecture can be read. Read ``models/base.py`` for the contract.
+``create_model`` builds with random weights, ``load`` also reads them. Each builder is one function in the file named
+here, where every number of the architecture can be read. Read ``models/base.py`` for the contract.
 """
 
 from __future__ import annotations
@@ -45,7 +45,15 @@ _TINY_UNET = {
     "joint_blocks": 1,
     "similarity_heads": (2, 2, 2),
 }
-_TINY_VIT = {"input_shape": (16, 16, 16), "patch": 8, "dim": 24, "depth": 2, "heads": 2, "prompt_dim": 32, "stem_width": 4}
+_TINY_VIT = {
+    "input_shape": (16, 16, 16),
+    "patch": 8,
+    "dim": 24,
+    "depth": 2,
+    "heads": 2,
+    "prompt_dim": 32,
+    "stem_width": 4,
+}
 _TINY_SAM = {
     "input_shape": (16, 16, 16),
     "patch": 8,
@@ -68,9 +76,26 @@ _TINY_STUDENT = {
     "decoder_mlp_dim": 32,
 }
 _TINY_SAMU = {"input_shape": (16, 16, 16), "widths": (8, 8, 16, 16), "token_dim": 16}
-_TINY_SAM3D = {"input_shape": (6, 32, 32), "class_names": ("a", "b"), "backbone": "sam_vit_tiny", "widths": (8, 8, 8, 8)}
-_TINY_MA_SAM = {"input_shape": (3, 32, 32), "class_names": ("a", "b"), "backbone": "sam_vit_tiny", "rank": 4, "adapter_width": 8}
-_TINY_SAM3D_ADAPTER = {"input_shape": (16, 16, 16), "backbone": "sam_vit_tiny", "window": 2, "taps": (2, 4), "channels": 8}
+_TINY_SAM3D = {
+    "input_shape": (6, 32, 32),
+    "class_names": ("a", "b"),
+    "backbone": "sam_vit_tiny",
+    "widths": (8, 8, 8, 8),
+}
+_TINY_MA_SAM = {
+    "input_shape": (3, 32, 32),
+    "class_names": ("a", "b"),
+    "backbone": "sam_vit_tiny",
+    "rank": 4,
+    "adapter_width": 8,
+}
+_TINY_SAM3D_ADAPTER = {
+    "input_shape": (16, 16, 16),
+    "backbone": "sam_vit_tiny",
+    "window": 2,
+    "taps": (2, 4),
+    "channels": 8,
+}
 
 
 def sam_med3d_moe(
@@ -80,12 +105,14 @@ def sam_med3d_moe(
     threshold: float = 0.5,
     hidden: int = 64,
 ) -> MixtureOfExperts:
-    """A mixture of decoders over any promptable model (see ``sam_med3d_moe.py``); ``training/moe.py`` fills it from checkpoints.
+    """A mixture of decoders over any promptable model (see ``sam_med3d_moe.py``); ``training/moe.py`` fills it from
+    checkpoints.
 
     Args:
         base: Architecture of the general model and of every expert.
         base_config: Its keyword arguments.
-        experts: Name of each expert to the tensors that are its own; None gives two with all tensors outside the encoder.
+        experts: Name of each expert to the tensors that are its own; None gives two with all tensors outside the
+            encoder.
         threshold: Least probability of an expert for it to be chosen.
         hidden: Hidden channels of the gate.
     """
@@ -117,7 +144,9 @@ MODELS: dict[str, ModelEntry] = {
     "fast_sam3d": ModelEntry(fast_sam3d, _TINY_STUDENT),
     "sam3d": ModelEntry(sam3d, _TINY_SAM3D),
     "sam3d_adapter": ModelEntry(sam3d_adapter, _TINY_SAM3D_ADAPTER),
-    "sam3d_adapter_auto": ModelEntry(sam3d_adapter_auto, {**_TINY_SAM3D_ADAPTER, "upsample": 4, "class_names": ("a", "b")}),
+    "sam3d_adapter_auto": ModelEntry(
+        sam3d_adapter_auto, {**_TINY_SAM3D_ADAPTER, "upsample": 4, "class_names": ("a", "b")}
+    ),
     "ma_sam_b": ModelEntry(ma_sam_b, _TINY_MA_SAM),
     "ma_sam_l": ModelEntry(ma_sam_l, _TINY_MA_SAM),
     "ma_sam_h": ModelEntry(ma_sam_h, _TINY_MA_SAM),
@@ -140,7 +169,8 @@ def create_model(name: str, **overrides: Any) -> AnyModel:
         **overrides: Keyword arguments of that builder (the numbers of the architecture).
 
     Raises:
-        InputError: if the name is unknown (the message gives the nearest names) or the builder does not take the overrides.
+        InputError: if the name is unknown (the message gives the nearest names) or the builder does not take the
+            overrides.
     """
     if name not in MODELS:
         raise InputError(f"unknown model {name!r}; nearest: {_nearest(name, list_models())} (all: samed3d models)")
@@ -163,7 +193,9 @@ def load(name_or_path: str | Path) -> AnyModel:
     if path is None:
         name = str(name_or_path)
         if name in MODELS:
-            raise InputError(f"model {name!r} has no weights here; create_model({name!r}) builds it with random weights")
+            raise InputError(
+                f"model {name!r} has no weights here; create_model({name!r}) builds it with random weights"
+            )
         near = _nearest(name, [*list_checkpoints(), *list_models()])
         raise InputError(f"no checkpoint or file is called {name!r}; nearest names: {near} (all: samed3d models)")
     state, header = read_weights(path)
@@ -174,7 +206,9 @@ def load(name_or_path: str | Path) -> AnyModel:
         load_state_strict(model, state)
     except InputError as error:
         raise InputError(f"{path} is not a {header['model']!r} checkpoint: {error}") from error
-    model.spec = spec_from_json({**spec_to_json(model.spec), **header["spec"]})  # what an older file does not say, the builder says
+    model.spec = spec_from_json(
+        {**spec_to_json(model.spec), **header["spec"]}
+    )  # what an older file does not say, the builder says
     return model.eval()
 
 
@@ -186,7 +220,9 @@ def load_promptable(name_or_path: str | Path) -> PromptableModel:
     """
     model = load(name_or_path)
     if not isinstance(model, PromptableModel):
-        raise InputError(f"model must take prompts, got {str(name_or_path)!r}, a {model.spec.name!r}, which is automatic")
+        raise InputError(
+            f"model must take prompts, got {str(name_or_path)!r}, a {model.spec.name!r}, which is automatic"
+        )
     return model
 
 

@@ -1,7 +1,8 @@
 """Weights files that hold only what was trained beside a base: adapters, and whatever else was not frozen.
 
-Such a file is a few MB and of no use without its base, which its header names with a hash of the tensors. ``models.load`` reads it like any
-other. Writing is ``weights.save_weights`` of a model whose ``adaptation`` is set. Read ``training/trainable.py`` for what is trained.
+Such a file is a few MB and of no use without its base, which its header names with a hash of the tensors.
+``models.load`` reads it like any other. Writing is ``weights.save_weights`` of a model whose ``adaptation`` is set.
+Read ``training/trainable.py`` for what is trained.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from samed3d.models.weights import ADAPTER_KEY, find_checkpoint, read_weights, t
 from samed3d.nn.adapters import add_adapters
 
 
-def put_on_base(model: PromptableModel, trained: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+def put_on_base(
+    model: PromptableModel, trained: Mapping[str, Tensor], header: Mapping[str, Any], path: Path
+) -> dict[str, Tensor]:
     """Give a freshly built model the adapters of a file, and find the rest of its tensors in the base.
 
     Args:
@@ -36,7 +39,9 @@ def put_on_base(model: PromptableModel, trained: Mapping[str, Tensor], header: M
     try:
         adaptation = Adaptation(**header[ADAPTER_KEY])
     except TypeError as error:
-        raise InputError(f"header of {path} must name kind, rank, base and base_sha256 of its adapter ({error}); update samed3d") from error
+        raise InputError(
+            f"header of {path} must name kind, rank, base and base_sha256 of its adapter ({error}); update samed3d"
+        ) from error
     base = _base_state(adaptation, path)
     add_adapters(model, adaptation.kind, adaptation.rank)
     model.adaptation = adaptation
@@ -51,9 +56,13 @@ def _base_state(adaptation: Adaptation, path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is an adapter of {adaptation.base!r}, which is not there; put that file beside it")
     state, header = read_weights(found)
     if ADAPTER_KEY in header:
-        raise InputError(f"{path} is an adapter of {found}, which is an adapter itself; merge that one into its base first")
+        raise InputError(
+            f"{path} is an adapter of {found}, which is an adapter itself; merge that one into its base first"
+        )
     actual = tensors_sha256(state)
     if actual != adaptation.base_sha256:
         remedy = "find the weights that it was trained on, or train the adapter again"
-        raise InputError(f"{path} was trained on weights with tensors {adaptation.base_sha256[:12]}, {found} has {actual[:12]}; {remedy}")
+        raise InputError(
+            f"{path} was trained on weights with tensors {adaptation.base_sha256[:12]}, {found} has {actual[:12]}; {remedy}"
+        )
     return state

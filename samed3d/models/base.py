@@ -1,7 +1,9 @@
-"""The contracts that models keep: promptable ones encode once and decode per prompt, semantic ones give all classes at once.
+"""The contracts that models keep: promptable ones encode once and decode per prompt, semantic ones give all classes at
+once.
 
-A model sees one crop, already resampled and normalised as its ``ModelSpec`` says; it never sees a file, a spacing or a user. Builders are
-listed in ``models/__init__.py``; weights are read and written by ``models/weights.py``. Read ``models/sam_med3d.py`` next.
+A model sees one crop, already resampled and normalised as its ``ModelSpec`` says; it never sees a file, a spacing or a
+user. Builders are listed in ``models/__init__.py``; weights are read and written by ``models/weights.py``. Read
+``models/sam_med3d.py`` next.
 """
 
 from __future__ import annotations
@@ -24,20 +26,25 @@ class ModelSpec:
     Attributes:
         name: Registry name.
         input_shape_zyx: Crop shape that the weights were trained on, in voxels.
-        spacing_mm: Isotropic crop spacing in mm, or None for a model of relative scale (any spacing; the crop follows the object).
-        normalisation: A method of ``crops.normalise``; it sets how many channels the image has. ``"zscore_volume"`` for a
+        spacing_mm: Isotropic crop spacing in mm, or None for a model of relative scale (any spacing; the crop follows
+            the object).
+        normalisation: A method of ``crops.normalise``; it sets how many channels the image has. ``"zscore_volume"`` for
+            a
             ``SemanticModel``, whose crops are scaled by their whole volume (``data.semantic.Intensities``).
         ct_clamp_hu: Clamp for CT before normalising, or None.
         tensor_axes: ``"zyx"``, or ``"xyz"`` for weights trained on x-first tensors (SAM-Med3D through torchio).
         prompts: What the model understands, of ``"point" "box" "mask"``.
-        click_memory: ``"all"`` clicks are given at each decode, or only the ``"newest"`` plus the previous low-resolution logits.
-        first_mask: What stands for "no mask yet": ``"none"`` (a trained no-mask state) or ``"zeros"`` (zero logits, SAM-Med3D).
-        click_logit_threshold: Logit above which training's simulated user called a voxel foreground (0.5 in SAM-Med3D's code).
+        click_memory: ``"all"`` clicks are given at each decode, or only the ``"newest"`` plus the previous
+            low-resolution logits.
+        first_mask: What stands for "no mask yet": ``"none"`` (a trained no-mask state) or ``"zeros"`` (zero logits,
+            SAM-Med3D).
+        click_logit_threshold: Logit above which training's simulated user called a voxel foreground (0.5 in SAM-Med3D's
+            code).
         bf16: Whether inference runs in bf16 where the processor computes in it; for weights that were trained so.
         source: Paper or repository that defines the architecture.
         classes: Output channels of a ``SemanticModel``, background first; 0 for a promptable model.
-        in_channels: Image channels of a ``SemanticModel`` whose volumes have several (MR sequences); a promptable model's number of
-            channels follows from ``normalisation``.
+        in_channels: Image channels of a ``SemanticModel`` whose volumes have several (MR sequences); a promptable
+            model's number of channels follows from ``normalisation``.
     """
 
     name: str
@@ -73,7 +80,8 @@ class MaskOutput:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What an adapted model says of itself, and its weights file of it: the file holds only what was trained, beside a base.
+    """What an adapted model says of itself, and its weights file of it: the file holds only what was trained, beside a
+    base.
 
     Attributes:
         kind: ``"lora"`` or ``"fact"``.
@@ -89,14 +97,16 @@ class Adaptation:
 
 
 Features = dict[str, Tensor]
-"""What ``encode`` returns: named tensors, batch first, to be kept by the caller and given to ``decode`` any number of times."""
+"""What ``encode`` returns: named tensors, batch first, to be kept by the caller and given to ``decode`` any number of
+times."""
 
 
 class PromptableModel(nn.Module, ABC):
     """Base of all promptable models. ``config`` holds the keyword arguments that rebuild it.
 
-    ``encoder_parts`` names the submodules, dotted, that hold every parameter that ``encode`` uses: what "frozen image encoder" means, and
-    where adapters go; ``prompt_parts`` those that read prompts. ``adaptation`` is set while adapters are on.
+    ``encoder_parts`` names the submodules, dotted, that hold every parameter that ``encode`` uses: what "frozen image
+    encoder" means, and where adapters go; ``prompt_parts`` those that read prompts. ``adaptation`` is set while
+    adapters are on.
     """
 
     spec: ModelSpec
@@ -119,7 +129,9 @@ class PromptableModel(nn.Module, ABC):
 
 
 class SemanticModel(nn.Module, ABC):
-    """Base of all automatic models: every class of a crop at once, no prompt. ``config`` holds the keyword arguments that rebuild it."""
+    """Base of all automatic models: every class of a crop at once, no prompt. ``config`` holds the keyword arguments
+    that rebuild it.
+    """
 
     spec: ModelSpec
     config: dict[str, Any]
@@ -129,7 +141,9 @@ class SemanticModel(nn.Module, ABC):
         """Logits (B, K, D, H, W) of a (B, C, D, H, W) crop, normalised as the spec says; channel 0 is background."""
 
     def forward_supervised(self, image: Tensor) -> list[tuple[float, Tensor]]:
-        """What training compares with the truth: (weight, logits) per output, the finest first; coarser ones only with deep supervision."""
+        """What training compares with the truth: (weight, logits) per output, the finest first; coarser ones only with
+        deep supervision.
+        """
         return [(1.0, self(image))]
 
 

@@ -1,10 +1,12 @@
-"""FastSAM3D: a student of SAM-Med3D with half the blocks, two of them without attention, and sparse attention in the others if wanted.
+"""FastSAM3D: a student of SAM-Med3D with half the blocks, two of them without attention, and sparse attention in the
+others if wanted.
 
-The prompt encoder and the mask decoder are SAM-Med3D's own, so the student starts from its teacher's (``from_teacher``) and learns its
-blocks' features (``loss.distill`` of the training config, on ``layer_features``). This is the architecture of the paper and its figures,
-not a copy of the released code, which departs from both: the residual of its MLPs starts from the normalised tokens, so the teacher's
-weights compute something else there; its sparse attention leaves the tokens in scrambled order; its fast decoder swaps heads and channels.
-The relative positions are the correct ones. Read ``nn/dilated.py`` next, or ``sam_med3d.py`` for the teacher.
+The prompt encoder and the mask decoder are SAM-Med3D's own, so the student starts from its teacher's (``from_teacher``)
+and learns its blocks' features (``loss.distill`` of the training config, on ``layer_features``). This is the
+architecture of the paper and its figures, not a copy of the released code, which departs from both: the residual of its
+MLPs starts from the normalised tokens, so the teacher's weights compute something else there; its sparse attention
+leaves the tokens in scrambled order; its fast decoder swaps heads and channels. The relative positions are the correct
+ones. Read ``nn/dilated.py`` next, or ``sam_med3d.py`` for the teacher.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ class FastSam3DConfig:
         if not 0 <= self.plain_blocks <= self.depth:
             raise InputError(f"plain_blocks must be from 0 to the depth ({self.depth}), got {self.plain_blocks}")
         object.__setattr__(self, "input_shape", shape)
-        object.__setattr__(self, "patterns", tuple((int(segment), int(dilation)) for segment, dilation in self.patterns))
+        object.__setattr__(
+            self, "patterns", tuple((int(segment), int(dilation)) for segment, dilation in self.patterns)
+        )
 
     @property
     def grid(self) -> IntTriple:
@@ -115,7 +119,9 @@ class FastSam3D(PromptableModel):
             source=SOURCE,
         )
         embed = PatchEmbed(c.patch, c.dim)
-        encoder = ImageEncoder(embed, c.grid, c.dim, c.depth, c.heads, 0, (), c.prompt_dim, misbroadcast_relpos=False, pad_sink=False)
+        encoder = ImageEncoder(
+            embed, c.grid, c.dim, c.depth, c.heads, 0, (), c.prompt_dim, misbroadcast_relpos=False, pad_sink=False
+        )
         for index in range(c.plain_blocks):
             encoder.blocks[index] = PlainBlock(c.dim)
         if c.attention == "dilated":
@@ -147,7 +153,9 @@ class FastSam3D(PromptableModel):
             InputError: if the prompts hold a box, which this model cannot understand.
         """
         if prompts.boxes is not None:
-            raise InputError("prompts must be points or masks for fast_sam3d, got a box; use a samed3d_* model for boxes")
+            raise InputError(
+                "prompts must be points or masks for fast_sam3d, got a box; use a samed3d_* model for boxes"
+            )
         lowres, iou = decode_released(self.prompt_encoder, self.mask_decoder, features["image"], prompts, True, True)
         logits = F.interpolate(lowres, size=self.numbers.input_shape, mode="trilinear", align_corners=False)
         return MaskOutput(logits, iou, lowres)
@@ -155,16 +163,18 @@ class FastSam3D(PromptableModel):
     def _checked(self, image: Tensor) -> Tensor:
         d, h, w = self.numbers.input_shape
         if tuple(image.shape[1:]) != (1, d, h, w):
-            raise InputError(f"image must be (B, 1, {d}, {h}, {w}) for fast_sam3d, got {tuple(image.shape)}; resample the crop")
+            raise InputError(
+                f"image must be (B, 1, {d}, {h}, {w}) for fast_sam3d, got {tuple(image.shape)}; resample the crop"
+            )
         return image
 
 
 def from_teacher(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A student's state dict that starts from its teacher's.
 
-    Everything outside the blocks is the teacher's: patches, positions, neck, prompt encoder, mask decoder. Block i of the student takes the
-    norms, the MLP and the projections of block 2i + 1, whose features it will be taught; relative positions keep the student's own
-    start, as the heads have another width.
+    Everything outside the blocks is the teacher's: patches, positions, neck, prompt encoder, mask decoder. Block i of
+    the student takes the norms, the MLP and the projections of block 2i + 1, whose features it will be taught; relative
+    positions keep the student's own start, as the heads have another width.
 
     Args:
         student: State dict of a ``FastSam3D``.
@@ -184,7 +194,9 @@ def from_teacher(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -
             source = f"image_encoder.blocks.{2 * int(index) + 1}.{rest}"
         if source not in teacher or teacher[source].shape != own.shape:
             found = tuple(teacher[source].shape) if source in teacher else "nothing"
-            raise InputError(f"teacher must hold {source} of shape {tuple(own.shape)}, got {found}; use a sam_med3d_b checkpoint")
+            raise InputError(
+                f"teacher must hold {source} of shape {tuple(own.shape)}, got {found}; use a sam_med3d_b checkpoint"
+            )
         state[name] = teacher[source]
     return state
 

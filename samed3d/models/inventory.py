@@ -1,7 +1,9 @@
-"""What an architecture holds and costs: parameters by part and floating-point operations, counted without weights or data.
+"""What an architecture holds and costs: parameters by part and floating-point operations, counted without weights or
+data.
 
-Everything happens on torch's meta device, where tensors have shapes and no numbers. A deep encoder is many equal blocks on equal shapes:
-each is counted once (``_repeats_counted_once``). ``samed3d models`` prints it; time and memory are measured by
+Everything happens on torch's meta device, where tensors have shapes and no numbers. A deep encoder is many equal blocks
+on equal shapes: each is counted once (``_repeats_counted_once``). ``samed3d models`` prints it; time and memory are
+measured by
 ``benchmarks/compare_systems.py``.
 """
 
@@ -33,7 +35,8 @@ class Inventory:
         encoder: Parameters that ``encode`` uses (all but the decoder of a semantic model).
         prompts: Parameters that read prompts.
         decoder: The rest.
-        encode_flops: Operations of one crop's ``encode``, two per multiply-add; of the whole forward for a semantic model.
+        encode_flops: Operations of one crop's ``encode``, two per multiply-add; of the whole forward for a semantic
+            model.
         decode_flops: Operations of one ``decode`` with one click; 0 for a semantic model.
     """
 
@@ -62,7 +65,9 @@ def take_inventory(model: AnyModel) -> Inventory:
 
 
 def count_flops(model: AnyModel) -> tuple[int, int]:
-    """Operations of ``encode`` and of ``decode`` on one crop of the spec's shape; convolutions, matrix products and attention count."""
+    """Operations of ``encode`` and of ``decode`` on one crop of the spec's shape; convolutions, matrix products and
+    attention count.
+    """
     learning = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)  # the counter follows gradients where there are any
     try:
@@ -98,11 +103,14 @@ class Tally:
 
 @contextmanager
 def _repeats_counted_once(model: nn.Module) -> Iterator[Tally]:
-    """Within it, a submodule that is equal to one before it and gets the same shapes is not run: shapes and operations are those of before.
+    """Within it, a submodule that is equal to one before it and gets the same shapes is not run: shapes and operations
+    are those of before.
 
     Exact, as on the meta device nothing else can follow from a call; what cannot be compared is run.
     """
-    inside = [m for m in model.modules() if m is not model and "forward" not in vars(m) and any(True for _ in m.children())]
+    inside = [
+        m for m in model.modules() if m is not model and "forward" not in vars(m) and any(True for _ in m.children())
+    ]
     answers: dict[Hashable, tuple[int, list[Any], Any]] = {}
     tally = Tally()
     for module in inside:
@@ -142,7 +150,9 @@ def _shape(leaf: Any) -> Hashable:
 
 def _likeness(module: nn.Module) -> Hashable:
     """Equal for modules of the same class, numbers and shapes, all the way down."""
-    tensors = [(name, _shape(t)) for name, t in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+    tensors = [
+        (name, _shape(t)) for name, t in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    ]
     numbers = [(name, _plain(value)) for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES]
     children = [(name, _likeness(child)) for name, child in module.named_children()]
     return type(module), tuple(tensors), tuple(numbers), tuple(children)

@@ -1,7 +1,9 @@
-"""MA-SAM: SAM's 2D encoder with low-rank changes of q and v and 3D adapters, a mask decoder that upsamples to full size. Automatic.
+"""MA-SAM: SAM's 2D encoder with low-rank changes of q and v and 3D adapters, a mask decoder that upsamples to full
+size. Automatic.
 
-The encoder's own tensors are frozen and not stored. A stack of slices is one sample; depth enters only through the adapters. Also takes one
-3D box per stack, as the published variant for tumours does. Read ``nn/adapters3d.py`` and ``nn/sam2d.py`` next.
+The encoder's own tensors are frozen and not stored. A stack of slices is one sample; depth enters only through the
+adapters. Also takes one 3D box per stack, as the published variant for tumours does. Read ``nn/adapters3d.py`` and
+``nn/sam2d.py`` next.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class MaSamConfig:
         rank: Of FacT.
         fact_dropout: After FacT's core.
         adapter_width: Channels inside the 3D adapters.
-        zero_adapters: Start the adapters at zero, so that the encoder starts as SAM's; released code starts them at random.
+        zero_adapters: Start the adapters at zero, so that the encoder starts as SAM's; released code starts them at
+            random.
     """
 
     class_names: tuple[str, ...] = tuple(f"class {i}" for i in range(1, 13))
@@ -85,9 +88,13 @@ class MaSam(FrozenParts, SemanticModel):
     def __init__(self, name: str, config: MaSamConfig) -> None:
         super().__init__()
         c = config
-        encoder, sha256, state = open_encoder(c.backbone, c.backbone_weights, c.backbone_sha256, read_state, tensors_sha256)
+        encoder, sha256, state = open_encoder(
+            c.backbone, c.backbone_weights, c.backbone_sha256, read_state, tensors_sha256
+        )
         if not isinstance(encoder, SamEncoder2d):
-            raise InputError(f"backbone of {name} must be one of SAM's encoders (sam_vit_b, sam_vit_l, sam_vit_h), got {c.backbone!r}")
+            raise InputError(
+                f"backbone of {name} must be one of SAM's encoders (sam_vit_b, sam_vit_l, sam_vit_h), got {c.backbone!r}"
+            )
         self.numbers = replace(c, backbone_sha256=sha256)
         self.config = asdict(self.numbers)
         self.spec = ModelSpec(
@@ -99,7 +106,9 @@ class MaSam(FrozenParts, SemanticModel):
             classes=len(c.class_names) + 1,
         )
         dim, out_dim = encoder.dim, encoder.out_dim
-        self.checkpoint_blocks = False  # recompute blocks in the backward pass, for memory (run.activation_checkpointing)
+        self.checkpoint_blocks = (
+            False  # recompute blocks in the backward pass, for memory (run.activation_checkpointing)
+        )
         self.image_encoder = encoder
         self.freeze(f"image_encoder.{n}" for n, _ in encoder.named_parameters())
         self.fact = FactShared(dim, c.rank)
@@ -118,8 +127,8 @@ class MaSam(FrozenParts, SemanticModel):
 
         Args:
             image: (B, 1, D, H, W) normalised stacks of slices.
-            boxes: (B, 2, 3) low and high corner (voxel edges, zyx) around what is wanted, or None. As published, every slice gets the
-                box's rectangle; its extent along z is not used.
+            boxes: (B, 2, 3) low and high corner (voxel edges, zyx) around what is wanted, or None. As published, every
+                slice gets the box's rectangle; its extent along z is not used.
 
         Returns:
             (B, K, D, H, W).
@@ -129,7 +138,9 @@ class MaSam(FrozenParts, SemanticModel):
         """
         batch, channels, depth, height, width = image.shape
         if channels != 1:
-            raise InputError(f"image must be (B, 1, D, H, W) for {self.spec.name}, got {tuple(image.shape)}; give one modality")
+            raise InputError(
+                f"image must be (B, 1, D, H, W) for {self.spec.name}, got {tuple(image.shape)}; give one modality"
+            )
         x = self.encode(image)
         h, w = x.shape[2:]
         sparse = x.new_zeros(x.shape[0], 0, x.shape[1])
@@ -151,7 +162,9 @@ class MaSam(FrozenParts, SemanticModel):
         return self.image_encoder.neck(x.permute(0, 3, 1, 2))
 
     def _start_from_sam(self, state: dict[str, Tensor]) -> None:
-        """Prompt encoder and the shared part of the mask decoder from a whole SAM checkpoint; an encoder alone changes nothing."""
+        """Prompt encoder and the shared part of the mask decoder from a whole SAM checkpoint; an encoder alone changes
+        nothing.
+        """
         wanted = {k: v for k, v in state.items() if k.startswith("prompt_encoder.")}
         prefix = "mask_decoder."
         wanted |= {k: v for k, v in state.items() if k.startswith(tuple(prefix + p for p in FROM_SAM))}
@@ -159,7 +172,9 @@ class MaSam(FrozenParts, SemanticModel):
         with torch.no_grad():
             for key, value in wanted.items():
                 if key not in own or own[key].shape != value.shape:
-                    raise InputError(f"backbone_weights must be a SAM checkpoint, got {key} of shape {tuple(value.shape)} in it")
+                    raise InputError(
+                        f"backbone_weights must be a SAM checkpoint, got {key} of shape {tuple(value.shape)} in it"
+                    )
                 own[key].copy_(value)
 
 

@@ -1,7 +1,9 @@
-"""SAM3D: a frozen 2D encoder looks at every slice, a light 3D decoder turns the stack of features into classes. Automatic, no prompts.
+"""SAM3D: a frozen 2D encoder looks at every slice, a light 3D decoder turns the stack of features into classes.
+Automatic, no prompts.
 
-The encoder is built once, outside the state dict; slices are folded into its batch, a few at a time. Its features can be kept on disk,
-which pays where the same crops come again (no augmentation). Sliding windows are in ``inference/sliding_window.py``; read
+The encoder is built once, outside the state dict; slices are folded into its batch, a few at a time. Its features can
+be kept on disk, which pays where the same crops come again (no augmentation). Sliding windows are in
+``inference/sliding_window.py``; read
 ``training/semantic.py`` next.
 """
 
@@ -65,7 +67,9 @@ class Sam3DConfig:
         if self.chunk < 1:
             raise InputError(f"chunk must be at least 1 slice, got {self.chunk}")
         if any(n % DECODER_STRIDE for n in self.input_shape[1:]):
-            raise InputError(f"input_shape must have H and W that are multiples of {DECODER_STRIDE}, got {self.input_shape}")
+            raise InputError(
+                f"input_shape must have H and W that are multiples of {DECODER_STRIDE}, got {self.input_shape}"
+            )
 
 
 class ResidualUp(nn.Module):
@@ -101,7 +105,8 @@ class Sam3D(FrozenParts, SemanticModel):
         config: Numbers.
         feature_cache: Folder that keeps encoder features by the content of the crop, or None.
 
-    Source: the paper's section 2; what it calls skip connections are the residual branches inside the decoder blocks, as in the code.
+    Source: the paper's section 2; what it calls skip connections are the residual branches inside the decoder blocks,
+    as in the code.
     """
 
     encoder_parts = ("image_encoder",)
@@ -199,5 +204,7 @@ class Sam3D(FrozenParts, SemanticModel):
 
 
 def sam3d(feature_cache: str | None = None, **overrides: Any) -> Sam3D:
-    """SAM3D as published for 13 organs (Synapse): ViT-B, 1,880,258 trained parameters. ``feature_cache`` is not stored with the model."""
+    """SAM3D as published for 13 organs (Synapse): ViT-B, 1,880,258 trained parameters. ``feature_cache`` is not stored
+    with the model.
+    """
     return Sam3D(replace(Sam3DConfig(), **overrides), feature_cache)

@@ -1,8 +1,9 @@
-"""3DSAM-adapter: SAM's 2D transformer made 3D (depth convolution, depth positions, shifted 3D windows, spatial adapters), with clicks.
+"""3DSAM-adapter: SAM's 2D transformer made 3D (depth convolution, depth positions, shifted 3D windows, spatial
+adapters), with clicks.
 
-Promptable (``sam3d_adapter``) and automatic (``sam3d_adapter_auto``). The encoder is in ``nn/vit2d_to_3d.py``. Clicks are understood as the
-paper has them: the features under positive clicks, without position or sign; a negative click is left out. Written from the paper's and the
-code's facts. Read ``nn/adapters3d.py`` next.
+Promptable (``sam3d_adapter``) and automatic (``sam3d_adapter_auto``). The encoder is in ``nn/vit2d_to_3d.py``. Clicks
+are understood as the paper has them: the features under positive clicks, without position or sign; a negative click is
+left out. Written from the paper's and the code's facts. Read ``nn/adapters3d.py`` next.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Sam3DAdapterConfig:
 
     Attributes:
         class_names: What the automatic variant segments, background not listed; unused by the promptable one.
-        input_shape: Crop (D, H, W); after upsampling by ``upsample`` a multiple of the window's extent (8 tokens of 16 voxels).
+        input_shape: Crop (D, H, W); after upsampling by ``upsample`` a multiple of the window's extent (8 tokens of 16
+            voxels).
         spacing_mm: Isotropic spacing of the crops, or None for any.
         upsample: How many times finer the encoder sees the crop: 4 for 128^3, 2 for 256^3 (automatic).
         window: Window edge of attention in tokens; every second block is shifted by half of it.
@@ -66,7 +68,9 @@ class Sam3DAdapterConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if any(n * self.upsample % (16 * self.window) for n in self.input_shape):
             edge = 16 * self.window // self.upsample
-            raise InputError(f"input_shape must hold multiples of {edge} voxels (a window of tokens), got {self.input_shape}")
+            raise InputError(
+                f"input_shape must hold multiples of {edge} voxels (a window of tokens), got {self.input_shape}"
+            )
         if not self.class_names:
             raise InputError("class_names must name at least one class, got none")
 
@@ -120,7 +124,9 @@ class VisualSampler(nn.Module):
         self.blocks = nn.ModuleList(SamplerBlock(dim, heads, mlp_dim, token_attention) for _ in range(2))
 
     def forward(self, image: Tensor, unit: Tensor, valid: Tensor) -> Tensor:
-        """Map (B, C, d, h, w), points (B, P, 3) as zyx in [0, 1] between the crop's faces, ``valid`` (B, P) bool; the map, updated."""
+        """Map (B, C, d, h, w), points (B, P, 3) as zyx in [0, 1] between the crop's faces, ``valid`` (B, P) bool; the
+        map, updated.
+        """
         at = (2 * unit - 1).flip(-1)[:, :, None, None].to(image.dtype)  # grid_sample takes xyz
         points = F.grid_sample(image, at, padding_mode="zeros", align_corners=False).flatten(2).transpose(1, 2)
         flat = image.flatten(2).transpose(1, 2)
@@ -141,13 +147,18 @@ class AggregationDecoder(nn.Module):
 
     def __init__(self, taps: int, dim: int, channels: int, classes: int) -> None:
         super().__init__()
-        self.refine = nn.ModuleList(nn.Sequential(*_conv(dim, channels), *_conv(channels, channels)) for _ in range(taps))
+        self.refine = nn.ModuleList(
+            nn.Sequential(*_conv(dim, channels), *_conv(channels, channels)) for _ in range(taps)
+        )
         self.join = nn.Sequential(*_conv(taps * channels + 1, channels))
         self.classify = nn.Conv3d(channels, classes, kernel_size=3, padding=1, bias=False)
 
     def forward(self, maps: list[Tensor], image: Tensor) -> Tensor:
         """Maps (B, dim, d, h, w) and the crop (B, 1, D, H, W) to logits (B, classes, 2d, 2h, 2w)."""
-        doubled = [F.interpolate(refine(m), scale_factor=2, mode="trilinear") for refine, m in zip(self.refine, maps, strict=True)]
+        doubled = [
+            F.interpolate(refine(m), scale_factor=2, mode="trilinear")
+            for refine, m in zip(self.refine, maps, strict=True)
+        ]
         small = F.interpolate(image, size=doubled[0].shape[2:], mode="trilinear")
         return self.classify(self.join(torch.cat([*doubled, small], 1)))
 
@@ -157,7 +168,9 @@ def _conv(before: int, after: int) -> list[nn.Module]:
 
 
 class _Lifted(FrozenParts):
-    """What both variants share: the lifted encoder, of which SAM's own tensors are frozen and not stored, and the decoder."""
+    """What both variants share: the lifted encoder, of which SAM's own tensors are frozen and not stored, and the
+    decoder.
+    """
 
     def _build(self, config: Sam3DAdapterConfig, classes: int) -> None:
         c = config
@@ -212,8 +225,8 @@ class Sam3DAdapter(_Lifted, PromptableModel):
     def decode(self, features: Features, prompts: PromptBatch) -> MaskOutput:
         """One mask (B, 1, D, H, W) from the positive clicks; only the last tap is prompted.
 
-        ``iou`` is no head: it is the overlap that the mask's own probabilities promise, sum of p inside over the mask's voxels and the p
-        outside it.
+        ``iou`` is no head: it is the overlap that the mask's own probabilities promise, sum of p inside over the mask's
+        voxels and the p outside it.
 
         Raises:
             InputError: if the prompts hold a box, which this model cannot understand.

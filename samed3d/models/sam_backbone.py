@@ -1,7 +1,9 @@
 """Segment Anything's own checkpoints (2D) as our weights files: what SAM3D, MA-SAM and 3DSAM-adapter build on.
 
-The file keeps SAM's names (``image_encoder.*``, ``prompt_encoder.*``, ``mask_decoder.*``) and is given to those models as
-``backbone_weights``, as the ``.pth`` itself can be. It is no model that ``load`` builds. The encoder is in ``nn/vit2d.py``.
+The file keeps SAM's names (``image_encoder.*``, ``prompt_encoder.*``, ``mask_decoder.*``) and is given to those models
+as
+``backbone_weights``, as the ``.pth`` itself can be. It is no model that ``load`` builds. The encoder is in
+``nn/vit2d.py``.
 """
 
 from __future__ import annotations
@@ -55,7 +57,11 @@ def import_sam(source: Path, output: Path, name: str) -> int:
     found = encoder_state(state, name)
     wrong = sorted({*own} ^ {*found} | {k for k in own if k in found and own[k].shape != found[k].shape})
     if wrong:
-        raise InputError(f"{source} is no {name}: {len(wrong)} tensors of its encoder differ, first {wrong[0]}; give --model another name")
-    kept = {k: v for k, v in state.items() if k.startswith(PARTS)} or {f"image_encoder.{k}": v for k, v in found.items()}
+        raise InputError(
+            f"{source} is no {name}: {len(wrong)} tensors of its encoder differ, first {wrong[0]}; give --model another name"
+        )
+    kept = {k: v for k, v in state.items() if k.startswith(PARTS)} or {
+        f"image_encoder.{k}": v for k, v in found.items()
+    }
     save_weights(_SamTensors(name, kept), output, {"imported_from": source.name, "licence": "Apache-2.0"})  # type: ignore[arg-type]
     return len(kept)

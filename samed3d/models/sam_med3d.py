@@ -1,6 +1,8 @@
-"""SAM-Med3D as released: a 3D vision transformer, a prompt encoder and a two-way mask decoder, with the quirks its weights depend on.
+"""SAM-Med3D as released: a 3D vision transformer, a prompt encoder and a two-way mask decoder, with the quirks its
+weights depend on.
 
-Every quirk is a switch of ``SamMed3DConfig``. Our own models, without them, are in ``samed3d_vit.py``. Read ``nn/vit.py`` next.
+Every quirk is a switch of ``SamMed3DConfig``. Our own models, without them, are in ``samed3d_vit.py``. Read
+``nn/vit.py`` next.
 """
 
 from __future__ import annotations
@@ -41,12 +43,15 @@ class SamMed3DConfig:
         misbroadcast_relpos: Quirk: relative positions added along the wrong axes (see ``nn.attention.GridAttention``).
         pad_sink: Quirk: padding of windows takes part in attention (see ``nn.attention.GridAttention``).
         swap_pe_axes: Quirk: dense positions swap axes 0 and 1, points do not.
-        sin_cos_sin: Quirk: positions are sine, cosine and the same sine again. Off changes the shape of the position buffer.
+        sin_cos_sin: Quirk: positions are sine, cosine and the same sine again. Off changes the shape of the position
+            buffer.
         pad_point: Quirk: N clicks give N + 1 tokens. Off drops the padding embedding from the state dict.
-        first_mask: Quirk: ``"zeros"``, the first mask prompt is zero logits; ``"none"`` uses the no-mask embedding, untrained upstream.
+        first_mask: Quirk: ``"zeros"``, the first mask prompt is zero logits; ``"none"`` uses the no-mask embedding,
+            untrained upstream.
         click_memory: Quirk: ``"newest"``, a decode sees only the last click; ``"all"`` sees every click.
-        boxes: ``"none"``; ``"stored"``: the embeddings of a box's corners are there, as in the published ``*_bbox_init`` file, which holds
-            them untrained, and boxes are refused; ``"used"``: boxes are prompts, for a fine-tune that trains them.
+        boxes: ``"none"``; ``"stored"``: the embeddings of a box's corners are there, as in the published
+            ``*_bbox_init`` file, which holds them untrained, and boxes are refused; ``"used"``: boxes are prompts, for
+            a fine-tune that trains them.
     """
 
     input_shape: IntTriple
@@ -113,7 +118,16 @@ class SamMed3D(PromptableModel):
         )
         embed = PatchEmbed(c.patch, c.dim)
         self.image_encoder = ImageEncoder(
-            embed, c.grid, c.dim, c.depth, c.heads, c.window, c.global_blocks, c.prompt_dim, c.misbroadcast_relpos, c.pad_sink
+            embed,
+            c.grid,
+            c.dim,
+            c.depth,
+            c.heads,
+            c.window,
+            c.global_blocks,
+            c.prompt_dim,
+            c.misbroadcast_relpos,
+            c.pad_sink,
         )
         self.prompt_encoder = PromptEncoder(
             c.prompt_dim, c.grid, c.input_shape, c.boxes != "none", c.sin_cos_sin, c.swap_pe_axes, c.pad_point
@@ -139,7 +153,9 @@ class SamMed3D(PromptableModel):
             InputError: if the prompts hold a box, which this model cannot understand.
         """
         if prompts.boxes is not None and "box" not in self.spec.prompts:
-            raise InputError(f"prompts must be points or masks for {self.spec.name}, got a box; use a samed3d_* model for boxes")
+            raise InputError(
+                f"prompts must be points or masks for {self.spec.name}, got a box; use a samed3d_* model for boxes"
+            )
         newest, zeros = self.spec.click_memory == "newest", self.spec.first_mask == "zeros"
         lowres, iou = decode_released(self.prompt_encoder, self.mask_decoder, features["image"], prompts, newest, zeros)
         logits = F.interpolate(lowres, size=self.numbers.input_shape, mode="trilinear", align_corners=False)
@@ -148,35 +164,49 @@ class SamMed3D(PromptableModel):
     def _checked(self, image: Tensor) -> Tensor:
         d, h, w = self.numbers.input_shape
         if tuple(image.shape[1:]) != (1, d, h, w):
-            raise InputError(f"image must be (B, 1, {d}, {h}, {w}) for {self.spec.name}, got {tuple(image.shape)}; resample the crop")
+            raise InputError(
+                f"image must be (B, 1, {d}, {h}, {w}) for {self.spec.name}, got {tuple(image.shape)}; resample the crop"
+            )
         return image
 
 
 def variant_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The switches that a published state dict asks for: ``*_bbox_init`` and its descendants bring two more prompt embeddings."""
+    """The switches that a published state dict asks for: ``*_bbox_init`` and its descendants bring two more prompt
+    embeddings.
+    """
     corners = [f"prompt_encoder.point_embeddings.{index}.weight" for index in (2, 3)]
     return {"boxes": "stored"} if all(name in state for name in corners) else {}
 
 
 def sam_med3d_b(**overrides: Any) -> SamMed3D:
-    """The released SAM-Med3D (upstream ``vit_b_ori``): 128^3 crops, 100,509,232 parameters; the only one with public weights."""
-    config = SamMed3DConfig(input_shape=(128, 128, 128), patch=16, dim=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11))
+    """The released SAM-Med3D (upstream ``vit_b_ori``): 128^3 crops, 100,509,232 parameters; the only one with public
+    weights.
+    """
+    config = SamMed3DConfig(
+        input_shape=(128, 128, 128), patch=16, dim=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11)
+    )
     return SamMed3D("sam_med3d_b", replace(config, **overrides))
 
 
 def sam_med3d_b256(**overrides: Any) -> SamMed3D:
     """Upstream ``vit_b``: 256^3 crops, narrow, 36,186,928 parameters."""
-    config = SamMed3DConfig(input_shape=(256, 256, 256), patch=16, dim=384, depth=12, heads=12, global_blocks=(2, 5, 8, 11))
+    config = SamMed3DConfig(
+        input_shape=(256, 256, 256), patch=16, dim=384, depth=12, heads=12, global_blocks=(2, 5, 8, 11)
+    )
     return SamMed3D("sam_med3d_b256", replace(config, **overrides))
 
 
 def sam_med3d_l(**overrides: Any) -> SamMed3D:
     """Upstream ``vit_l``: 256^3 crops, 322,786,864 parameters."""
-    config = SamMed3DConfig(input_shape=(256, 256, 256), patch=16, dim=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23))
+    config = SamMed3DConfig(
+        input_shape=(256, 256, 256), patch=16, dim=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23)
+    )
     return SamMed3D("sam_med3d_l", replace(config, **overrides))
 
 
 def sam_med3d_h(**overrides: Any) -> SamMed3D:
     """Upstream ``vit_h``: 256^3 crops, 652,434,992 parameters."""
-    config = SamMed3DConfig(input_shape=(256, 256, 256), patch=16, dim=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31))
+    config = SamMed3DConfig(
+        input_shape=(256, 256, 256), patch=16, dim=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31)
+    )
     return SamMed3D("sam_med3d_h", replace(config, **overrides))

@@ -1,8 +1,10 @@
-"""SAM-Med3D-MoE: several decoders on one frozen image encoder, and a small gate that says whose mask to take. Nothing is forgotten.
+"""SAM-Med3D-MoE: several decoders on one frozen image encoder, and a small gate that says whose mask to take. Nothing
+is forgotten.
 
-The general model stays as it is. An expert is what a fine-tune of its decoder changed, nothing else, so each costs only its own tensors and
-the features of a crop serve all of them. The gate reads image and prompts; below its threshold the general decoder answers, bit for bit as
-it would alone. Any promptable model can be the base. Not here: which tensors an expert brings and how the gate learns, that is
+The general model stays as it is. An expert is what a fine-tune of its decoder changed, nothing else, so each costs only
+its own tensors and the features of a crop serve all of them. The gate reads image and prompts; below its threshold the
+general decoder answers, bit for bit as it would alone. Any promptable model can be the base. Not here: which tensors an
+expert brings and how the gate learns, that is
 ``training/moe.py``.
 """
 
@@ -39,8 +41,8 @@ class Decoder(nn.Module):
 class Gate(nn.Module):
     """Image and prompts to one logit per decoder, the general one first.
 
-    It sees the mean and spread of the coarsest features, what lies under the clicks on and off the object (the middle of a box counts as
-    a click on it), and where the prompts are.
+    It sees the mean and spread of the coarsest features, what lies under the clicks on and off the object (the middle
+    of a box counts as a click on it), and where the prompts are.
 
     Args:
         channels: Of the features.
@@ -108,7 +110,9 @@ class MixtureOfExperts(PromptableModel):
             raise InputError("experts must name at least one expert, got none; the base model alone needs no mixture")
         own = general.state_dict()
         if unknown := sorted({n for names in experts.values() for n in names} - set(own)):
-            raise InputError(f"experts must bring tensors of the base model, got {', '.join(unknown[:3])}; take experts of the same base")
+            raise InputError(
+                f"experts must bring tensors of the base model, got {', '.join(unknown[:3])}; take experts of the same base"
+            )
         self.config, self.feature, self.threshold = config, feature, threshold
         base = general.spec
         self.spec = ModelSpec(**{**vars(base), "name": "sam_med3d_moe", "source": f"{SOURCE}; base {base.name}"})
@@ -119,7 +123,9 @@ class MixtureOfExperts(PromptableModel):
         for names in experts.values():
             tensors = nn.Module()
             for name in names:  # a parameter's name may hold no dot
-                tensors.register_parameter(name.replace(".", "/"), nn.Parameter(own[name].detach().clone(), requires_grad=False))
+                tensors.register_parameter(
+                    name.replace(".", "/"), nn.Parameter(own[name].detach().clone(), requires_grad=False)
+                )
             self.experts.append(tensors)
         self.gate = Gate(channels, 1 + len(experts), hidden, base.input_shape_zyx)
 
@@ -164,7 +170,9 @@ class MixtureOfExperts(PromptableModel):
 
 
 def coarsest_feature(model: PromptableModel, image_channels: int) -> tuple[str, int]:
-    """Name and channels of the features with the fewest voxels (then the most channels), from a model on the meta device."""
+    """Name and channels of the features with the fewest voxels (then the most channels), from a model on the meta
+    device.
+    """
     with torch.device("meta"), torch.no_grad():
         features = model.encode(torch.empty(1, image_channels, *model.spec.input_shape_zyx))
     maps = {name: tensor for name, tensor in features.items() if tensor.ndim == 5}

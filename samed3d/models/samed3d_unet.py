@@ -1,9 +1,9 @@
 """``samed3d_unet``: a promptable U-Net with a cached image encoder, small enough for a laptop without a GPU.
 
-The encoder sees only the image and runs once per crop. The decoder runs per prompt: at each resolution it adds dense prompt maps and the
-learned similarity to the clicked voxels, reasons globally on the coarsest grid together with prompt tokens, and ends on the full grid
-without ever computing on it (each half-resolution voxel predicts its eight). It is not a SAM-style ViT: that is ``samed3d_vit.py``.
-Read ``training/step.py`` next.
+The encoder sees only the image and runs once per crop. The decoder runs per prompt: at each resolution it adds dense
+prompt maps and the learned similarity to the clicked voxels, reasons globally on the coarsest grid together with prompt
+tokens, and ends on the full grid without ever computing on it (each half-resolution voxel predicts its eight). It is
+not a SAM-style ViT: that is ``samed3d_vit.py``. Read ``training/step.py`` next.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class JointBlock(nn.Module):
 
 
 class PromptTokens(nn.Module):
-    """Clicks and box corners as tokens: where (Fourier features in the crop's own frame), what (type) and what lies under a click."""
+    """Clicks and box corners as tokens: where (Fourier features in the crop's own frame), what (type) and what lies
+    under a click.
+    """
 
     def __init__(self, dim: int, feature_dim: int) -> None:
         super().__init__()
@@ -92,7 +94,8 @@ class SamedUNet(PromptableModel):
         encoder_blocks: Residual blocks per encoder stage.
         joint_blocks: Transformer blocks on the coarsest grid.
         similarity_heads: Heads of the click similarity per stride 2, 4, 8; 0 leaves it out there.
-        mask_stride: 1 predicts the eight voxels of each half-resolution voxel; 2 predicts one value there and interpolates.
+        mask_stride: 1 predicts the eight voxels of each half-resolution voxel; 2 predicts one value there and
+            interpolates.
         spacing_mm: Spacing of the crops, for weights trained with ``data.spacing_mm``; None follows the object's size.
         click_memory: As in ``ModelSpec``.
     """
@@ -142,7 +145,8 @@ class SamedUNet(PromptableModel):
         )
         self.skips = nn.ModuleList(nn.Conv3d(a, b, 1) for a, b in zip(widths, decoder_widths, strict=True))
         self.similarities = nn.ModuleList(
-            ClickSimilarity(w, heads) if heads else nn.Identity() for w, heads in zip(widths, similarity_heads, strict=False)
+            ClickSimilarity(w, heads) if heads else nn.Identity()
+            for w, heads in zip(widths, similarity_heads, strict=False)
         )
         extra = [MAP_CHANNELS + 2 * h for h in (*similarity_heads, 0)]
         self.map_in = nn.ModuleList(nn.Linear(e, w) for e, w in zip(extra, decoder_widths, strict=True))
@@ -151,8 +155,11 @@ class SamedUNet(PromptableModel):
         self.iou_token = nn.Parameter(torch.randn(1, 1, top) * 0.02)
         self.joint = nn.ModuleList(JointBlock(top, max(1, top // 32)) for _ in range(joint_blocks))
         self.ups = nn.ModuleList(nn.Conv3d(b, a, 1) for a, b in zip(decoder_widths, decoder_widths[1:], strict=False))
-        # On the finest grid one convolution is enough: the image is already in the skip, the prompts were understood below.
-        self.blocks = nn.ModuleList(ResidualBlock(w, convs=1 if i == 0 else 2) for i, w in enumerate(decoder_widths[:-1]))
+        # On the finest grid one convolution is enough: the image is already in the skip, the prompts were understood
+        # below.
+        self.blocks = nn.ModuleList(
+            ResidualBlock(w, convs=1 if i == 0 else 2) for i, w in enumerate(decoder_widths[:-1])
+        )
         self.out_norm = LayerNorm3d(decoder_widths[0], eps=1e-5)
         self.out = nn.Conv3d(decoder_widths[0], 8 if mask_stride == 1 else 1, 3, padding=1)
         with torch.no_grad():
@@ -166,7 +173,9 @@ class SamedUNet(PromptableModel):
             InputError: if an axis is not a multiple of 16.
         """
         if any(n % STRIDES[-1] for n in image.shape[2:]):
-            raise InputError(f"image shape must be a multiple of {STRIDES[-1]} on each axis, got {tuple(image.shape[2:])}")
+            raise InputError(
+                f"image shape must be a multiple of {STRIDES[-1]} on each axis, got {tuple(image.shape[2:])}"
+            )
         features: Features = {}
         x = self.stem(space_to_depth(image).contiguous(memory_format=torch.channels_last_3d))
         for level, stage in enumerate(self.stages):
@@ -212,7 +221,12 @@ class SamedUNet(PromptableModel):
         for block in self.joint:
             tokens = block(tokens, seen)
         count = voxels.shape[1]
-        grid = tokens[:, :count].transpose(1, 2).reshape(batch, dim, *shape).contiguous(memory_format=torch.channels_last_3d)
+        grid = (
+            tokens[:, :count]
+            .transpose(1, 2)
+            .reshape(batch, dim, *shape)
+            .contiguous(memory_format=torch.channels_last_3d)
+        )
         return grid, self.iou_head(tokens[:, count]).float().sigmoid()
 
 

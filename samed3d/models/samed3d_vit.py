@@ -1,8 +1,10 @@
-"""Our own vision transformers for clicks, boxes and masks: SAM-Med3D's blocks without its quirks, and edges at full resolution.
+"""Our own vision transformers for clicks, boxes and masks: SAM-Med3D's blocks without its quirks, and edges at full
+resolution.
 
-Tokens attend globally, so nothing is padded; positions of points, boxes and features share one frame; padded prompts are masked out. A
-convolutional stem feeds the tokens and keeps a finer feature map for the decoder's upscaling; a small head that also sees the image refines
-the mask at the crop's own resolution. Read ``nn/vit.py`` next, or ``sam_med3d.py`` for the released architecture.
+Tokens attend globally, so nothing is padded; positions of points, boxes and features share one frame; padded prompts
+are masked out. A convolutional stem feeds the tokens and keeps a finer feature map for the decoder's upscaling; a small
+head that also sees the image refines the mask at the crop's own resolution. Read ``nn/vit.py`` next, or
+``sam_med3d.py`` for the released architecture.
 """
 
 from __future__ import annotations
@@ -67,10 +69,11 @@ class Samed3DVitConfig:
 
 
 class Refinement(nn.Module):
-    """Corrects an upsampled mask at full resolution with what the image shows there; the image's part is computed once per crop.
+    """Corrects an upsampled mask at full resolution with what the image shows there; the image's part is computed once
+    per crop.
 
-    It computes on the half-resolution grid, whose voxels hold and predict their eight full-resolution voxels, so no detail is lost and
-    no convolution runs on the full grid.
+    It computes on the half-resolution grid, whose voxels hold and predict their eight full-resolution voxels, so no
+    detail is lost and no convolution runs on the full grid.
 
     Args:
         maps: Low-resolution logit maps.
@@ -97,7 +100,8 @@ class Refinement(nn.Module):
 
 
 class Samed3DVit(PromptableModel):
-    """Promptable 3D vision transformer of our own; every click, boxes, mask prompts, a trained no-mask state and IoU head.
+    """Promptable 3D vision transformer of our own; every click, boxes, mask prompts, a trained no-mask state and IoU
+    head.
 
     Args:
         name: Registry name.
@@ -119,7 +123,9 @@ class Samed3DVit(PromptableModel):
         self.prompt_encoder = PromptEncoder(
             c.prompt_dim, c.grid, c.input_shape, boxes=True, sin_cos_sin=False, swap_pe_axes=False, pad_point=False
         )
-        self.mask_decoder = MaskDecoder(c.prompt_dim, c.decoder_heads, 4 * c.prompt_dim, mask_tokens=c.maps, iou_outputs=1)
+        self.mask_decoder = MaskDecoder(
+            c.prompt_dim, c.decoder_heads, 4 * c.prompt_dim, mask_tokens=c.maps, iou_outputs=1
+        )
         self.skip = nn.Conv3d(self.stem.fine_channels, c.prompt_dim // 8, kernel_size=1)
         self.refinement = Refinement(c.maps, c.refine_width)
 
@@ -127,14 +133,17 @@ class Samed3DVit(PromptableModel):
         """Features of a (B, 1, *input_shape) crop.
 
         Returns:
-            ``image`` (B, prompt_dim, d, h, w), ``skip`` (B, prompt_dim/8, 4d, 4h, 4w), ``detail`` (B, refine_width, D/2, H/2, W/2).
+            ``image`` (B, prompt_dim, d, h, w), ``skip`` (B, prompt_dim/8, 4d, 4h, 4w), ``detail`` (B, refine_width,
+            D/2, H/2, W/2).
 
         Raises:
             InputError: if the crop has another shape.
         """
         d, h, w = self.numbers.input_shape
         if tuple(image.shape[1:]) != (1, d, h, w):
-            raise InputError(f"image must be (B, 1, {d}, {h}, {w}) for {self.spec.name}, got {tuple(image.shape)}; resample the crop")
+            raise InputError(
+                f"image must be (B, 1, {d}, {h}, {w}) for {self.spec.name}, got {tuple(image.shape)}; resample the crop"
+            )
         tokens, fine = self.stem(image)
         return {"image": self.image_encoder(tokens), "skip": self.skip(fine), "detail": self.refinement.encode(image)}
 
@@ -147,23 +156,31 @@ class Samed3DVit(PromptableModel):
             sparse, valid = torch.cat([sparse, corners], 1), torch.cat([valid, corners_valid], 1)
         dense = self.prompt_encoder.embed_mask(prompts.mask_logits, image.shape[0], prompts.mask_valid)
         positions = self.prompt_encoder.dense_positions()
-        maps, iou = self.mask_decoder(image, positions, sparse, dense, self.numbers.maps, sparse_valid=valid, skip=features["skip"])
+        maps, iou = self.mask_decoder(
+            image, positions, sparse, dense, self.numbers.maps, sparse_valid=valid, skip=features["skip"]
+        )
         return MaskOutput(self.refinement(maps, features["detail"]), iou.sigmoid(), maps[:, :1])
 
 
 def samed3d_tiny(**overrides: Any) -> Samed3DVit:
     """64^3 crops, 8^3 tokens of 192 channels, 6 blocks: for quick experiments."""
-    config = Samed3DVitConfig(input_shape=(64, 64, 64), patch=8, dim=192, depth=6, heads=6, prompt_dim=128, stem_width=16)
+    config = Samed3DVitConfig(
+        input_shape=(64, 64, 64), patch=8, dim=192, depth=6, heads=6, prompt_dim=128, stem_width=16
+    )
     return Samed3DVit("samed3d_tiny", replace(config, **overrides))
 
 
 def samed3d_small(**overrides: Any) -> Samed3DVit:
     """64^3 crops, 8^3 tokens of 384 channels, 6 blocks."""
-    config = Samed3DVitConfig(input_shape=(64, 64, 64), patch=8, dim=384, depth=6, heads=6, prompt_dim=192, stem_width=16)
+    config = Samed3DVitConfig(
+        input_shape=(64, 64, 64), patch=8, dim=384, depth=6, heads=6, prompt_dim=192, stem_width=16
+    )
     return Samed3DVit("samed3d_small", replace(config, **overrides))
 
 
 def samed3d_base(**overrides: Any) -> Samed3DVit:
     """128^3 crops, 8^3 tokens of 768 channels, 12 blocks: the size of SAM-Med3D."""
-    config = Samed3DVitConfig(input_shape=(128, 128, 128), patch=16, dim=768, depth=12, heads=12, prompt_dim=384, stem_width=16)
+    config = Samed3DVitConfig(
+        input_shape=(128, 128, 128), patch=16, dim=768, depth=12, heads=12, prompt_dim=384, stem_width=16
+    )
     return Samed3DVit("samed3d_base", replace(config, **overrides))

@@ -1,9 +1,10 @@
 """SAMU: a 3D U-Net that is told by prompts at every level of its decoder.
 
-The paper gives the idea, the number of parameters ("12M") and the results, not the widths; these are ours, chosen to meet that number. Its
-encoder sees only the image, so it runs once per crop. ``samu`` is the paper's form: one click, no earlier mask, no box, no learned overlap.
-``samu_extended`` adds what the paper leaves open: several clicks, clicks off the object, boxes and the earlier mask. The controls of its
-ablation are ``prompt_levels``. Read ``nn/prompt_attention.py`` next.
+The paper gives the idea, the number of parameters ("12M") and the results, not the widths; these are ours, chosen to
+meet that number. Its encoder sees only the image, so it runs once per crop. ``samu`` is the paper's form: one click, no
+earlier mask, no box, no learned overlap.
+``samu_extended`` adds what the paper leaves open: several clicks, clicks off the object, boxes and the earlier mask.
+The controls of its ablation are ``prompt_levels``. Read ``nn/prompt_attention.py`` next.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class SamuConfig:
         widths: Channels from the full resolution down, each level half of the one before.
         token_dim: Channels of the prompt tokens.
         learned_tokens: Tokens beside the prompts'; at least 1 (see ``nn.prompt_attention``).
-        prompt_levels: Where prompts enter: ``"all"`` levels, the ``"decoder"``'s without the coarsest, only the ``"bottom"``, or ``"none"``
-            (a control that sees the crop alone).
+        prompt_levels: Where prompts enter: ``"all"`` levels, the ``"decoder"``'s without the coarsest, only the
+            ``"bottom"``, or ``"none"`` (a control that sees the crop alone).
         click_memory: ``"newest"`` click (the paper's single one) or ``"all"``.
         boxes: Understand boxes.
         mask_prior: See the earlier mask at each decoder level.
@@ -64,7 +65,9 @@ class SamuConfig:
             raise InputError(f"click_memory must be newest or all, got {self.click_memory!r}")
         shape = tuple(int(n) for n in self.input_shape)
         if len(shape) != 3 or any(n <= 0 or n % self.stride for n in shape):
-            raise InputError(f"input_shape must be three multiples of {self.stride} for {len(self.widths)} levels, got {shape}")
+            raise InputError(
+                f"input_shape must be three multiples of {self.stride} for {len(self.widths)} levels, got {shape}"
+            )
         object.__setattr__(self, "input_shape", shape)
         object.__setattr__(self, "widths", tuple(self.widths))
 
@@ -102,7 +105,13 @@ class Samu(PromptableModel):
         self.numbers, self.config = c, asdict(c)
         prompts = {"point"} | ({"box"} if c.boxes else set()) | ({"mask"} if c.mask_prior else set())
         self.spec = ModelSpec(
-            name, c.input_shape, c.spacing_mm, "zscore", prompts=frozenset(prompts), click_memory=c.click_memory, source=SOURCE
+            name,
+            c.input_shape,
+            c.spacing_mm,
+            "zscore",
+            prompts=frozenset(prompts),
+            click_memory=c.click_memory,
+            source=SOURCE,
         )
         self.encoder = nn.ModuleList(DoubleConv(a, b) for a, b in zip((1, *c.widths), c.widths, strict=False))
         pairs = list(zip(c.widths[1:], c.widths, strict=False))
@@ -111,7 +120,9 @@ class Samu(PromptableModel):
         self.head = nn.Conv3d(c.widths[0], 1, kernel_size=1)
         top = len(c.widths) - 1
         prompted = {"all": range(top + 1), "decoder": range(top), "bottom": [top], "none": []}[c.prompt_levels]
-        self.attentions = nn.ModuleDict({str(level): PromptAttention(c.widths[level], c.token_dim) for level in prompted})
+        self.attentions = nn.ModuleDict(
+            {str(level): PromptAttention(c.widths[level], c.token_dim) for level in prompted}
+        )
         self.positions = RandomFourierPositions(c.token_dim, sin_cos_sin=False, swap_axes=False)
         if prompted:
             self.kinds = nn.Embedding(4 if c.boxes else 2, c.token_dim)  # off, on, low corner, high corner
@@ -135,7 +146,9 @@ class Samu(PromptableModel):
         return features
 
     def decode(self, features: Features, prompts: PromptBatch) -> MaskOutput:
-        """One mask (B, 1, D, H, W). ``iou`` is not learned: it is the overlap of the probabilities with their own mask."""
+        """One mask (B, 1, D, H, W). ``iou`` is not learned: it is the overlap of the probabilities with their own
+        mask.
+        """
         tokens, valid = self._tokens(prompts, features["level0"].shape) if len(self.attentions) else (None, None)
         top = len(self.numbers.widths) - 1
         x = self._told(top, features[f"level{top}"], tokens, valid)
@@ -166,13 +179,17 @@ class Samu(PromptableModel):
         tokens, valid = [learned, clicks], [labels.new_ones(learned.shape[:2], dtype=torch.bool), labels >= 0]
         if self.numbers.boxes and prompts.boxes is not None:
             tokens.append(self.positions(prompts.boxes / size) + self.kinds.weight[2:])
-            there = labels.new_ones(points.shape[0], dtype=torch.bool) if prompts.box_valid is None else prompts.box_valid
+            there = (
+                labels.new_ones(points.shape[0], dtype=torch.bool) if prompts.box_valid is None else prompts.box_valid
+            )
             valid.append(there[:, None].expand(-1, 2))
         return torch.cat(tokens, dim=1), torch.cat(valid, dim=1)
 
 
 def own_overlap(logits: Tensor) -> Tensor:
-    """(B, 1) overlap of a probability map with its own thresholded mask: near 1 where the network is sure, lower where it is not."""
+    """(B, 1) overlap of a probability map with its own thresholded mask: near 1 where the network is sure, lower where
+    it is not.
+    """
     prob = logits.detach().sigmoid().flatten(1)
     mask = (prob > 0.5).to(prob.dtype)
     return ((prob * mask).sum(1) / torch.maximum(prob, mask).sum(1).clamp(min=1e-6))[:, None]

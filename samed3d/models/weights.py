@@ -1,7 +1,8 @@
-"""Weights on disk: one ``.safetensors`` file whose JSON header says which model it is, how to build it and where it comes from.
+"""Weights on disk: one ``.safetensors`` file whose JSON header says which model it is, how to build it and where it
+comes from.
 
-Also reads upstream training checkpoints (``.pth``) without running what they contain, and finds shipped checkpoints by name. Building a
-model from a file is ``samed3d.models.load``.
+Also reads upstream training checkpoints (``.pth``) without running what they contain, and finds shipped checkpoints by
+name. Building a model from a file is ``samed3d.models.load``.
 """
 
 from __future__ import annotations
@@ -34,10 +35,13 @@ CHECKPOINT_FOLDER_VARIABLE = "SAMED3D_CHECKPOINTS"
 _MAX_LISTED = 12
 
 
-def save_weights(model: AnyModel, path: str | Path, metadata: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
+def save_weights(
+    model: AnyModel, path: str | Path, metadata: Mapping[str, Any], dtype: torch.dtype | None = None
+) -> None:
     """Write a model to one ``.safetensors`` file, whole or not at all.
 
-    A model with adapters (``model.adaptation``) is written as what was trained alone, with the name and hash of its base in the header;
+    A model with adapters (``model.adaptation``) is written as what was trained alone, with the name and hash of its
+    base in the header;
     ``models/adapter_weights.py`` puts the two together again.
 
     Args:
@@ -50,7 +54,12 @@ def save_weights(model: AnyModel, path: str | Path, metadata: Mapping[str, Any],
         InputError: if the file cannot be written or ``metadata`` uses a key of the header.
     """
     path = Path(path)
-    header = {"version": HEADER_VERSION, "model": model.spec.name, "config": model.config, "spec": spec_to_json(model.spec)}
+    header = {
+        "version": HEADER_VERSION,
+        "model": model.spec.name,
+        "config": model.config,
+        "spec": spec_to_json(model.spec),
+    }
     state = model.state_dict()
     if adaptation := getattr(model, "adaptation", None):
         header[ADAPTER_KEY] = asdict(adaptation)
@@ -106,14 +115,18 @@ def read_header(path: str | Path) -> dict[str, Any]:
             text = (file.metadata() or {}).get(HEADER_KEY)
     except (OSError, SafetensorError) as error:
         remedy = "convert an upstream checkpoint with: samed3d import-weights"
-        raise InputError(f"checkpoint must be a .safetensors file written by samed3d, got {path} ({error}); {remedy}") from error
+        raise InputError(
+            f"checkpoint must be a .safetensors file written by samed3d, got {path} ({error}); {remedy}"
+        ) from error
     if text is None:
         raise InputError(f"checkpoint has no samed3d header, so its architecture is unknown: {path}")
     header = json.loads(text)
     if header.get("version") == HEADER_VERSION and not {"model", "config", "spec"} <= header.keys():
         raise InputError(f"checkpoint header must name model, config and spec, got {', '.join(header)} in {path}")
     if header.get("version") != HEADER_VERSION:
-        raise InputError(f"checkpoint header must have version {HEADER_VERSION}, got {header.get('version')!r} in {path}; update samed3d")
+        raise InputError(
+            f"checkpoint header must have version {HEADER_VERSION}, got {header.get('version')!r} in {path}; update samed3d"
+        )
     return header
 
 
@@ -167,8 +180,9 @@ def load_state_strict(model: torch.nn.Module, state: Mapping[str, Tensor]) -> No
 def import_upstream(path: str | Path) -> dict[str, Tensor]:
     """The model's state dict from an upstream SAM-Med3D checkpoint (``.pth``).
 
-    Takes a training checkpoint (``model_state_dict`` beside optimiser state and an ``argparse.Namespace``) or a bare state dict, with or
-    without ``module.`` before the keys. Nothing in the file is executed: apart from tensors and plain containers, exactly
+    Takes a training checkpoint (``model_state_dict`` beside optimiser state and an ``argparse.Namespace``) or a bare
+    state dict, with or without ``module.`` before the keys. Nothing in the file is executed: apart from tensors and
+    plain containers, exactly
     ``argparse.Namespace`` is allowed.
 
     Raises:
@@ -185,7 +199,9 @@ def import_upstream(path: str | Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         held = f"the Python object {refused.group(1)}" if refused else "something other than tensors"
-        raise InputError(f"checkpoint must hold only tensors and argparse.Namespace, but {path} holds {held}; it was not opened") from error
+        raise InputError(
+            f"checkpoint must hold only tensors and argparse.Namespace, but {path} holds {held}; it was not opened"
+        ) from error
     except Exception as error:  # torch.load raises many types for a damaged archive
         raise InputError(f"checkpoint is not a readable PyTorch file: {path} ({str(error).splitlines()[0]})") from error
     state = body.get("model_state_dict", body) if isinstance(body, dict) else None
@@ -195,7 +211,8 @@ def import_upstream(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of any weights file: ours (``.safetensors``) or a foreign one (``.pth``, read as ``import_upstream`` does).
+    """The tensors of any weights file: ours (``.safetensors``) or a foreign one (``.pth``, read as ``import_upstream``
+    does).
 
     A file that is not at ``path`` is looked for under its name in the folder of ``SAMED3D_CHECKPOINTS``.
 
@@ -223,7 +240,9 @@ def find_checkpoint(name_or_path: str | Path) -> Path | None:
     folder, entry = found
     path = folder / entry["file"]
     if not path.is_file():
-        raise InputError(f"checkpoint {str(name_or_path)!r} is in {folder / 'manifest.json'} but its file is missing: {path}")
+        raise InputError(
+            f"checkpoint {str(name_or_path)!r} is in {folder / 'manifest.json'} but its file is missing: {path}"
+        )
     actual = _sha256(path)
     if actual != entry["sha256"]:
         raise InputError(f"checkpoint {path} must have sha256 {entry['sha256']}, got {actual}; fetch it again")
@@ -293,7 +312,10 @@ def spec_from_json(body: Mapping[str, Any]) -> ModelSpec:
 
 def _manifest_entries() -> dict[str, tuple[Path, dict[str, Any]]]:
     """Name to (folder, entry) over all checkpoint folders; the first folder that knows a name wins."""
-    folders = [Path(__file__).resolve().parents[2] / "checkpoints", Path(sys.prefix) / "share" / "samed3d" / "checkpoints"]
+    folders = [
+        Path(__file__).resolve().parents[2] / "checkpoints",
+        Path(sys.prefix) / "share" / "samed3d" / "checkpoints",
+    ]
     if chosen := os.environ.get(CHECKPOINT_FOLDER_VARIABLE):
         folders.insert(0, Path(chosen))
     entries: dict[str, tuple[Path, dict[str, Any]]] = {}
@@ -304,7 +326,9 @@ def _manifest_entries() -> dict[str, tuple[Path, dict[str, Any]]]:
         try:
             listed = json.loads(manifest.read_text())["checkpoints"]
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"checkpoint manifest must be JSON with a 'checkpoints' object: {manifest} ({error})") from error
+            raise InputError(
+                f"checkpoint manifest must be JSON with a 'checkpoints' object: {manifest} ({error})"
+            ) from error
         for name, entry in listed.items():
             entries.setdefault(name, (folder, entry))
     return entries

@@ -1,12 +1,15 @@
-"""Low-rank adapters on the layers of a trained encoder: LoRA and FacT, for projections of attention and for 3D convolutions.
+"""Low-rank adapters on the layers of a trained encoder: LoRA and FacT, for projections of attention and for 3D
+convolutions.
 
-An adapted layer *is* the plain layer (same class, same parameters under the same names) with a few parameters beside them, so that a
-state dict of the plain model loads into the adapted one but for the adapters' own keys. Adapters start at zero: the adapted model equals
-the plain one bit for bit until it is trained. Not here: what is frozen (``training/trainable.py``), files (``models/adapter_weights.py``),
-adapters with layers of their own between blocks (``nn/adapters3d.py``). Read ``training/trainable.py`` next.
+An adapted layer *is* the plain layer (same class, same parameters under the same names) with a few parameters beside
+them, so that a state dict of the plain model loads into the adapted one but for the adapters' own keys. Adapters start
+at zero: the adapted model equals the plain one bit for bit until it is trained. Not here: what is frozen
+(``training/trainable.py``), files (``models/adapter_weights.py``), adapters with layers of their own between blocks
+(``nn/adapters3d.py``). Read ``training/trainable.py`` next.
 
-Source: LoRA, Hu et al. 2021 (arXiv 2106.09685); FacT in its tensor-train form, Jie and Deng 2023 (arXiv 2212.03145), as MA-SAM uses it on
-queries and values (arXiv 2309.08842). For convolutions our own forms, each the same idea with the kernel in the middle factor.
+Source: LoRA, Hu et al. 2021 (arXiv 2106.09685); FacT in its tensor-train form, Jie and Deng 2023 (arXiv 2212.03145), as
+MA-SAM uses it on queries and values (arXiv 2309.08842). For convolutions our own forms, each the same idea with the
+kernel in the middle factor.
 """
 
 from __future__ import annotations
@@ -68,9 +71,13 @@ class AdaptedLinear(nn.Linear):
 
 
 class LoraLinear(AdaptedLinear):
-    """W + scale * up @ down on each of ``parts``; ``up`` starts at zero. Arguments as ``AdaptedLinear``, and the rank."""
+    """W + scale * up @ down on each of ``parts``; ``up`` starts at zero. Arguments as ``AdaptedLinear``, and the
+    rank.
+    """
 
-    def __init__(self, linear: nn.Linear, rank: int, parts: tuple[int, ...] = (0,), of: int = 1, scale: float = 1.0) -> None:
+    def __init__(
+        self, linear: nn.Linear, rank: int, parts: tuple[int, ...] = (0,), of: int = 1, scale: float = 1.0
+    ) -> None:
         super().__init__(linear, parts, of)
         self.scale = scale
         self.lora_down = nn.Parameter(_uniform((len(parts), rank, self.in_features), self.in_features, linear.weight))
@@ -79,11 +86,15 @@ class LoraLinear(AdaptedLinear):
     def changes(self, x: Tensor) -> list[Tensor]:
         """See ``AdaptedLinear``; computed in the adapter's own precision unless autocast says otherwise."""
         x = x.to(self.lora_down.dtype)
-        return [F.linear(F.linear(x, down), up) * self.scale for down, up in zip(self.lora_down, self.lora_up, strict=True)]
+        return [
+            F.linear(F.linear(x, down), up) * self.scale for down, up in zip(self.lora_down, self.lora_up, strict=True)
+        ]
 
 
 class FactShared(nn.Module):
-    """The outer factors that all layers of one width share: ``u`` (in, rank) and ``v`` (rank, out), which starts at zero."""
+    """The outer factors that all layers of one width share: ``u`` (in, rank) and ``v`` (rank, out), which starts at
+    zero.
+    """
 
     def __init__(self, dim_in: int, rank: int, dim_out: int | None = None) -> None:
         super().__init__()
@@ -96,8 +107,8 @@ class FactLinear(AdaptedLinear):
 
     Args:
         linear: As ``AdaptedLinear``.
-        shared: Outer factors; the caller registers them once (they are not a submodule of this layer, so that no state dict holds them
-            twice). Its ``v`` has the width of a part.
+        shared: Outer factors; the caller registers them once (they are not a submodule of this layer, so that no state
+            dict holds them twice). Its ``v`` has the width of a part.
         parts: As ``AdaptedLinear``.
         of: As ``AdaptedLinear``.
         scale: Factor of the change.
@@ -189,13 +200,17 @@ class LoraConv3d(AdaptedConv3d):
 
 
 class FactConv3d(AdaptedConv3d):
-    """1x1x1 to ``rank`` channels by the shared ``u``, a rank x rank kernel of this layer, 1x1x1 to the output by the shared ``v``."""
+    """1x1x1 to ``rank`` channels by the shared ``u``, a rank x rank kernel of this layer, 1x1x1 to the output by the
+    shared ``v``.
+    """
 
     def __init__(self, conv: nn.Conv3d, shared: FactShared, scale: float = 1.0) -> None:
         super().__init__(conv)
         rank = shared.u.shape[1]
         self.scale, self._shared = scale, (shared,)
-        self.fact_core = nn.Parameter(_uniform((rank, rank, *conv.kernel_size), rank * math.prod(conv.kernel_size), conv.weight))
+        self.fact_core = nn.Parameter(
+            _uniform((rank, rank, *conv.kernel_size), rank * math.prod(conv.kernel_size), conv.weight)
+        )
 
     def change(self, x: Tensor) -> Tensor:
         """See ``AdaptedConv3d``."""
@@ -212,8 +227,8 @@ class FactConv3d(AdaptedConv3d):
 def add_adapters(model: nn.Module, kind: str, rank: int) -> int:
     """Put adapters on a model's image encoder, in place; nothing else changes, nothing is frozen.
 
-    Queries and values of every fused ``qkv`` projection are adapted; an encoder without attention has its convolutions with a kernel above
-    1x1x1 adapted instead.
+    Queries and values of every fused ``qkv`` projection are adapted; an encoder without attention has its convolutions
+    with a kernel above 1x1x1 adapted instead.
 
     Args:
         model: A model that names its ``encoder_parts``, or a bare encoder, of which everything counts.
@@ -224,7 +239,8 @@ def add_adapters(model: nn.Module, kind: str, rank: int) -> int:
         Number of parameters added.
 
     Raises:
-        InputError: for another kind, a rank below 1, an encoder that has adapters already or has nothing to put them on.
+        InputError: for another kind, a rank below 1, an encoder that has adapters already or has nothing to put them
+            on.
     """
     if kind not in ADAPTER_KINDS:
         raise InputError(f"adapter must be one of {', '.join(ADAPTER_KINDS)}, got {kind!r}")
@@ -234,7 +250,9 @@ def add_adapters(model: nn.Module, kind: str, rank: int) -> int:
         raise InputError("model has adapters already; merge them first (samed3d.nn.adapters.merge_adapters)")
     places = _places(model)
     if not places:
-        raise InputError(f"no adapter fits the image encoder of {type(model).__name__}: it has neither qkv projections nor convolutions")
+        raise InputError(
+            f"no adapter fits the image encoder of {type(model).__name__}: it has neither qkv projections nor convolutions"
+        )
     shared = nn.ModuleDict()
     for parent, name, layer in places:
         setattr(parent, name, _lora(layer, rank) if kind == "lora" else _fact(layer, rank, shared))
@@ -281,9 +299,19 @@ def _fact(layer: nn.Linear | nn.Conv3d, rank: int, shared: nn.ModuleDict) -> nn.
 def _places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear | nn.Conv3d]]:
     """(parent, name, layer) of all that is adapted."""
     inside = tuple(getattr(model, "encoder_parts", ("",)))
-    layers = [(name, layer) for name, layer in model.named_modules() if any(p in ("", name) or name.startswith(f"{p}.") for p in inside)]
-    fused = [(n, m) for n, m in layers if n.split(".")[-1] == "qkv" and isinstance(m, nn.Linear) and m.out_features == 3 * m.in_features]
-    convolutions = [(n, m) for n, m in layers if type(m) is nn.Conv3d and m.groups == 1 and math.prod(m.kernel_size) > 1]
+    layers = [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if any(p in ("", name) or name.startswith(f"{p}.") for p in inside)
+    ]
+    fused = [
+        (n, m)
+        for n, m in layers
+        if n.split(".")[-1] == "qkv" and isinstance(m, nn.Linear) and m.out_features == 3 * m.in_features
+    ]
+    convolutions = [
+        (n, m) for n, m in layers if type(m) is nn.Conv3d and m.groups == 1 and math.prod(m.kernel_size) > 1
+    ]
     chosen: list[tuple[str, nn.Linear | nn.Conv3d]] = [*fused] or [*convolutions]
     return [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer) for name, layer in chosen]
 

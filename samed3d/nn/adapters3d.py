@@ -1,6 +1,7 @@
 """Adapters that bring depth into a 2D transformer: layers of their own between its frozen ones.
 
-``DepthAdapter`` is MA-SAM's, ``SpatialAdapter`` that of 3DSAM-adapter. Low-rank changes of frozen layers are in ``adapters.py``. Read
+``DepthAdapter`` is MA-SAM's, ``SpatialAdapter`` that of 3DSAM-adapter. Low-rank changes of frozen layers are in
+``adapters.py``. Read
 ``models/ma_sam.py`` and ``models/sam3d_adapter.py`` next.
 """
 
@@ -40,14 +41,15 @@ class DepthAdapter(nn.Module):
 class SpatialAdapter(nn.Module):
     """x + ReLU(up(ReLU(depthwise 3x3x3(ReLU(down(x)))))) on a (B, D, H, W, C) grid.
 
-    As released, the last ReLU lets the adapter only add, and it changes the encoder from the start; ``zero`` starts ``up`` at zero, with a
-    bias just above it so that the ReLU passes a gradient.
+    As released, the last ReLU lets the adapter only add, and it changes the encoder from the start; ``zero`` starts
+    ``up`` at zero, with a bias just above it so that the ReLU passes a gradient.
 
     Args:
         dim: Token channels.
         zero: See above.
 
-    Source: 3DSAM-adapter (Gong et al., MedIA 2024), section 3.1; the place in front of the block's first norm as in the code.
+    Source: 3DSAM-adapter (Gong et al., MedIA 2024), section 3.1; the place in front of the block's first norm as in the
+    code.
     """
 
     def __init__(self, dim: int, zero: bool = False) -> None:

@@ -1,10 +1,11 @@
 """Self-attention on a 3D token grid with decomposed relative positions, global or in windows.
 
-Windowed attention here never computes a padding token, yet equals attention over zero-padded, unmasked windows (SAM-Med3D) exactly. After
-the normalisation that precedes it, a padding token is zero, so its query, key and value are the projection's bias. All padding keys of a
-window therefore share one value, and for each query their softmax weights add up to that of a single key, the *sink*, whose logit is the
-log-sum-exp over the padding keys. The relative position bias of a key is a sum of terms of one key axis each (or, as released, of one
-axis and the last), so that this log-sum-exp factorises per axis and the padding keys are never listed.
+Windowed attention here never computes a padding token, yet equals attention over zero-padded, unmasked windows
+(SAM-Med3D) exactly. After the normalisation that precedes it, a padding token is zero, so its query, key and value are
+the projection's bias. All padding keys of a window therefore share one value, and for each query their softmax weights
+add up to that of a single key, the *sink*, whose logit is the log-sum-exp over the padding keys. The relative position
+bias of a key is a sum of terms of one key axis each (or, as released, of one axis and the last), so that this
+log-sum-exp factorises per axis and the padding keys are never listed.
 
 Not here: the transformer block around it (``vit.py``), attention between tokens and image (``two_way.py``).
 """
@@ -43,24 +44,31 @@ class GridAttention(nn.Module):
         dim: Channels; a multiple of ``heads``.
         heads: Attention heads.
         grid: Token grid.
-        window: Window edge in tokens, or 0 for global attention. The grid is covered from its low corner; windows at the high faces
-            may hold fewer tokens.
-        misbroadcast_relpos: Add the relative position bias as SAM-Med3D's released code does: with keys (x, y, z) and queries (a, b, c),
-            ``q[a,b,c].Rd[a-z] + q[a,b,x].Rh[b-z] + q[a,b,y].Rw[y-z]`` instead of ``q[a,b,c].(Rd[a-x] + Rh[b-y] + Rw[c-z])``. Its
-            weights were trained with it. Needs a cubic grid.
-        pad_sink: Let the padding of partly filled windows take part as unmasked keys (SAM-Med3D). False leaves them out.
+        window: Window edge in tokens, or 0 for global attention. The grid is covered from its low corner; windows at
+            the high faces may hold fewer tokens.
+        misbroadcast_relpos: Add the relative position bias as SAM-Med3D's released code does: with keys (x, y, z) and
+            queries (a, b, c),
+            ``q[a,b,c].Rd[a-z] + q[a,b,x].Rh[b-z] + q[a,b,y].Rw[y-z]`` instead of ``q[a,b,c].(Rd[a-x] + Rh[b-y] +
+            Rw[c-z])``. Its weights were trained with it. Needs a cubic grid.
+        pad_sink: Let the padding of partly filled windows take part as unmasked keys (SAM-Med3D). False leaves them
+            out.
 
     Raises:
         InputError: if ``misbroadcast_relpos`` meets a grid that is not cubic.
 
-    Source: decomposed relative positions of MViTv2 and SAM; both switches as in SAM-Med3D's released code, which differs from SAM.
+    Source: decomposed relative positions of MViTv2 and SAM; both switches as in SAM-Med3D's released code, which
+    differs from SAM.
     """
 
-    def __init__(self, dim: int, heads: int, grid: IntTriple, window: int, misbroadcast_relpos: bool, pad_sink: bool) -> None:
+    def __init__(
+        self, dim: int, heads: int, grid: IntTriple, window: int, misbroadcast_relpos: bool, pad_sink: bool
+    ) -> None:
         super().__init__()
         if misbroadcast_relpos and len(set(grid)) > 1:
             remedy = "use a cube or misbroadcast_relpos=False"
-            raise InputError(f"input_shape must be a cube for the released relative positions, got a token grid of {grid}; {remedy}")
+            raise InputError(
+                f"input_shape must be a cube for the released relative positions, got a token grid of {grid}; {remedy}"
+            )
         self.heads, self.grid, self.window = heads, grid, window
         self.misbroadcast_relpos, self.pad_sink = misbroadcast_relpos, pad_sink
         head_dim = dim // heads
@@ -76,7 +84,10 @@ class GridAttention(nn.Module):
         """(B, D, H, W, C) to the same shape."""
         batch, *grid, dim = x.shape
         q, k, v = self.qkv(x).reshape(batch, *grid, 3, self.heads, dim // self.heads).permute(4, 0, 5, 1, 2, 3, 6)
-        rows = [[slice(start, start + edge) for start in range(0, n, edge)] for n, edge in zip(grid, self.extent, strict=True)]
+        rows = [
+            [slice(start, start + edge) for start in range(0, n, edge)]
+            for n, edge in zip(grid, self.extent, strict=True)
+        ]
         windows = list(itertools.product(*rows))
         if len(windows) == 1:
             return self.proj(self._attend(q, k, v))
@@ -86,7 +97,9 @@ class GridAttention(nn.Module):
         return self.proj(out)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention within one window; (B, heads, d, h, w, head_dim) each, the window's real tokens only; returns (B, d, h, w, C)."""
+        """Attention within one window; (B, heads, d, h, w, head_dim) each, the window's real tokens only; returns (B,
+        d, h, w, C).
+        """
         batch, heads, *real, head_dim = q.shape
         terms = self._released_terms(q) if self.misbroadcast_relpos else self._correct_terms(q)
         keys, values = k.flatten(2, 4), v.flatten(2, 4)
@@ -103,7 +116,8 @@ class GridAttention(nn.Module):
         d, h, w = q.shape[2:5]
         edge = self.extent[2]
         q = q.flatten(0, 1)
-        # The second and third terms read queries along the whole window edge, beyond the real tokens the constant one of a padding token.
+        # The second and third terms read queries along the whole window edge, beyond the real tokens the constant one
+        # of a padding token.
         pad_query = self.qkv.bias.unflatten(0, (3, self.heads, -1))[0].repeat(q.shape[0] // self.heads, 1)
         pad_queries = pad_query[:, None, None, None].expand(-1, d, h, edge - w, -1)
         line = torch.cat([q, pad_queries], 3) if w < edge else q
@@ -118,7 +132,9 @@ class GridAttention(nn.Module):
 
 
 def relative_terms(q: Tensor, tables: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Decomposed relative positions: per query (n, d, h, w, e) the bias of each key position along z, y and x, (n, d, h, w, K) each."""
+    """Decomposed relative positions: per query (n, d, h, w, e) the bias of each key position along z, y and x, (n, d,
+    h, w, K) each.
+    """
     d, h, w = q.shape[1:4]
     return (
         torch.einsum("nabce,axe->nabcx", q, _by_offset(tables[0], d)),
@@ -138,7 +154,8 @@ def _by_offset(table: Tensor, queries: int) -> Tensor:
 def _logit_bias(terms: _Terms, sink: Tensor | None, real: list[int], released: bool) -> Tensor:
     """(n, N, N) bias between the N real tokens of a window, or (n, N, N + 1) with the sink in the last column.
 
-    Both summands are laid out with the key's (y, z) as one contiguous axis and added into the final buffer, which dominates the time.
+    Both summands are laid out with the key's (y, z) as one contiguous axis and added into the final buffer, which
+    dominates the time.
     """
     d, h, w = real
     if released:
@@ -157,7 +174,9 @@ def _logit_bias(terms: _Terms, sink: Tensor | None, real: list[int], released: b
 
 
 def _released_sink(terms: _Terms, real: list[int]) -> Tensor:
-    """(n, a, b, c) log-sum-exp over the padding keys, as the disjoint sets x padded; y padded; z padded (x, y, z: key axes)."""
+    """(n, a, b, c) log-sum-exp over the padding keys, as the disjoint sets x padded; y padded; z padded (x, y, z: key
+    axes).
+    """
     d, h, w = real
     first, second, third = terms.first, terms.second, terms.third
     x_real, y_real = second[:, :, :, :d].logsumexp(3), third[:, :, :, :h].logsumexp(3)

@@ -1,8 +1,9 @@
 """Dilated self-attention on a 3D token grid: each token looks at a few, near ones densely and far ones sparsely.
 
-The tokens of the grid are one sequence (x fastest). A pattern (segment, dilation) cuts it into segments and takes every dilation-th token
-of a segment as one group, at every offset, so that each token is in exactly one group per pattern. A token's weights over the groups of all
-patterns add up to one. Weights, names and positions are those of ``attention.GridAttention``; one pattern of one whole segment is it.
+The tokens of the grid are one sequence (x fastest). A pattern (segment, dilation) cuts it into segments and takes every
+dilation-th token of a segment as one group, at every offset, so that each token is in exactly one group per pattern. A
+token's weights over the groups of all patterns add up to one. Weights, names and positions are those of
+``attention.GridAttention``; one pattern of one whole segment is it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class DilatedAttention(GridAttention):
     Raises:
         InputError: if a pattern does not divide.
 
-    Source: dilated attention of LongNet, in FastSAM3D for image tokens. The released FastSAM3D concatenates its groups without putting the
+    Source: dilated attention of LongNet, in FastSAM3D for image tokens. The released FastSAM3D concatenates its groups
+    without putting the
         tokens back in their order and drops the positions; here both are kept.
     """
 

@@ -1,7 +1,8 @@
-"""Frozen encoders: built once, never trained, never stored; a checkpoint names the file they come from and the hash of its tensors.
+"""Frozen encoders: built once, never trained, never stored; a checkpoint names the file they come from and the hash of
+its tensors.
 
-A model that keeps frozen tensors inherits ``FrozenParts``: they are parameters like others (``.to()`` moves them, a count of all parameters
-sees them) but the state dict leaves them out. Read ``models/sam3d.py`` next.
+A model that keeps frozen tensors inherits ``FrozenParts``: they are parameters like others (``.to()`` moves them, a
+count of all parameters sees them) but the state dict leaves them out. Read ``models/sam3d.py`` next.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def open_encoder(
         seed: Of the random weights.
 
     Returns:
-        The encoder, the hash of its tensors (``""`` on the meta device) and the file's whole state dict (empty without a file).
+        The encoder, the hash of its tensors (``""`` on the meta device) and the file's whole state dict (empty without
+        a file).
 
     Raises:
         InputError: if the file does not hold that encoder, or the hash differs.

@@ -1,4 +1,6 @@
-"""From features and prompt tokens to mask logits on a grid four times as fine as the tokens (SAM's mask decoder in 3D)."""
+"""From features and prompt tokens to mask logits on a grid four times as fine as the tokens (SAM's mask decoder in
+3D).
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Prompt tokens meet a feature map of any resolution: the block that SAMU puts at each level of its decoder.
 
-With one token alone, attention from image to tokens would be the same at every voxel (a softmax over one key), so the tokens are several,
-and they look at the image before the image looks at them. Read ``models/samu.py`` next.
+With one token alone, attention from image to tokens would be the same at every voxel (a softmax over one key), so the
+tokens are several, and they look at the image before the image looks at them. Read ``models/samu.py`` next.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class PromptAttention(nn.Module):
         at = self.norms[0](x)
         x = x + self.self_attn(at, at, at, valid)
         flat = self.norm_image(image.flatten(2).transpose(1, 2))
-        key = flat + projected_positions(positions, (image.shape[2], image.shape[3], image.shape[4]), self.position_in.weight)
+        key = flat + projected_positions(
+            positions, (image.shape[2], image.shape[3], image.shape[4]), self.position_in.weight
+        )
         x = x + self.token_to_image(self.norms[1](x), key, flat)
         x = x + self.mlp(self.norms[2](x))
         at = self.norms[3](x)
@@ -62,7 +64,8 @@ class PromptAttention(nn.Module):
 
 
 def projected_positions(positions: RandomFourierPositions, grid: tuple[int, int, int], weight: Tensor) -> Tensor:
-    """``linear(positions.dense(grid), weight)`` as (d*h*w, C), without the dense features: on a 128^3 map they would take 2 GiB.
+    """``linear(positions.dense(grid), weight)`` as (d*h*w, C), without the dense features: on a 128^3 map they would
+    take 2 GiB.
 
     Sine and cosine of a sum of angles split into those of (z, y) and of x, so that the whole is one matrix product.
 

@@ -15,7 +15,8 @@ class PromptBatch:
     Attributes:
         points: (B, N, 3) float, voxel centres are integers; N may be 0.
         point_labels: (B, N) int64: 1 object, 0 background, -1 padding (no point).
-        boxes: (B, 2, 3) float, half-open low and high corners (voxel edges: low - 0.5 .. high - 0.5 in centre coordinates), or None.
+        boxes: (B, 2, 3) float, half-open low and high corners (voxel edges: low - 0.5 .. high - 0.5 in centre
+            coordinates), or None.
         box_valid: (B,) bool, which boxes are there; None means all of ``boxes``.
         mask_logits: (B, 1, d, h, w) ``MaskOutput.lowres_logits`` of an earlier decode, or None for no mask yet.
         mask_valid: (B,) bool, which of ``mask_logits`` are there; None means all of them.

@@ -1,4 +1,6 @@
-"""Points, boxes and an earlier mask as tokens and features, with random Fourier positions (SAM's prompt encoder in 3D)."""
+"""Points, boxes and an earlier mask as tokens and features, with random Fourier positions (SAM's prompt encoder in
+3D).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ class RandomFourierPositions(nn.Module):
 
     Args:
         dim: Channels; a multiple of 3 with ``sin_cos_sin``, else of 2.
-        sin_cos_sin: Concatenate sine, cosine and the same sine again (SAM-Med3D, as released) instead of sine and cosine.
+        sin_cos_sin: Concatenate sine, cosine and the same sine again (SAM-Med3D, as released) instead of sine and
+            cosine.
         swap_axes: Dense positions take axis 0 for axis 1 and the reverse, while points do not (SAM-Med3D, as released).
     """
 
@@ -54,14 +57,22 @@ class PromptEncoder(nn.Module):
         boxes: Whether boxes are understood (two more embeddings, for the low and the high corner).
         sin_cos_sin: See ``RandomFourierPositions``.
         swap_pe_axes: See ``RandomFourierPositions``.
-        pad_point: Append a padding token to the points, and let padding tokens take part in attention (SAM-Med3D, as released: N
-            clicks give N + 1 tokens). False adds none and masks padding out, so that a sample does not depend on its batch mates.
+        pad_point: Append a padding token to the points, and let padding tokens take part in attention (SAM-Med3D, as
+            released: N clicks give N + 1 tokens). False adds none and masks padding out, so that a sample does not
+                depend on its batch mates.
 
     Source: Segment Anything, section 3; switches as in SAM-Med3D's released code.
     """
 
     def __init__(
-        self, dim: int, grid: IntTriple, input_shape: IntTriple, boxes: bool, sin_cos_sin: bool, swap_pe_axes: bool, pad_point: bool
+        self,
+        dim: int,
+        grid: IntTriple,
+        input_shape: IntTriple,
+        boxes: bool,
+        sin_cos_sin: bool,
+        swap_pe_axes: bool,
+        pad_point: bool,
     ) -> None:
         super().__init__()
         self.grid, self.input_shape = grid, input_shape
@@ -97,7 +108,9 @@ class PromptEncoder(nn.Module):
         tokens = position + torch.where(kinds == POSITIVE, self._kind(1), self._kind(0))
         if self.not_a_point_embed is None:
             return tokens, labels != PADDING
-        return torch.where(kinds == PADDING, self.not_a_point_embed.weight, tokens), torch.ones_like(labels, dtype=torch.bool)
+        return torch.where(kinds == PADDING, self.not_a_point_embed.weight, tokens), torch.ones_like(
+            labels, dtype=torch.bool
+        )
 
     def embed_boxes(self, boxes: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """(B, 2, 3) low and high corners (half-open, voxel edges) as two tokens (B, 2, C); which count (B, 2) bool."""
@@ -108,7 +121,9 @@ class PromptEncoder(nn.Module):
         return tokens, valid[:, None].expand(-1, 2)
 
     def embed_mask(self, mask_logits: Tensor | None, batch: int, valid: Tensor | None = None) -> Tensor:
-        """(B, 1, 4d, 4h, 4w) logits, or None for no mask yet, as features (B, C, d, h, w); ``valid`` (B,) bool says whose are there."""
+        """(B, 1, 4d, 4h, 4w) logits, or None for no mask yet, as features (B, C, d, h, w); ``valid`` (B,) bool says
+        whose are there.
+        """
         none = self.no_mask_embed.weight.reshape(1, -1, 1, 1, 1)
         if mask_logits is None:
             return none.expand(batch, -1, *self.grid)

@@ -1,9 +1,11 @@
 """Prompts as dense maps and learned similarities, at any resolution of a crop.
 
-Clicks are seen twice: where they are (Gaussian bumps of two widths, boxes, the earlier mask) and what lies under them (features sampled
-at the click and compared with every voxel's). The second is what lets a click speak for a whole structure of any appearance.
+Clicks are seen twice: where they are (Gaussian bumps of two widths, boxes, the earlier mask) and what lies under them
+(features sampled at the click and compared with every voxel's). The second is what lets a click speak for a whole
+structure of any appearance.
 
-Maps here are channels-last, (B, d, h, w, channels): that is how they are built without copies and what ``nn.Linear`` reads.
+Maps here are channels-last, (B, d, h, w, channels): that is how they are built without copies and what ``nn.Linear``
+reads.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from samed3d.nn.prompt_batch import PromptBatch
 
 SIGMAS = (1.0, 4.0)
 MAP_CHANNELS = 2 * len(SIGMAS) + 2 + 3
-"""A bump per width and sign, inside the box, a box is given, mask probability, mask logit / 4 (clamped), a mask is given."""
+"""A bump per width and sign, inside the box, a box is given, mask probability, mask logit / 4 (clamped), a mask is
+given."""
 
 Shape = tuple[int, int, int]
 
@@ -27,7 +30,9 @@ def positions_at(points: Tensor, stride: float) -> Tensor:
 
 
 def click_bumps(prompts: PromptBatch, stride: int, shape: Shape) -> Tensor:
-    """Strongest Gaussian bump per voxel, (B, d, h, w, 2 * len(SIGMAS)): per width object clicks, then background clicks."""
+    """Strongest Gaussian bump per voxel, (B, d, h, w, 2 * len(SIGMAS)): per width object clicks, then background
+    clicks.
+    """
     points = positions_at(prompts.points, stride)
     if points.shape[1] == 0:
         return points.new_zeros(points.shape[0], *shape, 2 * len(SIGMAS))
@@ -68,7 +73,9 @@ def mask_map(prompts: PromptBatch, shape: Shape) -> Tensor:
 
 
 def _resized(logits: Tensor, shape: Shape) -> Tensor:
-    """Means of blocks on a coarser grid, copies on a finer one; adaptive pooling only where edges do not divide, as ONNX lacks it."""
+    """Means of blocks on a coarser grid, copies on a finer one; adaptive pooling only where edges do not divide, as
+    ONNX lacks it.
+    """
     size = logits.shape[2:]
     if all(n % m == 0 for n, m in zip(size, shape, strict=True)):
         return F.avg_pool3d(logits, [n // m for n, m in zip(size, shape, strict=True)])
@@ -79,11 +86,15 @@ def _resized(logits: Tensor, shape: Shape) -> Tensor:
 
 def prompt_maps(prompts: PromptBatch, stride: int, shape: Shape) -> Tensor:
     """All dense maps at one resolution, (B, d, h, w, MAP_CHANNELS) float32."""
-    return torch.cat([click_bumps(prompts, stride, shape), box_map(prompts, stride, shape), mask_map(prompts, shape)], dim=-1)
+    return torch.cat(
+        [click_bumps(prompts, stride, shape), box_map(prompts, stride, shape), mask_map(prompts, shape)], dim=-1
+    )
 
 
 def sample_at(features: Tensor, points: Tensor, stride: float) -> Tensor:
-    """Trilinear features (B, N, C) float32 of a (B, C, d, h, w) map at crop positions (B, N, 3); outside positions take the border's."""
+    """Trilinear features (B, N, C) float32 of a (B, C, d, h, w) map at crop positions (B, N, 3); outside positions take
+    the border's.
+    """
     if points.shape[1] == 0:
         return features.new_zeros(points.shape[0], 0, features.shape[1], dtype=torch.float32)
     size = torch.tensor(features.shape[2:], device=points.device)
@@ -91,7 +102,9 @@ def sample_at(features: Tensor, points: Tensor, stride: float) -> Tensor:
     low = at.floor().long()
     weight = at - low
     corner = torch.tensor([[c >> 2 & 1, c >> 1 & 1, c & 1] for c in range(8)], device=points.device)
-    index = torch.minimum(low[:, :, None] + corner, size - 1)  # (B, N, 8, 3); one gather, so that backward makes one buffer
+    index = torch.minimum(
+        low[:, :, None] + corner, size - 1
+    )  # (B, N, 8, 3); one gather, so that backward makes one buffer
     share = torch.where(corner == 1, weight[:, :, None], 1 - weight[:, :, None]).prod(dim=-1, keepdim=True)
     batch = torch.arange(points.shape[0], device=points.device)[:, None, None]
     picked = features.permute(0, 2, 3, 4, 1)[batch, index[..., 0], index[..., 1], index[..., 2]]
@@ -99,7 +112,8 @@ def sample_at(features: Tensor, points: Tensor, stride: float) -> Tensor:
 
 
 class ClickSimilarity(nn.Module):
-    """How much each voxel resembles what was clicked: per head, the largest product with any object click and with any background click.
+    """How much each voxel resembles what was clicked: per head, the largest product with any object click and with any
+    background click.
 
     Source of the idea: visual sampling at the click (3DSAM-adapter); here it is compared with every voxel, per sign.
     """
@@ -118,7 +132,10 @@ class ClickSimilarity(nn.Module):
             return features.new_zeros(batch, *shape, 2 * self.heads)
         keys = self.key(sample_at(features, prompts.points, stride)).view(batch, count, self.heads, self.head_dim)
         # The voxel side of the product is linear, so it is folded into one vector per click and head in feature space.
-        probes = torch.einsum("bnhk,hkc->bcnh", keys.float(), self.back.float()).reshape(batch, channels, -1) * self.head_dim**-0.5
+        probes = (
+            torch.einsum("bnhk,hkc->bcnh", keys.float(), self.back.float()).reshape(batch, channels, -1)
+            * self.head_dim**-0.5
+        )
         voxels = features.permute(0, 2, 3, 4, 1).reshape(batch, -1, channels)
         scores = torch.matmul(voxels, probes.to(voxels.dtype)).view(batch, -1, count, self.heads)
         maps = []

@@ -1,7 +1,8 @@
-"""From prompts to a low-resolution mask as SAM-Med3D's released code does it; shared by the models that keep its decoder.
+"""From prompts to a low-resolution mask as SAM-Med3D's released code does it; shared by the models that keep its
+decoder.
 
-The parts are ``prompt_encoder.py`` and ``mask_decoder.py``; which crop and which clicks a model sees is said by its spec. Our own models
-decode in their own way: ``models/samed3d_vit.py``.
+The parts are ``prompt_encoder.py`` and ``mask_decoder.py``; which crop and which clicks a model sees is said by its
+spec. Our own models decode in their own way: ``models/samed3d_vit.py``.
 """
 
 from __future__ import annotations

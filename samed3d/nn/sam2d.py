@@ -1,7 +1,7 @@
 """SAM's prompt encoder and mask decoder on slices (2D), the decoder with MA-SAM's upsampling to full size.
 
-State-dict names are SAM's, so that ``prompt_encoder.*`` and the shared part of ``mask_decoder.*`` of a SAM checkpoint load by name. The
-image encoder is in ``vit2d.py``; in 3D, see ``prompt_encoder.py`` and ``mask_decoder.py``.
+State-dict names are SAM's, so that ``prompt_encoder.*`` and the shared part of ``mask_decoder.*`` of a SAM checkpoint
+load by name. The image encoder is in ``vit2d.py``; in 3D, see ``prompt_encoder.py`` and ``mask_decoder.py``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class FourierPositions2d(nn.Module):
 
 
 class PromptEncoder2d(nn.Module):
-    """SAM's prompt encoder, of which boxes and "no mask" are used here; the other parameters are kept for the checkpoint's sake."""
+    """SAM's prompt encoder, of which boxes and "no mask" are used here; the other parameters are kept for the
+    checkpoint's sake.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -58,7 +60,9 @@ class PromptEncoder2d(nn.Module):
         self.no_mask_embed = nn.Embedding(1, dim)
 
     def embed_boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, 2, 2) low and high (y, x) corners, voxel edges, on slices of ``size`` (H, W), as two tokens (B, 2, dim)."""
+        """(B, 2, 2) low and high (y, x) corners, voxel edges, on slices of ``size`` (H, W), as two tokens (B, 2,
+        dim).
+        """
         centres = boxes + boxes.new_tensor([[0.5], [-0.5]])  # of the box's first and last pixel, as SAM takes its boxes
         unit = centres.flip(-1) / boxes.new_tensor([size[1], size[0]])
         kinds: list[Tensor] = [self.point_embeddings.get_submodule(str(i)).get_parameter("weight") for i in (2, 3)]

@@ -22,7 +22,10 @@ class TokenAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None = None) -> Tensor:
         """(B, Nq, C), (B, Nk, C), (B, Nk, C) to (B, Nq, C); ``key_valid`` (B, Nk) bool leaves keys out."""
-        split = [p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))]
+        split = [
+            p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for p, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
+        ]
         mask = None if key_valid is None else key_valid[:, None, None]
         out = F.scaled_dot_product_attention(split[0], split[1], split[2], attn_mask=mask)
         return self.out_proj(out.transpose(1, 2).flatten(2))
@@ -50,7 +53,9 @@ class TwoWayBlock(nn.Module):
         self.cross_attn_image_to_token = TokenAttention(dim, heads, downsample=2)
         self.first = first
 
-    def forward(self, tokens: Tensor, image: Tensor, token_pos: Tensor, image_pos: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, image: Tensor, token_pos: Tensor, image_pos: Tensor, valid: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Tokens (B, T, C) and image (B, N, C) with their positions; ``valid`` (B, T) bool; returns both, updated."""
         if self.first:
             tokens = self.self_attn(tokens, tokens, tokens, valid)
@@ -77,7 +82,9 @@ class TwoWayTransformer(nn.Module):
         self.final_attn_token_to_image = TokenAttention(dim, heads, downsample=2)
         self.norm_final_attn = nn.LayerNorm(dim)
 
-    def forward(self, image: Tensor, image_pos: Tensor, tokens: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, image: Tensor, image_pos: Tensor, tokens: Tensor, valid: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Run the blocks.
 
         Args:

@@ -1,6 +1,8 @@
-"""Convolution blocks of the U-shaped models, written for channels-last tensors: a block costs its convolutions and little else.
+"""Convolution blocks of the U-shaped models, written for channels-last tensors: a block costs its convolutions and
+little else.
 
-Norms are over channels at each voxel, so a voxel's value does not depend on what else the crop holds, and any crop shape works.
+Norms are over channels at each voxel, so a voxel's value does not depend on what else the crop holds, and any crop
+shape works.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from samed3d.nn.norm import LayerNorm3d
 class CoarseConv3d(nn.Conv3d):
     """A convolution that may meet the coarsest grids: no bf16 on a CPU where an axis has fewer than three voxels.
 
-    oneDNN's weight gradient of a 3x3x3 bf16 convolution on two voxels reads memory that was never written (seen in torch 2.13 on a
-    processor with AVX512-BF16 and without AMX): now and then a loss that is not finite.
+    oneDNN's weight gradient of a 3x3x3 bf16 convolution on two voxels reads memory that was never written (seen in
+    torch 2.13 on a processor with AVX512-BF16 and without AMX): now and then a loss that is not finite.
     """
 
     def forward(self, input: Tensor) -> Tensor:

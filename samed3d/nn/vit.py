@@ -24,7 +24,9 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(1, dim, kernel_size=patch, stride=patch)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 1, D, H, W) to (B, D/patch, H/patch, W/patch, C), the convolution as the matrix product that it is (faster on a CPU)."""
+        """(B, 1, D, H, W) to (B, D/patch, H/patch, W/patch, C), the convolution as the matrix product that it is
+        (faster on a CPU).
+        """
         patches = image[:, 0]
         for axis in (1, 2, 3):
             patches = patches.unfold(axis, self.patch, self.patch)
@@ -46,10 +48,19 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block on a (B, D, H, W, C) grid; the arguments after ``mlp_ratio`` are those of ``GridAttention``."""
+    """Pre-norm transformer block on a (B, D, H, W, C) grid; the arguments after ``mlp_ratio`` are those of
+    ``GridAttention``.
+    """
 
     def __init__(
-        self, dim: int, heads: int, grid: IntTriple, window: int, misbroadcast_relpos: bool, pad_sink: bool, mlp_ratio: float = 4.0
+        self,
+        dim: int,
+        heads: int,
+        grid: IntTriple,
+        window: int,
+        misbroadcast_relpos: bool,
+        pad_sink: bool,
+        mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -79,7 +90,8 @@ class ImageEncoder(nn.Module):
         pad_sink: See ``GridAttention``.
 
     Attributes:
-        checkpoint_blocks: Forget each block's activations and compute them again in the backward: less memory, the same gradients.
+        checkpoint_blocks: Forget each block's activations and compute them again in the backward: less memory, the same
+            gradients.
 
     Source: ViT with windowed and global blocks as in SAM (ViTDet), in 3D as in SAM-Med3D.
     """
@@ -102,7 +114,8 @@ class ImageEncoder(nn.Module):
         self.checkpoint_blocks = False
         self.pos_embed = nn.Parameter(torch.zeros(1, *grid, dim))
         self.blocks = nn.ModuleList(
-            Block(dim, heads, grid, 0 if index in global_blocks else window, misbroadcast_relpos, pad_sink) for index in range(depth)
+            Block(dim, heads, grid, 0 if index in global_blocks else window, misbroadcast_relpos, pad_sink)
+            for index in range(depth)
         )
         self.neck = nn.Sequential(
             nn.Conv3d(dim, out_dim, kernel_size=1, bias=False),
@@ -123,13 +136,19 @@ class ImageEncoder(nn.Module):
                 x = block(x)
         x = x.movedim(-1, 1)
         for layer in self.neck:
-            x = layer(x.contiguous())  # a channels-last input would have the convolution reorder its weights at every call
+            x = layer(
+                x.contiguous()
+            )  # a channels-last input would have the convolution reorder its weights at every call
         return x
 
     def layer_features(self, x: Tensor) -> list[Tensor]:
-        """What ``forward`` computes on its way: (B, d, h, w, dim) after each block, then the neck's output as (B, d, h, w, out_dim)."""
+        """What ``forward`` computes on its way: (B, d, h, w, dim) after each block, then the neck's output as (B, d, h,
+        w, out_dim).
+        """
         features: list[Tensor] = []
-        hooks = [block.register_forward_hook(lambda _module, _inputs, out: features.append(out)) for block in self.blocks]
+        hooks = [
+            block.register_forward_hook(lambda _module, _inputs, out: features.append(out)) for block in self.blocks
+        ]
         try:
             out = self(x)
         finally:
@@ -141,8 +160,8 @@ class ImageEncoder(nn.Module):
 class ConvStem(nn.Module):
     """Strided convolutions from voxels to tokens, which also yields a finer feature map for the mask decoder.
 
-    Each stage halves the grid: a 3x3x3 convolution with stride 2, normalisation, GELU. Channels double from ``width``; the last stage
-    has ``dim``.
+    Each stage halves the grid: a 3x3x3 convolution with stride 2, normalisation, GELU. Channels double from ``width``;
+    the last stage has ``dim``.
 
     Args:
         patch: Voxels per token edge, a power of two >= 4.

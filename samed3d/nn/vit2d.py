@@ -1,10 +1,13 @@
-"""The image encoder of Segment Anything (2D): a vision transformer with windowed attention, relative positions and a convolutional neck.
+"""The image encoder of Segment Anything (2D): a vision transformer with windowed attention, relative positions and a
+convolutional neck.
 
-State-dict names and shapes are those of ``image_encoder.*`` in ``sam_vit_{b,l,h}_*.pth``. Any image size that is a multiple of the patch
-works: the position table is resampled, relative positions are interpolated. As in ``attention.py``, padding tokens of a partly filled
-window are never computed, yet the result equals SAM's, where they take part in the softmax. This is the one file that imports timm.
+State-dict names and shapes are those of ``image_encoder.*`` in ``sam_vit_{b,l,h}_*.pth``. Any image size that is a
+multiple of the patch works: the position table is resampled, relative positions are interpolated. As in
+``attention.py``, padding tokens of a partly filled window are never computed, yet the result equals SAM's, where they
+take part in the softmax. This is the one file that imports timm.
 
-Not here: reading a checkpoint (``models/weights.py``), freezing it (``frozen.py``), adapting it to 3D (``adapters3d.py``).
+Not here: reading a checkpoint (``models/weights.py``), freezing it (``frozen.py``), adapting it to 3D
+(``adapters3d.py``).
 """
 
 from __future__ import annotations
@@ -64,7 +67,9 @@ class Attention2d(nn.Module):
             for columns in _spans(width, self.window):
                 part = [_windows(t[:, :, rows[0] : rows[1], columns[0] : columns[1]], self.window) for t in (q, k, v)]
                 answer = self._attend(*part)
-                out[:, rows[0] : rows[1], columns[0] : columns[1]] = _from_windows(answer, batch, rows, columns, self.window)
+                out[:, rows[0] : rows[1], columns[0] : columns[1]] = _from_windows(
+                    answer, batch, rows, columns, self.window
+                )
         return self.proj(out)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -76,16 +81,21 @@ class Attention2d(nn.Module):
         keys, values = k.flatten(2, 3), v.flatten(2, 3)
         bias = (row[..., :h, None] + column[..., None, :w]).flatten(4)
         if (h, w) != edges:
-            # All padding keys share one key and one value, those of a zero token: their softmax weights add up to that of a single key.
+            # All padding keys share one key and one value, those of a zero token: their softmax weights add up to that
+            # of a single key.
             pad = self.qkv(q.new_zeros(1, heads * e)).reshape(3, 1, heads, 1, e).expand(-1, batch, -1, -1, -1)
             keys, values = torch.cat([keys, pad[1]], 2), torch.cat([values, pad[2]], 2)
             bias = torch.cat([bias, _sink(row.float(), column.float(), h, w).to(bias.dtype)[..., None]], -1)
-        out = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, attn_mask=bias.flatten(2, 3), scale=self.scale)
+        out = F.scaled_dot_product_attention(
+            q.flatten(2, 3), keys, values, attn_mask=bias.flatten(2, 3), scale=self.scale
+        )
         return out.transpose(1, 2).reshape(batch, h, w, heads * e)
 
 
 def relative_table(table: Tensor, edge: int) -> Tensor:
-    """(R, e) relative positions as (edge, edge, e), entry [q, k] for the offset q - k; interpolated where R is not 2 edge - 1."""
+    """(R, e) relative positions as (edge, edge, e), entry [q, k] for the offset q - k; interpolated where R is not 2
+    edge - 1.
+    """
     rows = 2 * edge - 1
     if table.shape[0] != rows:
         table = F.interpolate(table.T[None], size=rows, mode="linear", align_corners=False)[0].T
@@ -94,7 +104,9 @@ def relative_table(table: Tensor, edge: int) -> Tensor:
 
 
 def _sink(row: Tensor, column: Tensor, h: int, w: int) -> Tensor:
-    """Log-sum-exp of the relative position bias over the padding keys of a window: rows below h, and columns beyond w in real rows."""
+    """Log-sum-exp of the relative position bias over the padding keys of a window: rows below h, and columns beyond w
+    in real rows.
+    """
     parts = []
     if h < row.shape[-1]:
         parts.append(row[..., h:].logsumexp(-1) + column.logsumexp(-1))
@@ -113,14 +125,20 @@ def _windows(x: Tensor, window: int) -> Tensor:
     """(B, heads, H, W, e), each edge below ``window`` or a multiple of it, to (B * windows, heads, h, w, e)."""
     batch, heads, height, width, e = x.shape
     h, w = min(window, height), min(window, width)
-    return x.reshape(batch, heads, height // h, h, width // w, w, e).permute(0, 2, 4, 1, 3, 5, 6).reshape(-1, heads, h, w, e)
+    return (
+        x.reshape(batch, heads, height // h, h, width // w, w, e)
+        .permute(0, 2, 4, 1, 3, 5, 6)
+        .reshape(-1, heads, h, w, e)
+    )
 
 
 def _from_windows(x: Tensor, batch: int, rows: tuple[int, int], columns: tuple[int, int], window: int) -> Tensor:
     """Inverse of ``_windows`` on (B * windows, h, w, C)."""
     height, width = rows[1] - rows[0], columns[1] - columns[0]
     h, w = min(window, height), min(window, width)
-    return x.reshape(batch, height // h, width // w, h, w, -1).permute(0, 1, 3, 2, 4, 5).reshape(batch, height, width, -1)
+    return (
+        x.reshape(batch, height // h, width // w, h, w, -1).permute(0, 1, 3, 2, 4, 5).reshape(batch, height, width, -1)
+    )
 
 
 class Block2d(nn.Module):
@@ -168,7 +186,9 @@ class SamEncoder2d(nn.Module):
         self.dim, self.stride, self.out_dim = dim, patch, out_dim
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, kernel_size=patch, stride=patch)})
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, dim))
-        self.blocks = nn.ModuleList(Block2d(dim, heads, grid, 0 if i in global_blocks else window) for i in range(depth))
+        self.blocks = nn.ModuleList(
+            Block2d(dim, heads, grid, 0 if i in global_blocks else window) for i in range(depth)
+        )
         self.neck = nn.Sequential(
             nn.Conv2d(dim, out_dim, kernel_size=1, bias=False),
             LayerNorm3d(out_dim),  # it normalises the channels of images just as well
@@ -220,7 +240,9 @@ class TimmEncoder2d(nn.Module):
         try:
             import timm
         except ImportError as error:
-            raise InputError(f"backbone {TIMM_PREFIX}{name} needs timm: pip install 'samed3d[timm]' ({error})") from error
+            raise InputError(
+                f"backbone {TIMM_PREFIX}{name} needs timm: pip install 'samed3d[timm]' ({error})"
+            ) from error
         except RuntimeError as error:  # torchvision of another build than torch
             raise InputError(
                 f"backbone {TIMM_PREFIX}{name} needs timm, which cannot be imported ({error}); install matching torchvision"
@@ -229,7 +251,9 @@ class TimmEncoder2d(nn.Module):
         try:
             network: Any = timm.create_model(name, pretrained=False, num_classes=0, **sized)
         except (RuntimeError, TypeError) as error:
-            raise InputError(f"backbone {TIMM_PREFIX}{name} cannot be built: {error}; name one of timm's ViTs") from error
+            raise InputError(
+                f"backbone {TIMM_PREFIX}{name} cannot be built: {error}; name one of timm's ViTs"
+            ) from error
         self.network = network
         has_neck = name.startswith("samvit") and isinstance(getattr(network, "neck", None), nn.Sequential)
         self.out_dim = int(network.neck[0].out_channels) if has_neck else int(network.num_features)
@@ -282,7 +306,8 @@ def encoder_state(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """The image encoder's part of a SAM checkpoint, in this file's names.
 
     Args:
-        state: A whole SAM state dict (``image_encoder.*`` beside prompt encoder and mask decoder), an encoder alone, or timm's names.
+        state: A whole SAM state dict (``image_encoder.*`` beside prompt encoder and mask decoder), an encoder alone, or
+            timm's names.
         name: The encoder that it is for, as in ``build_encoder``; a ``timm:NAME`` gets its own names.
     """
     prefix = "image_encoder."

@@ -1,7 +1,9 @@
-"""SAM's 2D transformer lifted to volumes, as 3DSAM-adapter does: the frozen weights of ``vit2d.py`` inside 3D attention.
+"""SAM's 2D transformer lifted to volumes, as 3DSAM-adapter does: the frozen weights of ``vit2d.py`` inside 3D
+attention.
 
-Each slice of the upsampled crop goes through SAM's patch convolution, a depthwise convolution along depth gathers slices into tokens, every
-block attends in 3D windows, every second one shifted by half a window, and a ``SpatialAdapter`` stands in front of each. Read
+Each slice of the upsampled crop goes through SAM's patch convolution, a depthwise convolution along depth gathers
+slices into tokens, every block attends in 3D windows, every second one shifted by half a window, and a
+``SpatialAdapter`` stands in front of each. Read
 ``models/sam3d_adapter.py`` next.
 """
 
@@ -26,10 +28,11 @@ FAR = -100.0
 
 
 class DepthPatchEmbed(nn.Module):
-    """(B, 1, D, H, W) to (B, d, h, w, C): SAM's frozen patch convolution on slices, then a trained one along depth, per channel.
+    """(B, 1, D, H, W) to (B, d, h, w, C): SAM's frozen patch convolution on slices, then a trained one along depth, per
+    channel.
 
-    The crop is upsampled on the way, a token's thickness of slices at a time; the slices' embeddings are recomputed in the backward pass,
-    as all of them together take 1.6 GB for a crop of 512^3.
+    The crop is upsampled on the way, a token's thickness of slices at a time; the slices' embeddings are recomputed in
+    the backward pass, as all of them together take 1.6 GB for a crop of 512^3.
 
     Args:
         proj: SAM's patch convolution, 3 channels in.
@@ -47,11 +50,15 @@ class DepthPatchEmbed(nn.Module):
         batch, _, *shape = image.shape
         size = [n * self.upsample for n in shape]
         # Trilinear interpolation is one matrix along depth, then bilinear slices; so no fine volume is ever held.
-        along = F.interpolate(torch.eye(shape[0], device=image.device)[None], size=size[0], mode="linear", align_corners=False)[0].T
+        along = F.interpolate(
+            torch.eye(shape[0], device=image.device)[None], size=size[0], mode="linear", align_corners=False
+        )[0].T
         tokens = []
         for rows in along.split(self.patch):
             args = (image[:, 0], rows.to(image.dtype), size[1:])
-            tokens.append(checkpoint(self._layer, *args, use_reentrant=False) if torch.is_grad_enabled() else self._layer(*args))
+            tokens.append(
+                checkpoint(self._layer, *args, use_reentrant=False) if torch.is_grad_enabled() else self._layer(*args)
+            )
         return torch.stack(tokens, 1)
 
     def _layer(self, image: Tensor, rows: Tensor, size: list[int]) -> Tensor:
@@ -59,7 +66,9 @@ class DepthPatchEmbed(nn.Module):
         slices = torch.einsum("sd,bdhw->bshw", rows, image).flatten(0, 1)[:, None]
         fine = F.interpolate(slices, size=size, mode="bilinear", align_corners=False)
         with torch.no_grad():  # three equal channels: the kernel summed over them
-            embedded = F.conv2d(fine, self.proj.weight.sum(1, keepdim=True).to(fine.dtype), self.proj.bias, stride=self.patch)
+            embedded = F.conv2d(
+                fine, self.proj.weight.sum(1, keepdim=True).to(fine.dtype), self.proj.bias, stride=self.patch
+            )
         weight = self.depth.weight[:, 0, :, 0, 0].to(embedded.dtype)
         gathered = torch.einsum("bschw,cs->bhwc", embedded.unflatten(0, (image.shape[0], -1)), weight)
         return gathered if self.depth.bias is None else gathered + self.depth.bias
@@ -92,7 +101,11 @@ class WindowAttention3d(nn.Module):
         if self.shift:
             x = x.roll((-self.shift,) * 3, axes)
         counts = [size // n for size in grid]
-        x = x.reshape(batch, counts[0], n, counts[1], n, counts[2], n, dim).permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, n, n, n, dim)
+        x = (
+            x.reshape(batch, counts[0], n, counts[1], n, counts[2], n, dim)
+            .permute(0, 1, 3, 5, 2, 4, 6, 7)
+            .reshape(-1, n, n, n, dim)
+        )
         x = self.proj(self._attend(x, batch))
         x = x.reshape(batch, *counts, n, n, n, dim).permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(batch, *grid, dim)
         return x.roll((self.shift,) * 3, axes) if self.shift else x
@@ -109,12 +122,16 @@ class WindowAttention3d(nn.Module):
         if self.shift:
             apart = (self.part[:, :, None] != self.part[:, None])[None, :, None]
             bias = bias.unflatten(0, (batch, -1)).masked_fill(apart, FAR).flatten(0, 1)
-        out = F.scaled_dot_product_attention(q.flatten(2, 4), k.flatten(2, 4), v.flatten(2, 4), attn_mask=bias, scale=self.scale)
+        out = F.scaled_dot_product_attention(
+            q.flatten(2, 4), k.flatten(2, 4), v.flatten(2, 4), attn_mask=bias, scale=self.scale
+        )
         return out.transpose(1, 2).reshape(x.shape)
 
 
 def _parts(grid: IntTriple, window: int, shift: int) -> Tensor:
-    """(windows, n^3) a number per token of each shifted window; those of unequal numbers were no neighbours before the shift."""
+    """(windows, n^3) a number per token of each shifted window; those of unequal numbers were no neighbours before the
+    shift.
+    """
     region = torch.zeros(grid, dtype=torch.uint8)
     cuts = [(slice(0, size - window), slice(size - window, size - shift), slice(size - shift, size)) for size in grid]
     for number, (a, b, c) in enumerate(itertools.product(*cuts)):
@@ -153,11 +170,13 @@ class LiftedEncoder(nn.Module):
     Raises:
         InputError: if a tap is no block of the encoder.
 
-    Source: section 3.1 of the paper; windows in SAM's global blocks too, the shift in even blocks and the start of the depth table (ones)
-    as in the code.
+    Source: section 3.1 of the paper; windows in SAM's global blocks too, the shift in even blocks and the start of the
+    depth table (ones) as in the code.
     """
 
-    def __init__(self, encoder: SamEncoder2d, grid: IntTriple, upsample: int, window: int, taps: tuple[int, ...], zero: bool) -> None:
+    def __init__(
+        self, encoder: SamEncoder2d, grid: IntTriple, upsample: int, window: int, taps: tuple[int, ...], zero: bool
+    ) -> None:
         super().__init__()
         dim, self.out_dim, self.taps = encoder.dim, encoder.out_dim, taps
         self.checkpoint_blocks = False  # recompute blocks in the backward pass, for memory
@@ -167,7 +186,14 @@ class LiftedEncoder(nn.Module):
         self.pos_embed = nn.Parameter(_pooled(encoder.pos_embed.detach(), grid[1], grid[2]))
         self.depth_embed = nn.Parameter(torch.ones(1, grid[0], dim))
         self.blocks = nn.ModuleList(
-            LiftedBlock(cast(Block2d, block), dim, grid, window, window // 2 if index % 2 == 0 and min(grid) > window else 0, zero)
+            LiftedBlock(
+                cast(Block2d, block),
+                dim,
+                grid,
+                window,
+                window // 2 if index % 2 == 0 and min(grid) > window else 0,
+                zero,
+            )
             for index, block in enumerate(encoder.blocks)
         )
         self.necks = nn.ModuleList(
@@ -191,7 +217,11 @@ class LiftedEncoder(nn.Module):
         x = x + self.pos_embed[:, None] + self.depth_embed[:, :, None, None]
         maps: list[Any] = []
         for number, block in enumerate(self.blocks, start=1):
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpoint_blocks and torch.is_grad_enabled() else block(x)
+            x = (
+                checkpoint(block, x, use_reentrant=False)
+                if self.checkpoint_blocks and torch.is_grad_enabled()
+                else block(x)
+            )
             if number in self.taps:
                 maps.append(self.necks[self.taps.index(number)](x.movedim(-1, 1).contiguous()))
         return maps
@@ -200,6 +230,11 @@ class LiftedEncoder(nn.Module):
 def _pooled(table: Tensor, height: int, width: int) -> Tensor:
     """(1, G, G, C) positions averaged down to (1, height, width, C) where the sizes divide, else resampled."""
     factors = (table.shape[1] // max(1, height), table.shape[2] // max(1, width))
-    if factors[0] >= 1 and factors[1] >= 1 and table.shape[1] == factors[0] * height and table.shape[2] == factors[1] * width:
+    if (
+        factors[0] >= 1
+        and factors[1] >= 1
+        and table.shape[1] == factors[0] * height
+        and table.shape[2] == factors[1] * width
+    ):
         return F.avg_pool2d(table.permute(0, 3, 1, 2), factors).permute(0, 2, 3, 1).contiguous()
     return resampled_positions(table, height, width).contiguous()

@@ -1,8 +1,10 @@
-"""What a user says about an object: points, boxes, scribbles, lassos and masks, as an ordered list, and their JSON form.
+"""What a user says about an object: points, boxes, scribbles, lassos and masks, as an ordered list, and their JSON
+form.
 
-Positions are kept exactly as given, each with its space (``ijk`` voxels or ``ras`` millimetres); ``point_in_grid`` and its like turn them
-into voxels of one image. Nothing here knows a model or an image's voxels. Read ``kinds.py`` for what each prompt means, ``schema.py`` for
-the JSON, ``inference/strokes.py`` for what a model is told of them, ``inference/session.py`` next.
+Positions are kept exactly as given, each with its space (``ijk`` voxels or ``ras`` millimetres); ``point_in_grid`` and
+its like turn them into voxels of one image. Nothing here knows a model or an image's voxels. Read ``kinds.py`` for what
+each prompt means, ``schema.py`` for the JSON, ``inference/strokes.py`` for what a model is told of them,
+``inference/session.py`` next.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The kinds of prompt and what each means; positions kept as given, and as voxels of one image.
 
-Not here: their JSON form (``schema.py``), what a model is told of them (``inference/strokes.py``). Read ``inference/session.py`` next.
+Not here: their JSON form (``schema.py``), what a model is told of them (``inference/strokes.py``). Read
+``inference/session.py`` next.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from samed3d.prompts.packed import PackedMask
 
 SPACES = ("ijk", "ras")
 MASK_LOGIT_THRESHOLD = 0.0
-"""The one threshold of the package: a voxel belongs to the mask when its logit is greater (probability greater than one half)."""
+"""The one threshold of the package: a voxel belongs to the mask when its logit is greater (probability greater than one
+half)."""
 MAX_BRUSH_VOX = 50
 MAX_PATH = 10_000
 
@@ -47,7 +49,8 @@ class Point:
 class Box:
     """A box around the object; both corners belong to it.
 
-    A box that is one voxel thick along exactly one axis is a 2D box: it bounds the object in that slice and says nothing of the others.
+    A box that is one voxel thick along exactly one axis is a 2D box: it bounds the object in that slice and says
+    nothing of the others.
 
     Args:
         min: Lowest corner, i, j, k or RAS mm.
@@ -64,7 +67,9 @@ class Box:
         object.__setattr__(self, "max", _position(self.max, "box max"))
         _check_space(self.space)
         if any(a > b for a, b in zip(self.min, self.max, strict=True)):
-            raise InputError(f"box min must not exceed box max on any axis, got min {_show(self.min)} and max {_show(self.max)}; swap them")
+            raise InputError(
+                f"box min must not exceed box max on any axis, got min {_show(self.min)} and max {_show(self.max)}; swap them"
+            )
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,8 @@ class Scribble:
 class Lasso:
     """A closed outline drawn by hand in one slice, of any of the three axes.
 
-    A positive one is drawn around the object's part in that slice: the deeper half of what it holds belongs to the object. Nothing inside
-    a negative one does.
+    A positive one is drawn around the object's part in that slice: the deeper half of what it holds belongs to the
+    object. Nothing inside a negative one does.
 
     Args:
         outline: At least three positions; the last is joined to the first.
@@ -114,11 +119,12 @@ class Lasso:
 
 @dataclass(frozen=True)
 class MaskPrior:
-    """A mask to start from: the object is this mask until the next prompt corrects it. It replaces what was said before.
+    """A mask to start from: the object is this mask until the next prompt corrects it. It replaces what was said
+    before.
 
     Args:
-        mask: A (D, H, W) array of the image's shape, anything but zero being the object; or the path of a mask file, which is resampled
-            where it lies on another grid. Kept as ``PackedMask`` or path.
+        mask: A (D, H, W) array of the image's shape, anything but zero being the object; or the path of a mask file,
+            which is resampled where it lies on another grid. Kept as ``PackedMask`` or path.
     """
 
     mask: PackedMask | str
@@ -158,7 +164,8 @@ def path_in_grid(stroke: Scribble | Lasso, grid: Grid) -> list[Triple]:
     """The fractional ijk positions of a scribble's path or a lasso's outline in ``grid``.
 
     Raises:
-        InputError: if one of a scribble's lies outside the volume, or none of a lasso's does not; the message names the bounds.
+        InputError: if one of a scribble's lies outside the volume, or none of a lasso's does not; the message names the
+            bounds.
     """
     if isinstance(stroke, Scribble):
         return [_inside(at, stroke.space, grid, "scribble") for at in stroke.path]
@@ -173,7 +180,9 @@ def _inside(at: Triple, space: str, grid: Grid, what: str) -> Triple:
     if not grid.contains_ijk(ijk):
         where = f"{_show(at)}" + ("" if space == "ijk" else f" mm RAS (= voxel {_show(ijk)})")
         top = tuple(n - 1 for n in grid.size_ijk)
-        raise InputError(f"{what} must lie inside the volume, ijk (0, 0, 0) to {top}, got {where}; check --space and the axis order")
+        raise InputError(
+            f"{what} must lie inside the volume, ijk (0, 0, 0) to {top}, got {where}; check --space and the axis order"
+        )
     return ijk
 
 
@@ -188,13 +197,17 @@ def box_in_grid(box: Box, grid: Grid) -> tuple[Triple, Triple]:
     if box.space == "ijk":
         low, high = box.min, box.max
     else:
-        corners = [grid.ras_mm_to_ijk(as_triple(corner)) for corner in itertools.product(*zip(box.min, box.max, strict=True))]
+        corners = [
+            grid.ras_mm_to_ijk(as_triple(corner)) for corner in itertools.product(*zip(box.min, box.max, strict=True))
+        ]
         low = as_triple([min(c[a] for c in corners) for a in range(3)])
         high = as_triple([max(c[a] for c in corners) for a in range(3)])
     top = as_triple([n - 1 for n in grid.size_ijk])
     if any(h < -0.5 or lo >= t + 0.5 for lo, h, t in zip(low, high, top, strict=True)):
         shown = tuple(int(t) for t in top)
-        raise InputError(f"box must meet the volume, ijk (0, 0, 0) to {shown}, got {_show(box.min)} to {_show(box.max)} ({box.space})")
+        raise InputError(
+            f"box must meet the volume, ijk (0, 0, 0) to {shown}, got {_show(box.min)} to {_show(box.max)} ({box.space})"
+        )
     low, high = (as_triple([min(max(0.0, v), t) for v, t in zip(corner, top, strict=True)]) for corner in (low, high))
     return low, high
 

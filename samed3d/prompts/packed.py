@@ -1,6 +1,8 @@
-"""A mask as packed bits of its bounding box: small enough to be kept once per prompt, to be sent, and to be written into JSON.
+"""A mask as packed bits of its bounding box: small enough to be kept once per prompt, to be sent, and to be written
+into JSON.
 
-Not a file format of its own; read ``volume/writing.py`` for those. Used by ``kinds.py`` and ``inference/steps.py``; read ``kinds.py`` next.
+Not a file format of its own; read ``volume/writing.py`` for those. Used by ``kinds.py`` and ``inference/steps.py``;
+read ``kinds.py`` next.
 """
 
 from __future__ import annotations
@@ -87,14 +89,17 @@ class PackedMask:
         """The inverse of ``to_json``.
 
         Raises:
-            InputError: if the numbers do not describe a box in a volume, or the bits are damaged or not as many as the box has voxels.
+            InputError: if the numbers do not describe a box in a volume, or the bits are damaged or not as many as the
+                box has voxels.
         """
         shape, start, stop = (_whole(body.get(key), key) for key in ("size", "start", "stop"))
         if (
             not all(0 <= a <= b <= n for a, b, n in zip(start, stop, shape, strict=True))
             or int(np.prod(shape, dtype=object)) > _MOST_VOXELS
         ):
-            raise InputError(f"mask start and stop must lie in its size, got start {start}, stop {stop}, size {shape} (zyx)")
+            raise InputError(
+                f"mask start and stop must lie in its size, got start {start}, stop {stop}, size {shape} (zyx)"
+            )
         region = Region(start, stop)
         expected = -(-int(np.prod(region.shape_zyx, dtype=np.int64)) // 8)
         try:
@@ -104,7 +109,9 @@ class PackedMask:
         except (zlib.error, binascii.Error, TypeError, ValueError) as error:
             raise InputError(f"mask bits are damaged ({error}); write the file again") from error
         if found != expected or not stream.eof:
-            raise InputError(f"mask bits must hold {expected} bytes for its box, got {found if found <= expected else 'more'}")
+            raise InputError(
+                f"mask bits must hold {expected} bytes for its box, got {found if found <= expected else 'more'}"
+            )
         return cls(shape, region, bits)
 
 

@@ -1,7 +1,8 @@
-"""The JSON form of prompts: one schema for the API, the command line, the server and files. What each prompt means is in ``kinds.py``.
+"""The JSON form of prompts: one schema for the API, the command line, the server and files. What each prompt means is
+in ``kinds.py``.
 
-A prompt file holds objects with their prompts in one space; a journal or a request holds single prompts, each with its space. The schema
-with an example is in ``docs/click.md``.
+A prompt file holds objects with their prompts in one space; a journal or a request holds single prompts, each with its
+space. The schema with an example is in ``docs/click.md``.
 """
 
 from __future__ import annotations
@@ -136,7 +137,11 @@ def prompt_from_json(entry: Any, space: str = "ijk", where: str = "prompt") -> P
 
 def _beside(prompt: Prompt, file: Path) -> Prompt:
     """A mask's path is relative to the prompt file that names it."""
-    return MaskPrior(file.parent / prompt.mask) if isinstance(prompt, MaskPrior) and isinstance(prompt.mask, str) else prompt
+    return (
+        MaskPrior(file.parent / prompt.mask)
+        if isinstance(prompt, MaskPrior) and isinstance(prompt.mask, str)
+        else prompt
+    )
 
 
 def _path(value: Any, where: str) -> str:

@@ -1,8 +1,9 @@
-"""Whether a training helped: the same clicks on the same structures of kept-back subjects, before and after, on whole volumes.
+"""Whether a training helped: the same clicks on the same structures of kept-back subjects, before and after, on whole
+volumes.
 
-Each structure is clicked from several seeds of the first click, both models from the same; how much the change differs from seed to seed
-says how far it moves by chance of the clicks alone. Not here: what is trained (``finetune.py``), tables of many models
-(``evaluation/report.py``).
+Each structure is clicked from several seeds of the first click, both models from the same; how much the change differs
+from seed to seed says how far it moves by chance of the clicks alone. Not here: what is trained (``finetune.py``),
+tables of many models (``evaluation/report.py``).
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class Change:
         click: After how many clicks.
         before: Mean Dice of the start.
         after: Mean Dice of the result.
-        noise: Standard deviation of the change over the seeds of the clicks, which both models got alike; nan for one seed.
+        noise: Standard deviation of the change over the seeds of the clicks, which both models got alike; nan for one
+            seed.
         low: Lower end of the change's 95 % interval over subjects; nan for one subject.
         high: Upper end.
         improved: Share of measurements that rose.
@@ -88,18 +90,26 @@ class Change:
 
 
 def choose_targets(cases: Sequence[tuple[Corpus, CaseRecord]], count: int, seed: int) -> list[Target]:
-    """Up to ``count`` structures, spread evenly over subjects: each gives one in turn, in an order drawn with the seed."""
+    """Up to ``count`` structures, spread evenly over subjects: each gives one in turn, in an order drawn with the
+    seed.
+    """
     rng = np.random.default_rng(seed)
     of_subject: dict[str, list[Target]] = defaultdict(list)
     for corpus, case in cases:
         of_subject[case.subject] += [Target(corpus, case, label) for label in case.labels]
     drawn = [[targets[i] for i in rng.permutation(len(targets))] for _, targets in sorted(of_subject.items())]
-    turns = [targets[turn] for turn in range(max(map(len, drawn), default=0)) for targets in drawn if turn < len(targets)]
+    turns = [
+        targets[turn] for turn in range(max(map(len, drawn), default=0)) for targets in drawn if turn < len(targets)
+    ]
     return turns[:count]
 
 
-def measure(model: PromptableModel, targets: Sequence[Target], seeds: int, clicks: int = max(REPORTED_CLICKS)) -> list[Score]:
-    """Click every structure on its whole volume; structures of one image are measured together, so that it is read once."""
+def measure(
+    model: PromptableModel, targets: Sequence[Target], seeds: int, clicks: int = max(REPORTED_CLICKS)
+) -> list[Score]:
+    """Click every structure on its whole volume; structures of one image are measured together, so that it is read
+    once.
+    """
     by_case: dict[str, list[Target]] = defaultdict(list)
     for target in targets:
         by_case[target.case.id].append(target)
@@ -148,7 +158,9 @@ def _change(click: int, before: dict[tuple, float], after: dict[tuple, Score]) -
     seeds = sorted({key[2] for key in before})
     of_seed = [np.mean([after[k].dice - before[k] for k in before if k[2] == seed]) for seed in seeds]
     noise = float(np.std(of_seed, ddof=1)) if len(seeds) > 1 else float("nan")
-    paired = paired_difference({k: s.dice for k, s in after.items()}, dict(before), {k: s.subject for k, s in after.items()})
+    paired = paired_difference(
+        {k: s.dice for k, s in after.items()}, dict(before), {k: s.subject for k, s in after.items()}
+    )
     return Change(
         click=click,
         before=float(np.mean(list(before.values()))),
@@ -160,7 +172,9 @@ def _change(click: int, before: dict[tuple, float], after: dict[tuple, Score]) -
     )
 
 
-def to_markdown(changes: Sequence[Change], measured: Sequence[Score], base: str, known: Iterable[tuple[str, str]]) -> str:
+def to_markdown(
+    changes: Sequence[Change], measured: Sequence[Score], base: str, known: Iterable[tuple[str, str]]
+) -> str:
     """The table as a user reads it.
 
     Args:
@@ -198,7 +212,9 @@ def _overlap(base: str, known: Iterable[tuple[str, str]]) -> list[str]:
     if trained := sorted(by_answer["trained on"]):
         lines.append(f"`{base}` was trained on {', '.join(trained)}: its Dice before is not that of an unseen subject.")
     if unknown := sorted(by_answer["unknown"]):
-        lines.append(f"Whether `{base}` was trained on {', '.join(unknown)} is unknown: its file does not name all of its sources.")
+        lines.append(
+            f"Whether `{base}` was trained on {', '.join(unknown)} is unknown: its file does not name all of its sources."
+        )
     return lines
 
 

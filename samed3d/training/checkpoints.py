@@ -1,7 +1,8 @@
-"""What a run keeps so that nothing is lost: ``last.pt`` and its elder copies, ``model.safetensors``, and going on from them.
+"""What a run keeps so that nothing is lost: ``last.pt`` and its elder copies, ``model.safetensors``, and going on from
+them.
 
-Everything is written to a temporary name, flushed and renamed. No random state is kept, because there is none: samples, clicks and dropout
-follow from (seed, step, rank). Read ``loop.py`` next.
+Everything is written to a temporary name, flushed and renamed. No random state is kept, because there is none: samples,
+clicks and dropout follow from (seed, step, rank). Read ``loop.py`` next.
 """
 
 from __future__ import annotations
@@ -61,7 +62,13 @@ def check_new(folder: Path) -> None:
 
 
 def save(
-    folder: Path, config: TrainConfig, model: nn.Module, optimiser: Any, average: AveragedWeights, progress: Progress, scaler: Any = None
+    folder: Path,
+    config: TrainConfig,
+    model: nn.Module,
+    optimiser: Any,
+    average: AveragedWeights,
+    progress: Progress,
+    scaler: Any = None,
 ) -> None:
     """Write ``last.pt``, its copy ``step_NNNNNN.pt`` where ``run.keep`` asks for it, and ``model.safetensors``."""
     state = {
@@ -82,14 +89,21 @@ def save(
 
 
 def save_average(path: Path, config: TrainConfig, model: Any, average: AveragedWeights, progress: Progress) -> None:
-    """Write the running mean of the weights (the weights themselves where there is none) as a checkpoint that every command takes."""
+    """Write the running mean of the weights (the weights themselves where there is none) as a checkpoint that every
+    command takes.
+    """
     facts: dict[str, Any] = {"step": progress.done, "training": to_dict(config)}
     with average.applied(model):
         save_weights(model, path, facts if progress.best is None else facts | {"validation_dice": progress.best})
 
 
 def restore(
-    folder: Path, config: TrainConfig, model: nn.Module, optimiser: Any, average: AveragedWeights, corpora: dict[str, str]
+    folder: Path,
+    config: TrainConfig,
+    model: nn.Module,
+    optimiser: Any,
+    average: AveragedWeights,
+    corpora: dict[str, str],
 ) -> tuple[Progress, Any]:
     """Put everything back as ``save`` wrote it.
 
@@ -105,7 +119,8 @@ def restore(
         How far the run was, and the gradient scaler's state or None.
 
     Raises:
-        InputError: if there is nothing to resume, the file is damaged, or the config or a corpus has changed; differences are listed.
+        InputError: if there is nothing to resume, the file is damaged, or the config or a corpus has changed;
+            differences are listed.
     """
     path = folder / "last.pt"
     if not path.exists():
@@ -114,7 +129,9 @@ def restore(
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged archive
         elder = ", ".join(p.name for p in sorted(folder.glob("step_*.pt"))) or "none"
-        raise InputError(f"{path} is damaged ({str(error).splitlines()[0][:80]}); copy an elder one over it: {elder}") from error
+        raise InputError(
+            f"{path} is damaged ({str(error).splitlines()[0][:80]}); copy an elder one over it: {elder}"
+        ) from error
     changed = differences(to_dict(config_of(TrainConfig, json.loads(saved["config"]))), to_dict(config))
     if changed:
         raise InputError(f"a resumed run must keep its config; changed: {'; '.join(changed)}")

@@ -1,4 +1,5 @@
-"""``curves.svg`` of a run folder: loss, Dice by turn and validation Dice by click over the steps, drawn from ``metrics.jsonl``.
+"""``curves.svg`` of a run folder: loss, Dice by turn and validation Dice by click over the steps, drawn from
+``metrics.jsonl``.
 
 Plain SVG, which every browser shows; needs nothing. Read ``progress.py`` for what the file holds.
 """
@@ -53,7 +54,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def _by_number(rows: list[dict[str, Any]], key: str, word: str) -> list[Line]:
     count = max(len(row[key]) for row in rows)
-    return [(f"{word} {i + 1}", [(row["step"], row[key][i]) for row in rows if len(row[key]) > i]) for i in range(count)]
+    return [
+        (f"{word} {i + 1}", [(row["step"], row[key][i]) for row in rows if len(row[key]) > i]) for i in range(count)
+    ]
 
 
 def _panel(title: str, lines: list[Line], index: int, last: float) -> str:

@@ -1,9 +1,11 @@
 """A frozen teacher for the training step: squared distances between the features of two image encoders.
 
-Both models must have ``layer_features(image) -> list[Tensor]``: each block's output (B, d, h, w, C), then the encoder's output, channels
-last. The teacher is no part of the step's modules: it is not saved, not averaged, and no process group sees it.
+Both models must have ``layer_features(image) -> list[Tensor]``: each block's output (B, d, h, w, C), then the encoder's
+output, channels last. The teacher is no part of the step's modules: it is not saved, not averaged, and no process group
+sees it.
 
-Source: FastSAM3D, layer-wise distillation with teacher block 2i for student block i; its released code compares the outputs alone.
+Source: FastSAM3D, layer-wise distillation with teacher block 2i for student block i; its released code compares the
+outputs alone.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ class Teacher:
 
     Args:
         model: Put in eval mode, without gradients.
-        pairs: (block of the student, block of the teacher), -1 for the encoder's output; empty compares the outputs alone.
+        pairs: (block of the student, block of the teacher), -1 for the encoder's output; empty compares the outputs
+            alone.
 
     Raises:
         InputError: if the model has no ``layer_features``.
@@ -54,7 +57,9 @@ class Teacher:
             student, teacher = layers[own], taught[other]
             if student.shape != teacher.shape:
                 shapes = f"{tuple(student.shape[1:])} and {tuple(teacher.shape[1:])}"
-                raise InputError(f"loss.distill_layers must name blocks of one shape, got {shapes} for [{own}, {other}]")
+                raise InputError(
+                    f"loss.distill_layers must name blocks of one shape, got {shapes} for [{own}, {other}]"
+                )
             total = total + F.mse_loss(student.float(), teacher.float())
         return total / len(self.pairs)
 
@@ -66,4 +71,6 @@ def check_layers(model: PromptableModel, what: str) -> None:
         InputError: that names what the model was to be.
     """
     if not hasattr(model, "layer_features"):
-        raise InputError(f"{what} must be a model that hands out its layers' features (sam_med3d_*, fast_sam3d), got {model.spec.name!r}")
+        raise InputError(
+            f"{what} must be a model that hands out its layers' features (sam_med3d_*, fast_sam3d), got {model.spec.name!r}"
+        )

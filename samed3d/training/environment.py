@@ -1,4 +1,6 @@
-"""What a run ran on and what it must explain later: ``environment.json`` and, after a loss that is not finite, ``nonfinite.json``."""
+"""What a run ran on and what it must explain later: ``environment.json`` and, after a loss that is not finite,
+``nonfinite.json``.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def manifest_hashes(config: TrainConfig) -> dict[str, str]:
     return found
 
 
-def write_environment(folder: Path, config: TrainConfig, accelerator: Accelerator, corpora: dict[str, str], done: int) -> None:
+def write_environment(
+    folder: Path, config: TrainConfig, accelerator: Accelerator, corpora: dict[str, str], done: int
+) -> None:
     """Add this start of the run to ``environment.json``, a list with one entry per start."""
     path = folder / "environment.json"
     starts: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
@@ -73,7 +77,9 @@ def revision() -> str:
         return ""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
         return done.stdout.strip()
 
     try:
@@ -82,11 +88,20 @@ def revision() -> str:
         return ""
 
 
-def write_nonfinite(folder: Path, step: int, loss: float, batch: dict[str, Any], seed: int, config: TrainConfig, rank: int) -> Path:
+def write_nonfinite(
+    folder: Path, step: int, loss: float, batch: dict[str, Any], seed: int, config: TrainConfig, rank: int
+) -> Path:
     """Write what is needed to draw the batch of a loss that is not finite again: cases, sample numbers, seeds."""
     path = folder / "nonfinite.json"
     samples = batch["index"].tolist() if "index" in batch else []
-    body = {"step": step, "loss": str(loss), "cases": list(batch["case"]), "samples": samples, "seed": config.run.seed, "rank": rank}
+    body = {
+        "step": step,
+        "loss": str(loss),
+        "cases": list(batch["case"]),
+        "samples": samples,
+        "seed": config.run.seed,
+        "rank": rank,
+    }
     write_text(path, json.dumps(body | {"click_seed": seed}, indent=1))
     return path
 

@@ -1,7 +1,9 @@
-"""Fine-tuning in one call: keep subjects back, measure with clicks, train with a recipe for small data, measure again, say what changed.
+"""Fine-tuning in one call: keep subjects back, measure with clicks, train with a recipe for small data, measure again,
+say what changed.
 
-The recipe is ``RECIPE``, a few keys of the training config; ``configs/finetune.yaml`` is the same for a corpus that is prepared already.
-Not here: finding and preparing the data (``data_prep/cached.py``), the loop (``loop.py``), what is frozen (``trainable.py``). Read
+The recipe is ``RECIPE``, a few keys of the training config; ``configs/finetune.yaml`` is the same for a corpus that is
+prepared already. Not here: finding and preparing the data (``data_prep/cached.py``), the loop (``loop.py``), what is
+frozen (``trainable.py``). Read
 ``before_after.py`` next.
 """
 
@@ -53,7 +55,15 @@ STEPS_PER_STRUCTURE = 2
 TIMED_STEPS = 4
 BEFORE = "before.json"
 """The first measurement, kept for a run that is stopped and gone on with."""
-_OURS = ("model.", "data.corpus", "data.split_seed", "data.validation_share", "data.hold_out", "optim.epochs", "run.folder")
+_OURS = (
+    "model.",
+    "data.corpus",
+    "data.split_seed",
+    "data.validation_share",
+    "data.hold_out",
+    "optim.epochs",
+    "run.folder",
+)
 
 
 @dataclass(frozen=True)
@@ -88,13 +98,19 @@ class FinetuneOptions:
         if self.adapter not in ("none", "lora", "fact"):
             raise InputError(f"--adapter must be lora or fact, got {self.adapter!r}")
         if (self.adapter == "none") == (self.train == "adapters"):
-            raise InputError(f"--adapter goes with --train adapters, got --train {self.train} and --adapter {self.adapter}")
+            raise InputError(
+                f"--adapter goes with --train adapters, got --train {self.train} and --adapter {self.adapter}"
+            )
         if self.rank < 1:
             raise InputError(f"--rank must be 1 or more, got {self.rank}")
         if self.steps and self.minutes:
-            raise InputError(f"--steps and --minutes exclude each other, got {self.steps} and {self.minutes:g}; give one")
+            raise InputError(
+                f"--steps and --minutes exclude each other, got {self.steps} and {self.minutes:g}; give one"
+            )
         if self.steps < 0 or not 0 <= self.minutes < math.inf:
-            raise InputError(f"--steps and --minutes must be 0 (a number by the data) or more, got {self.steps} and {self.minutes:g}")
+            raise InputError(
+                f"--steps and --minutes must be 0 (a number by the data) or more, got {self.steps} and {self.minutes:g}"
+            )
         if min(self.structures, self.seeds) < 1:
             raise InputError(f"--structures and --seeds must be 1 or more, got {self.structures} and {self.seeds}")
         for change in self.changes:
@@ -106,7 +122,9 @@ class FinetuneOptions:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What came out: the run folder (``model.safetensors``, ``table.md``, ``table.json``, ``scores.csv``), the lines, and the table."""
+    """What came out: the run folder (``model.safetensors``, ``table.md``, ``table.json``, ``scores.csv``), the lines,
+    and the table.
+    """
 
     folder: Path
     changes: list[Change]
@@ -138,7 +156,8 @@ def finetune(
         The result; without lines and table where the training was stopped by a signal, which is said how to go on.
 
     Raises:
-        InputError: for a base that is not promptable or is an adapter, data of fewer than two subjects, a folder that is not empty.
+        InputError: for a base that is not promptable or is an adapter, data of fewer than two subjects, a folder that
+            is not empty.
     """
     options = options or FinetuneOptions()
     if not resume:
@@ -181,19 +200,30 @@ def _finished(
     changes = {place: compare(before[place], after[place]) for place in measured}
     tables = [
         to_markdown(
-            changes[place], before[place], base, [(t.case.subject, seen_by(header, t.case.source, t.case.subject)) for t in targets]
+            changes[place],
+            before[place],
+            base,
+            [(t.case.subject, seen_by(header, t.case.source, t.case.subject)) for t in targets],
         )
         for place, targets in measured.items()
     ]
     table = "\nElsewhere, on structures that were not trained on. ".join(tables)
     _write_results(out, changes, table, {"before": before, "after": after})
-    trained_on = {name: sorted({c.subject for _, c in split.trained if c.source == name}) for name in {c.source for _, c in split.trained}}
+    trained_on = {
+        name: sorted({c.subject for _, c in split.trained if c.source == name})
+        for name in {c.source for _, c in split.trained}
+    }
     facts = {"base": {"name": base, "sha256": tensors_sha256(read_weights(path)[0]), "history": history_of(header)}}
-    amend_header(out / "model.safetensors", {**facts, "trained_on": trained_on, "before_after": [asdict(c) for c in changes["here"]]})
+    amend_header(
+        out / "model.safetensors",
+        {**facts, "trained_on": trained_on, "before_after": [asdict(c) for c in changes["here"]]},
+    )
     return Finetuned(out, changes["here"], table)
 
 
-def _measure_all(model: PromptableModel, measured: Mapping[str, Sequence[Target]], seeds: int, what: str) -> dict[str, list[Score]]:
+def _measure_all(
+    model: PromptableModel, measured: Mapping[str, Sequence[Target]], seeds: int, what: str
+) -> dict[str, list[Score]]:
     """Scores by place; empty on all processes but the first, which speaks for all."""
     if os.environ.get("RANK", "0") != "0":
         return {}
@@ -222,9 +252,13 @@ def load_base(base: str) -> tuple[PromptableModel, Path, dict[str, Any]]:
     assert path is not None  # else load had refused
     header = read_header(path)
     if not isinstance(model, PromptableModel):
-        raise InputError(f"--finetune needs a model that takes prompts, got {base!r}, a {header['model']!r}, which is automatic")
+        raise InputError(
+            f"--finetune needs a model that takes prompts, got {base!r}, a {header['model']!r}, which is automatic"
+        )
     if ADAPTER_KEY in header:
-        raise InputError(f"--finetune needs a whole model, got {base!r}, an adapter of {header[ADAPTER_KEY]['base']!r}; merge it first")
+        raise InputError(
+            f"--finetune needs a whole model, got {base!r}, an adapter of {header[ADAPTER_KEY]['base']!r}; merge it first"
+        )
     return model, path, header
 
 
@@ -264,7 +298,9 @@ def recipe(
         "run.folder": str(out),
         "run.seed": options.seed,
     }
-    return load_config(TrainConfig, None, [*(f"{key}={json.dumps(value)}" for key, value in values.items()), *options.changes])
+    return load_config(
+        TrainConfig, None, [*(f"{key}={json.dumps(value)}" for key, value in values.items()), *options.changes]
+    )
 
 
 def _fitted_to(config: TrainConfig, minutes: float) -> TrainConfig:
@@ -285,7 +321,9 @@ def _write_before(out: Path, before: Mapping[str, list[Score]]) -> None:
     """Keep the first measurement for ``_stopped_run``."""
     if before:
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / BEFORE, json.dumps({place: [asdict(score) for score in scores] for place, scores in before.items()}))
+        write_text(
+            out / BEFORE, json.dumps({place: [asdict(score) for score in scores] for place, scores in before.items()})
+        )
 
 
 def _stopped_run(out: Path, base: str, split: Split) -> tuple[TrainConfig, dict[str, list[Score]]]:
@@ -295,11 +333,19 @@ def _stopped_run(out: Path, base: str, split: Split) -> tuple[TrainConfig, dict[
         InputError: if there is none, or it was started from another base or other data.
     """
     if not (out / "last.pt").is_file() or not (out / BEFORE).is_file():
-        raise InputError(f"--resume needs a fine-tuning that was stopped, got none with a checkpoint in {out}; leave --resume out")
+        raise InputError(
+            f"--resume needs a fine-tuning that was stopped, got none with a checkpoint in {out}; leave --resume out"
+        )
     config = load_config(TrainConfig, out / "config.json")
-    same = (config.model.weights, config.data.split_seed, config.data.validation_share) == (base, split.seed, split.share)
+    same = (config.model.weights, config.data.split_seed, config.data.validation_share) == (
+        base,
+        split.seed,
+        split.share,
+    )
     if not same:
-        raise InputError(f"--resume must be given the --finetune and --data that {out} was started with ({config.model.weights})")
+        raise InputError(
+            f"--resume must be given the --finetune and --data that {out} was started with ({config.model.weights})"
+        )
     before = json.loads((out / BEFORE).read_text(encoding="utf-8"))
     return config, {place: [Score(**score) for score in scores] for place, scores in before.items()}
 
@@ -310,7 +356,9 @@ def _done(out: Path) -> int:
     return int(read_header(path).get("step", 0)) if path.is_file() else 0
 
 
-def _write_results(out: Path, changes: Mapping[str, list[Change]], table: str, scores: Mapping[str, Mapping[str, list[Score]]]) -> None:
+def _write_results(
+    out: Path, changes: Mapping[str, list[Change]], table: str, scores: Mapping[str, Mapping[str, list[Score]]]
+) -> None:
     """``table.md``, ``table.json`` and ``scores.csv``, each whole or not at all."""
     rows = [
         {"model": name, "place": place, **asdict(score)}
@@ -322,8 +370,15 @@ def _write_results(out: Path, changes: Mapping[str, list[Change]], table: str, s
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    body = {place: [{**asdict(c), "change": c.change, "beyond_noise": c.beyond_noise} for c in lines] for place, lines in changes.items()}
-    for name, content in {"scores.csv": text.getvalue(), "table.json": json.dumps(body, indent=1) + "\n", "table.md": table}.items():
+    body = {
+        place: [{**asdict(c), "change": c.change, "beyond_noise": c.beyond_noise} for c in lines]
+        for place, lines in changes.items()
+    }
+    for name, content in {
+        "scores.csv": text.getvalue(),
+        "table.json": json.dumps(body, indent=1) + "\n",
+        "table.md": table,
+    }.items():
         write_text(out / name, content)
 
 

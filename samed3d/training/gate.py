@@ -1,6 +1,8 @@
-"""The training step of a mixture's gate: every decoder answers the same clicks, the gate learns to name the one with the best mask.
+"""The training step of a mixture's gate: every decoder answers the same clicks, the gate learns to name the one with
+the best mask.
 
-Only the gate has gradients. The model is in ``models/sam_med3d_moe.py``; how checkpoints become a mixture is in ``moe.py``.
+Only the gate has gradients. The model is in ``models/sam_med3d_moe.py``; how checkpoints become a mixture is in
+``moe.py``.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ SHARPNESS = 0.02
 
 
 class GateStep(nn.Module):
-    """One training step of the gate, with the same arguments and output as ``InteractiveStep``; only the gate has gradients.
+    """One training step of the gate, with the same arguments and output as ``InteractiveStep``; only the gate has
+    gradients.
 
     Args:
         model: The mixture.
@@ -68,7 +71,10 @@ class GateStep(nn.Module):
         """Add a click per sample to the history, or put it in the place of the last."""
         points, labels = sample_clicks(mask, target, self.clicks.policy, generators)
         if self.keep_all:
-            points, labels = torch.cat([history.points, points], dim=1), torch.cat([history.point_labels, labels], dim=1)
+            points, labels = (
+                torch.cat([history.points, points], dim=1),
+                torch.cat([history.point_labels, labels], dim=1),
+            )
         history.points, history.point_labels = points, labels
 
     def _taken(self, answers: list[MaskOutput], chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """The training run: steps, checkpoints, validation and logs around a training step, through Accelerate.
 
-A run is a number of optimiser steps. All randomness follows from (seed, step, sample), so a resumed run draws the samples and clicks that
-the unbroken one would have drawn. What a run starts with is in ``start.py``, what it keeps in ``checkpoints.py``; the loss lives in
+A run is a number of optimiser steps. All randomness follows from (seed, step, sample), so a resumed run draws the
+samples and clicks that the unbroken one would have drawn. What a run starts with is in ``start.py``, what it keeps in
+``checkpoints.py``; the loss lives in
 ``step.py``; what is drawn, in ``data/sampling.py``.
 """
 
@@ -47,12 +48,13 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> 
         quiet: No progress bar.
 
     Returns:
-        The run folder: ``model.safetensors`` (running mean of the weights where ``run.ema`` is on), ``best.safetensors`` where there was a
-        validation, ``last.pt``, ``config.json``, ``environment.json``, ``metrics.jsonl``, ``curves.svg``.
+        The run folder: ``model.safetensors`` (running mean of the weights where ``run.ema`` is on),
+        ``best.safetensors`` where there was a validation, ``last.pt``, ``config.json``, ``environment.json``,
+        ``metrics.jsonl``, ``curves.svg``.
 
     Raises:
-        InputError: for an existing run without ``resume``, a changed config on resume, data that leave nothing to train on, a device that
-            is not there, or memory that ran out.
+        InputError: for an existing run without ``resume``, a changed config on resume, data that leave nothing to train
+            on, a device that is not there, or memory that ran out.
         RuntimeError: if the loss is not finite; the message names the cases.
     """
     folder = Path(config.run.folder)
@@ -81,7 +83,9 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> 
     if accelerator.is_main_process:
         write_curves(folder)
     if stop.reason and not (config.optim.schedule == "cosine_minutes" and stop.over):
-        logger.warning("stopped at step %d of %d: %s; go on with --resume", run.progress.done, run.config.optim.steps, stop.reason)
+        logger.warning(
+            "stopped at step %d of %d: %s; go on with --resume", run.progress.done, run.config.optim.steps, stop.reason
+        )
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -126,8 +130,15 @@ def _prepared(config: TrainConfig, folder: Path, accelerator: Accelerator, resum
     if left <= 0:
         raise InputError(f"optim.steps must be above the {progress.done} steps already done, got {config.optim.steps}")
     dataset.start, dataset.length = progress.samples, left * per_step
-    if config.data.corpus and config.data.synthetic_share == 0 and per_step > len(dataset.real) and accelerator.is_main_process:
-        logger.warning("a step takes %d samples of %d structures: some come twice, in other crops", per_step, len(dataset.real))
+    if (
+        config.data.corpus
+        and config.data.synthetic_share == 0
+        and per_step > len(dataset.real)
+        and accelerator.is_main_process
+    ):
+        logger.warning(
+            "a step takes %d samples of %d structures: some come twice, in other crops", per_step, len(dataset.real)
+        )
     workers, ending = config.data.workers, multiprocessing.Event()
     start = partial(_start_worker, ending)
     loader: Any = DataLoader(
@@ -162,10 +173,14 @@ def with_steps(config: TrainConfig, structures: int, per_step: int) -> TrainConf
     if not config.optim.epochs:
         return config
     if not structures:
-        raise InputError(f"optim.epochs must be 0 without a corpus to pass over, got {config.optim.epochs:g}; set optim.steps instead")
+        raise InputError(
+            f"optim.epochs must be 0 without a corpus to pass over, got {config.optim.epochs:g}; set optim.steps instead"
+        )
     steps = max(1, math.ceil(config.optim.epochs * structures / per_step))
     if config.optim.warmup_steps > steps:
-        raise InputError(f"optim.warmup_steps must be at most the {steps} steps of the run, got {config.optim.warmup_steps}")
+        raise InputError(
+            f"optim.warmup_steps must be at most the {steps} steps of the run, got {config.optim.warmup_steps}"
+        )
     return replace(config, optim=replace(config.optim, steps=steps))
 
 
@@ -216,7 +231,9 @@ def _batches(loader: Any) -> Any:
 def _give_up(run: _Run, output: StepOutput, batch: dict[str, Any], seed: int) -> None:
     loss, done = float(output.loss.detach()), run.progress.done
     path = environment.write_nonfinite(run.folder, done, loss, batch, seed, run.config, run.accelerator.process_index)
-    raise RuntimeError(f"loss is {loss} at step {done}; cases: {', '.join(batch['case'])}; what is needed to draw them again is in {path}")
+    raise RuntimeError(
+        f"loss is {loss} at step {done}; cases: {', '.join(batch['case'])}; what is needed to draw them again is in {path}"
+    )
 
 
 def _validate(run: _Run, stop: StopRequest) -> None:
@@ -240,7 +257,9 @@ def _validate(run: _Run, stop: StopRequest) -> None:
 def _save(run: _Run) -> None:
     if run.accelerator.is_main_process:
         network = unwrapped(run.accelerator, run.step)
-        checkpoints.save(run.folder, run.config, network, run.optimiser, run.average, run.progress, run.accelerator.scaler)
+        checkpoints.save(
+            run.folder, run.config, network, run.optimiser, run.average, run.progress, run.accelerator.scaler
+        )
     run.accelerator.wait_for_everyone()
 
 

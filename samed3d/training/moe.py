@@ -1,7 +1,8 @@
 """A mixture of experts from fine-tuned checkpoints, and the run that teaches its gate which decoder does best.
 
-The experts come from ``samed3d train --finetune BASE --train decoder``: their image encoder is the base's, bit for bit. Every decoder
-answers the same clicks; the gate learns to name the one with the best mask, from image and prompts. No decoder changes. The model is in
+The experts come from ``samed3d train --finetune BASE --train decoder``: their image encoder is the base's, bit for bit.
+Every decoder answers the same clicks; the gate learns to name the one with the best mask, from image and prompts. No
+decoder changes. The model is in
 ``models/sam_med3d_moe.py``; the loop around the step is the trainer's own, ``loop.py``, with the step of ``gate.py``.
 """
 
@@ -28,15 +29,21 @@ ASSEMBLED = "assembled.safetensors"
 
 
 def train_gate(
-    base: str, experts: list[str], config: TrainConfig, *, threshold: float = 0.5, resume: bool = False, quiet: bool = False
+    base: str,
+    experts: list[str],
+    config: TrainConfig,
+    *,
+    threshold: float = 0.5,
+    resume: bool = False,
+    quiet: bool = False,
 ) -> Path:
     """Make a mixture and train its gate.
 
     Args:
         base: Checkpoint (name or file) that answers where no expert is sure.
         experts: Checkpoints of its fine-tunes, each with the base's image encoder.
-        config: As for any training; ``config.model`` is filled in here. ``data.corpus`` should hold what each expert is for, and other
-            structures, from which the gate learns to leave the answer to the base.
+        config: As for any training; ``config.model`` is filled in here. ``data.corpus`` should hold what each expert is
+            for, and other structures, from which the gate learns to leave the answer to the base.
         threshold: Least probability of an expert for it to be chosen.
         resume: Go on from the run folder.
         quiet: No progress bar.
@@ -53,8 +60,12 @@ def train_gate(
             raise InputError(f"run.folder already holds a run: {folder}; choose another, or resume it")
         mixture = assemble(base, experts, threshold)
         folder.mkdir(parents=True, exist_ok=True)
-        save_weights(mixture, folder / ASSEMBLED, {"base": base, "experts": dict(zip(mixture.names, experts, strict=True))})
-    model = replace(config.model, name="sam_med3d_moe", overrides={}, weights=str(folder / ASSEMBLED), train="all", adapter="none")
+        save_weights(
+            mixture, folder / ASSEMBLED, {"base": base, "experts": dict(zip(mixture.names, experts, strict=True))}
+        )
+    model = replace(
+        config.model, name="sam_med3d_moe", overrides={}, weights=str(folder / ASSEMBLED), train="all", adapter="none"
+    )
     return train(replace(config, model=model), resume=resume, quiet=quiet)
 
 
@@ -102,17 +113,29 @@ def _own_tensors(general: PromptableModel, base: str, path: str) -> dict[str, Te
         raise InputError(f"expert must be a checkpoint's name or file, got {path!r}")
     expert = load(path)
     own, theirs = general.state_dict(), expert.state_dict()
-    if expert.spec.name != general.spec.name or {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in theirs.items()}:
-        raise InputError(f"expert must be a fine-tune of {base} ({general.spec.name}), got another architecture or size in {path}")
+    if expert.spec.name != general.spec.name or {k: v.shape for k, v in own.items()} != {
+        k: v.shape for k, v in theirs.items()
+    }:
+        raise InputError(
+            f"expert must be a fine-tune of {base} ({general.spec.name}), got another architecture or size in {path}"
+        )
     if (crop := expert.spec.input_shape_zyx) != general.spec.input_shape_zyx:
-        logger.warning("%s was trained on crops of %s, the mixture cuts those of %s: %s", path, crop, base, general.spec.input_shape_zyx)
+        logger.warning(
+            "%s was trained on crops of %s, the mixture cuts those of %s: %s",
+            path,
+            crop,
+            base,
+            general.spec.input_shape_zyx,
+        )
     changed = {name: tensor for name, tensor in theirs.items() if not torch.equal(tensor, own[name])}
     if not changed:
         raise InputError(f"expert must differ from {base}, got the same tensors in {path}")
     encoder = tuple(f"{part}." for part in general.encoder_parts)
     if touched := [name for name in changed if name.startswith(encoder)]:
         remedy = "fine-tune with --train decoder"
-        raise InputError(f"expert must keep the image encoder of {base}, but {path} changed {len(touched)} tensors of it; {remedy}")
+        raise InputError(
+            f"expert must keep the image encoder of {base}, but {path} changed {len(touched)} tensors of it; {remedy}"
+        )
     return changed
 
 

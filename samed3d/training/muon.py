@@ -1,10 +1,12 @@
-"""Muon: steps of weight matrices and kernels are made orthogonal, so that every direction of a matrix moves alike; the rest takes AdamW.
+"""Muon: steps of weight matrices and kernels are made orthogonal, so that every direction of a matrix moves alike; the
+rest takes AdamW.
 
-One rate serves both: an orthogonal step is scaled to the size that AdamW's would have. Which parameters are matrices is decided in
+One rate serves both: an orthogonal step is scaled to the size that AdamW's would have. Which parameters are matrices is
+decided in
 ``optimiser.py``.
 
-Source: K. Jordan et al., Muon (2024), the update and the coefficients of its Newton-Schulz iteration; the scale is Moonlight's
-(arXiv 2502.16982). Kernels are taken as matrices of output channels by everything else.
+Source: K. Jordan et al., Muon (2024), the update and the coefficients of its Newton-Schulz iteration; the scale is
+Moonlight's (arXiv 2502.16982). Kernels are taken as matrices of output channels by everything else.
 """
 
 from __future__ import annotations
@@ -32,8 +34,12 @@ class Muon(torch.optim.Optimizer):
         betas: Of AdamW.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float = 0.95, betas: tuple[float, float] = (0.9, 0.95)) -> None:
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "betas": betas, "weight_decay": 0.0, "matrices": False})
+    def __init__(
+        self, groups: list[dict[str, Any]], lr: float, momentum: float = 0.95, betas: tuple[float, float] = (0.9, 0.95)
+    ) -> None:
+        super().__init__(
+            groups, {"lr": lr, "momentum": momentum, "betas": betas, "weight_decay": 0.0, "matrices": False}
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -46,7 +52,9 @@ class Muon(torch.optim.Optimizer):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
                 continue
-            moves = self._orthogonal_moves(parameters, group) if group["matrices"] else self._adamw_moves(parameters, group)
+            moves = (
+                self._orthogonal_moves(parameters, group) if group["matrices"] else self._adamw_moves(parameters, group)
+            )
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(parameters, moves, alpha=-group["lr"])
         return loss
@@ -95,7 +103,9 @@ def _gradients(parameters: list[Tensor]) -> list[Tensor]:
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """About the nearest matrices (..., m, n) with all singular values one: after five iterations they lie between about 0.7 and 1.2."""
+    """About the nearest matrices (..., m, n) with all singular values one: after five iterations they lie between about
+    0.7 and 1.2.
+    """
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices

@@ -35,14 +35,19 @@ def make_optimiser(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimize
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """The parameters that learn, by kind and by ``scale``, the factor on their rate; ``matrices`` marks weight matrices and kernels.
+    """The parameters that learn, by kind and by ``scale``, the factor on their rate; ``matrices`` marks weight matrices
+    and kernels.
 
-    Weight matrices and kernels decay; norms, biases, positions, embeddings and learned tokens keep their size, unless ``decay_all``.
+    Weight matrices and kernels decay; norms, biases, positions, embeddings and learned tokens keep their size, unless
+    ``decay_all``.
 
     Raises:
         InputError: if ``optim.lr_scale`` names a part that the model does not have.
     """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}  # by (scale, whether matrices)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {
+        (1.0, True): [],
+        (1.0, False): [],
+    }  # by (scale, whether matrices)
     unused = set(optim.lr_scale)
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -50,13 +55,17 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
             unused.difference_update(parts)
             if not parameter.requires_grad:
                 continue
-            learned_input = isinstance(module, nn.Embedding) or name.startswith("rel_pos") or name.endswith(("_embed", "_token"))
+            learned_input = (
+                isinstance(module, nn.Embedding) or name.startswith("rel_pos") or name.endswith(("_embed", "_token"))
+            )
             matrix = parameter.ndim >= 2 and not learned_input
             scale = float(optim.lr_scale[max(parts, key=len)]) if parts else 1.0
             groups.setdefault((scale, matrix), []).append(parameter)
     if unused:
         known = sorted({name.split(".")[0] for name, _ in model.named_parameters()})
-        raise InputError(f"optim.lr_scale must name parts of the model, got {', '.join(sorted(unused))}; it has {', '.join(known)}")
+        raise InputError(
+            f"optim.lr_scale must name parts of the model, got {', '.join(sorted(unused))}; it has {', '.join(known)}"
+        )
     found = [
         {
             "params": parameters,
@@ -77,18 +86,27 @@ def set_learning_rate(optimiser: Any, optim: OptimConfig, done: int, passed: flo
 
 
 def learning_rate(optim: OptimConfig, done: int, passed: float = 0.0) -> float:
-    """The rate of the next optimiser step: linear warm-up, then as ``optim.schedule`` says, ``optim.cycles`` times over.
+    """The rate of the next optimiser step: linear warm-up, then as ``optim.schedule`` says, ``optim.cycles`` times
+    over.
 
-    ``passed`` is the share of ``optim.max_minutes`` that is over, for ``cosine_minutes``, which falls during the warm-up too.
+    ``passed`` is the share of ``optim.max_minutes`` that is over, for ``cosine_minutes``, which falls during the
+    warm-up too.
     """
     if optim.schedule == "cosine_minutes":
-        return optim.lr * min(1.0, (done + 1) / max(1, optim.warmup_steps)) * 0.5 * (1 + math.cos(math.pi * min(1.0, passed)))
+        return (
+            optim.lr
+            * min(1.0, (done + 1) / max(1, optim.warmup_steps))
+            * 0.5
+            * (1 + math.cos(math.pi * min(1.0, passed)))
+        )
     if done < optim.warmup_steps:
         return optim.lr * (done + 1) / optim.warmup_steps
     if optim.schedule == "constant":
         return optim.lr
     passed, span = done - optim.warmup_steps, max(1, optim.steps - optim.warmup_steps)
-    position = passed * optim.cycles % span / span if passed < span else 1.0  # whole numbers: a milestone is met exactly
+    position = (
+        passed * optim.cycles % span / span if passed < span else 1.0
+    )  # whole numbers: a milestone is met exactly
     position /= optim.schedule_length
     if optim.schedule == "multistep":
         return optim.lr * optim.gamma ** sum(position >= milestone for milestone in optim.milestones)
@@ -112,7 +130,9 @@ class AveragedWeights:
         state = model.state_dict()
         keys = [key for key, mean in self.shadow.items() if mean.is_floating_point()]
         if keys:
-            torch._foreach_lerp_([self.shadow[key] for key in keys], [state[key].to(self.shadow[key].device) for key in keys], 1 - decay)
+            torch._foreach_lerp_(
+                [self.shadow[key] for key in keys], [state[key].to(self.shadow[key].device) for key in keys], 1 - decay
+            )
 
     def state_of(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """The mean, or the model's own weights where there is none."""

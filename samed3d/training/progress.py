@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Means over ``run.log_every`` optimiser steps and all processes; the main one writes a JSON object per line of ``metrics.jsonl``.
+    """Means over ``run.log_every`` optimiser steps and all processes; the main one writes a JSON object per line of
+    ``metrics.jsonl``.
 
     Attributes:
         skipped: Damaged cases that were passed over, with the reason; also in ``skipped.json``.
@@ -37,7 +38,9 @@ class RunLog:
         self.config, self.accelerator, self.folder = config, accelerator, folder
         self.main = accelerator.is_main_process
         if config.run.trackers:
-            _start_trackers(accelerator, config, folder)  # before the first file of the run: what cannot start leaves none
+            _start_trackers(
+                accelerator, config, folder
+            )  # before the first file of the run: what cannot start leaves none
         self.file = _reopened(folder / "metrics.jsonl", done) if self.main else None
         self.began = self.mark = time.monotonic()
         self.losses: list[torch.Tensor] = []
@@ -87,14 +90,21 @@ class RunLog:
 
     def validated(self, done: int, dice: list[float], structures: int, seconds: float) -> None:
         """Write the mean Dice on whole held-back volumes, by click."""
-        row = {"step": done, "validation_dice": [round(v, 4) for v in dice], "structures": structures, "seconds": round(seconds, 1)}
+        row = {
+            "step": done,
+            "validation_dice": [round(v, 4) for v in dice],
+            "structures": structures,
+            "seconds": round(seconds, 1),
+        }
         if self.config.run.trackers:
             self.accelerator.log({f"validation_dice/click{i + 1}": v for i, v in enumerate(dice)}, step=done)
         self._write(row)
         if self.bar is not None:
             self.bar[0].console.print(f"step {done}: validation Dice by click {' '.join(f'{v:.3f}' for v in dice)}")
         elif self.main:
-            logger.info("step %d, validation dice by click %s on %d structures", done, row["validation_dice"], structures)
+            logger.info(
+                "step %d, validation dice by click %s on %d structures", done, row["validation_dice"], structures
+            )
         self.mark += seconds  # a validation is no slow training
 
     def close(self) -> None:
@@ -105,7 +115,9 @@ class RunLog:
             self.file.close()
 
     def _means(self) -> tuple[float, list[float], int]:
-        """Loss, Dice by turn and number of samples since the last line, over all processes; gathers the skipped cases too."""
+        """Loss, Dice by turn and number of samples since the last line, over all processes; gathers the skipped cases
+        too.
+        """
         dice = torch.cat(self.dices).mean(dim=0).float()
         values = torch.cat([torch.stack(self.losses).mean().float()[None], dice])
         unsaid = self.unsaid
@@ -139,12 +151,16 @@ def _start_trackers(accelerator: Accelerator, config: TrainConfig, folder: Path)
     except Exception as error:  # wandb's own types cannot be named here: it may not be installed
         if type(error).__module__.startswith("wandb"):
             remedy = "log in with: wandb login, or set WANDB_MODE=offline"
-            raise InputError(f"run.trackers: wandb cannot start ({' '.join(str(error).split())[:120]}); {remedy}") from error
+            raise InputError(
+                f"run.trackers: wandb cannot start ({' '.join(str(error).split())[:120]}); {remedy}"
+            ) from error
         raise
 
 
 def _reopened(path: Path, done: int) -> TextIO:
-    """The log ready to append, without the lines that an interrupted run wrote after its last checkpoint: they will be written again."""
+    """The log ready to append, without the lines that an interrupted run wrote after its last checkpoint: they will be
+    written again.
+    """
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("}\n")]  # a killed run may have cut its last line

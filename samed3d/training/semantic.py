@@ -1,7 +1,8 @@
-"""One training step of an automatic model as ONE module: all classes of a crop, Dice and cross-entropy on every supervised output.
+"""One training step of an automatic model as ONE module: all classes of a crop, Dice and cross-entropy on every
+supervised output.
 
-The counterpart of ``step.py`` for models without prompts; the loop does not know which of the two it runs. What such a model is told of the
-corpus (its classes, its spacing) is worked out here too. Read ``data/semantic.py`` next.
+The counterpart of ``step.py`` for models without prompts; the loop does not know which of the two it runs. What such a
+model is told of the corpus (its classes, its spacing) is worked out here too. Read ``data/semantic.py`` next.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class SemanticStep(nn.Module):
             samples: Not used.
 
         Returns:
-            The weighted loss over the supervised outputs, and the hard Dice of each class but the background, (B, K - 1).
+            The weighted loss over the supervised outputs, and the hard Dice of each class but the background, (B, K -
+            1).
         """
         outputs = self.model.forward_supervised(image)
         total, terms = image.new_zeros((), dtype=torch.float32), self.weights
@@ -63,7 +65,13 @@ def resized_numbers(target: Tensor, like: Tensor) -> Tensor:
 
 
 def soft_dice_loss(
-    logits: Tensor, numbers: Tensor, smooth: float = 1e-5, *, squared: bool = False, background: bool = False, batch: bool = False
+    logits: Tensor,
+    numbers: Tensor,
+    smooth: float = 1e-5,
+    *,
+    squared: bool = False,
+    background: bool = False,
+    batch: bool = False,
 ) -> Tensor:
     """1 - soft Dice of the softmax, mean over classes and samples.
 
@@ -77,7 +85,8 @@ def soft_dice_loss(
         background: Whether class 0 counts.
         batch: Whether voxels are added up over the samples before the fraction is taken.
 
-    Source: SAM3D's training code (after nnU-Net): smooth 1e-5 and the rest as preset; MA-SAM's: squared, background and batch all on.
+    Source: SAM3D's training code (after nnU-Net): smooth 1e-5 and the rest as preset; MA-SAM's: squared, background and
+    batch all on.
     """
     first, voxels = 0 if background else 1, (0, 2) if batch else (2,)
     prob = logits.float().softmax(1)[:, first:].flatten(2)
@@ -97,7 +106,8 @@ def class_dice(predicted: Tensor, numbers: Tensor, classes: int) -> Tensor:
 
 
 def semantic_overrides(config: TrainConfig, overrides: dict[str, Any]) -> dict[str, Any]:
-    """What an automatic model is told of the corpus unless ``overrides`` says it: its classes and, where it has one, its spacing.
+    """What an automatic model is told of the corpus unless ``overrides`` says it: its classes and, where it has one,
+    its spacing.
 
     Returns:
         Keyword arguments for the builder, ``overrides`` included; those alone for a promptable model.
@@ -110,7 +120,9 @@ def semantic_overrides(config: TrainConfig, overrides: dict[str, Any]) -> dict[s
     if not isinstance(probe, SemanticModel):
         return overrides
     if not config.data.corpus or config.data.synthetic_share:
-        raise InputError(f"{config.model.name} is trained on a corpus alone; name one in data.corpus and set data.synthetic_share=0")
+        raise InputError(
+            f"{config.model.name} is trained on a corpus alone; name one in data.corpus and set data.synthetic_share=0"
+        )
     overrides = dict(overrides)
     if "class_names" not in overrides:
         overrides["class_names"] = class_names(config.data)
@@ -124,4 +136,6 @@ def semantic_data(config: TrainConfig, model: SemanticModel) -> SemanticDataset:
     """The training samples of an automatic model, of length 0: the loop sets ``start`` and ``length``."""
     names = tuple(model.config["class_names"])
     spec = model.spec
-    return SemanticDataset(config.data, names, spec.input_shape_zyx, target_spacing(model), spec.in_channels, config.run.seed)
+    return SemanticDataset(
+        config.data, names, spec.input_shape_zyx, target_spacing(model), spec.in_channels, config.run.seed
+    )

@@ -1,7 +1,7 @@
 """What a run starts with: the process group, the network, the training step and its data.
 
-``step_of`` and ``data_of`` are the seam between kinds of models: a promptable one is trained with clicks, a semantic one with all classes
-at once. Read ``loop.py`` next.
+``step_of`` and ``data_of`` are the seam between kinds of models: a promptable one is trained with clicks, a semantic
+one with all classes at once. Read ``loop.py`` next.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         InputError: if ``run.device`` is cuda and there is none, or the precision needs a GPU.
     """
     if config.run.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("run.device cuda was asked for but this machine has no CUDA GPU that torch can use; set run.device=cpu or auto")
+        raise InputError(
+            "run.device cuda was asked for but this machine has no CUDA GPU that torch can use; set run.device=cpu or auto"
+        )
     on_gpu = config.run.device != "cpu" and torch.cuda.is_available()
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
@@ -55,7 +57,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if precision == "fp16" and not on_gpu:
         raise InputError("run.precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise InputError("accelerate must share batches, not weights, between processes; run accelerate config without FSDP and DeepSpeed")
+        raise InputError(
+            "accelerate must share batches, not weights, between processes; run accelerate config without FSDP and DeepSpeed"
+        )
     return Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         cpu=config.run.device == "cpu",
@@ -74,7 +78,8 @@ def _end_process_group() -> None:
 
 
 def start_model(config: TrainConfig) -> AnyModel:
-    """The network at the start of a run: random, or from ``model.weights``, whose numbers it takes where ``model.overrides`` is empty.
+    """The network at the start of a run: random, or from ``model.weights``, whose numbers it takes where
+    ``model.overrides`` is empty.
 
     Raises:
         InputError: if the weights are not there or of another model.
@@ -87,7 +92,9 @@ def start_model(config: TrainConfig) -> AnyModel:
         header = read_header(path)
         if header["model"] != config.model.name:
             remedy = f"set model.name={header['model']}"
-            raise InputError(f"model.weights must hold a {config.model.name!r}, got a {header['model']!r} in {path}; {remedy}")
+            raise InputError(
+                f"model.weights must hold a {config.model.name!r}, got a {header['model']!r} in {path}; {remedy}"
+            )
         overrides = overrides or dict(header["config"])
     if config.model.name.startswith("samed3d_") and "input_shape" not in config.model.overrides:
         overrides["input_shape"] = config.data.crop
@@ -111,13 +118,16 @@ def checkpoint_activations(model: nn.Module) -> None:
     """
     parts = [module for module in model.modules() if hasattr(module, "checkpoint_blocks")]
     if not parts:
-        raise InputError(f"run.activation_checkpointing must be false for {type(model).__name__}, which has no transformer encoder")
+        raise InputError(
+            f"run.activation_checkpointing must be false for {type(model).__name__}, which has no transformer encoder"
+        )
     for part in parts:
         part.checkpoint_blocks = True  # type: ignore[assignment]
 
 
 def step_of(config: TrainConfig, model: AnyModel) -> nn.Module:
-    """The training step of a model: ``forward(image, target, seed, samples) -> StepOutput``, the module that Accelerate wraps.
+    """The training step of a model: ``forward(image, target, seed, samples) -> StepOutput``, the module that Accelerate
+    wraps.
 
     Raises:
         InputError: if the loss asks for a teacher that is not there.
@@ -131,12 +141,19 @@ def step_of(config: TrainConfig, model: AnyModel) -> nn.Module:
 
 
 def data_of(config: TrainConfig, model: AnyModel) -> CropDataset | SemanticDataset:
-    """The training samples of a model, of length 0: the loop sets ``start`` and ``length`` once it knows how far the run is."""
+    """The training samples of a model, of length 0: the loop sets ``start`` and ``length`` once it knows how far the
+    run is.
+    """
     if isinstance(model, SemanticModel):
         return semantic_data(config, model)
     spec = model.spec
     return CropDataset(
-        config.data, 0, config.run.seed, normalisation=spec.normalisation, tensor_axes=spec.tensor_axes, ct_clamp_hu=spec.ct_clamp_hu
+        config.data,
+        0,
+        config.run.seed,
+        normalisation=spec.normalisation,
+        tensor_axes=spec.tensor_axes,
+        ct_clamp_hu=spec.ct_clamp_hu,
     )
 
 

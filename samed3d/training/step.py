@@ -1,9 +1,9 @@
 """One training step as ONE module: encode once, click, decode, correct, sum the losses.
 
-Accelerate wraps this module, not the network inside it, so that a data-parallel run synchronises gradients: everything that needs a
-gradient happens inside ``InteractiveStep.forward``. What is drawn for a sample follows from the step's seed and the sample's number alone,
-so that a batch spread over processes is clicked as it would be on one. No optimiser, no data, no logging here. Read ``clicks.py`` next,
-then a model.
+Accelerate wraps this module, not the network inside it, so that a data-parallel run synchronises gradients: everything
+that needs a gradient happens inside ``InteractiveStep.forward``. What is drawn for a sample follows from the step's
+seed and the sample's number alone, so that a batch spread over processes is clicked as it would be on one. No
+optimiser, no data, no logging here. Read ``clicks.py`` next, then a model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from samed3d.training.distill import Teacher, check_layers
 
 BOX_JITTER = 0.1
 WINDOW_EDGE = (0.5, 0.9)
-"""Least and greatest edge of the window in which an earlier mask is known after zooming out, as a share of the crop's."""
+"""Least and greatest edge of the window in which an earlier mask is known after zooming out, as a share of the
+crop's."""
 FIRST_RANDOM_TURN = 2
 """From 0: the turn without a click that ``clicks.mask_only_turns`` draws is never one of the first two (SAM-Med3D)."""
 
@@ -57,7 +58,12 @@ class InteractiveStep(nn.Module):
     """
 
     def __init__(
-        self, model: PromptableModel, clicks: ClickConfig, weights: LossConfig, teacher: Teacher | None = None, compiled: bool = False
+        self,
+        model: PromptableModel,
+        clicks: ClickConfig,
+        weights: LossConfig,
+        teacher: Teacher | None = None,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.clicks, self.weights, self.teacher = model, clicks, weights, teacher
@@ -65,7 +71,9 @@ class InteractiveStep(nn.Module):
         if teacher is not None:
             check_layers(model, "model.name with loss.distill")
         encode = model.encode if teacher is None else self._encode_layers
-        self._encode: Callable[[Tensor], tuple[Features, list[Tensor]] | Features] = torch.compile(encode) if compiled else encode
+        self._encode: Callable[[Tensor], tuple[Features, list[Tensor]] | Features] = (
+            torch.compile(encode) if compiled else encode
+        )
 
     def forward(self, image: Tensor, target: Tensor, seed: int, samples: Tensor | None = None) -> StepOutput:
         """Run the session.
@@ -74,7 +82,8 @@ class InteractiveStep(nn.Module):
             image: (B, C, D, H, W) normalised crops.
             target: (B, 1, D, H, W) bool.
             seed: Of this step, the same on every process.
-            samples: (B,) number of each sample within the run; None counts from 0. Same seed and number, same clicks (on a CPU).
+            samples: (B,) number of each sample within the run; None counts from 0. Same seed and number, same clicks
+                (on a CPU).
         """
         numbers = range(image.shape[0]) if samples is None else samples.tolist()
         generators = [torch.Generator(device=target.device).manual_seed(seed_of(seed, number)) for number in numbers]
@@ -94,7 +103,9 @@ class InteractiveStep(nn.Module):
             dices.append(losses.hard_overlap(output.logits.detach(), target)[0])
         if self.weights.turns == "mean":
             total = total / self.clicks.interactions
-        return StepOutput(total if distance is None else total + self.weights.distill * distance, torch.stack(dices, dim=1))
+        return StepOutput(
+            total if distance is None else total + self.weights.distill * distance, torch.stack(dices, dim=1)
+        )
 
     def _features(self, image: Tensor) -> tuple[Features, Tensor | None]:
         """What is decoded, and the distance to the teacher's features where there is one."""
@@ -130,11 +141,19 @@ class InteractiveStep(nn.Module):
             return None, None
         boxes = torch.zeros(len(target), 2, 3, device=target.device)
         # The others draw nothing, here as in a batch without any box.
-        boxes[numbers] = jittered_boxes(target[numbers], BOX_JITTER, [generators[number] for number in numbers.tolist()])
+        boxes[numbers] = jittered_boxes(
+            target[numbers], BOX_JITTER, [generators[number] for number in numbers.tolist()]
+        )
         return boxes, drawn
 
     def _prompts(
-        self, history: PromptBatch, mask: Tensor, target: Tensor, turn: int, mask_only: bool, generators: list[torch.Generator]
+        self,
+        history: PromptBatch,
+        mask: Tensor,
+        target: Tensor,
+        turn: int,
+        mask_only: bool,
+        generators: list[torch.Generator],
     ) -> PromptBatch:
         """Add this turn's click to the history and return what the model is given."""
         earlier = history.mask_logits

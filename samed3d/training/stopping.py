@@ -1,6 +1,7 @@
 """How a run ends before its last step: a signal, the time limit, memory that runs out.
 
-A stopped run has finished its step and saves as at its end; only a killed one falls back to its last checkpoint. Read ``loop.py`` next.
+A stopped run has finished its step and saves as at its end; only a killed one falls back to its last checkpoint. Read
+``loop.py`` next.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class StopRequest:
             self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Give the signals back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -83,10 +86,12 @@ class StopRequest:
 
 
 def outlive_signals(ending: Any) -> None:
-    """For loader processes: a signal to the group or to every process must not kill them before the run has finished its step.
+    """For loader processes: a signal to the group or to every process must not kill them before the run has finished
+    its step.
 
     Args:
-        ending: A ``multiprocessing.Event`` that the run sets when it needs them no more; from then on SIGTERM ends them.
+        ending: A ``multiprocessing.Event`` that the run sets when it needs them no more; from then on SIGTERM ends
+            them.
     """
 
     def leave(_number: int, _frame: FrameType | None) -> None:
@@ -100,7 +105,11 @@ def outlive_signals(ending: Any) -> None:
 def memory_error(error: BaseException, config: TrainConfig) -> InputError | None:
     """What to lower when memory ran out, as an error of one line; None for any other error."""
     text = str(error)
-    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in text and "out of memory" not in text:
+    if (
+        not isinstance(error, MemoryError | torch.OutOfMemoryError)
+        and "allocate memory" not in text
+        and "out of memory" not in text
+    ):
         return None
     optim, crop = config.optim, "x".join(map(str, config.data.crop))
     return InputError(

@@ -1,7 +1,7 @@
 """Who is kept back of a fine-tuning, and whom the start already knew.
 
-A split is a share and a seed of ``in_validation``, as everywhere: the file of the result names both, so that ``samed3d evaluate`` keeps the
-same subjects back. Read ``finetune.py`` next.
+A split is a share and a seed of ``in_validation``, as everywhere: the file of the result names both, so that ``samed3d
+evaluate`` keeps the same subjects back. Read ``finetune.py`` next.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Split:
 
 
 def split_subjects(corpora: Sequence[Path], seed: int) -> Split:
-    """Keep a fifth of the subjects back, at least one; found as the first seed of ``in_validation`` that gives that number.
+    """Keep a fifth of the subjects back, at least one; found as the first seed of ``in_validation`` that gives that
+    number.
 
     Raises:
         InputError: if fewer than two subjects have a labelled image.
@@ -67,17 +68,20 @@ def _is_kept(group: str, share: float, seed: int) -> bool:
 
 
 def seen_by(header: Mapping[str, Any], source: str, subject: str) -> str:
-    """What a model's training knew of a subject: ``"trained on"``, ``"unknown"``, ``"kept back"`` or ``"never"``; the worst of its history.
+    """What a model's training knew of a subject: ``"trained on"``, ``"unknown"``, ``"kept back"`` or ``"never"``; the
+    worst of its history.
 
-    A header names the sources that were held out and how subjects were split. Where it names neither its subjects (``trained_on``, of a
-    fine-tuned model) nor its ``sources``, a subject on the training side may be known or not.
+    A header names the sources that were held out and how subjects were split. Where it names neither its subjects
+    (``trained_on``, of a fine-tuned model) nor its ``sources``, a subject on the training side may be known or not.
     """
     data, sources = header.get("training", {}).get("data"), header.get("sources")
     if subject in header.get("trained_on", {}).get(source, ()):
         known = "trained on"
     elif not data:
         known = "unknown"
-    elif source in data.get("hold_out", ()) or "trained_on" in header or (sources is not None and source not in sources):
+    elif (
+        source in data.get("hold_out", ()) or "trained_on" in header or (sources is not None and source not in sources)
+    ):
         known = "never"
     elif in_validation(subject, data["validation_share"], data["split_seed"]):
         known = "kept back"

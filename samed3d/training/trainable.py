@@ -1,7 +1,9 @@
-"""What learns and what stays: everything, all but the image encoder, or adapters on a frozen image encoder together with the decoder.
+"""What learns and what stays: everything, all but the image encoder, or adapters on a frozen image encoder together
+with the decoder.
 
-``adapters`` trains the prompt encoder and the mask decoder too, as SAMed and MA-SAM do. What is frozen stays the same bit for bit: it has
-no gradient, so that neither the optimiser nor its weight decay touches it. Read ``training/loop.py`` next.
+``adapters`` trains the prompt encoder and the mask decoder too, as SAMed and MA-SAM do. What is frozen stays the same
+bit for bit: it has no gradient, so that neither the optimiser nor its weight decay touches it. Read
+``training/loop.py`` next.
 """
 
 from __future__ import annotations
@@ -23,14 +25,17 @@ def choose_trainable(model: nn.Module, config: ModelConfig) -> None:
     """Freeze what shall not learn and put adapters on, in place; to be called once, with the start weights loaded.
 
     Args:
-        model: A model that names its ``encoder_parts``. With ``train: all`` any model, and what it froze itself stays frozen.
+        model: A model that names its ``encoder_parts``. With ``train: all`` any model, and what it froze itself stays
+            frozen.
         config: ``train``, ``adapter`` and ``rank``; ``weights`` is what an adapter's file names as its base.
 
     Raises:
         InputError: if the keys contradict each other, or the model has no image encoder that could be frozen.
     """
     if config.train != "adapters" and config.adapter != "none":
-        raise InputError(f"model.adapter needs model.train adapters, got {config.adapter!r} with train {config.train!r}")
+        raise InputError(
+            f"model.adapter needs model.train adapters, got {config.adapter!r} with train {config.train!r}"
+        )
     if config.train == "all":
         return
     if config.train == "adapters" and config.adapter == "none":

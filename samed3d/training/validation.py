@@ -1,8 +1,9 @@
 """Validation while a run goes on: simulated clicks on whole volumes of subjects that are never trained on.
 
-The rule is that of ``samed3d evaluate`` with protocol ``samed3d`` and its user ``centre``: native grid, full mask, the first click uniform
-in the structure, each next one in the middle of the largest error, no ground truth but through the clicks. The cases are drawn once per run
-and shared out over the processes. Read ``evaluation/protocols/samed3d.py`` for other users.
+The rule is that of ``samed3d evaluate`` with protocol ``samed3d`` and its user ``centre``: native grid, full mask, the
+first click uniform in the structure, each next one in the middle of the largest error, no ground truth but through the
+clicks. The cases are drawn once per run and shared out over the processes. Read ``evaluation/protocols/samed3d.py`` for
+other users.
 """
 
 from __future__ import annotations
@@ -57,7 +58,11 @@ class Held:
     def read(self) -> Volume:
         """The whole image, as a volume in canonical axes."""
         z, y, x = self.case.spacing_zyx_mm
-        return Volume(np.asarray(self.corpus.image(self.case)[:]), Grid(self.case.shape_zyx, (x, y, z), direction_lps=RAS), self.case.id)
+        return Volume(
+            np.asarray(self.corpus.image(self.case)[:]),
+            Grid(self.case.shape_zyx, (x, y, z), direction_lps=RAS),
+            self.case.id,
+        )
 
 
 @dataclass
@@ -110,7 +115,9 @@ class Validation:
         settings, held = self.config.validation, self.held[number]
         try:
             volume = held.read()
-            layers = {layer: np.asarray(held.corpus.labels(held.case, layer)[:]) for layer in {r.layer for r in held.labels}}
+            layers = {
+                layer: np.asarray(held.corpus.labels(held.case, layer)[:]) for layer in {r.layer for r in held.labels}
+            }
         except (InputError, OSError, RuntimeError, ValueError) as error:
             logger.warning("validation passes over a damaged case: %s (%s)", held.case.id, error)
             return []
@@ -150,8 +157,11 @@ def automatic_dice(
     return [[dice(predicted == number, layers[label.layer] == label.value)] for number, label in known]
 
 
-def click_through(session: Session, target: NDArray[np.bool_], clicks: int, rng: np.random.Generator, object_id: int) -> list[float]:
-    """Dice of a structure's mask on the whole volume after each click; a perfect mask needs no further click and keeps its Dice.
+def click_through(
+    session: Session, target: NDArray[np.bool_], clicks: int, rng: np.random.Generator, object_id: int
+) -> list[float]:
+    """Dice of a structure's mask on the whole volume after each click; a perfect mask needs no further click and keeps
+    its Dice.
 
     Args:
         session: On the volume.

@@ -1,7 +1,9 @@
-"""Volumes: read NIfTI, NRRD, MetaImage and DICOM folders into an array with its grid, and write masks on that same grid.
+"""Volumes: read NIfTI, NRRD, MetaImage and DICOM folders into an array with its grid, and write masks on that same
+grid.
 
-Every way in which an image can be unfit is one ``InputError`` here, so that nothing behind this package has to doubt its input. SimpleITK
-is imported inside the functions that need it. Not here: resampling and normalising, which touch only a crop (``crops.py``). Read
+Every way in which an image can be unfit is one ``InputError`` here, so that nothing behind this package has to doubt
+its input. SimpleITK is imported inside the functions that need it. Not here: resampling and normalising, which touch
+only a crop (``crops.py``). Read
 ``geometry.py`` before this file, ``volume/files.py`` for what is checked, ``crops.py`` next.
 """
 
@@ -31,7 +33,8 @@ class Volume:
     """One image with its place in space.
 
     Attributes:
-        array: (D, H, W) intensities in the file's own type after its scaling (float64 becomes float32); finite, not constant.
+        array: (D, H, W) intensities in the file's own type after its scaling (float64 becomes float32); finite, not
+            constant.
         grid: Shape, spacing, origin and direction as the file states them.
         source: Where it came from, for messages and reports.
     """
@@ -55,8 +58,8 @@ def read_volume(path: str | Path, *, channel: int | None = None, series: str | i
         series: Which series of a DICOM folder: its UID, or its number in the list that the error message gives.
 
     Raises:
-        InputError: if the image is missing, damaged, not 3D, has several channels or series and none was picked, holds NaN or infinite
-            voxels, is constant, or has a spacing that is not positive.
+        InputError: if the image is missing, damaged, not 3D, has several channels or series and none was picked, holds
+            NaN or infinite voxels, is constant, or has a spacing that is not positive.
     """
     path = Path(path)
     logger.info("reading %s", path)

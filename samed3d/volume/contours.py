@@ -1,7 +1,8 @@
-"""Planar contours to voxels and back: a voxel belongs to a structure if its centre lies inside by the even-odd rule. Numpy only.
+"""Planar contours to voxels and back: a voxel belongs to a structure if its centre lies inside by the even-odd rule.
+Numpy only.
 
-The rule is the one of radiotherapy contours: a contour inside another cuts a hole, one inside that an island, and the two sides of a
-"keyhole" channel cancel. A polygon may be given in any direction. Used by ``volume/dicom_labels.py`` and
+The rule is the one of radiotherapy contours: a contour inside another cuts a hole, one inside that an island, and the
+two sides of a "keyhole" channel cancel. A polygon may be given in any direction. Used by ``volume/dicom_labels.py`` and
 ``volume/dicom_writing.py``.
 """
 
@@ -24,7 +25,8 @@ def fill_contours(contours_lps_mm: Iterable[NDArray], grid: Grid, name: str) -> 
     """The voxels of an image inside closed planar contours.
 
     Args:
-        contours_lps_mm: (N, 3) polygons in DICOM patient coordinates (LPS, mm), each in the plane of one slice of the image.
+        contours_lps_mm: (N, 3) polygons in DICOM patient coordinates (LPS, mm), each in the plane of one slice of the
+            image.
         grid: The image's grid.
         name: The structure, for messages.
 
@@ -32,7 +34,8 @@ def fill_contours(contours_lps_mm: Iterable[NDArray], grid: Grid, name: str) -> 
         (D, H, W) mask. Parts of a contour outside the image are cut off.
 
     Raises:
-        InputError: if a contour is not parallel to the slices, lies between two of them, or none of them touches the image.
+        InputError: if a contour is not parallel to the slices, lies between two of them, or none of them touches the
+            image.
     """
     to_ijk = np.linalg.inv(grid.affine_ras) @ np.diag([-1.0, -1.0, 1.0, 1.0])
     depth, height, width = grid.shape_zyx
@@ -61,7 +64,8 @@ def fill_contours(contours_lps_mm: Iterable[NDArray], grid: Grid, name: str) -> 
 
 
 def toggle_polygon(plane: NDArray[np.bool_], points_ij: NDArray) -> None:
-    """Mark where a polygon's edges cross the rows of voxel centres; the running exclusive-or along each row is the filled polygon.
+    """Mark where a polygon's edges cross the rows of voxel centres; the running exclusive-or along each row is the
+    filled polygon.
 
     Args:
         plane: (H, W + 1) marks, changed in place. Several polygons in one plane combine by the even-odd rule.
@@ -79,22 +83,26 @@ def toggle_polygon(plane: NDArray[np.bool_], points_ij: NDArray) -> None:
             plane[rows, np.clip(np.ceil(crossing), 0, last).astype(np.intp)] ^= True
 
 
-# Directions of travel in (row, column) along the cracks between pixels, with the inside on the right hand (rows run down), clockwise.
+# Directions of travel in (row, column) along the cracks between pixels, with the inside on the right hand (rows run
+# down), clockwise.
 _TURNS = ((0, 1), (1, 0), (0, -1), (-1, 0))
 
 
 def trace_contours(plane: NDArray[np.bool_]) -> list[NDArray[np.float64]]:
-    """Closed outlines of a mask, half-way between the pixels inside and those outside; filling them gives exactly the mask back.
+    """Closed outlines of a mask, half-way between the pixels inside and those outside; filling them gives exactly the
+    mask back.
 
     Args:
         plane: (H, W) mask.
 
     Returns:
-        (N, 2) corners in voxel indices (column i, row j) per outline, holes included; pixels that touch at a corner only are apart.
+        (N, 2) corners in voxel indices (column i, row j) per outline, holes included; pixels that touch at a corner
+        only are apart.
     """
     padded = np.pad(plane, 1).astype(np.int8)
     down, right = np.diff(padded, axis=0), np.diff(padded, axis=1)
-    # Each crack as (corner row, corner column, direction): corner (r, c) is the upper left corner of padded pixel (r, c).
+    # Each crack as (corner row, corner column, direction): corner (r, c) is the upper left corner of padded pixel (r,
+    # c).
     cracks: set[tuple[int, int, int]] = set()
     for where, steps in ((np.argwhere(down > 0) + [1, 0], 0), (np.argwhere(right < 0) + [0, 1], 1)):
         cracks |= {(int(r), int(c), steps) for r, c in where}
@@ -107,7 +115,9 @@ def trace_contours(plane: NDArray[np.bool_]) -> list[NDArray[np.float64]]:
         while (row, column, way) in cracks:
             cracks.remove((row, column, way))
             step = _TURNS[way]
-            corners.append((column + step[1] / 2 - 1.5, row + step[0] / 2 - 1.5))  # the middle of the crack, in unpadded pixel centres
+            corners.append(
+                (column + step[1] / 2 - 1.5, row + step[0] / 2 - 1.5)
+            )  # the middle of the crack, in unpadded pixel centres
             row, column = row + step[0], column + step[1]
             # Turning towards the inside first keeps pixels that touch at a corner apart.
             way = next((w % 4 for w in (way + 1, way, way + 3) if (row, column, w % 4) in cracks), way)

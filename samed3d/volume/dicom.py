@@ -78,10 +78,15 @@ def _picked_series(files: dict[str, Sequence[str]], series: str | int | None, fo
         return uids[int(asked) - 1]
     if not asked and len(uids) == 1:
         return uids[0]
-    listed = "; ".join(f"{n} = {_series_name(files[uid][0])!r}, {len(files[uid])} slices, UID {uid}" for n, uid in enumerate(uids, start=1))
+    listed = "; ".join(
+        f"{n} = {_series_name(files[uid][0])!r}, {len(files[uid])} slices, UID {uid}"
+        for n, uid in enumerate(uids, start=1)
+    )
     if asked:
         raise InputError(f"--series must be a number or UID of {folder}, got {asked!r}; it holds: {listed}")
-    raise InputError(f"DICOM folder holds {len(uids)} series, pick one with --series N or UID: {folder} holds: {listed}")
+    raise InputError(
+        f"DICOM folder holds {len(uids)} series, pick one with --series N or UID: {folder} holds: {listed}"
+    )
 
 
 def _series_name(file: str) -> str:
@@ -100,6 +105,10 @@ def _check_slice_positions(positions: Sequence[str], direction: Sequence[float],
     along = np.sort([float(np.dot([float(v) for v in p.split("\\")], normal)) for p in positions])
     gaps = np.diff(along)
     if gaps.size and gaps.min() < 1e-3:
-        raise InputError(f"DICOM series has several slices at one position (phases or echoes?): {folder}; keep one slice per position")
+        raise InputError(
+            f"DICOM series has several slices at one position (phases or echoes?): {folder}; keep one slice per position"
+        )
     if gaps.size and gaps.max() - gaps.min() > 0.01 * gaps.mean():
-        logger.warning("slices of %s are %.3g to %.3g mm apart; they are treated as evenly spaced", folder, gaps.min(), gaps.max())
+        logger.warning(
+            "slices of %s are %.3g to %.3g mm apart; they are treated as evenly spaced", folder, gaps.min(), gaps.max()
+        )

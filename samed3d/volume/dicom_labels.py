@@ -1,8 +1,8 @@
 """DICOM-SEG and RTSTRUCT as masks on the grid of the image series they belong to.
 
-A segmentation may be stored in any slice order, without its empty slices, and with overlapping segments; everything is placed by the
-position that each frame states. ``scan_dicom`` tells which files of a folder belong together from their headers alone. Reading the image
-itself is in ``volume/dicom.py``, filling contours in ``volume/contours.py``.
+A segmentation may be stored in any slice order, without its empty slices, and with overlapping segments; everything is
+placed by the position that each frame states. ``scan_dicom`` tells which files of a folder belong together from their
+headers alone. Reading the image itself is in ``volume/dicom.py``, filling contours in ``volume/contours.py``.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def looks_like_dicom(path: Path) -> bool:
 
 
 def scan_dicom(folder: Path) -> tuple[list[DicomFile], list[tuple[Path, str]]]:
-    """Headers of all images, SEGs and RTSTRUCTs below a folder, sorted by path; and files that should be DICOM but cannot be read."""
+    """Headers of all images, SEGs and RTSTRUCTs below a folder, sorted by path; and files that should be DICOM but
+    cannot be read.
+    """
     found: list[DicomFile] = []
     bad: list[tuple[Path, str]] = []
     for root, folders, names in os.walk(folder):
@@ -129,17 +131,23 @@ def series_identifier(folder: Path, uid: str) -> str:
         for identifier in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)):
             if identifier.startswith(uid):
                 first = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), identifier)[0]
-                if str(dcmread(first, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"]).SeriesInstanceUID) == uid:
+                if (
+                    str(dcmread(first, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"]).SeriesInstanceUID)
+                    == uid
+                ):
                     matching.append(identifier)
     if not matching:
         raise InputError(f"DICOM series {uid} cannot be read as a stack of images: {folder}")
     if len(matching) > 1:
-        raise InputError(f"DICOM series {uid} holds {len(matching)} stacks of different size or orientation: {folder}; keep one of them")
+        raise InputError(
+            f"DICOM series {uid} holds {len(matching)} stacks of different size or orientation: {folder}; keep one of them"
+        )
     return matching[0]
 
 
 def read_dicom_labels(path: Path, grid: Grid) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    """Each structure of a DICOM-SEG or RTSTRUCT file as a mask on an image's grid, one at a time; empty structures are left out.
+    """Each structure of a DICOM-SEG or RTSTRUCT file as a mask on an image's grid, one at a time; empty structures are
+    left out.
 
     Args:
         path: The file.
@@ -174,7 +182,10 @@ def read_dicom_labels(path: Path, grid: Grid) -> Iterator[tuple[str, NDArray[np.
 
 
 def _contoured(data: Dataset, grid: Grid) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    names = {int(roi.ROINumber): str(roi.get("ROIName", "") or f"ROI {roi.ROINumber}") for roi in data.StructureSetROISequence}
+    names = {
+        int(roi.ROINumber): str(roi.get("ROIName", "") or f"ROI {roi.ROINumber}")
+        for roi in data.StructureSetROISequence
+    }
     for roi in data.get("ROIContourSequence", ()):
         name = names.get(int(roi.ReferencedROINumber), f"ROI {roi.ReferencedROINumber}")
         contours = [
@@ -187,7 +198,9 @@ def _contoured(data: Dataset, grid: Grid) -> Iterator[tuple[str, NDArray[np.bool
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where one frame of a SEG lies: LPS position of its first pixel, step per column and per row, mm; and what it shows."""
+    """Where one frame of a SEG lies: LPS position of its first pixel, step per column and per row, mm; and what it
+    shows.
+    """
 
     number: int
     segment: int
@@ -198,7 +211,10 @@ class _Frame:
 
 
 def _segmented(data: Dataset, grid: Grid) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    names = {int(s.SegmentNumber): str(s.get("SegmentLabel", "") or f"segment {s.SegmentNumber}") for s in data.SegmentSequence}
+    names = {
+        int(s.SegmentNumber): str(s.get("SegmentLabel", "") or f"segment {s.SegmentNumber}")
+        for s in data.SegmentSequence
+    }
     frames = _frames(data)
     kind = str(data.get("SegmentationType", "BINARY"))
     if kind == "LABELMAP":
@@ -244,7 +260,8 @@ def _frames(data: Dataset) -> list[_Frame]:
 
 
 def _placed(data: Dataset, frames: list[_Frame], grid: Grid, kind: type, threshold: int) -> NDArray:
-    """The frames as one (D, H, W) array on the image's grid: by index where the lattices coincide, else the nearest voxel.
+    """The frames as one (D, H, W) array on the image's grid: by index where the lattices coincide, else the nearest
+    voxel.
 
     Args:
         data: The segmentation.
@@ -315,9 +332,13 @@ def _stacked(planes: list[tuple[_Frame, NDArray]], kind: type) -> tuple[NDArray,
     gaps = np.diff(np.unique(along.round(4)))
     between = first.spacing_between or (float(gaps.min()) if gaps.size else 1.0)
     slots = (along - along.min()) / between
-    parallel = all(np.allclose([f.column_step, f.row_step], [first.column_step, first.row_step], atol=1e-4) for f, _ in planes)
+    parallel = all(
+        np.allclose([f.column_step, f.row_step], [first.column_step, first.row_step], atol=1e-4) for f, _ in planes
+    )
     if not parallel or np.abs(slots - np.rint(slots)).max() > 0.1:
-        raise InputError("frames of the segmentation are not evenly spaced and are not on the image's voxels; resample it first")
+        raise InputError(
+            "frames of the segmentation are not evenly spaced and are not on the image's voxels; resample it first"
+        )
     lowest = planes[int(along.argmin())][0]
     stored = np.uint8 if kind is np.bool_ else kind
     stack = np.zeros((int(np.rint(slots.max())) + 1, *planes[0][1].shape), dtype=stored)

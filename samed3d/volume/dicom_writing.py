@@ -1,7 +1,9 @@
 """Segments as DICOM: a SEG or an RTSTRUCT that refers, slice by slice, to the image series they were drawn on.
 
-The frames and contours carry the positions of the series' own files, so any reader puts them back on the same voxels. Reading both is in
-``dicom_labels.py``; the outline of a mask is found in ``contours.py``. Needs pydicom, and highdicom for SEG: ``samed3d[dicom]``.
+The frames and contours carry the positions of the series' own files, so any reader puts them back on the same voxels.
+Reading both is in
+``dicom_labels.py``; the outline of a mask is found in ``contours.py``. Needs pydicom, and highdicom for SEG:
+``samed3d[dicom]``.
 """
 
 from __future__ import annotations
@@ -30,7 +32,15 @@ _STUDY_CLASS = "1.2.840.10008.3.1.2.3.1"
 # A slice's file and the image's grid must put its first pixel at one place, to this share of the smallest voxel edge.
 _SAME_PLACE = 0.05
 _PATIENT = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex")
-_STUDY = ("StudyInstanceUID", "StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName", "StudyDescription")
+_STUDY = (
+    "StudyInstanceUID",
+    "StudyDate",
+    "StudyTime",
+    "StudyID",
+    "AccessionNumber",
+    "ReferringPhysicianName",
+    "StudyDescription",
+)
 
 
 def source_slices(folder: str | Path, series: str | int | None, grid: Grid) -> list[Dataset]:
@@ -55,13 +65,17 @@ def source_slices(folder: str | Path, series: str | int | None, grid: Grid) -> l
 
     slices: list[Dataset] = [dcmread(file, stop_before_pixels=True) for file in slice_files(folder, series)]
     if len(slices) != grid.shape_zyx[0]:
-        raise InputError(f"DICOM can be written for a series of single slices only, got {len(slices)} files for {grid.shape_zyx[0]} slices")
+        raise InputError(
+            f"DICOM can be written for a series of single slices only, got {len(slices)} files for {grid.shape_zyx[0]} slices"
+        )
     axes = np.array(grid.direction_lps).reshape(3, 3) * np.array(grid.spacing_xyz_mm)
     for k, header in enumerate(slices):
         expected = np.array(grid.origin_lps_mm) + axes[:, 2] * k
         off = float(np.linalg.norm(np.asarray(header.ImagePositionPatient, dtype=float) - expected))
         if off > _SAME_PLACE * min(grid.spacing_xyz_mm):
-            raise InputError(f"DICOM slices must be evenly spaced, slice {k} of {folder} lies {off:.3g} mm from its place; write .nii.gz")
+            raise InputError(
+                f"DICOM slices must be evenly spaced, slice {k} of {folder} lies {off:.3g} mm from its place; write .nii.gz"
+            )
     return slices
 
 
@@ -116,7 +130,9 @@ def _described(number: int, segment: Segment) -> SegmentDescription:
 
     from samed3d import __version__
 
-    algorithm = hd.AlgorithmIdentificationSequence(name="samed3d", family=codes.DCM.ArtificialIntelligence, version=__version__)
+    algorithm = hd.AlgorithmIdentificationSequence(
+        name="samed3d", family=codes.DCM.ArtificialIntelligence, version=__version__
+    )
     return hd.seg.SegmentDescription(
         segment_number=number,
         segment_label=segment.name[:64] or f"segment {number}",
@@ -129,7 +145,8 @@ def _described(number: int, segment: Segment) -> SegmentDescription:
 
 
 def write_rtstruct(path: str | Path, segments: Sequence[Segment], slices: Sequence[Dataset], grid: Grid) -> None:
-    """Write an RTSTRUCT with one ROI per segment; a hole is an outline inside another (even-odd), as radiotherapy programs read it.
+    """Write an RTSTRUCT with one ROI per segment; a hole is an outline inside another (even-odd), as radiotherapy
+    programs read it.
 
     Args:
         path: The file.
@@ -152,7 +169,12 @@ def write_rtstruct(path: str | Path, segments: Sequence[Segment], slices: Sequen
         roi.ROIName, roi.ROIGenerationAlgorithm = segment.name[:64] or f"segment {number}", "SEMIAUTOMATIC"
         drawn.ROIDisplayColor, drawn.ReferencedROINumber = list(segment.rgb), number
         drawn.ContourSequence = Items(_contours(segment, slices, grid))
-        seen.ObservationNumber, seen.ReferencedROINumber, seen.RTROIInterpretedType, seen.ROIInterpreter = number, number, "", ""
+        seen.ObservationNumber, seen.ReferencedROINumber, seen.RTROIInterpretedType, seen.ROIInterpreter = (
+            number,
+            number,
+            "",
+            "",
+        )
         data.StructureSetROISequence.append(roi)
         data.ROIContourSequence.append(drawn)
         data.RTROIObservationsSequence.append(seen)
@@ -181,12 +203,24 @@ def _structure_set(slices: Sequence[Dataset]) -> Dataset:
     else:
         data.SpecificCharacterSet = "ISO_IR 192"
     data.SeriesInstanceUID, data.SeriesNumber, data.InstanceNumber = generate_uid(), _new_series_number(slices), 1
-    data.Manufacturer, data.ManufacturerModelName, data.SoftwareVersions, data.OperatorsName = "samed3d", "samed3d", __version__, ""
+    data.Manufacturer, data.ManufacturerModelName, data.SoftwareVersions, data.OperatorsName = (
+        "samed3d",
+        "samed3d",
+        __version__,
+        "",
+    )
     now = datetime.datetime.now()
-    data.StructureSetLabel, data.StructureSetDate, data.StructureSetTime = "Segmentation", f"{now:%Y%m%d}", f"{now:%H%M%S}"
+    data.StructureSetLabel, data.StructureSetDate, data.StructureSetTime = (
+        "Segmentation",
+        f"{now:%Y%m%d}",
+        f"{now:%H%M%S}",
+    )
     data.FrameOfReferenceUID = first.FrameOfReferenceUID
     series, study, frame = Dataset(), Dataset(), Dataset()
-    series.SeriesInstanceUID, series.ContourImageSequence = first.SeriesInstanceUID, Items([_reference(s) for s in slices])
+    series.SeriesInstanceUID, series.ContourImageSequence = (
+        first.SeriesInstanceUID,
+        Items([_reference(s) for s in slices]),
+    )
     study.ReferencedSOPClassUID, study.ReferencedSOPInstanceUID = _STUDY_CLASS, first.StudyInstanceUID
     study.RTReferencedSeriesSequence = Items([series])
     frame.FrameOfReferenceUID, frame.RTReferencedStudySequence = first.FrameOfReferenceUID, Items([study])

@@ -1,4 +1,6 @@
-"""Reading image files: the header is judged before the voxels, and what ITK lets pass (cut NIfTI files, zero spacing) is refused here."""
+"""Reading image files: the header is judged before the voxels, and what ITK lets pass (cut NIfTI files, zero spacing)
+is refused here.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Cosine between two voxel axes up to which a skewed NIfTI matrix counts as rounding (half a degree) and is made orthogonal.
+# Cosine between two voxel axes up to which a skewed NIfTI matrix counts as rounding (half a degree) and is made
+# orthogonal.
 _SKEW_TOLERANCE = 0.01
 
 
@@ -38,7 +41,8 @@ def read_file(path: Path, channel: int | None) -> sitk.Image:
         raise InputError(f"image must be a folder of DICOM slices or end in one of {' '.join(SUFFIXES)}, got {path}")
     if suffix not in NIFTI_SUFFIXES:
         return execute(sitk.ImageFileReader(), path, channel)
-    # ITK reads a cut NIfTI file without complaint and turns NaN into 0. Checking the stream beside the reading costs little on two cores.
+    # ITK reads a cut NIfTI file without complaint and turns NaN into 0. Checking the stream beside the reading costs
+    # little on two cores.
     layout = _nifti_layout(path)
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(_check_nifti_stream, path, layout)
@@ -98,7 +102,9 @@ def one_channel(image: sitk.Image, channel: int | None, path: Path) -> sitk.Imag
 
 def _picked_channel(channel: int | None, count: int, what: str, path: Path) -> int:
     if channel is None and count > 1:
-        raise InputError(f"image has {count} {what}, one is needed: pick one with --channel N (0 to {count - 1}): {path}")
+        raise InputError(
+            f"image has {count} {what}, one is needed: pick one with --channel N (0 to {count - 1}): {path}"
+        )
     if not 0 <= (channel or 0) < count:
         raise InputError(f"--channel must be 0 to {count - 1}, got {channel}: {path}")
     return channel or 0
@@ -109,7 +115,9 @@ def check_dimensions(size: Sequence[int], spacing: Sequence[float], path: Path) 
     if len(size) not in (3, 4):
         raise InputError(f"image must be 3D, got {len(size)}D ({' x '.join(map(str, size))}): {path}")
     if 1 in size[:3]:
-        raise InputError(f"image must be 3D, got a single slice ({' x '.join(map(str, size[:3]))}): {path}; give the whole stack")
+        raise InputError(
+            f"image must be 3D, got a single slice ({' x '.join(map(str, size[:3]))}): {path}; give the whole stack"
+        )
     if not all(0 < s < math.inf for s in spacing[:3]):
         raise InputError(f"spacing must be > 0 on each axis, got {_shown(spacing[:3])} mm: {path}; correct the header")
 
@@ -134,7 +142,9 @@ def checked_array(image: sitk.Image, path: Path) -> NDArray:
 
 
 def _not_finite(bad: int, count: int, path: Path) -> InputError:
-    return InputError(f"image holds {bad} NaN or infinite voxels of {count}: {path}; replace them with the background value")
+    return InputError(
+        f"image holds {bad} NaN or infinite voxels of {count}: {path}; replace them with the background value"
+    )
 
 
 @dataclass(frozen=True)
@@ -223,7 +233,9 @@ def _read_skewed_nifti(path: Path, channel: int | None) -> sitk.Image:
     skew = float(np.abs(axes.T @ axes - np.eye(3)).max())
     if skew > _SKEW_TOLERANCE:
         degrees = math.degrees(math.asin(min(1.0, skew)))
-        raise InputError(f"voxel axes must be perpendicular, got {degrees:.1f} degrees of shear: {path}; resample to an orthogonal grid")
+        raise InputError(
+            f"voxel axes must be perpendicular, got {degrees:.1f} degrees of shear: {path}; resample to an orthogonal grid"
+        )
     logger.warning("voxel axes of %s are not quite perpendicular; taking the nearest orthogonal axes", path)
     before = os.environ.get("ITK_NIFTI_SFORM_PERMISSIVE")
     os.environ["ITK_NIFTI_SFORM_PERMISSIVE"] = "1"  # the only switch that ITK has for this

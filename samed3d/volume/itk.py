@@ -1,4 +1,6 @@
-"""What all of this package needs around ITK: the suffixes, its messages kept off the terminal, its exceptions made readable."""
+"""What all of this package needs around ITK: the suffixes, its messages kept off the terminal, its exceptions made
+readable.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ _STDERR = threading.RLock()
 
 @contextmanager
 def silenced(said: list[str]) -> Iterator[None]:
-    """Keep what ITK's libraries print on stderr off the terminal; its lines are added to ``said`` and logged for debugging."""
+    """Keep what ITK's libraries print on stderr off the terminal; its lines are added to ``said`` and logged for
+    debugging.
+    """
     import SimpleITK as sitk
 
     sitk.ProcessObject.GlobalWarningDisplayOff()
@@ -44,8 +48,12 @@ def silenced(said: list[str]) -> Iterator[None]:
 
 
 def itk_reason(error: BaseException, said: Sequence[str] = ()) -> str:
-    """The telling line of an ITK exception, without its source file and addresses; what the library printed goes first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Exception thrown")]
+    """The telling line of an ITK exception, without its source file and addresses; what the library printed goes
+    first.
+    """
+    lines = [
+        line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Exception thrown")
+    ]
     line = next((text for text in [*said, *reversed(lines)]), type(error).__name__)
     return line.split("ERROR: ")[-1].strip()
 
@@ -57,7 +65,8 @@ def suffix_of(path: Path) -> str:
 
 
 def grow_region(array: NDArray, seeds_zyx: Sequence[tuple[int, int, int]], multiplier: float) -> NDArray[np.uint8]:
-    """ITK's confidence-connected region growing: voxels connected to the seeds and within ``multiplier`` deviations of their mean.
+    """ITK's confidence-connected region growing: voxels connected to the seeds and within ``multiplier`` deviations of
+    their mean.
 
     Args:
         array: (D, H, W) intensities.
@@ -71,5 +80,7 @@ def grow_region(array: NDArray, seeds_zyx: Sequence[tuple[int, int, int]], multi
 
     image = sitk.GetImageFromArray(array.astype(np.float32, copy=False))
     seeds = [(int(x), int(y), int(z)) for z, y, x in seeds_zyx]
-    grown = sitk.ConfidenceConnected(image, seeds, numberOfIterations=2, multiplier=multiplier, initialNeighborhoodRadius=2, replaceValue=1)
+    grown = sitk.ConfidenceConnected(
+        image, seeds, numberOfIterations=2, multiplier=multiplier, initialNeighborhoodRadius=2, replaceValue=1
+    )
     return sitk.GetArrayFromImage(grown).astype(np.uint8)

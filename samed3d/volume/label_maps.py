@@ -1,7 +1,7 @@
 """Reading label maps: whole numbers on a grid, with the checks that differ from an image's.
 
-A label map may be constant (an empty one is reported as that), must be integral, and must lie on its image's grid. Reading labels out of
-DICOM objects is in ``volume/dicom_labels.py``.
+A label map may be constant (an empty one is reported as that), must be integral, and must lie on its image's grid.
+Reading labels out of DICOM objects is in ``volume/dicom_labels.py``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from samed3d.volume.itk import SUFFIXES, itk_reason, silenced
 
 logger = logging.getLogger(__name__)
 
-# Image and label must put every corner of the volume at the same place to within this share of the shortest voxel edge. Headers that
-# were rounded in single precision stay far below it, a shift by one voxel far above.
+# Image and label must put every corner of the volume at the same place to within this share of the shortest voxel edge.
+# Headers that were rounded in single precision stay far below it, a shift by one voxel far above.
 GRID_TOLERANCE = 0.25
 
 
@@ -33,8 +33,8 @@ def read_label_map(path: str | Path) -> tuple[NDArray, Grid]:
     """Read a label map.
 
     Returns:
-        (D, H, W) labels in the smallest of uint8, uint16 and uint32, and their grid. Whole numbers that are stored as floating point are
-        accepted with a warning.
+        (D, H, W) labels in the smallest of uint8, uint16 and uint32, and their grid. Whole numbers that are stored as
+        floating point are accepted with a warning.
 
     Raises:
         InputError: if the file is missing, damaged, not 3D, empty (all zero), negative, or holds fractions.
@@ -73,8 +73,12 @@ def whole_numbers(array: NDArray, name: str) -> NDArray:
         for plane in array:  # by slices, to keep the temporaries small
             wrong = plane[(plane != np.rint(plane)) | ~np.isfinite(plane)]
             if wrong.size:
-                raise InputError(f"label must hold whole numbers, got {float(wrong[0]):g}: {name}; threshold or round it first")
-        logger.warning("label is stored as floating point; its values are whole numbers and are taken as such: %s", name)
+                raise InputError(
+                    f"label must hold whole numbers, got {float(wrong[0]):g}: {name}; threshold or round it first"
+                )
+        logger.warning(
+            "label is stored as floating point; its values are whole numbers and are taken as such: %s", name
+        )
     low, high = int(array.min()), int(array.max())
     if low < 0:
         raise InputError(f"label must not be negative, got {low}: {name}; map its values to 0 (background) and above")
@@ -120,7 +124,8 @@ def grid_difference(one: Grid, other: Grid) -> str:
 
 
 def resample_labels(array: NDArray, grid: Grid, onto: Grid) -> NDArray:
-    """A label map on another grid by physical position, nearest voxel; 0 outside. Exact where the two lattices coincide.
+    """A label map on another grid by physical position, nearest voxel; 0 outside. Exact where the two lattices
+    coincide.
 
     Args:
         array: (D, H, W) integer labels on ``grid``.

@@ -1,4 +1,5 @@
-"""What the geodesic baseline needs of SimpleITK: how long a front takes from some voxels to all others, and how hard it goes.
+"""What the geodesic baseline needs of SimpleITK: how long a front takes from some voxels to all others, and how hard it
+goes.
 
 Region growing is in ``itk.py``. Read ``evaluation/baselines/regions.py`` for how they are clicked.
 """

@@ -1,4 +1,5 @@
-"""Named segments as one ``.seg.nrrd``, laid out as 3D Slicer's segmentations are: names, colours, and layers where segments overlap.
+"""Named segments as one ``.seg.nrrd``, laid out as 3D Slicer's segmentations are: names, colours, and layers where
+segments overlap.
 
 Not here: DICOM (``dicom_writing.py``), plain label maps (``writing.py``).
 """
@@ -44,7 +45,8 @@ class Segment:
 
 
 def write_seg_nrrd(path: str | Path, segments: Sequence[Segment], grid: Grid) -> None:
-    """Write segments for 3D Slicer; overlapping ones go to layers of their own. A failed write leaves no file and harms no older one.
+    """Write segments for 3D Slicer; overlapping ones go to layers of their own. A failed write leaves no file and harms
+    no older one.
 
     Args:
         path: Ends in ``.seg.nrrd``.
@@ -68,7 +70,10 @@ def write_seg_nrrd(path: str | Path, segments: Sequence[Segment], grid: Grid) ->
         lines += _fields(number, segment, layer)
     names = "Segmentation_MasterRepresentation", "Segmentation_SourceRepresentation"
     lines += [f"{name}:=Binary labelmap" for name in names]
-    lines += ["Segmentation_ContainedRepresentationNames:=Binary labelmap|", "Segmentation_ReferenceImageExtentOffset:=0 0 0"]
+    lines += [
+        "Segmentation_ContainedRepresentationNames:=Binary labelmap|",
+        "Segmentation_ReferenceImageExtentOffset:=0 0 0",
+    ]
     with replaced(path) as partial, partial.open("wb") as file:
         file.write(("\n".join(lines) + "\n\n").encode())
         with gzip.GzipFile("", "wb", _COMPRESSION, file, mtime=0) as stream:
@@ -79,7 +84,11 @@ def _layers(segments: Sequence[Segment]) -> list[int]:
     """For each segment the first layer on which nothing overlaps it."""
     layers: list[int] = []
     for segment in segments:
-        taken = {layer for layer, other in zip(layers, segments[: len(layers)], strict=True) if _overlap(segment.mask, other.mask)}
+        taken = {
+            layer
+            for layer, other in zip(layers, segments[: len(layers)], strict=True)
+            if _overlap(segment.mask, other.mask)
+        }
         layers.append(next(n for n in itertools.count() if n not in taken))
     return layers
 
@@ -90,7 +99,11 @@ def _overlap(one: PackedMask, other: PackedMask) -> bool:
 
 def _fields(number: int, segment: Segment, layer: int) -> list[str]:
     low, high = segment.mask.region.start_zyx[::-1], segment.mask.region.stop_zyx[::-1]
-    ends = (0, -1) * 3 if segment.mask.region.is_empty else tuple(v for a, b in zip(low, high, strict=True) for v in (a, b - 1))
+    ends = (
+        (0, -1) * 3
+        if segment.mask.region.is_empty
+        else tuple(v for a, b in zip(low, high, strict=True) for v in (a, b - 1))
+    )
     fields = {
         "ID": f"Segment_{segment.id}",
         "Name": _line(segment.name),

@@ -1,7 +1,9 @@
-"""What an image must satisfy before it is read for somebody else: one bounded header, one file, a bounded number of voxels and bytes.
+"""What an image must satisfy before it is read for somebody else: one bounded header, one file, a bounded number of
+voxels and bytes.
 
-The readers of this package refuse what is wrong with an image; here is refused what is wrong with a sender: a header that never ends, a
-header that names another file of the machine, a few kilobytes that unpack to terabytes. Nothing is unpacked into memory. Read
+The readers of this package refuse what is wrong with an image; here is refused what is wrong with a sender: a header
+that never ends, a header that names another file of the machine, a few kilobytes that unpack to terabytes. Nothing is
+unpacked into memory. Read
 ``volume/files.py`` for reading itself.
 """
 
@@ -40,7 +42,8 @@ def check_untrusted(path: Path, limits: ReadLimits) -> None:
     """Judge an image file or DICOM folder by its headers, before it is read.
 
     Raises:
-        InputError: if it cannot be an image, its header is too long or names another file, or it holds more than ``limits`` allow.
+        InputError: if it cannot be an image, its header is too long or names another file, or it holds more than
+            ``limits`` allow.
     """
     if path.is_dir():
         _check_folder(path, limits)
@@ -66,9 +69,13 @@ def _check_text_header(path: Path) -> None:
         end = re.search(rb"(?m)^\s*ElementDataFile\s*=[^\n]*\n?", head)
         elsewhere = re.compile(rb"(?mi)^\s*ElementDataFile\s*=(?!\s*LOCAL\s*$)")
     if end is None:
-        raise InputError(f"the header must end within {_LONGEST_TEXT_HEADER} bytes, got a longer one or none: {path.name}")
+        raise InputError(
+            f"the header must end within {_LONGEST_TEXT_HEADER} bytes, got a longer one or none: {path.name}"
+        )
     if elsewhere.search(head[: end.end()]):
-        raise InputError(f"the voxels must be in the same file as the header, got a header that names another file: {path.name}")
+        raise InputError(
+            f"the voxels must be in the same file as the header, got a header that names another file: {path.name}"
+        )
 
 
 def _check_gzip(path: Path, limits: ReadLimits) -> None:
@@ -85,7 +92,9 @@ def _check_gzip(path: Path, limits: ReadLimits) -> None:
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"image is truncated or damaged: {path.name} ({error})") from error
     if found > most:
-        raise InputError(f"the file must unpack to what its header declares (at most {most} bytes), got more: {path.name}")
+        raise InputError(
+            f"the file must unpack to what its header declares (at most {most} bytes), got more: {path.name}"
+        )
 
 
 def _nifti_bytes(header: bytes) -> int:
@@ -126,4 +135,6 @@ def _declared(path: Path) -> tuple[int, ...]:
 def _check_voxels(sizes: tuple[int, ...], limits: ReadLimits, name: str) -> None:
     if math.prod(sizes) > limits.voxels:
         shown = " x ".join(map(str, sizes))
-        raise InputError(f"an image must have at most {limits.voxels} voxels here, got {shown}: {name}; crop it, or open it on the machine")
+        raise InputError(
+            f"an image must have at most {limits.voxels} voxels here, got {shown}: {name}; crop it, or open it on the machine"
+        )

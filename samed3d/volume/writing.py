@@ -1,7 +1,7 @@
 """Writing masks and volumes: the image's own grid bit for bit, all or nothing.
 
-ITK's NIfTI writer reports no error on a full disk, and its NIfTI and NRRD headers lose the last bits of an oblique grid. Those two are
-therefore written here; MetaImage is exact and safe as ITK writes it.
+ITK's NIfTI writer reports no error on a full disk, and its NIfTI and NRRD headers lose the last bits of an oblique
+grid. Those two are therefore written here; MetaImage is exact and safe as ITK writes it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def check_output(path: str | Path, *, suffixes: Sequence[str] = SUFFIXES) -> Non
 
 
 def write_mask(path: str | Path, array: NDArray, grid: Grid) -> None:
-    """Write a mask or an integer label map; see ``write_volume``. Stored as uint8, or uint16 where an id exceeds 255."""
+    """Write a mask or an integer label map; see ``write_volume``. Stored as uint8, or uint16 where an id exceeds
+    255.
+    """
     if array.dtype.kind not in "biu":
         raise ValueError(f"a mask must be of bool or integer type, got {array.dtype}")
     wide = array.dtype != np.bool_ and array.size and int(array.max()) > 255
@@ -61,10 +63,12 @@ def write_mask(path: str | Path, array: NDArray, grid: Grid) -> None:
 
 
 def write_volume(path: str | Path, array: NDArray, grid: Grid) -> None:
-    """Write a (D, H, W) array on a grid; the suffix decides the format. A failed write leaves no file and harms no older one.
+    """Write a (D, H, W) array on a grid; the suffix decides the format. A failed write leaves no file and harms no
+    older one.
 
-    A file in the format of the image that the grid was read from gives back the same size, spacing, origin and direction, bit for bit.
-    So does ``.mha`` for any grid; NIfTI stores single precision, so a grid from another format is rounded there (about 1e-7).
+    A file in the format of the image that the grid was read from gives back the same size, spacing, origin and
+    direction, bit for bit. So does ``.mha`` for any grid; NIfTI stores single precision, so a grid from another format
+    is rounded there (about 1e-7).
 
     Raises:
         InputError: if the output cannot be written; the message gives the reason.
@@ -86,7 +90,8 @@ def write_volume(path: str | Path, array: NDArray, grid: Grid) -> None:
             _write_nrrd(target, array, grid)
         else:
             _write_metaimage(target, array, grid)
-        # The voxels of .mhd lie in a second file: it moves first, so that the header never names a file that is not there.
+        # The voxels of .mhd lie in a second file: it moves first, so that the header never names a file that is not
+        # there.
         for made in sorted(folder.iterdir(), key=lambda f: f.name == path.name):
             os.replace(made, path.parent / made.name)
     except (OSError, RuntimeError) as error:
@@ -101,7 +106,9 @@ def _write_nifti(path: Path, array: NDArray, grid: Grid, *, compress: bool) -> N
     import SimpleITK as sitk
 
     if max(array.shape) > 32767:
-        raise InputError(f"cannot write {path.name}: NIfTI holds at most 32767 voxels along an axis, got {max(array.shape)}; use .nrrd")
+        raise InputError(
+            f"cannot write {path.name}: NIfTI holds at most 32767 voxels along an axis, got {max(array.shape)}; use .nrrd"
+        )
     # ITK makes the header of a one-voxel image of the same geometry; the shape and the exact matrix are then set.
     small = path.with_name("header.nii")
     with silenced([]):
@@ -128,7 +135,8 @@ def _write_nifti(path: Path, array: NDArray, grid: Grid, *, compress: bool) -> N
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends without an error, and vanishes otherwise.
+    """A temporary path beside ``path`` that takes its place when the block ends without an error, and vanishes
+    otherwise.
 
     Raises:
         InputError: if the file system refuses.
@@ -151,7 +159,16 @@ def nrrd_header(kind: np.dtype, grid: Grid, layers: int = 1) -> list[str]:
         grid: Where they are.
         layers: Values per voxel; more than one become a first (fastest) axis.
     """
-    kinds = {"u1": "uint8", "i1": "int8", "u2": "uint16", "i2": "int16", "u4": "uint32", "i4": "int32", "u8": "uint64", "i8": "int64"}
+    kinds = {
+        "u1": "uint8",
+        "i1": "int8",
+        "u2": "uint16",
+        "i2": "int16",
+        "u4": "uint32",
+        "i4": "int32",
+        "u8": "uint64",
+        "i8": "int64",
+    }
     kinds |= {"f4": "float"}
     direction = np.array(grid.direction_lps).reshape(3, 3)
     vectors = [_double_axis(direction[:, axis], grid.spacing_xyz_mm[axis]) for axis in range(3)]
@@ -185,10 +202,12 @@ def _write_metaimage(path: Path, array: NDArray, grid: Grid) -> None:
 
 
 def _single_axis(direction: NDArray, spacing: float) -> NDArray:
-    """The single-precision axis vector that ITK turns back into exactly ``direction`` (a reader divides it by its length).
+    """The single-precision axis vector that ITK turns back into exactly ``direction`` (a reader divides it by its
+    length).
 
-    A direction that was read from a NIfTI file came from such a vector, of a length within rounding of the spacing: try the values
-    of its largest component around there. Falls back to the nearest vector for directions that no such vector gives.
+    A direction that was read from a NIfTI file came from such a vector, of a length within rounding of the spacing: try
+    the values of its largest component around there. Falls back to the nearest vector for directions that no such
+    vector gives.
     """
     largest = int(np.argmax(np.abs(direction)))
     guess = np.float32(direction[largest] * spacing).view(np.int32)
@@ -201,7 +220,9 @@ def _single_axis(direction: NDArray, spacing: float) -> NDArray:
 
 
 def _double_axis(direction: NDArray, spacing: float) -> NDArray:
-    """As ``_single_axis`` for NRRD: the double-precision vector of exactly that length and direction, in the last bits around it."""
+    """As ``_single_axis`` for NRRD: the double-precision vector of exactly that length and direction, in the last bits
+    around it.
+    """
     guess = (direction * spacing).view(np.int64)
     steps = sorted(itertools.product(range(-2, 3), repeat=3), key=lambda step: sum(map(abs, step)))
     for step in steps:

@@ -1,8 +1,9 @@
-"""A session as napari needs it: edits in order, one after the other, away from the window; after each, what changed. No Qt, no napari.
+"""A session as napari needs it: edits in order, one after the other, away from the window; after each, what changed. No
+Qt, no napari.
 
-The session is a ``Session`` of this process or a ``RemoteSession`` of a server: their calls are the same. Masks are kept packed and put
-together into one label map, of which only the changed part is written anew. Calls return at once; ``Runner`` says where the work is done.
-Not here: layers (``layers.py``). Read that next.
+The session is a ``Session`` of this process or a ``RemoteSession`` of a server: their calls are the same. Masks are
+kept packed and put together into one label map, of which only the changed part is written anew. Calls return at once;
+``Runner`` says where the work is done. Not here: layers (``layers.py``). Read that next.
 """
 
 from __future__ import annotations
@@ -149,7 +150,8 @@ class Controller:
     def painted(self, painted: NDArray) -> None:
         """Take a label map that was edited by hand: each object whose voxels changed starts anew from what it is now.
 
-        A voxel that was painted belongs to the label that it was given and to no other visible object that is not locked.
+        A voxel that was painted belongs to the label that it was given and to no other visible object that is not
+        locked.
 
         Args:
             painted: (D, H, W) of whole numbers; it is compared with ``labels`` and not kept.
@@ -174,7 +176,9 @@ class Controller:
         self._do(lambda: self._start_from(object_id, mask))
 
     def suggest_click(self, then: Callable[[Triple, bool], None]) -> None:
-        """Tell ``then`` where the model is least certain, zyx, and whether it would say that the place belongs to the object."""
+        """Tell ``then`` where the model is least certain, zyx, and whether it would say that the place belongs to the
+        object.
+        """
 
         def found(point: Point) -> None:
             ijk = self._in_voxels(point)
@@ -227,7 +231,11 @@ class Controller:
     def _failed(self, error: Exception) -> None:
         if not isinstance(error, InputError | RemoteError):
             logger.error("in the napari plugin", exc_info=error)
-        message = str(error) if isinstance(error, InputError | RemoteError) else f"this is our fault: {type(error).__name__}: {error}"
+        message = (
+            str(error)
+            if isinstance(error, InputError | RemoteError)
+            else f"this is our fault: {type(error).__name__}: {error}"
+        )
         for listener in self.on_error:
             listener(message)
 
@@ -280,7 +288,16 @@ class Controller:
                 self._masks.pop(number, None)
         self._table = table
         s = self.session
-        return Change(tuple(table.values()), s.current, s.can_undo, s.can_redo, changed, self._composed(changed), prompt_id, seconds)
+        return Change(
+            tuple(table.values()),
+            s.current,
+            s.can_undo,
+            s.can_redo,
+            changed,
+            self._composed(changed),
+            prompt_id,
+            seconds,
+        )
 
     def _composed(self, region: Region) -> NDArray[np.uint8]:
         """The label map of the visible objects in a region: a locked object wins, then the more certain one."""
@@ -291,7 +308,8 @@ class Controller:
             mask = self._masks[entry.id].on(region)
             clash |= mask & (part != 0)
             part[mask & (part == 0)] = entry.id
-        # A server's label map is not asked for: there the lower id is shown, and files are written by the session's own rule.
+        # A server's label map is not asked for: there the lower id is shown, and files are written by the session's own
+        # rule.
         if clash.any() and not self.is_remote:
             settled = self.session.labels[region.slices]
             clash &= np.isin(settled, [entry.id for entry in shown])
@@ -301,7 +319,9 @@ class Controller:
     def _entries(self) -> Iterable[Entry]:
         for item in self.session.objects():
             if item.id > MOST_OBJECTS:
-                raise InputError(f"object ids must be 1 to {MOST_OBJECTS} here, got {item.id}; open this session in another program")
+                raise InputError(
+                    f"object ids must be 1 to {MOST_OBJECTS} here, got {item.id}; open this session in another program"
+                )
             if self.is_remote:
                 # A server says of a mask only that there is one; it is not drawn anyway.
                 given = {int(body["id"]): prompt_from_json(body) for body in item.prompts if body["type"] != "mask"}
@@ -321,7 +341,9 @@ class Controller:
         if isinstance(prompt, Lasso):
             return replace(prompt, outline=tuple(self._ijk(at) for at in prompt.outline), space="ijk")
         assert isinstance(prompt, Box)
-        ends = np.array([self._ijk((x, y, z)) for x in _ends(prompt, 0) for y in _ends(prompt, 1) for z in _ends(prompt, 2)])
+        ends = np.array(
+            [self._ijk((x, y, z)) for x in _ends(prompt, 0) for y in _ends(prompt, 1) for z in _ends(prompt, 2)]
+        )
         return Box(as_triple(ends.min(0)), as_triple(ends.max(0)))
 
     def _ijk(self, ras: Triple) -> Triple:

@@ -1,8 +1,10 @@
-"""Where the voxels of a napari layer are, and the same as a grid of ours. Needs neither napari nor Qt: layers are only asked.
+"""Where the voxels of a napari layer are, and the same as a grid of ours. Needs neither napari nor Qt: layers are only
+asked.
 
-A napari layer maps its data coordinates (z, y, x, voxel centres at whole numbers) to the viewer's world by scale, rotation, shear,
-translation and an affine, one after the other. World axes are z, y, x too, and no frame of the body is named; here they are taken as LPS
-millimetres in reverse order, which shows an axial CT as radiologists expect it. Read ``layer_prompts.py`` next.
+A napari layer maps its data coordinates (z, y, x, voxel centres at whole numbers) to the viewer's world by scale,
+rotation, shear, translation and an affine, one after the other. World axes are z, y, x too, and no frame of the body is
+named; here they are taken as LPS millimetres in reverse order, which shows an axial CT as radiologists expect it. Read
+``layer_prompts.py`` next.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ class Frame:
         """
         if layer.ndim != 3:
             raise InputError(f"layer {layer.name!r} must be 3D, got {layer.ndim}D; split or project it first")
-        corners = np.array([layer.data_to_world(at) for at in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))], dtype=np.float64)
+        corners = np.array(
+            [layer.data_to_world(at) for at in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))], dtype=np.float64
+        )
         matrix = np.eye(4)
         matrix[:3, :3] = (corners[1:] - corners[0]).T
         matrix[:3, 3] = corners[0]
@@ -84,14 +88,16 @@ class Frame:
             raise InputError("the layer's axes must be perpendicular, got a shear; resample the image first")
         u, _, v = np.linalg.svd(direction)
         exact = u @ v if not np.allclose(direction, np.round(direction), atol=1e-12) else np.round(direction)
-        return Grid(shape_zyx, as_triple(spacing), as_triple(lps[:3, 3]), tuple(float(value) for value in exact.ravel()))
+        return Grid(
+            shape_zyx, as_triple(spacing), as_triple(lps[:3, 3]), tuple(float(value) for value in exact.ravel())
+        )
 
 
 def affine_for(grid: Grid) -> NDArray[np.float64]:
     """The affine under which an image of this grid is shown.
 
-    Napari slices along world axes only. An image whose axes are those of LPS, or run against them, is shown where it is; any other is
-    shown in its own planes, by its spacing alone.
+    Napari slices along world axes only. An image whose axes are those of LPS, or run against them, is shown where it
+    is; any other is shown in its own planes, by its spacing alone.
 
     Returns:
         4x4, data (z, y, x) to world (z, y, x) in mm.
@@ -109,8 +115,8 @@ def affine_for(grid: Grid) -> NDArray[np.float64]:
 def volume_of(layer: Any) -> Volume:
     """The image of a layer.
 
-    A layer that was read from a file which holds the same voxels takes the file's grid, orientation included, unless its own scale says
-    otherwise: then the layer is believed.
+    A layer that was read from a file which holds the same voxels takes the file's grid, orientation included, unless
+    its own scale says otherwise: then the layer is believed.
 
     Raises:
         InputError: if the layer is not a 3D image of one channel, holds NaN or infinite voxels, or is constant.
@@ -119,7 +125,9 @@ def volume_of(layer: Any) -> Volume:
         raise InputError(f"layer {layer.name!r} must have one channel, got colours; split them first")
     frame = Frame.of(layer)
     array = _checked(np.asarray(layer.data[0] if getattr(layer, "multiscale", False) else layer.data), layer.name)
-    return _from_file(layer, frame, array) or Volume(array, frame.grid((array.shape[0], array.shape[1], array.shape[2])), layer.name)
+    return _from_file(layer, frame, array) or Volume(
+        array, frame.grid((array.shape[0], array.shape[1], array.shape[2])), layer.name
+    )
 
 
 def _checked(array: NDArray, name: str) -> NDArray:
@@ -141,7 +149,9 @@ def _checked(array: NDArray, name: str) -> NDArray:
 
 
 def _from_file(layer: Any, frame: Frame, array: NDArray) -> Volume | None:
-    """The file that the layer was read from, where it holds the same voxels and the layer does not contradict its spacing."""
+    """The file that the layer was read from, where it holds the same voxels and the layer does not contradict its
+    spacing.
+    """
     path = getattr(getattr(layer, "source", None), "path", None)
     if not path or not Path(path).is_file() or not str(path).lower().endswith(tuple(SUFFIXES)):
         return None

@@ -1,7 +1,9 @@
-"""What is drawn on a napari layer as prompts, and prompts as what is drawn. Positions are voxels of the image, z, y, x; pure numpy.
+"""What is drawn on a napari layer as prompts, and prompts as what is drawn. Positions are voxels of the image, z, y, x;
+pure numpy.
 
-A rectangle is a box: flat in its slice, or as deep as asked. A polygon or an ellipse is a lasso, a path or a line is a scribble. A 3D box
-is shown as a rectangle in its middle slice. Not here: layers and their events (``layers.py``). Read ``controller.py`` next.
+A rectangle is a box: flat in its slice, or as deep as asked. A polygon or an ellipse is a lasso, a path or a line is a
+scribble. A 3D box is shown as a rectangle in its middle slice. Not here: layers and their events (``layers.py``). Read
+``controller.py`` next.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ def shape_to_prompt(shape: Drawn, positive: bool, depth: int = 1, radius_vox: fl
     vertices = np.asarray(shape.vertices_zyx, dtype=np.float64)
     if shape.kind == "rectangle":
         if not positive:
-            raise InputError("a box says where the object is and cannot be negative; draw a lasso around what does not belong to it")
+            raise InputError(
+                "a box says where the object is and cannot be negative; draw a lasso around what does not belong to it"
+            )
         return _box(vertices, depth)
     if shape.kind in ("path", "line"):
         return Scribble(tuple(_ijk(at) for at in vertices), positive, radius_vox)
@@ -124,13 +128,16 @@ def flat_axis(vertices_zyx: NDArray) -> int:
 
 def differs(drawn: NDArray, known: NDArray) -> bool:
     """Whether vertices were moved, beyond the rounding of a layer."""
-    return drawn.shape != known.shape or bool(np.abs(np.asarray(drawn, dtype=np.float64) - known).max(initial=0.0) > _SAME_VOX)
+    return drawn.shape != known.shape or bool(
+        np.abs(np.asarray(drawn, dtype=np.float64) - known).max(initial=0.0) > _SAME_VOX
+    )
 
 
 def compared(known: Iterable[int], rows: Iterable[int]) -> tuple[list[int], list[int], list[int]]:
     """Which rows of a layer are new, which show a known prompt, and which prompts are gone.
 
-    A number that comes twice (a copy that was pasted) counts once; what comes later is new. Numbers below zero are on their way.
+    A number that comes twice (a copy that was pasted) counts once; what comes later is new. Numbers below zero are on
+    their way.
 
     Args:
         known: Numbers of the prompts that the layer showed.

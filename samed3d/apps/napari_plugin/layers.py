@@ -1,9 +1,11 @@
-"""The layers of a session in a napari viewer: points and shapes are its prompts, a label map its masks; what is done to them is an edit.
+"""The layers of a session in a napari viewer: points and shapes are its prompts, a label map its masks; what is done to
+them is an edit.
 
-Each row of the Points and the Shapes layer carries its prompt's number: a row without one is a new prompt, a number that is gone a removed
-one, a row elsewhere than before a moved one. After every edit the layers are made to show what the session holds, so that undo, another
-client, or a refusal are seen at once. Painting on the label map gives the object that mask to start from. Works on a ``ViewerModel``
-without a window. Not here: buttons (``widget.py``). Read that next.
+Each row of the Points and the Shapes layer carries its prompt's number: a row without one is a new prompt, a number
+that is gone a removed one, a row elsewhere than before a moved one. After every edit the layers are made to show what
+the session holds, so that undo, another client, or a refusal are seen at once. Painting on the label map gives the
+object that mask to start from. Works on a ``ViewerModel`` without a window. Not here: buttons (``widget.py``). Read
+that next.
 """
 
 from __future__ import annotations
@@ -68,7 +70,11 @@ class SessionLayers:
         self._numbers: dict[int, int] = {}  # ticket to prompt number, until the layer carries the number
         self._shown: dict[str, dict[int, NDArray]] = {"points": {}, "shapes": {}}
         self._across: dict[int, int] = {}  # the axis that a box was drawn across
-        placed = {key: getattr(image, key) for key in ("scale", "translate", "rotate", "shear", "affine", "units") if hasattr(image, key)}
+        placed = {
+            key: getattr(image, key)
+            for key in ("scale", "translate", "rotate", "shear", "affine", "units")
+            if hasattr(image, key)
+        }
         spacing = np.linalg.norm(Frame.of(image).matrix[:3, :3], axis=0)
         longest = float((spacing * controller.shape_zyx).max())
         # Napari draws points in world units over the last axis' scale, whatever the affine; and edges in voxels.
@@ -86,7 +92,14 @@ class SessionLayers:
             **placed,
         )
         self.points = viewer.add_points(
-            None, ndim=3, name="samed3d points", size=self._dot, face_color=POSITIVE, border_color="white", **numbered, **placed
+            None,
+            ndim=3,
+            name="samed3d points",
+            size=self._dot,
+            face_color=POSITIVE,
+            border_color="white",
+            **numbered,
+            **placed,
         )
         self.points.mouse_drag_callbacks.append(self._pressed)
         self.shapes.mouse_drag_callbacks.append(self._pressed)
@@ -129,8 +142,8 @@ class SessionLayers:
     def use(self, layer: Any) -> None:
         """Make prompts of everything on another Points, Shapes or Labels layer, wherever that lies in the world.
 
-        Points and shapes belong to the current object and have the current sign. Of a Labels layer the selected label becomes the mask
-        that the current object starts from.
+        Points and shapes belong to the current object and have the current sign. Of a Labels layer the selected label
+        becomes the mask that the current object starts from.
 
         Raises:
             InputError: if the layer is of another kind, holds nothing, or is not 3D.
@@ -174,7 +187,10 @@ class SessionLayers:
     def _rows(self, kind: str) -> list[Drawn]:
         if kind == "points":
             return [Drawn("point", np.array(at, dtype=np.float64)) for at in self.points.data]
-        return [Drawn(str(k), np.array(v, dtype=np.float64)) for k, v in zip(self.shapes.shape_type, self.shapes.data, strict=True)]
+        return [
+            Drawn(str(k), np.array(v, dtype=np.float64))
+            for k, v in zip(self.shapes.shape_type, self.shapes.data, strict=True)
+        ]
 
     def _layer_numbers(self, kind: str) -> list[int]:
         features = getattr(self, kind).features
@@ -233,7 +249,9 @@ class SessionLayers:
         self._controller.add(prompt, object_id, known)
 
     def _move(self, number: int, drawn: Drawn) -> None:
-        before = next((entry.prompts[number] for entry in self._controller.state.objects if number in entry.prompts), None)
+        before = next(
+            (entry.prompts[number] for entry in self._controller.state.objects if number in entry.prompts), None
+        )
         if before is None:
             return
         try:

@@ -72,7 +72,9 @@ class ObjectTable(QTreeWidget):
         if column == _NAME:
             self.edited.emit(number, {"name": item.text(_NAME)})
         else:
-            self.edited.emit(number, {"visible" if column == _SEEN else "locked": item.checkState(column) == Qt.CheckState.Checked})
+            self.edited.emit(
+                number, {"visible" if column == _SEEN else "locked": item.checkState(column) == Qt.CheckState.Checked}
+            )
 
 
 def _state(on: bool) -> Qt.CheckState:

@@ -1,4 +1,6 @@
-"""Sessions for napari: in this process, or on a server. Needs neither napari nor Qt. Used by ``widget.py``; read ``controller.py`` next."""
+"""Sessions for napari: in this process, or on a server. Needs neither napari nor Qt. Used by ``widget.py``; read
+``controller.py`` next.
+"""
 
 from __future__ import annotations
 

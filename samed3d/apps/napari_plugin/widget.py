@@ -1,6 +1,7 @@
 """The dock: what to open, the tools, the objects, undo, saving. It only asks the controller and shows what that says.
 
-Qt through ``qtpy``, with whatever binding napari runs on. Not here: what a click means (``layers.py``), sessions (``controller.py``).
+Qt through ``qtpy``, with whatever binding napari runs on. Not here: what a click means (``layers.py``), sessions
+(``controller.py``).
 """
 
 from __future__ import annotations
@@ -101,7 +102,9 @@ class PromptWidget(QWidget):
         """Open an image file, a DICOM folder or a session file (``.json``) and start."""
         self._say(f"Opening {path} ...")
         if path.lower().endswith(".json"):
-            self.worker(lambda: load_local(path), lambda session: self._take(session, session.volume, None), self._failed)
+            self.worker(
+                lambda: load_local(path), lambda session: self._take(session, session.volume, None), self._failed
+            )
             return
         self.worker(lambda: read_volume(path), lambda volume: self._start(volume, self._added(volume)), self._failed)
 
@@ -116,7 +119,10 @@ class PromptWidget(QWidget):
 
         def found(session: Any) -> None:
             if tuple(session.size_ijk[::-1]) != tuple(np.shape(image.data)):
-                self._say(f"session {session_id} is of an image of {session.size_ijk} voxels, which {image.name} is not", wrong=True)
+                self._say(
+                    f"session {session_id} is of an image of {session.size_ijk} voxels, which {image.name} is not",
+                    wrong=True,
+                )
                 return
             self._take(session, None, image)
 
@@ -126,9 +132,15 @@ class PromptWidget(QWidget):
         url, token, model = self._url.text().strip(), self._token.text().strip(), self._model.text().strip()
         self._say("Loading the model ..." if not url else f"Sending the image to {url} ...")
         if url:
-            self.worker(lambda: open_remote(volume, url, token, model or None), lambda s: self._take(s, volume, image), self._failed)
+            self.worker(
+                lambda: open_remote(volume, url, token, model or None),
+                lambda s: self._take(s, volume, image),
+                self._failed,
+            )
         else:
-            self.worker(lambda: open_local(volume, model or "default"), lambda s: self._take(s, volume, image), self._failed)
+            self.worker(
+                lambda: open_local(volume, model or "default"), lambda s: self._take(s, volume, image), self._failed
+            )
 
     def _take(self, session: Any, volume: Volume | None, image: Any) -> None:
         """Show a session that is open."""
@@ -138,7 +150,9 @@ class PromptWidget(QWidget):
         self.controller = Controller(session, self.worker)
         self.controller.on_change.append(self._changed)
         self.controller.on_error.append(lambda message: self._say(message, wrong=True))
-        self.layers = SessionLayers(self._viewer, self._image, self.controller, lambda message: self._say(message, wrong=True))
+        self.layers = SessionLayers(
+            self._viewer, self._image, self.controller, lambda message: self._say(message, wrong=True)
+        )
         self.layers.depth, self.layers.radius_vox = self._depth.value(), self._radius.value()
         self._use_tool("Click")
         where = f"session {session.id} on the server" if self.controller.is_remote else "in this program"
@@ -150,7 +164,12 @@ class PromptWidget(QWidget):
         low, high = np.percentile(volume.array[:: max(1, volume.array.shape[0] // 32), ::4, ::4], (0.5, 99.5))
         limits = (float(low), float(high)) if high > low else None
         layer = self._viewer.add_image(
-            volume.array, name=name, affine=affine_for(volume.grid), contrast_limits=limits, colormap="gray", units=("mm",) * 3
+            volume.array,
+            name=name,
+            affine=affine_for(volume.grid),
+            contrast_limits=limits,
+            colormap="gray",
+            units=("mm",) * 3,
         )
         self._viewer.dims.set_current_step(0, volume.array.shape[0] // 2)
         return layer
@@ -207,14 +226,18 @@ class PromptWidget(QWidget):
         self._depth.valueChanged.connect(lambda value: setattr(self.layers, "depth", value) if self.layers else None)
         self._radius.setRange(0, 50)
         self._radius.setValue(1)
-        self._radius.valueChanged.connect(lambda value: setattr(self.layers, "radius_vox", value) if self.layers else None)
+        self._radius.valueChanged.connect(
+            lambda value: setattr(self.layers, "radius_vox", value) if self.layers else None
+        )
         grid.addWidget(self._negative, 2, 0, 1, 3)
         grid.addWidget(QLabel("Box depth"), 3, 0)
         grid.addWidget(self._depth, 3, 1, 1, 2)
         grid.addWidget(QLabel("Brush radius"), 4, 0)
         grid.addWidget(self._radius, 4, 1, 1, 2)
         self._use_layer = _button("Use the selected layer", self._use_selected)
-        self._use_layer.setToolTip("Its points or shapes become prompts; the selected label of a Labels layer becomes a mask to start from")
+        self._use_layer.setToolTip(
+            "Its points or shapes become prompts; the selected label of a Labels layer becomes a mask to start from"
+        )
         grid.addWidget(self._use_layer, 5, 0, 1, 3)
         return box
 
@@ -223,9 +246,13 @@ class PromptWidget(QWidget):
         grid = QGridLayout(box)
         self._objects = ObjectTable()
         self._objects.picked.connect(lambda number: self.layers.choose(object_id=number) if self.layers else None)
-        self._objects.edited.connect(lambda number, changes: self.controller.edit_object(number, **changes) if self.controller else None)
+        self._objects.edited.connect(
+            lambda number, changes: self.controller.edit_object(number, **changes) if self.controller else None
+        )
         grid.addWidget(self._objects, 0, 0, 1, 3)
-        for column, (name, call) in enumerate((("New", self._new), ("Colour...", self._recolour), ("Remove", self._remove))):
+        for column, (name, call) in enumerate(
+            (("New", self._new), ("Colour...", self._recolour), ("Remove", self._remove))
+        ):
             grid.addWidget(_button(name, call), 1, column)
         self._object_parts = box
         return box
@@ -253,7 +280,9 @@ class PromptWidget(QWidget):
             self.start_on(image)
 
     def _ask_file(self) -> None:
-        path, _ = QFileDialog.getOpenFileName(self, "Open", "", "Images and sessions (*.nii *.nii.gz *.nrrd *.mha *.mhd *.json);;All (*)")
+        path, _ = QFileDialog.getOpenFileName(
+            self, "Open", "", "Images and sessions (*.nii *.nii.gz *.nrrd *.mha *.mhd *.json);;All (*)"
+        )
         if path:
             self.open_file(path)
 
@@ -320,7 +349,9 @@ class PromptWidget(QWidget):
             for axis, at in enumerate(world):
                 self._viewer.dims.set_point(offset + axis, at)
             getattr(self._viewer, "scene", self._viewer).camera.center = tuple(world)
-            self._say(f"Least certain here (the middle of the view): the model says {'inside' if positive else 'outside'}.")
+            self._say(
+                f"Least certain here (the middle of the view): the model says {'inside' if positive else 'outside'}."
+            )
 
         if self.controller is not None:
             self.controller.suggest_click(show)
@@ -360,7 +391,15 @@ class PromptWidget(QWidget):
     def _enable(self) -> None:
         is_open = self.controller is not None
         state = self.controller.state if self.controller is not None else None
-        for part in (*self._tools.values(), self._negative, self._depth, self._radius, self._use_layer, self._object_parts, self._save):
+        for part in (
+            *self._tools.values(),
+            self._negative,
+            self._depth,
+            self._radius,
+            self._use_layer,
+            self._object_parts,
+            self._save,
+        ):
             part.setEnabled(is_open)
         self._undo.setEnabled(state is not None and state.can_undo)
         self._redo.setEnabled(state is not None and state.can_redo)

@@ -1,4 +1,5 @@
-"""One thread beside the window that does the session's jobs in their order, and tells their end in the window's own thread.
+"""One thread beside the window that does the session's jobs in their order, and tells their end in the window's own
+thread.
 
 Used by ``widget.py``; what a runner is, is said in ``controller.py``. Read ``widget.py`` next.
 """
@@ -28,7 +29,9 @@ class Worker(QObject):
         self._waiting = 0
         self._ended.connect(self._tell)  # across threads Qt queues it
 
-    def __call__(self, job: Callable[[], Any], done: Callable[[Any], None], failed: Callable[[Exception], None]) -> None:
+    def __call__(
+        self, job: Callable[[], Any], done: Callable[[Any], None], failed: Callable[[Exception], None]
+    ) -> None:
         """Queue a job."""
         self._waiting += 1
         self.busy_changed.emit(self._waiting)

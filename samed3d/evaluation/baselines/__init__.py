@@ -1,8 +1,9 @@
-"""Methods without training behind the same two calls as ``Session``: what any model must beat, and bounds that no model can.
+"""Methods without training behind the same two calls as ``Session``: what any model must beat, and bounds that no model
+can.
 
 ``region_growing``, ``fast_marching`` and ``random_walker`` are the classical interactive methods; ``dilated_ball`` and
-``threshold_in_box`` controls that hardly look at the image; ``oracle_bound`` knows the truth and loses only what a coarse output grid
-loses. Read ``base.py`` for what they share.
+``threshold_in_box`` controls that hardly look at the image; ``oracle_bound`` knows the truth and loses only what a
+coarse output grid loses. Read ``base.py`` for what they share.
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ from samed3d.evaluation.baselines.controls import DilatedBall, OracleBound, Thre
 from samed3d.evaluation.baselines.random_walker import RandomWalker
 from samed3d.evaluation.baselines.regions import FastMarching, RegionGrowing
 
-__all__ = ["BASELINES", "ClassicalMethod", "DilatedBall", "FastMarching", "OracleBound", "RandomWalker", "RegionGrowing", "ThresholdInBox"]
+__all__ = [
+    "BASELINES",
+    "ClassicalMethod",
+    "DilatedBall",
+    "FastMarching",
+    "OracleBound",
+    "RandomWalker",
+    "RegionGrowing",
+    "ThresholdInBox",
+]
 
 BASELINES: dict[str, type[ClassicalMethod]] = {
     "region_growing": RegionGrowing,

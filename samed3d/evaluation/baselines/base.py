@@ -20,7 +20,9 @@ from samed3d.volume import Volume
 
 @dataclass
 class Said:
-    """What was said of one object, in stored zyx voxels: clicked or painted voxels on it and off it, and a box or None."""
+    """What was said of one object, in stored zyx voxels: clicked or painted voxels on it and off it, and a box or
+    None.
+    """
 
     inside: list[IntTriple] = field(default_factory=list)
     outside: list[IntTriple] = field(default_factory=list)
@@ -50,13 +52,20 @@ class ClassicalMethod(ABC):
         """Take a prompt and make the mask anew.
 
         Raises:
-            InputError: for a prompt that the method does not take, one outside the volume, or a negative click before anything else.
+            InputError: for a prompt that the method does not take, one outside the volume, or a negative click before
+                anything else.
         """
         before = self._said.get(object_id)
         kind = type(prompt).__name__.lower()
-        if not isinstance(prompt, Point | Scribble | Box) or (kind not in self.takes and not (before and isinstance(prompt, Point))):
+        if not isinstance(prompt, Point | Scribble | Box) or (
+            kind not in self.takes and not (before and isinstance(prompt, Point))
+        ):
             taken = (
-                "points only" if "box" not in self.takes else "a box first" if "point" not in self.takes else "points, boxes and scribbles"
+                "points only"
+                if "box" not in self.takes
+                else "a box first"
+                if "point" not in self.takes
+                else "points, boxes and scribbles"
             )
             raise InputError(f"{self.name} takes {taken}, got a {kind}")
         said = Said(list(before.inside), list(before.outside), before.box) if before else Said()
@@ -80,8 +89,12 @@ class ClassicalMethod(ABC):
             low, high = (ijk_to_zyx(corner) for corner in box_in_grid(prompt, grid))
             said.box = Region(_voxel(low), tuple(v + 1 for v in _voxel(high)))  # type: ignore[arg-type]
             return
-        points = [prompt] if isinstance(prompt, Point) else [Point(at, prompt.positive, prompt.space) for at in prompt.path]
-        (said.inside if prompt.positive else said.outside).extend(_voxel(ijk_to_zyx(point_in_grid(p, grid))) for p in points)
+        points = (
+            [prompt] if isinstance(prompt, Point) else [Point(at, prompt.positive, prompt.space) for at in prompt.path]
+        )
+        (said.inside if prompt.positive else said.outside).extend(
+            _voxel(ijk_to_zyx(point_in_grid(p, grid))) for p in points
+        )
 
 
 def _voxel(zyx: Triple) -> IntTriple:

@@ -1,4 +1,5 @@
-"""Controls that hardly look at the image, and a bound that knows the truth. A model that does not beat the first has learnt nothing.
+"""Controls that hardly look at the image, and a bound that knows the truth. A model that does not beat the first has
+learnt nothing.
 
 Not here: the control that takes the click away from a model (``contenders.py``).
 """
@@ -42,7 +43,9 @@ class DilatedBall(ClassicalMethod):
 
 
 class ThresholdInBox(ClassicalMethod):
-    """Otsu's threshold inside the box: the side that the box's middle half belongs to. Clicks after the box are ignored."""
+    """Otsu's threshold inside the box: the side that the box's middle half belongs to. Clicks after the box are
+    ignored.
+    """
 
     name = "threshold_in_box"
     takes = frozenset({"box"})
@@ -72,7 +75,8 @@ def _otsu(values: NDArray[np.float32], bins: int = 256) -> float:
 
 
 class OracleBound(ClassicalMethod):
-    """The truth itself, seen through an output grid of ``lattice_mm``: the best that a model with such an output could do.
+    """The truth itself, seen through an output grid of ``lattice_mm``: the best that a model with such an output could
+    do.
 
     6 mm is what SAM-Med3D decodes to (32 voxels for 192 mm) before it interpolates.
     """
@@ -89,7 +93,9 @@ class OracleBound(ClassicalMethod):
         """
         super().__init__(volume, truth)
         if truth is None:
-            raise InputError("oracle_bound is made from the truth, got none; it measures what an output grid loses, not a method")
+            raise InputError(
+                "oracle_bound is made from the truth, got none; it measures what an output grid loses, not a method"
+            )
         self.lattice_mm = lattice_mm
 
     def segment(self, said: Said) -> NDArray[np.bool_]:
@@ -103,7 +109,9 @@ class OracleBound(ClassicalMethod):
         steps = as_triple([self.lattice_mm / s for s in spacing])
         middle = as_triple([(a + b - 1) / 2 for a, b in zip(region.start_zyx, region.stop_zyx, strict=True)])
         frame = CropFrame.centred(middle, steps, _cells(region.shape_zyx, steps))
-        block = np.pad(self.truth[region.slices].astype(np.float32), 1)  # whatever lies beyond the block repeats its border of zeros
+        block = np.pad(
+            self.truth[region.slices].astype(np.float32), 1
+        )  # whatever lies beyond the block repeats its border of zeros
         coarse, _ = sample_crop(block, frame.shifted(as_triple([1.0 - a for a in region.start_zyx])))
         pasted_region, pasted = paste_crop(coarse, frame, shape)
         mask[pasted_region.slices] = torch.gt(pasted, 0.5).numpy()

@@ -18,26 +18,30 @@ from samed3d.geometry import CropFrame, as_triple
 from samed3d.volume import Volume
 
 REACH, BETA = 0.3, 30.0
-"""Room around the positive clicks as a share of the image's longest edge; how much an edge of the image holds a walker back."""
+"""Room around the positive clicks as a share of the image's longest edge; how much an edge of the image holds a walker
+back."""
 
 
 class RandomWalker(ClassicalMethod):
     """Which kind of click would a walker meet first, who rarely crosses an edge of the image?
 
-    The crop reaches a share ``reach`` of the image's longest edge beyond the positive clicks and is sampled with at most ``cells`` voxels
-    along each axis. Its border counts as clicked negative, or a first click would take everything. A click paints a cube of
+    The crop reaches a share ``reach`` of the image's longest edge beyond the positive clicks and is sampled with at
+    most ``cells`` voxels along each axis. Its border counts as clicked negative, or a first click would take
+    everything. A click paints a cube of
     ``2 * brush + 1`` cells: a walker hardly ever meets a single one.
 
     Source:
-        Grady, Random walks for image segmentation, PAMI 2006; scikit-image's implementation. ``reach`` and ``beta`` were chosen on training
-        subjects (``benchmarks/tune_baselines.py``).
+        Grady, Random walks for image segmentation, PAMI 2006; scikit-image's implementation. ``reach`` and ``beta``
+        were chosen on training subjects (``benchmarks/tune_baselines.py``).
     """
 
     name = "random_walker"
     cells = 28
     brush = 1
 
-    def __init__(self, volume: Volume, truth: NDArray[np.bool_] | None = None, reach: float = REACH, beta: float = BETA) -> None:
+    def __init__(
+        self, volume: Volume, truth: NDArray[np.bool_] | None = None, reach: float = REACH, beta: float = BETA
+    ) -> None:
         super().__init__(volume, truth)
         self.reach_mm, self.beta = reach * longest_edge_mm(volume), beta
 
@@ -68,7 +72,9 @@ class RandomWalker(ClassicalMethod):
         step_mm = [s * t for s, t in zip(spacing, frame.step_zyx_vox, strict=True)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it advises other solvers
-            walked = random_walker(crop.numpy(), labels, beta=self.beta, mode="cg_j", tol=1e-3, return_full_prob=True, spacing=step_mm)
+            walked = random_walker(
+                crop.numpy(), labels, beta=self.beta, mode="cg_j", tol=1e-3, return_full_prob=True, spacing=step_mm
+            )
         probability = torch.from_numpy(np.nan_to_num(walked[0]).astype(np.float32))
         region, pasted = paste_crop(probability, frame, shape)
         mask = np.zeros(shape, bool)

@@ -1,6 +1,7 @@
 """SimpleITK's region methods from clicks: confidence-connected growing, and fast marching as a geodesic distance.
 
-Their constants were chosen on training subjects (docs/measure.md, ``benchmarks/tune_baselines.py``) and are the same for every image. Read
+Their constants were chosen on training subjects (docs/measure.md, ``benchmarks/tune_baselines.py``) and are the same
+for every image. Read
 ``random_walker.py`` next.
 """
 
@@ -17,11 +18,14 @@ from samed3d.volume.regions import smoothed_gradient, travel_time
 MULTIPLIER = 0.75
 """Width of the accepted intensities in standard deviations."""
 REACH, SHARPNESS = 0.3, 0.5
-"""How far a front runs in flat regions, as a share of the image's longest edge; how much an edge of the image slows it."""
+"""How far a front runs in flat regions, as a share of the image's longest edge; how much an edge of the image slows
+it."""
 
 
 class RegionGrowing(ClassicalMethod):
-    """SimpleITK's confidence-connected region growing from all positive clicks; negative clicks have no meaning for it and are ignored."""
+    """SimpleITK's confidence-connected region growing from all positive clicks; negative clicks have no meaning for it
+    and are ignored.
+    """
 
     name = "region_growing"
 
@@ -35,17 +39,20 @@ class RegionGrowing(ClassicalMethod):
 
 
 class FastMarching(ClassicalMethod):
-    """SimpleITK's fast marching as a geodesic distance: a voxel belongs to whichever click reaches it first, and to none beyond a limit.
+    """SimpleITK's fast marching as a geodesic distance: a voxel belongs to whichever click reaches it first, and to
+    none beyond a limit.
 
-    The front goes 1 mm per unit of time in a flat region and slower the steeper the image is there, measured by its median steepness. Only
-    voxels that it can reach within the limit are looked at.
+    The front goes 1 mm per unit of time in a flat region and slower the steeper the image is there, measured by its
+    median steepness. Only voxels that it can reach within the limit are looked at.
     """
 
     name = "fast_marching"
     smoothing = 1.0
     """Standard deviation of the Gaussian before the gradient, in voxels of the finest axis."""
 
-    def __init__(self, volume: Volume, truth: NDArray[np.bool_] | None = None, reach: float = REACH, sharpness: float = SHARPNESS) -> None:
+    def __init__(
+        self, volume: Volume, truth: NDArray[np.bool_] | None = None, reach: float = REACH, sharpness: float = SHARPNESS
+    ) -> None:
         super().__init__(volume, truth)
         self.limit_mm, self.sharpness = reach * longest_edge_mm(volume), sharpness
 

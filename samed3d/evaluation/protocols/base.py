@@ -1,7 +1,8 @@
-"""What every protocol is: a rule for where the simulated user points next, on what the rule looks, and where the mask is scored.
+"""What every protocol is: a rule for where the simulated user points next, on what the rule looks, and where the mask
+is scored.
 
-A protocol walks one structure (or, where its rules say so, all structures of a case together) and yields a ``Turn`` per prompt; scoring is
-left to ``measuring.py``. Read ``samed3d.py`` next.
+A protocol walks one structure (or, where its rules say so, all structures of a case together) and yields a ``Turn`` per
+prompt; scoring is left to ``measuring.py``. Read ``samed3d.py`` next.
 """
 
 from __future__ import annotations
@@ -98,7 +99,9 @@ class Subject:
                 self._clickable.add(prompt, object_id=object_id)
             mask = self._clickable.mask_of(object_id)
         if mask.shape != self._shape:
-            raise InputError(f"mask of {self._contender.name!r} must have the image's shape {self._shape} (D, H, W), got {mask.shape}")
+            raise InputError(
+                f"mask of {self._contender.name!r} must have the image's shape {self._shape} (D, H, W), got {mask.shape}"
+            )
         return mask.astype(bool), cost
 
 
@@ -122,7 +125,9 @@ class _Rules(ABC):
     tolerance_mm: ClassVar[float | None] = None
 
     def ways(self, policies: Sequence[str], prompts: Sequence[str]) -> list[Way]:
-        """In which ways a structure is clicked; ``policies`` and ``prompts`` are what was asked for, which only ``samed3d`` heeds."""
+        """In which ways a structure is clicked; ``policies`` and ``prompts`` are what was asked for, which only
+        ``samed3d`` heeds.
+        """
         return [Way("own")]
 
     def rng(self, seed: int, number: int) -> np.random.Generator:
@@ -130,7 +135,9 @@ class _Rules(ABC):
         return np.random.default_rng([seed, number])
 
     def scores(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """The protocol's own figures per case, from the rows of one model: ``case source subject group policy prompt score value``."""
+        """The protocol's own figures per case, from the rows of one model: ``case source subject group policy prompt
+        score value``.
+        """
         return []
 
 
@@ -146,7 +153,9 @@ class CaseProtocol(_Rules):
     """A protocol that takes all structures of a case at once."""
 
     @abstractmethod
-    def walk_case(self, contender: Contender, case: Loaded, values: Sequence[int], clicks: int, seed: int) -> Iterator[list[Turn]]:
+    def walk_case(
+        self, contender: Contender, case: Loaded, values: Sequence[int], clicks: int, seed: int
+    ) -> Iterator[list[Turn]]:
         """Rounds, each with one turn per value of ``values``."""
 
 

@@ -1,21 +1,25 @@
-"""The interactive track of the CVPR 2025 challenge for foundation models in 3D: a box, then five clicks, all structures of a case together.
+"""The interactive track of the CVPR 2025 challenge for foundation models in 3D: a box, then five clicks, all structures
+of a case together.
 
-Round 0 gives a box; rounds 1 to 5 give each structure one click, in the largest part of its error. What is easily got wrong:
+Round 0 gives a box; rounds 1 to 5 give each structure one click, in the largest part of its error. What is easily got
+wrong:
 
-- labels are renumbered in ascending order; boxes come in that order; a case file without ``boxes`` gets no round 0: nothing is predicted
-  and its score is 0;
-- the box is the exact extent along z and a rectangle on the middle slice that has the structure (``unique z[len // 2]``), enlarged by
+- labels are renumbered in ascending order; boxes come in that order; a case file without ``boxes`` gets no round 0:
+  nothing is predicted and its score is 0;
+- the box is the exact extent along z and a rectangle on the middle slice that has the structure (``unique z[len //
+  2]``), enlarged by
   ``s`` pixels of a 256-pixel image, ``s`` drawn from 0 to 5;
-- error is missed and surplus voxels **together**; the largest 26-connected part by voxels; distances in voxels, **spacing ignored**,
-  with background padded on by a quarter of the part's size, at least 1; one voxel of greatest distance, drawn with seed 42 afresh;
+- error is missed and surplus voxels **together**; the largest 26-connected part by voxels; distances in voxels,
+  **spacing ignored**, with background padded on by a quarter of the part's size, at least 1; one voxel of greatest
+  distance, drawn with seed 42 afresh;
 - a part whose padded box has more than 60 million voxels is halved in resolution first;
 - the click is foreground where the label is the structure; a perfect structure gets none;
 - Dice is the mean over labels; NSD is DeepMind's at 2 mm, its mean **set to 0 where the mean Dice is at most 0.2**;
 - ``DSC_AUC`` and ``NSD_AUC`` are areas under the **five** clicks, so up to 4; ``*_Final`` is after the fifth.
 
-Ours differs where the challenge leaves no choice: boxes are drawn with seed 2025 per case (the script: once for all files in a row, so
-that a box depends on what came before); structures that a model says overlap go to the higher label; a model gets the box as the 3D box
-over the extent along z; there is no limit on time.
+Ours differs where the challenge leaves no choice: boxes are drawn with seed 2025 per case (the script: once for all
+files in a row, so that a box depends on what came before); structures that a model says overlap go to the higher label;
+a model gets the box as the 3D box over the extent along z; there is no limit on time.
 
 Source: ``CVPR25_iter_eval.py`` and ``get_boxes.py`` of JunMa11/CVPR-MedSegFMCompetition.
 """
@@ -58,7 +62,9 @@ class Cvpr25(CaseProtocol):
         """Its one way."""
         return [Way("own", "box")]
 
-    def walk_case(self, contender: Contender, case: Loaded, values: Sequence[int], clicks: int, seed: int) -> Iterator[list[Turn]]:
+    def walk_case(
+        self, contender: Contender, case: Loaded, values: Sequence[int], clicks: int, seed: int
+    ) -> Iterator[list[Turn]]:
         """Six rounds."""
         truth = np.zeros(case.labels.shape, np.int32)
         for number, value in enumerate(values, start=1):
@@ -84,7 +90,9 @@ class Cvpr25(CaseProtocol):
                 else:
                     costs[n] = Cost()
             segs = joined(masks, truth.shape)
-            yield [Turn(turn, [point_at(c)] if (c := found[n]) else [], segs == n, costs[n], c, truth == n) for n in costs]
+            yield [
+                Turn(turn, [point_at(c)] if (c := found[n]) else [], segs == n, costs[n], c, truth == n) for n in costs
+            ]
 
     def scores(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """The challenge's four figures per case and seed."""
@@ -107,7 +115,10 @@ class Cvpr25(CaseProtocol):
 def _subjects(contender: Contender, case: Loaded, values: Sequence[int]) -> dict[int, Subject]:
     """One for all structures; for a bound one each, or it would know them only together."""
     if contender.knows_truth:
-        return {number: Subject(contender, case.volume, case.labels == value) for number, value in enumerate(values, start=1)}
+        return {
+            number: Subject(contender, case.volume, case.labels == value)
+            for number, value in enumerate(values, start=1)
+        }
     return dict.fromkeys(range(1, len(values) + 1), Subject(contender, case.volume, np.isin(case.labels, values)))
 
 
@@ -158,7 +169,9 @@ def joined(masks: dict[int, NDArray[np.bool_]], shape: tuple[int, ...]) -> NDArr
     return segs
 
 
-def challenge_click(pred: NDArray[np.bool_], target: NDArray[np.bool_], most_voxels: int = MAX_PADDED_VOXELS) -> Click | None:
+def challenge_click(
+    pred: NDArray[np.bool_], target: NDArray[np.bool_], most_voxels: int = MAX_PADDED_VOXELS
+) -> Click | None:
     """The next click on one structure.
 
     Args:
@@ -205,8 +218,11 @@ def _coarse_distance(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
     return depth[: mask.shape[0], : mask.shape[1], : mask.shape[2]]
 
 
-def round_inputs(volume: Volume, boxes: Sequence[ChallengeBox] | None, rounds: Sequence[Sequence[Click | None]]) -> dict[str, Any]:
-    """What a program of the challenge is given after some rounds of clicks, as arguments of ``challenge_npz.write_input``.
+def round_inputs(
+    volume: Volume, boxes: Sequence[ChallengeBox] | None, rounds: Sequence[Sequence[Click | None]]
+) -> dict[str, Any]:
+    """What a program of the challenge is given after some rounds of clicks, as arguments of
+    ``challenge_npz.write_input``.
 
     Args:
         volume: The case.

@@ -1,11 +1,12 @@
-"""RadioActive's interactive loop for 3D models: a random click in the target, then five at random wrong voxels, six masks in all.
+"""RadioActive's interactive loop for 3D models: a random click in the target, then five at random wrong voxels, six
+masks in all.
 
-Clicks stay inside the model's patch around the first click (a model of relative scale has no patch; for it, and for whatever is no model
-of ours, the whole image counts). All prompts are sent again each time, with the low-resolution logits; a perfect mask ends the loop
-and its mask is repeated. Scored on the whole image.
+Clicks stay inside the model's patch around the first click (a model of relative scale has no patch; for it, and for
+whatever is no model of ours, the whole image counts). All prompts are sent again each time, with the low-resolution
+logits; a perfect mask ends the loop and its mask is repeated. Scored on the whole image.
 
-Source: ``radioa`` of MIC-DKFZ/radioactive, ``threeDCropped`` prompters, ``interactive_max_iter = 5``, seed 11121. Its random numbers are
-not reproduced, only its rule.
+Source: ``radioa`` of MIC-DKFZ/radioactive, ``threeDCropped`` prompters, ``interactive_max_iter = 5``, seed 11121. Its
+random numbers are not reproduced, only its rule.
 """
 
 from __future__ import annotations

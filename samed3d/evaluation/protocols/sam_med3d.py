@@ -1,15 +1,17 @@
 """SAM-Med3D's protocols: a cube of 192 mm, the newest click with the low-resolution logits of the one before.
 
-``sam-med3d`` is the paper's: a random click in the target, the cube around it; each next click uniform over the wrong voxels that have
-been looked at; where the mask runs into a face of the cube, a further cube half a width beyond is decoded as well. Scored on the whole
-image. ``sam-med3d-released`` is the released script's: the cube is centred on the **true** bounding box at 1.5 mm, the first two clicks
-follow RITM's rule and later ones are uniform, and the score is taken inside the cube only; the paper's tables report the best of all
-clicks, which is the score ``best Dice``. A target beyond the cube costs nothing there.
+``sam-med3d`` is the paper's: a random click in the target, the cube around it; each next click uniform over the wrong
+voxels that have been looked at; where the mask runs into a face of the cube, a further cube half a width beyond is
+decoded as well. Scored on the whole image. ``sam-med3d-released`` is the released script's: the cube is centred on the
+**true** bounding box at 1.5 mm, the first two clicks follow RITM's rule and later ones are uniform, and the score is
+taken inside the cube only; the paper's tables report the best of all clicks, which is the score ``best Dice``. A target
+beyond the cube costs nothing there.
 
-A network is shown exactly that cube, through its own grid where that is not 128^3; whatever is no network of ours gets the cube as an image
-of its own. Dice here are of one run each; a structure's later clicks do not restart it.
+A network is shown exactly that cube, through its own grid where that is not 128^3; whatever is no network of ours gets
+the cube as an image of its own. Dice here are of one run each; a structure's later clicks do not restart it.
 
-Source: SAM-Med3D, section 4 (paper); ``val.py`` before 2025-04 and ``utils/click_method.py`` of uni-medical/SAM-Med3D (released).
+Source: SAM-Med3D, section 4 (paper); ``val.py`` before 2025-04 and ``utils/click_method.py`` of uni-medical/SAM-Med3D
+(released).
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class SamMed3d(StructureProtocol):
         """Click in the cube."""
         first = next_click(np.zeros(task.target.shape, bool), task.target, "uniform", task.rng)
         assert first is not None, "structures without voxels are refused before"
-        window = _Cubes(contender, task, first[0]) if contender.model is not None else _CutOut(contender, task, first[0])
+        window = (
+            _Cubes(contender, task, first[0]) if contender.model is not None else _CutOut(contender, task, first[0])
+        )
         click: Click | None = first
         for number in range(1, task.clicks + 1):
             if click is None:
@@ -73,9 +77,18 @@ class _CutOut:
         low = tuple(int(np.ceil(v - h)) for v, h in zip(first, half, strict=True))
         high = tuple(int(np.floor(v + h)) + 1 for v, h in zip(first, half, strict=True))
         region = Region(low, high).clip(grid.shape_zyx)  # type: ignore[arg-type]
-        origin = np.asarray(grid.direction_lps).reshape(3, 3) @ (np.asarray(region.start_zyx[::-1]) * grid.spacing_xyz_mm)
-        cut = Grid(region.shape_zyx, grid.spacing_xyz_mm, as_triple(np.asarray(grid.origin_lps_mm) + origin), grid.direction_lps)
-        self._volume = Volume(np.ascontiguousarray(task.volume.array[region.slices]), cut, f"{task.volume.source} (cut)")
+        origin = np.asarray(grid.direction_lps).reshape(3, 3) @ (
+            np.asarray(region.start_zyx[::-1]) * grid.spacing_xyz_mm
+        )
+        cut = Grid(
+            region.shape_zyx,
+            grid.spacing_xyz_mm,
+            as_triple(np.asarray(grid.origin_lps_mm) + origin),
+            grid.direction_lps,
+        )
+        self._volume = Volume(
+            np.ascontiguousarray(task.volume.array[region.slices]), cut, f"{task.volume.source} (cut)"
+        )
         self._subject = Subject(contender, self._volume, task.target[region.slices])
         self._shape, self.seen = grid.shape_zyx, [region]
 
@@ -116,7 +129,9 @@ class _Cubes:
             for frame in self._frames:  # grows while it runs
                 known = self._crops.get(frame)
                 if known is None or frame.contains(at):
-                    self._crops[frame] = self._predictor.decode(frame, prompts, None if known is None else known.lowres_logits)
+                    self._crops[frame] = self._predictor.decode(
+                        frame, prompts, None if known is None else known.lowres_logits
+                    )
                     self._extend(self._crops[frame])
             self._blend()
         return self._stored(self._logits > MASK_LOGIT_THRESHOLD), cost
@@ -164,7 +179,11 @@ class SamMed3dReleased(StructureProtocol):
         target = _nearest(truth, frame)
         if not target.any():
             return  # a structure thinner than the crop's voxels is gone, as in the script
-        window = _FixedNetwork(contender, task, frame) if contender.model is not None else _FixedImage(contender, task, frame, target)
+        window = (
+            _FixedNetwork(contender, task, frame)
+            if contender.model is not None
+            else _FixedImage(contender, task, frame, target)
+        )
         mask = seen = np.zeros(CUBE, bool)
         for number in range(1, task.clicks + 1):
             click = next_click(seen, target, "ritm" if number <= 2 else "uniform", task.rng)
@@ -172,7 +191,15 @@ class SamMed3dReleased(StructureProtocol):
                 return
             mask, seen, cost = window.give(click)
             at = view.position_to_stored(frame.to_volume(as_triple(list(click[0]))))
-            yield Turn(number, [Point(zyx_to_ijk(at), click[1])], mask, cost, click, target, (SPACING_MM, SPACING_MM, SPACING_MM))
+            yield Turn(
+                number,
+                [Point(zyx_to_ijk(at), click[1])],
+                mask,
+                cost,
+                click,
+                target,
+                (SPACING_MM, SPACING_MM, SPACING_MM),
+            )
 
     def scores(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """``best Dice``: the best of all clicks of each structure, as the paper's tables have it."""
@@ -223,7 +250,9 @@ class _FixedImage:
 def _predictor(contender: Contender, volume: Volume) -> CropPredictor:
     assert contender.model is not None
     view = volume.view
-    return CropPredictor(contender.model.eval(), torch.device(contender.device), view.to_canonical(volume.array), view.spacing_zyx_mm)
+    return CropPredictor(
+        contender.model.eval(), torch.device(contender.device), view.to_canonical(volume.array), view.spacing_zyx_mm
+    )
 
 
 def _cube_frame(predictor: CropPredictor, middle: tuple[float, float, float]) -> CropFrame:

@@ -1,15 +1,19 @@
 """Our protocol: the whole image on its own grid, several kinds of user, nothing of the truth but the prompts.
 
-Each next prompt comes from the error of the **full mask**; scores are those after n clicks, not the best so far. ``policy`` is the user:
+Each next prompt comes from the error of the **full mask**; scores are those after n clicks, not the best so far.
+``policy`` is the user:
 
 - ``uniform``: every click uniform over all wrong voxels (SAM-Med3D's rule).
-- ``centre``: the first click uniform in the structure, each next one at the voxel deepest inside the largest wrong component.
+- ``centre``: the first click uniform in the structure, each next one at the voxel deepest inside the largest wrong
+  component.
 - ``ritm``: of missed and surplus voxels the deeper kind, a random voxel at more than half that depth.
-- ``noisy``: meant for the middle of the largest wrong component, landing beside it by ``ERROR_MM`` along each axis, with the sign that was
-  meant; each click costs ``DELAY_SECONDS`` of the person's time, which the score ``seconds to ...`` counts.
+- ``noisy``: meant for the middle of the largest wrong component, landing beside it by ``ERROR_MM`` along each axis,
+  with the sign that was meant; each click costs ``DELAY_SECONDS`` of the person's time, which the score ``seconds to
+  ...`` counts.
 
-``prompt`` is what comes first: a ``click``, a ``box`` whose faces are off by up to ``BOX_JITTER`` of its edge, or a ``scribble`` along the
-middle of one slice. Source of the rules: ``clicks.py``; that robots which click centres flatter is known (arXiv 2404.01816).
+``prompt`` is what comes first: a ``click``, a ``box`` whose faces are off by up to ``BOX_JITTER`` of its edge, or a
+``scribble`` along the middle of one slice. Source of the rules: ``clicks.py``; that robots which click centres flatter
+is known (arXiv 2404.01816).
 """
 
 from __future__ import annotations
@@ -22,14 +26,25 @@ from numpy.typing import NDArray
 from samed3d.clicks import next_click, noisy_click, user_box, user_stroke
 from samed3d.errors import InputError
 from samed3d.evaluation.contender import Contender
-from samed3d.evaluation.protocols.base import FIRST, Click, StructureProtocol, Subject, Task, Turn, Way, box_around, point_at
+from samed3d.evaluation.protocols.base import (
+    FIRST,
+    Click,
+    StructureProtocol,
+    Subject,
+    Task,
+    Turn,
+    Way,
+    box_around,
+    point_at,
+)
 from samed3d.geometry import as_triple, zyx_to_ijk
 from samed3d.prompts import Prompt, Scribble
 
 POLICIES = ("uniform", "centre", "ritm", "noisy")
 PROMPTS = tuple(FIRST)
 ERROR_MM = 2.0
-"""Standard deviation of a noisy click along each axis. An assumption, not a measurement: about two voxels of a usual CT slice."""
+"""Standard deviation of a noisy click along each axis. An assumption, not a measurement: about two voxels of a usual CT
+slice."""
 DELAY_SECONDS = 2.0
 """What a person needs for a click. An assumption that only ``seconds to ...`` of the noisy user depends on."""
 BOX_JITTER = 0.1

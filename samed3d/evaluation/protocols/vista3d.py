@@ -1,12 +1,14 @@
 """VISTA3D's iterative point protocol, without and with the two choices that flatter.
 
-First click: the target eroded by 3 x 3 x 3, its largest component, the voxel nearest that component's mean. Each next one: missed and
-surplus voxels eroded alike, the largest component of each; the missed one where it is at least as large; a random voxel in it. Where
-nothing is left after eroding, before the tenth click once more with a kernel that is flat across slices, then none. All clicks are kept.
+First click: the target eroded by 3 x 3 x 3, its largest component, the voxel nearest that component's mean. Each next
+one: missed and surplus voxels eroded alike, the largest component of each; the missed one where it is at least as
+large; a random voxel in it. Where nothing is left after eroding, before the tenth click once more with a kernel that is
+flat across slices, then none. All clicks are kept.
 
-``vista3d-points-flattering`` does as the released script: surplus voxels in slices without any target are deleted before scoring **and**
-before the next click, and the score is the best so far. Ours differs from the script in that the model looks where it wants (the script:
-a sliding window), in 26-connected components, and in falling back to the whole target where eroding leaves nothing of it.
+``vista3d-points-flattering`` does as the released script: surplus voxels in slices without any target are deleted
+before scoring **and** before the next click, and the score is the best so far. Ours differs from the script in that the
+model looks where it wants (the script: a sliding window), in 26-connected components, and in falling back to the whole
+target where eroding leaves nothing of it.
 
 Source: ``val_multigpu_point_iterative.py`` of Project-MONAI/VISTA.
 """
@@ -85,7 +87,9 @@ def first_click(target: NDArray[np.bool_]) -> IntTriple:
     return (z, y, x)
 
 
-def further_click(pred: NDArray[np.bool_], target: NDArray[np.bool_], number: int, rng: np.random.Generator) -> Click | None:
+def further_click(
+    pred: NDArray[np.bool_], target: NDArray[np.bool_], number: int, rng: np.random.Generator
+) -> Click | None:
     """The click after the ``number``-th, or None where eroding leaves nothing wrong."""
     region = bounding_region(pred ^ target)
     if region.is_empty:

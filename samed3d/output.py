@@ -1,0 +1,181 @@
+"""Writing files whole or not at all, and locks that keep two processes from writing to the same place.
+
+Every file that the package writes goes through ``replacing``: it is filled under a temporary name in the same folder,
+flushed to the disk and renamed, so that an error, a full disk or a killed process leaves the earlier file as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from samed3d.errors import InputError
+
+TEMPORARY_PREFIX = ".part-"
+"""Begins the name of every temporary file, so that what a killed process left can be recognised and deleted."""
+
+
+def check_output(path: str | Path, *, suffixes: Sequence[str] = ()) -> None:
+    """Refuse an output path that could not be written, before any work is done.
+
+    Raises:
+        InputError: if the suffix is not one of ``suffixes``, the path is a folder, or its folder is missing or not
+            writable.
+    """
+    path = Path(path)
+    if suffixes and not path.name.lower().endswith(tuple(suffixes)):
+        raise InputError(f"output name must end in one of {' '.join(suffixes)}, got {path.name!r}")
+    if path.is_dir():
+        raise InputError(f"output must be a file, got a folder: {path}")
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise InputError(f"output folder does not exist: {folder}; create it first")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"output folder is not writable: {folder} ({error.strerror})") from error
+
+
+def check_distinct(paths: dict[str, Path | None]) -> None:
+    """Refuse two options that name the same file; keys are the options' names.
+
+    Raises:
+        InputError: naming both options.
+    """
+    seen: dict[Path, str] = {}
+    for name, path in paths.items():
+        other = seen.setdefault(path.resolve(), name) if path is not None else name
+        if other != name:
+            raise InputError(f"{other} and {name} must be different files, got {path} for both")
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path that replaces ``path`` when the block ends without an error and is deleted otherwise.
+
+    The temporary name ends like ``path``, so that a library that chooses a format by suffix chooses the same one. A
+    symbolic link stays a link: the file that it names is replaced.
+
+    Raises:
+        InputError: if the file system refuses.
+    """
+    target = Path(path).resolve()
+    partial = target.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:12]}-{target.name}")
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, partial)
+        os.replace(partial, target)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """As ``replacing`` for a folder that does not exist yet or is empty.
+
+    Raises:
+        InputError: if the file system refuses, or the folder holds something.
+    """
+    target = Path(path).resolve()
+    try:
+        partial = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=target.parent))
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_umask())
+        os.replace(partial, target)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file through ``replacing``."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text through ``replacing``."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | Path, body: Any) -> None:
+    """Write a JSON file through ``replacing``."""
+    write_text(path, json.dumps(body, indent=1) + "\n")
+
+
+def lock(file: IO[Any]) -> bool:
+    """Take an exclusive lock on an open file without waiting; it ends with the file or the process.
+
+    Returns:
+        False if another process holds it. On a file system without locks, True.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        return _lock_on_windows(file)
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _lock_on_windows(file: IO[Any]) -> bool:
+    try:
+        import msvcrt
+    except ModuleNotFoundError:
+        return True
+    position = file.tell()
+    file.seek(2**31 - 2)  # a byte beyond the content: a lock on the content would stop readers
+    try:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+    except OSError:
+        return False
+    finally:
+        file.seek(position)
+    return True
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold the one lock of a folder, which is made where it does not exist and removed if nothing was written to it.
+
+    Raises:
+        InputError: if another process holds it.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        if not lock(file):
+            raise InputError(f"another run is writing to {folder}; wait for it")
+        try:
+            yield
+        finally:
+            if made and folder.exists() and [p.name for p in folder.iterdir()] == [".lock"]:
+                (folder / ".lock").unlink()
+                folder.rmdir()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
