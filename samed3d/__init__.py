@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from samed3d.inference.session import Session
     from samed3d.models import create_model, list_models, load
-    from samed3d.prompts import Box, Lasso, MaskPrior, Point, Scribble
+    from samed3d.prompts import Box, Lasso, Mask, Point, Scribble
     from samed3d.volume import Volume
 
 __version__ = "0.1.0"
 __all__ = [
     "Box",
     "Lasso",
-    "MaskPrior",
+    "Mask",
     "Point",
     "Scribble",
     "Session",
@@ -33,7 +33,7 @@ __all__ = [
 _HOME = {
     "Box": "samed3d.prompts",
     "Lasso": "samed3d.prompts",
-    "MaskPrior": "samed3d.prompts",
+    "Mask": "samed3d.prompts",
     "Point": "samed3d.prompts",
     "Scribble": "samed3d.prompts",
     "Session": "samed3d.inference.session",

@@ -9,7 +9,7 @@ import SimpleITK as sitk
 
 from samed3d.errors import InputError
 from samed3d.inference.session import Session
-from samed3d.prompts import MaskPrior, Point
+from samed3d.prompts import Mask, Point
 from samed3d.volume import read_volume
 from samed3d.volume.contours import toggle_polygon, trace_contours
 from tests.clicked_model import ClickedModel
@@ -20,7 +20,7 @@ SHAPE = (6, 9, 11)
 
 def with_masks(session: Session, masks: dict[str, np.ndarray]) -> Session:
     for number, (name, mask) in enumerate(masks.items(), start=1):
-        session.add(MaskPrior(mask), object_id=number * 2, name=name)
+        session.add(Mask(mask), object_id=number * 2, name=name)
     return session
 
 

@@ -16,7 +16,7 @@ import pytest
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
 from samed3d.inference.session import Session
-from samed3d.prompts import MaskPrior, Point
+from samed3d.prompts import Mask, Point
 from samed3d.volume import read_volume, write_volume
 from tests.clicked_model import ClickedModel
 from tests.journal_process import edit
@@ -126,7 +126,7 @@ def test_a_session_goes_on_where_it_was_and_so_does_its_journal(image, tmp_path)
                         edit(subject, generator)
                     except InputError:
                         pass
-            session.add(MaskPrior(np.ones((20, 22, 24))), object_id=9)
+            session.add(Mask(np.ones((20, 22, 24))), object_id=9)
             whole.add(session.objects()[-1].prompts[-1], object_id=9)
     assert [o.id for o in whole.objects()][-1] == 9
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from samed3d.inference.session import Session
-from samed3d.prompts import Box, Lasso, MaskPrior, Scribble
+from samed3d.prompts import Box, Lasso, Mask, Scribble
 from samed3d.volume import read_volume
 from tests.clicked_model import ClickedModel
 from tests.server_tools import BALL_IJK, write_ball
@@ -210,7 +210,7 @@ def test_real_drawing_in_a_real_viewer(application, window):
     assert kinds == [Box, Scribble, Lasso], dock._status.text()
     before = dock.layers.masks.data.copy()
     drag("Paint", [(-100, -100), (-60, -100)])
-    assert [type(prompt) for prompt in window.objects()[0].prompts][3:] == [MaskPrior]
+    assert [type(prompt) for prompt in window.objects()[0].prompts][3:] == [Mask]
     assert (dock.layers.masks.data.astype(int) - before).sum() > 0
     for left in (3, 2, 1):
         dock._undo.click()

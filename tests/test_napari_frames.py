@@ -21,7 +21,7 @@ from samed3d.apps.napari_plugin.layer_prompts import (
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
 from samed3d.inference.session import Session
-from samed3d.prompts import Box, Lasso, MaskPrior, Point, Scribble
+from samed3d.prompts import Box, Lasso, Mask, Point, Scribble
 from samed3d.volume import read_volume, write_volume
 from tests.brightness_model import BrightnessModel
 from tests.conftest import oblique_grid
@@ -241,7 +241,7 @@ def test_a_scribble_of_one_position_can_be_drawn():
 
 def test_points_and_masks_are_no_shapes():
     assert prompt_to_shape(Point((1, 2, 3))) is None
-    assert prompt_to_shape(MaskPrior(np.ones((2, 2, 2)))) is None
+    assert prompt_to_shape(Mask(np.ones((2, 2, 2)))) is None
 
 
 def test_an_ellipse_is_a_lasso_along_it():

@@ -18,7 +18,7 @@ from samed3d.apps.security import Access
 from samed3d.errors import InputError
 from samed3d.inference.session import Session
 from samed3d.inference.strokes import understood
-from samed3d.prompts import Box, MaskPrior, Point
+from samed3d.prompts import Box, Mask, Point
 from samed3d.volume import Volume, read_volume
 from samed3d.volume.untrusted import ReadLimits
 from tests.server_tools import BALL_IJK, ServerProcess, served, tiny_model, write_ball
@@ -126,7 +126,7 @@ def test_a_segmentation_to_start_from_and_prompts_without_a_look(remote, tmp_pat
         assert np.array_equal(target, prior)
         assert session._predict() is not None and 0 < target.sum() < prior.sum()
         alone = local(ball)
-        alone.add(MaskPrior(prior))
+        alone.add(Mask(prior))
         alone.add(Point(BALL_IJK))
         assert np.array_equal(target, alone.mask)
         session.add_initial_seg_interaction(prior, run_prediction=True)

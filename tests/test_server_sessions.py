@@ -17,7 +17,7 @@ from samed3d.apps.client import Client, RemoteError
 from samed3d.apps.sessions import Limits
 from samed3d.errors import InputError
 from samed3d.inference.session import Session
-from samed3d.prompts import Box, MaskPrior, Point, Scribble
+from samed3d.prompts import Box, Mask, Point, Scribble
 from samed3d.volume import read_volume
 from samed3d.volume.untrusted import ReadLimits
 from tests.server_tools import BALL_IJK, CLICK, ServerProcess, masks_of, opened, served, tiny_model, write_ball
@@ -86,7 +86,7 @@ def test_the_clients_calls_are_the_sessions(tmp_path, ball):
                     Point((13, 15, 21), False),
                     Scribble(((12, 15, 11), (14, 15, 11))),
                     Box((7, 9, 5), (19, 21, 17)),
-                    MaskPrior(prior),
+                    Mask(prior),
                 ]
             ):
                 here, there = alone.add(prompt, 1 + number // 3), remote.add(prompt, 1 + number // 3)

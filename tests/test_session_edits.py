@@ -12,7 +12,7 @@ from samed3d.errors import InputError
 from samed3d.inference.preview import OBJECT_COLOURS
 from samed3d.inference.scene import COLOURS, colour_of
 from samed3d.inference.session import Session
-from samed3d.prompts import Box, Lasso, MaskPrior, ObjectPrompts, Point, Scribble, dump_prompts, load_prompts
+from samed3d.prompts import Box, Lasso, Mask, ObjectPrompts, Point, Scribble, dump_prompts, load_prompts
 from samed3d.volume import write_volume
 from tests.brightness_model import BrightnessModel
 from tests.clicked_model import ClickedModel
@@ -261,7 +261,7 @@ def test_a_session_file_brings_everything_back(tmp_path, model):
         session.add(click, object_id=1, name="ball") if n else session.add(INSIDE, object_id=1, name="ball")
     session.add(Scribble(((10, 15, 11), (16, 15, 11)), radius_vox=1.5), object_id=2, name="line")
     session.edit_object(2, colour="#010203", locked=True)
-    session.add(MaskPrior(session.mask_of(1)), object_id=3)
+    session.add(Mask(session.mask_of(1)), object_id=3)
     session.undo()
     session.save(tmp_path / "s.json")
     assert json.loads((tmp_path / "s.json").read_text())["objects"][1]["prompts"][0]["type"] == "scribble"
@@ -297,7 +297,7 @@ def test_every_kind_of_prompt_survives_a_prompt_file(tmp_path):
         Scribble(((1.5, 2, 3), (4, 5, 6)), False, 2.5),
         Lasso(((1, 1, 1), (5, 1, 1), (5, 5, 1))),
         Box((1, 2, 3), (4, 5, 3)),
-        MaskPrior(mask),
+        Mask(mask),
     ]
     dump_prompts([ObjectPrompts(1, "all", prompts)], tmp_path / "p.json")
     read = load_prompts(tmp_path / "p.json")[0].prompts

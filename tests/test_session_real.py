@@ -10,7 +10,7 @@ from samed3d.geometry import bounding_region, zyx_to_ijk
 from samed3d.inference.session import Session
 from samed3d.metrics import dice
 from samed3d.models import load
-from samed3d.prompts import Box, Lasso, MaskPrior, Point, Scribble
+from samed3d.prompts import Box, Lasso, Mask, Point, Scribble
 from samed3d.volume import read_volume
 from samed3d.volume.contours import trace_contours
 from samed3d.volume.label_maps import read_label_map
@@ -74,7 +74,7 @@ def test_a_session_goes_on_from_its_journal_and_its_file(hippocampus, network, t
         session.add(said["scribble"])
         session.undo()
         np.testing.assert_array_equal(session.logits_of(1), before)
-        session.add(MaskPrior(session.mask), object_id=2)
+        session.add(Mask(session.mask), object_id=2)
         session.add(session.suggest_click(2), object_id=2)
         state = [session.logits_of(n) for n in (1, 2)]
         session.save(tmp_path / "s.json")

@@ -10,7 +10,7 @@ from samed3d.errors import InputError
 from samed3d.geometry import Grid
 from samed3d.inference.session import Session
 from samed3d.inference.strokes import STROKE_POINTS, understood
-from samed3d.prompts import Box, Lasso, MaskPrior, PackedMask, Point, Scribble
+from samed3d.prompts import Box, Lasso, Mask, PackedMask, Point, Scribble
 from samed3d.volume import Volume, write_mask
 from tests.brightness_model import BrightnessModel
 from tests.clicked_model import ClickedModel
@@ -140,7 +140,7 @@ def test_a_given_mask_is_the_object_until_the_next_prompt():
     session = Session(volume, model)
     start = np.zeros(ball.shape, np.uint8)
     start[8:14, 10:20, 9:17] = 7
-    update = session.add(MaskPrior(start))
+    update = session.add(Mask(start))
     assert model.seen == [] and update.changed
     np.testing.assert_array_equal(session.mask, start > 0)
     session.predict()
@@ -158,7 +158,7 @@ def test_a_given_mask_forgets_what_was_said_before():
     model = BrightnessModel((32, 32, 32))
     session = Session(volume, model)
     session.add(Point((2, 2, 2)))
-    session.add(MaskPrior(ball))
+    session.add(Mask(ball))
     np.testing.assert_array_equal(session.mask, ball)
     session.add(Point((13, 15, 11)))
     assert not session.mask[2, 2, 2] and model.seen[-1].points.shape[1] == 1
@@ -169,17 +169,17 @@ def test_a_mask_file_is_put_on_the_images_grid(tmp_path):
     turned = permuted(Volume(ball.astype(np.uint8), volume.grid, ""), (2, 0, 1), (1, 0, 1))
     write_mask(tmp_path / "start.nrrd", turned.array, turned.grid)
     session = Session(volume, ClickedModel())
-    session.add(MaskPrior(tmp_path / "start.nrrd"))
+    session.add(Mask(tmp_path / "start.nrrd"))
     np.testing.assert_array_equal(session.mask, ball)
     assert isinstance(session.objects()[0].prompts[0].mask, PackedMask)  # the file may change; the session does not
     far = Grid(ball.shape, (1, 1, 1), (900.0, 0, 0))
     write_mask(tmp_path / "far.nrrd", ball, far)
     with pytest.raises(InputError, match="mask lies outside the image"):
-        session.add(MaskPrior(tmp_path / "far.nrrd"))
+        session.add(Mask(tmp_path / "far.nrrd"))
     with pytest.raises(InputError, match=r"mask must have the image's shape .*got \(2, 2, 2\)"):
-        session.add(MaskPrior(np.ones((2, 2, 2))))
+        session.add(Mask(np.ones((2, 2, 2))))
     with pytest.raises(InputError, match="mask must hold a voxel, got an empty one"):
-        session.add(MaskPrior(np.zeros(ball.shape)))
+        session.add(Mask(np.zeros(ball.shape)))
 
 
 def test_strokes_in_millimetres_are_those_in_voxels():

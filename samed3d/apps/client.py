@@ -28,7 +28,7 @@ from samed3d.apps.connection import Connection, RemoteError
 from samed3d.apps.protocol import update_from_json
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple, Region
-from samed3d.prompts import MaskPrior, Point, Prompt, prompt_to_json
+from samed3d.prompts import Mask, Point, Prompt, prompt_to_json
 
 __all__ = ["Client", "RemoteError", "RemoteObject", "RemoteSession", "RemoteUpdate"]
 
@@ -286,7 +286,7 @@ class RemoteSession:
 
 
 def _to_json(prompt: Prompt) -> dict[str, Any]:
-    if isinstance(prompt, MaskPrior) and isinstance(prompt.mask, str):
+    if isinstance(prompt, Mask) and isinstance(prompt.mask, str):
         raise InputError(f"a mask for a server must be an array, got the path {prompt.mask}; read it first")
     return {"space": prompt.space, **prompt_to_json(prompt)}
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from samed3d.errors import InputError
 from samed3d.geometry import Grid, IntTriple, Region, Triple, as_triple, bounding_region
-from samed3d.prompts import Box, Lasso, MaskPrior, PackedMask, Point, Prompt, Scribble
+from samed3d.prompts import Box, Lasso, Mask, PackedMask, Point, Prompt, Scribble
 
 _LONGEST_PATH = 10_000
 _MOST_STROKES = 16
@@ -86,7 +86,7 @@ def mask_prior(mask: NDArray, shape: IntTriple) -> Prompt:
     """A whole segmentation to start from."""
     if mask.shape != shape:
         raise InputError(f"the initial segmentation must have the image's shape {shape}, got {mask.shape}")
-    return MaskPrior(PackedMask.of(mask))
+    return Mask(PackedMask.of(mask))
 
 
 def drawn_region(mask: NDArray, bbox: Any, shape: IntTriple) -> tuple[NDArray[np.bool_], IntTriple]:

@@ -25,7 +25,7 @@ from samed3d.errors import InputError
 from samed3d.geometry import Grid, bounding_region
 from samed3d.inference.session import MaskUpdate, Session
 from samed3d.models.base import PromptableModel
-from samed3d.prompts import MaskPrior, Prompt, prompt_from_json, prompt_to_json
+from samed3d.prompts import Mask, Prompt, prompt_from_json, prompt_to_json
 from samed3d.volume import write_volume
 from samed3d.volume.untrusted import ReadLimits
 
@@ -165,7 +165,7 @@ def wire_prompt(entry: Any, space: str = "ijk", where: str = "prompt") -> Prompt
         InputError: if it breaks the schema.
     """
     prompt = prompt_from_json(entry, space, where)
-    if isinstance(prompt, MaskPrior) and isinstance(prompt.mask, str):
+    if isinstance(prompt, Mask) and isinstance(prompt.mask, str):
         raise InputError(f"{where}: a mask must bring its bits (size, start, stop, bits), got the path of a file")
     return prompt
 

@@ -15,7 +15,7 @@ from samed3d.cli.batch import segment_list
 from samed3d.cli.options import Device, Model, Quiet, check_distinct, check_exists, write_json
 from samed3d.errors import InputError
 from samed3d.geometry import Triple, as_triple
-from samed3d.prompts import Box, MaskPrior, ObjectPrompts, Point, Scribble, load_prompts, parse_numbers
+from samed3d.prompts import Box, Mask, ObjectPrompts, Point, Scribble, load_prompts, parse_numbers
 
 if TYPE_CHECKING:
     from samed3d.inference.session import Session
@@ -234,7 +234,7 @@ def _gather_prompts(
             )
         objects = load_prompts(file)
     else:
-        one = ObjectPrompts(prompts=[] if mask is None else [MaskPrior(mask)])
+        one = ObjectPrompts(prompts=[] if mask is None else [Mask(mask)])
         for text in boxes:
             numbers = parse_numbers(text, 6, "--box")
             one.prompts.append(Box(numbers[:3], numbers[3:], space))  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from samed3d.inference.edits import Edit, edit_from_json, edit_to_json
 from samed3d.inference.journal import check_same
 from samed3d.inference.scene import SessionObject
 from samed3d.models.base import PromptableModel
-from samed3d.prompts import MaskPrior, Prompt, prompt_to_json
+from samed3d.prompts import Mask, Prompt, prompt_to_json
 from samed3d.volume import Volume
 
 VERSION = 1
@@ -227,6 +227,6 @@ def describe(session: Described, seconds: dict[int, list[float]]) -> dict[str, A
 
 def _said(prompt: Prompt) -> dict[str, Any]:
     """A prompt in a report; of a mask only that it was given."""
-    if isinstance(prompt, MaskPrior):
+    if isinstance(prompt, Mask):
         return {"type": "mask", "voxels": 0 if isinstance(prompt.mask, str) else int(prompt.mask.inside().sum())}
     return {"type": type(prompt).__name__.lower(), **asdict(prompt)}

@@ -25,7 +25,7 @@ from samed3d.models.base import ModelSpec
 from samed3d.prompts import (
     Box,
     Lasso,
-    MaskPrior,
+    Mask,
     PackedMask,
     Point,
     Prompt,
@@ -78,7 +78,7 @@ def understood(prompt: Prompt, volume: Volume, spec: ModelSpec) -> Said:
         InputError: if it lies outside the volume, is not what it should be, or the model does not understand it.
     """
     flat = _flat_axis(prompt, volume) if isinstance(prompt, Box) else None
-    needs = "mask" if isinstance(prompt, MaskPrior) else "box" if isinstance(prompt, Box) and flat is None else "point"
+    needs = "mask" if isinstance(prompt, Mask) else "box" if isinstance(prompt, Box) and flat is None else "point"
     if needs not in spec.prompts:
         name = type(prompt).__name__.lower() if needs == "point" else needs
         raise InputError(
@@ -284,7 +284,7 @@ def _into_volume(pixels: NDArray[np.intp], axis: int, at: int) -> NDArray[np.int
     return np.insert(pixels, axis, at, axis=1)
 
 
-def _given_mask(prompt: MaskPrior, volume: Volume) -> PackedMask:
+def _given_mask(prompt: Mask, volume: Volume) -> PackedMask:
     """The prior in canonical order."""
     if isinstance(prompt.mask, str):
         raise InputError(f"mask {prompt.mask} must be read before it is placed")
@@ -304,7 +304,7 @@ def read_prior(prompt: Prompt, volume: Volume) -> Prompt:
     Raises:
         InputError: if the file cannot be read, or holds nothing inside the image.
     """
-    if not isinstance(prompt, MaskPrior) or not isinstance(prompt.mask, str):
+    if not isinstance(prompt, Mask) or not isinstance(prompt.mask, str):
         return prompt
     from samed3d.volume.label_maps import grid_difference, read_label_map, resample_labels
 
@@ -313,7 +313,7 @@ def read_prior(prompt: Prompt, volume: Volume) -> Prompt:
         labels = resample_labels(labels, grid, volume.grid)
     if not labels.any():
         raise InputError(f"mask lies outside the image: {prompt.mask}; it was drawn on another one")
-    return MaskPrior(labels)
+    return Mask(labels)
 
 
 def deepest_voxel(prior: PackedMask) -> Triple:

@@ -118,7 +118,7 @@ class Lasso:
 
 
 @dataclass(frozen=True)
-class MaskPrior:
+class Mask:
     """A mask to start from: the object is this mask until the next prompt corrects it. It replaces what was said
     before.
 
@@ -143,12 +143,12 @@ class MaskPrior:
         return "ijk"
 
 
-Prompt = Point | Box | Scribble | Lasso | MaskPrior
+Prompt = Point | Box | Scribble | Lasso | Mask
 
 
 def is_positive(prompt: Prompt) -> bool:
     """Whether a prompt says where the object is (boxes and masks always do)."""
-    return isinstance(prompt, Box | MaskPrior) or prompt.positive
+    return isinstance(prompt, Box | Mask) or prompt.positive
 
 
 def point_in_grid(point: Point, grid: Grid) -> Triple:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from samed3d.errors import InputError
-from samed3d.prompts.kinds import SPACES, Box, Lasso, MaskPrior, ObjectPrompts, Point, Prompt, Scribble
+from samed3d.prompts.kinds import SPACES, Box, Lasso, Mask, ObjectPrompts, Point, Prompt, Scribble
 from samed3d.prompts.packed import PackedMask
 
 SCHEMA_VERSION = 1
@@ -39,7 +39,7 @@ def parse_numbers(text: str, count: int, flag: str) -> tuple[float, ...]:
 def dump_prompts(objects: Iterable[ObjectPrompts], path: Path) -> None:
     """Write objects to a prompt file; all positions must be of one space."""
     listed = list(objects)
-    spaces = {p.space for o in listed for p in o.prompts if not isinstance(p, MaskPrior)}
+    spaces = {p.space for o in listed for p in o.prompts if not isinstance(p, Mask)}
     if len(spaces) > 1:
         raise InputError("prompts of one file must share one space, got both ijk and ras")
     body = {
@@ -130,18 +130,14 @@ def prompt_from_json(entry: Any, space: str = "ijk", where: str = "prompt") -> P
             return Scribble(entry["path"], positive, float(radius), space)
         if kind == "lasso":
             return Lasso(entry["outline"], positive, space)
-        return MaskPrior(_path(entry["path"], where) if "path" in entry else PackedMask.from_json(entry))
+        return Mask(_path(entry["path"], where) if "path" in entry else PackedMask.from_json(entry))
     except KeyError as error:
         raise InputError(f"{where}: a {kind} needs {error.args[0]!r}") from error
 
 
 def _beside(prompt: Prompt, file: Path) -> Prompt:
     """A mask's path is relative to the prompt file that names it."""
-    return (
-        MaskPrior(file.parent / prompt.mask)
-        if isinstance(prompt, MaskPrior) and isinstance(prompt.mask, str)
-        else prompt
-    )
+    return Mask(file.parent / prompt.mask) if isinstance(prompt, Mask) and isinstance(prompt.mask, str) else prompt
 
 
 def _path(value: Any, where: str) -> str:

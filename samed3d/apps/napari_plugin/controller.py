@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from samed3d.apps.connection import RemoteError
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple, Region, Triple, as_triple, bounding_region
-from samed3d.prompts import Box, Lasso, MaskPrior, PackedMask, Point, Prompt, Scribble, prompt_from_json
+from samed3d.prompts import Box, Lasso, Mask, PackedMask, Point, Prompt, Scribble, prompt_from_json
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +258,7 @@ class Controller:
     def _start_from(self, object_id: int, mask: NDArray) -> Change:
         if not mask.any():
             raise InputError(f"object {object_id} would have no voxel left; remove the object instead")
-        return self._edit(lambda: self.session.add(MaskPrior(mask), object_id))
+        return self._edit(lambda: self.session.add(Mask(mask), object_id))
 
     def _new(self, name: str | None) -> None:
         if len(self.session.objects()) >= MOST_OBJECTS:
