@@ -26,10 +26,13 @@ from data_prep.clean import Rules, Structure, clean_layer, compact_values, tidy_
 from data_prep.readers import load_case
 from data_prep.resample import resample_image, resample_labels, target_shape
 from samed3d.data.corpus import VERSION, image_path, labels_path
-from samed3d.data.storage import write_array, write_text
+from samed3d.data.storage import write_array
 from samed3d.errors import InputError
 from samed3d.geometry import CanonicalView, IntTriple, as_triple
+from samed3d.output import write_text
 from samed3d.volume.label_maps import grid_difference
+
+_NO_MORE_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,10 @@ def convert(task: Task) -> Outcome:
             raw = _load(case, task.settings)
             store(task, raw, notes)
         return Outcome(*about)
-    except InputError as error:
-        return Outcome(*about, error=str(error))
+    except InputError as error:  # of a write that failed, the cause tells whether any other would succeed
+        return Outcome(*about, error=str(error), fatal=getattr(error.__cause__, "errno", None) in _NO_MORE_WRITES)
     except MemoryError:
         return Outcome(*about, error="not enough memory for this volume; use fewer --jobs")
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-        return Outcome(*about, error=f"{error.strerror or error}: {error.filename or task.corpus}", fatal=full)
     except Exception as error:  # one bad case must not stop the others, whatever is wrong with it
         return Outcome(*about, error=f"cannot be prepared ({type(error).__name__}: {error})")
 
@@ -155,7 +155,9 @@ def store(task: Task, raw: RawArrays, notes: list[str]) -> None:
         "labels": [_label_entry(layer, s, float(np.prod(spacing))) for layer, s in structures],
         "notes": notes,
     }
-    write_text(record_path(folder, case.source, case.id), json.dumps(record, separators=(",", ":")))
+    at = record_path(folder, case.source, case.id)
+    at.parent.mkdir(parents=True, exist_ok=True)
+    write_text(at, json.dumps(record, separators=(",", ":")))
 
 
 def _labels(

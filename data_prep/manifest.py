@@ -18,8 +18,8 @@ import numpy as np
 
 from data_prep.cases import Problem
 from samed3d.data.corpus import CASE_COLUMNS, GROUP_SEPARATOR, LABEL_COLUMNS, POINTS, VERSION, Table, in_validation
-from samed3d.data.storage import write_text, write_whole
 from samed3d.errors import InputError
+from samed3d.output import replacing, write_text
 
 PROBLEM_COLUMNS = ("source", "path", "reason")
 Record = dict[str, Any]
@@ -53,7 +53,8 @@ def write_manifest(folder: Path, settings: dict[str, Any], problems: list[tuple[
         [{"source": s, "path": p.path, "reason": p.reason} for s, p in sorted(problems, key=str)],
     )
     points = np.array([p for _, p in labels], dtype=np.uint16).reshape(-1, POINTS, 3)
-    write_whole(folder / "points.npy", lambda part: _save(part, points))
+    with replacing(folder / "points.npy") as partial:
+        np.save(partial, points)
     counts = {
         "cases": len(records),
         "images": sum(row["has_image"] for row in cases),
@@ -217,8 +218,3 @@ def _write_table(path: Path, columns: Sequence[str], rows: list[Record]) -> None
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
-
-
-def _save(part: Path, array: np.ndarray) -> None:
-    with part.open("wb") as file:
-        np.save(file, array)

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from data_prep.categories import GROUPS, modality_family
 from samed3d.data.corpus import CaseRecord, Corpus, LabelRecord
-from samed3d.data.storage import write_text
 from samed3d.errors import InputError
+from samed3d.output import write_text
 
 _PIXELS = 150
 _MARGIN = 0.6

@@ -23,8 +23,9 @@ from data_prep.manifest import read_problems, write_manifest
 from data_prep.readers import find_sources
 from data_prep.workers import run_tasks
 from samed3d.data.corpus import VERSION, image_path, labels_path
-from samed3d.data.storage import check_storage, only_run_in, write_text
+from samed3d.data.storage import check_storage
 from samed3d.errors import InputError
+from samed3d.output import TEMPORARY_PREFIX, only_writer, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def prepare(
     listed = _list_sources([(reader, folder.resolve()) for reader, folder in found_sources], out, licensed_only)
     if generated is not None:
         listed += _list_sources([(generated, None)], out, False)
-    with only_run_in(out):
+    with only_writer(out):
         tasks, found = _plan(listed, out, settings)
         _check_space(out, tasks)
         _begin(out, listed, settings)
@@ -144,7 +145,7 @@ def _existing_settings(out: Path) -> dict[str, Any] | None:
     try:
         body = json.loads((out / "settings.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        if any(p.name != ".lock" and not p.name.startswith(".part-") for p in out.iterdir()):
+        if any(p.name != ".lock" and not p.name.startswith(TEMPORARY_PREFIX) for p in out.iterdir()):
             raise InputError(f"output folder is not empty and holds no corpus of ours: {out}; choose another") from None
         return None
     if body["version"] != VERSION:
@@ -263,11 +264,12 @@ def _begin(out: Path, listed: list[_Source], settings: Settings) -> None:
     longer listed.
     """
     write_text(out / "settings.json", json.dumps({"version": VERSION, "settings": _as_json(settings)}, indent=1) + "\n")
-    for part in out.rglob(".part-*"):
+    for part in out.rglob(f"{TEMPORARY_PREFIX}*"):
         part.unlink(missing_ok=True)
     for source in listed:
         facts = {**asdict(source.facts), "folder": source.folder}
         at = out / "records" / source.facts.name / "source.json"
+        at.parent.mkdir(parents=True, exist_ok=True)
         write_text(at, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
         names = {f"{case.id}.json" for case in source.cases} | {"source.json"}
         for stale in [p for p in at.parent.glob("*.json") if p.name not in names]:

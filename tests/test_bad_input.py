@@ -242,10 +242,10 @@ def refuse(*_values, **_named):
 
 
 def test_a_folder_that_is_not_writable_is_named_before_any_work(run, monkeypatch):
+    from samed3d import output
     from samed3d.inference import session
-    from samed3d.volume import writing
 
-    monkeypatch.setattr(writing.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(output.tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(session.Session, "open", lambda *_v, **_n: pytest.fail("the image was opened"))
     assert "output folder is not writable" in run(*segment("good.nii.gz", *CLICK))
 

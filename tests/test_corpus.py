@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from samed3d.data.corpus import LABEL_COLUMNS, POINTS, Corpus, Table, in_validation
-from samed3d.data.storage import BLOCK, CHUNK, open_array, write_array, write_whole
+from samed3d.data.storage import BLOCK, CHUNK, open_array, write_array
 from samed3d.errors import InputError
 from samed3d.geometry import bounding_region
 from tests.corpus_sources import store_case, store_corpus
@@ -60,18 +60,6 @@ def test_a_crop_decompresses_only_the_blocks_under_it(tmp_path, rng):
         assert not np.array_equal(damaged[CHUNK:], array[CHUNK:]), "the damage is real"
     except RuntimeError:
         pass
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    (tmp_path / "x").write_text("old")
-
-    def fail(part: Path) -> None:
-        part.write_text("ne")
-        raise OSError("no")
-
-    with pytest.raises(OSError, match="no"):
-        write_whole(tmp_path / "x", fail)
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x", "old")]
 
 
 @pytest.mark.parametrize(

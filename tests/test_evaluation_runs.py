@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from samed3d.cli import main
-from samed3d.data.storage import only_run_in
 from samed3d.errors import InputError
 from samed3d.evaluation.cases import LabelledCase, Loaded
 from samed3d.evaluation.contenders import ModelContender
@@ -22,6 +21,7 @@ from samed3d.evaluation.rows import FIELDS, curves, read_lines, read_rows
 from samed3d.evaluation.run import QUICK_CASES, _smallest, evaluate
 from samed3d.evaluation.summary import score_series
 from samed3d.geometry import Grid
+from samed3d.output import only_writer
 from samed3d.volume import Volume, write_mask
 from samed3d.volume.label_maps import EmptyLabelError
 from tests.brightness_model import BrightnessModel
@@ -39,7 +39,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     write_set(tmp_path / "set", {"a": 0})
     ask = {"clicks": (1,), "split": "all"}
     with (
-        only_run_in(tmp_path / "out" / "parts"),
+        only_writer(tmp_path / "out" / "parts"),
         pytest.raises(InputError, match="another run is writing to .*; wait for it"),
     ):
         evaluate([tmp_path / "set"], ["region_growing"], tmp_path / "out", **ask)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -67,8 +68,16 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path, name):
 
 
 def test_a_suffix_that_is_not_known_is_refused(tmp_path):
+    check_output(tmp_path / "A.PNG", suffixes=(".png",))
     with pytest.raises(InputError, match=r"must end in one of \.png"):
         check_output(tmp_path / "a.jpg", suffixes=(".png",))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody can write to")
+def test_a_folder_that_is_not_writable_is_refused():
+    with pytest.raises(InputError, match="output folder is not writable: /proc/"):
+        check_output("/proc/self/mask.nii.gz")
 
 
 def test_two_options_may_not_name_one_file(tmp_path):

@@ -23,9 +23,9 @@ from data_prep.manifest import draw_splits
 from data_prep.pipeline import prepare
 from samed3d.cli import main
 from samed3d.data.corpus import Corpus, in_validation
-from samed3d.data.storage import only_run_in
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
+from samed3d.output import only_writer
 from samed3d.volume import write_volume
 from tests.corpus_sources import SHAPE, case_arrays, make_source, tree, write_case
 
@@ -343,14 +343,14 @@ def test_a_full_disk_is_noticed_before_and_during_the_work(tmp_path, monkeypatch
     def full(path, array):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("data_prep.convert.write_array", full)
-    with pytest.raises(InputError, match="No space left on device: .*; finished cases are kept"):
+    monkeypatch.setattr("samed3d.data.storage._write_b2nd", full)
+    with pytest.raises(InputError, match="cannot write .*: No space left on device; finished cases are kept"):
         prepare([source], tmp_path / "out", LENIENT)
 
 
 def test_a_second_run_in_the_same_folder_waits_its_turn(tmp_path):
     source = make_source(tmp_path / "s", cases=1)
-    with only_run_in(tmp_path / "out"), pytest.raises(InputError, match="another run is writing to"):
+    with only_writer(tmp_path / "out"), pytest.raises(InputError, match="another run is writing to"):
         prepare([source], tmp_path / "out", LENIENT)
 
 

@@ -16,7 +16,7 @@ from conftest import oblique_grid
 
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
-from samed3d.volume import SUFFIXES, check_output, read_volume, write_mask, write_volume
+from samed3d.volume import SUFFIXES, read_volume, write_mask, write_volume
 
 SHAPE = (5, 6, 7)
 
@@ -235,25 +235,6 @@ def test_dicom_slices_in_one_place_and_gaps(tmp_path, tiny_image, caplog):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_check_output(tmp_path):
-    check_output(tmp_path / "MASK.NII.GZ")
-    with pytest.raises(InputError, match=r"must end in one of \.nii\.gz \.nii .*got 'mask.png'"):
-        check_output(tmp_path / "mask.png")
-    check_output(tmp_path / "mask.png", suffixes=(".png",))
-    with pytest.raises(InputError, match="output folder does not exist: .*none; create it first"):
-        check_output(tmp_path / "none" / "mask.nii")
-    (tmp_path / "folder.nii").mkdir()
-    with pytest.raises(InputError, match="output must be a file, got a folder"):
-        check_output(tmp_path / "folder.nii")
-    assert [p.name for p in tmp_path.iterdir()] == ["folder.nii"]
-
-
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody can write to")
-def test_check_output_in_a_folder_that_is_not_writable():
-    with pytest.raises(InputError, match="output folder is not writable: /proc/self"):
-        check_output("/proc/self/mask.nii.gz")
-
-
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, rng, capfd, suffix):
     noise = rng.integers(0, 255, (40, 50, 60), dtype=np.uint8)
@@ -262,7 +243,7 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, rng, capfd, su
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
     try:
-        with pytest.raises(InputError, match=rf"cannot write .*mask{suffix}: .+"):
+        with pytest.raises(InputError, match=r"cannot write .*mask(\.\w+)+: .+"):
             write_volume(path, noise, Grid(noise.shape))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

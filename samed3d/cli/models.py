@@ -58,7 +58,7 @@ def import_weights(
     from samed3d.models.sam_backbone import import_sam
     from samed3d.models.sam_med3d import variant_of
     from samed3d.models.weights import import_upstream, load_state_strict, save_weights
-    from samed3d.volume import check_output
+    from samed3d.output import check_output
 
     check_output(output, suffixes=(".safetensors",))
     if model.startswith("sam_vit_"):

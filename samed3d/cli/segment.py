@@ -150,7 +150,8 @@ def _segment_automatic(
 def _check_outputs(image: Path, output: Path, format: str | None, also: dict[str, Path | None]) -> None:
     """Refuse what could not be written before anything is computed."""
     from samed3d.inference.mask_files import checked_format
-    from samed3d.volume import SUFFIXES, check_output
+    from samed3d.output import check_output
+    from samed3d.volume import SUFFIXES
 
     check_distinct({"the image": image, "--output": output, **also})
     checked_format(output, format)

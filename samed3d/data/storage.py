@@ -2,15 +2,11 @@
 (``.npz``).
 
 ``b2nd`` needs blosc2, imported when first used; ``npz`` needs numpy alone and reads whole arrays, for carrying a small
-corpus to a machine that has only torch. A file appears whole or not at all. Read ``corpus.py`` next.
+corpus to a machine that has only torch.
 """
 
 from __future__ import annotations
 
-import os
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.errors import InputError
+from samed3d.output import replacing
 
 STORAGES = ("b2nd", "npz")
 CHUNK = 64
@@ -73,10 +70,12 @@ def check_storage(storage: str) -> None:
 
 def write_array(path: Path, array: NDArray) -> None:
     """Write an array of any strides; the suffix (``.b2nd``, ``.npz``) is the storage."""
-    if path.suffix == ".npz":
-        write_whole(path, lambda part: np.savez_compressed(part, array=array))
-    else:
-        write_whole(path, lambda part: _write_b2nd(part, array))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        if path.suffix == ".npz":
+            np.savez_compressed(partial, array=array)
+        else:
+            _write_b2nd(partial, array)
 
 
 def open_array(path: Path) -> StoredArray:
@@ -97,52 +96,6 @@ def open_array(path: Path) -> StoredArray:
         raise InputError(
             f"array is missing or damaged: {path} ({type(error).__name__}: {error}); delete its record and prepare again"
         ) from error
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then give it its name: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{uuid.uuid4().hex[:12]}-{path.name}")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """As ``write_whole`` for text."""
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
-
-
-@contextmanager
-def only_run_in(folder: Path) -> Iterator[None]:
-    """One run at a time in a folder, which is made. The lock goes with the process, however it ends; some systems have
-    none.
-
-    Raises:
-        InputError: if another run is in it.
-    """
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ModuleNotFoundError:
-        yield
-        return
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"another run is writing to {folder}; wait for it") from error
-        try:
-            yield
-        finally:
-            if (
-                made and folder.exists() and [p.name for p in folder.iterdir()] == [".lock"]
-            ):  # nothing came of it: leave no trace
-                (folder / ".lock").unlink()
-                os.rmdir(folder)
 
 
 def _write_b2nd(path: Path, array: NDArray) -> None:

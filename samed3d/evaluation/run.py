@@ -25,7 +25,6 @@ import numpy as np
 import torch
 
 import samed3d
-from samed3d.data.storage import only_run_in
 from samed3d.errors import InputError
 from samed3d.evaluation.baselines import BASELINES
 from samed3d.evaluation.baselines.base import longest_edge_mm
@@ -38,6 +37,7 @@ from samed3d.evaluation.rows import CASES_CSV, FIELDS, PROMPTS_JSONL, RESULTS_JS
 from samed3d.evaluation.summary import score_series, summarise
 from samed3d.evaluation.workers import Job, measure_cases
 from samed3d.models.weights import find_checkpoint, read_header
+from samed3d.output import only_writer
 from samed3d.volume.label_maps import EmptyLabelError
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def _run(job: Job, settings: dict[str, Any], clicks: Sequence[int], processes: i
     if _is_finished(out, settings):
         logger.info("already measured with these settings: %s", out)
         return
-    with only_run_in(job.parts):
+    with only_writer(job.parts):
         measure_cases(job, processes, progress)
         _merge(job, settings, clicks, processes)
 

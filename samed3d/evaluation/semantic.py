@@ -7,7 +7,6 @@ read that next.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from samed3d.data.storage import write_text
 from samed3d.errors import InputError
 from samed3d.evaluation.cases import LabelledCase, Split, find_cases
 from samed3d.evaluation.rows import CASES_CSV, RESULTS_JSON, Row, write_rows
@@ -28,6 +26,7 @@ from samed3d.metrics import dice, surface_scores, volume_error
 from samed3d.models import load
 from samed3d.models.base import SemanticModel
 from samed3d.models.weights import find_checkpoint, read_header
+from samed3d.output import write_json
 from samed3d.volume.label_maps import EmptyLabelError
 
 logger = logging.getLogger(__name__)
@@ -187,7 +186,7 @@ def evaluate_automatic(
         "tolerance_mm": tolerance_mm,
     }
     body = {"settings": settings | {"protocol": PROTOCOL, "overlap": overlap}, "summary": summarise_classes(rows)}
-    write_text(out / RESULTS_JSON, json.dumps(body, indent=1))
+    write_json(out / RESULTS_JSON, body)
     return out
 
 

@@ -21,7 +21,7 @@ from samed3d.models import load
 from samed3d.models.weights import find_checkpoint, read_header
 from samed3d.prompts import PackedMask
 from samed3d.volume import read_volume, write_mask
-from samed3d.volume.segments import Segment
+from samed3d.volume.writing import Segment
 
 
 def is_automatic(model: str | Path) -> bool:

@@ -24,9 +24,9 @@ from samed3d.inference.mask_files import FORMATS
 from samed3d.inference.saving import weights_hash
 from samed3d.inference.session import Session
 from samed3d.models.base import PromptableModel
+from samed3d.output import check_output, write_json
 from samed3d.prompts import Box, ObjectPrompts, Point, load_prompts, parse_numbers, prompt_to_json
 from samed3d.volume import SUFFIXES
-from samed3d.volume.writing import check_output, replaced
 
 logger = logging.getLogger(__name__)
 
@@ -192,8 +192,7 @@ def run_jobs(
             told(job, row)
     counts = {status: sum(row["status"] == status for row in rows) for status in ("done", "kept", "failed")}
     report = {"model": model_name, **counts, "images": rows}
-    with replaced(folder / REPORT) as partial:
-        partial.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(folder / REPORT, report)
     return report
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from samed3d.errors import InputError
 from samed3d.inference.scene import Scene
+from samed3d.output import check_output
 from samed3d.prompts import PackedMask
-from samed3d.volume import Volume, check_output
+from samed3d.volume import Volume
 from samed3d.volume.dicom_writing import source_slices, write_dicom_seg, write_rtstruct
-from samed3d.volume.segments import Segment, write_seg_nrrd
+from samed3d.volume.writing import Segment, write_seg_nrrd
 
 FORMATS = {
     "nifti": (".nii.gz", ".nii"),

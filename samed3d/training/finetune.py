@@ -23,11 +23,11 @@ from typing import Any
 
 from samed3d.config import TrainConfig, load_config
 from samed3d.data.corpus import Corpus
-from samed3d.data.storage import write_text
 from samed3d.errors import InputError
 from samed3d.models import load, load_promptable
 from samed3d.models.base import PromptableModel
 from samed3d.models.weights import ADAPTER_KEY, amend_header, find_checkpoint, read_header, read_weights, tensors_sha256
+from samed3d.output import write_text
 from samed3d.training.before_after import Change, Score, Target, choose_targets, compare, measure, to_markdown
 from samed3d.training.loop import train
 from samed3d.training.subjects import Split, history_of, seen_by, split_subjects

@@ -21,9 +21,9 @@ from samed3d.geometry import CanonicalView, Grid
 from samed3d.volume.dicom import read_dicom
 from samed3d.volume.files import checked_array, read_file
 from samed3d.volume.itk import SUFFIXES, grow_region
-from samed3d.volume.writing import check_output, write_mask, write_volume
+from samed3d.volume.writing import write_mask, write_volume
 
-__all__ = ["SUFFIXES", "Volume", "check_output", "grow_region", "read_volume", "write_mask", "write_volume"]
+__all__ = ["SUFFIXES", "Volume", "grow_region", "read_volume", "write_mask", "write_volume"]
 
 logger = logging.getLogger(__name__)
 

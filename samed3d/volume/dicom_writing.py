@@ -18,10 +18,10 @@ import numpy as np
 
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
+from samed3d.output import replacing
 from samed3d.volume.contours import trace_contours
 from samed3d.volume.dicom import slice_files
-from samed3d.volume.segments import Segment
-from samed3d.volume.writing import replaced
+from samed3d.volume.writing import Segment
 
 if TYPE_CHECKING:
     from highdicom.seg import SegmentDescription
@@ -120,7 +120,7 @@ def write_dicom_seg(path: str | Path, segments: Sequence[Segment], slices: Seque
         series_description="Segmentation",
         omit_empty_frames=True,
     )
-    with replaced(Path(path)) as partial:
+    with replacing(path) as partial:
         made.save_as(partial)
 
 
@@ -178,7 +178,7 @@ def write_rtstruct(path: str | Path, segments: Sequence[Segment], slices: Sequen
         data.StructureSetROISequence.append(roi)
         data.ROIContourSequence.append(drawn)
         data.RTROIObservationsSequence.append(seen)
-    with replaced(Path(path)) as partial:
+    with replacing(path) as partial:
         data.save_as(partial, enforce_file_format=True)
 
 

@@ -1,61 +1,71 @@
-"""Writing masks and volumes: the image's own grid bit for bit, all or nothing.
+"""Writing masks, volumes and named segments: the image's own grid bit for bit, a whole file or none.
 
 ITK's NIfTI writer reports no error on a full disk, and its NIfTI and NRRD headers lose the last bits of an oblique
-grid. Those two are therefore written here; MetaImage is exact and safe as ITK writes it.
+grid. All formats are therefore written here. Named segments are one ``.seg.nrrd``, laid out as 3D Slicer's
+segmentations are: names, colours, and layers where segments overlap. DICOM is in ``dicom_writing.py``.
 """
 
 from __future__ import annotations
 
 import gzip
 import itertools
-import os
-import shutil
 import struct
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
-from samed3d.volume.itk import NIFTI_SUFFIXES, SUFFIXES, itk_reason, silenced, suffix_of
-
-if TYPE_CHECKING:
-    import SimpleITK as sitk
+from samed3d.output import check_output, replacing
+from samed3d.prompts import PackedMask
+from samed3d.volume.itk import NIFTI_SUFFIXES, SUFFIXES, silenced, suffix_of
 
 # Masks are mostly zeros and small at any level; floats hardly shrink at all. A low level keeps saving quick.
 _COMPRESSION = 3
+# The names of voxel types in NRRD and MetaImage.
+_TYPES = {
+    "u1": ("uint8", "MET_UCHAR"),
+    "i1": ("int8", "MET_CHAR"),
+    "u2": ("uint16", "MET_USHORT"),
+    "i2": ("int16", "MET_SHORT"),
+    "u4": ("uint32", "MET_UINT"),
+    "i4": ("int32", "MET_INT"),
+    "u8": ("uint64", "MET_ULONG_LONG"),
+    "i8": ("int64", "MET_LONG_LONG"),
+    "f4": ("float", "MET_FLOAT"),
+}
 
 
-def check_output(path: str | Path, *, suffixes: Sequence[str] = SUFFIXES) -> None:
-    """Refuse an output path that could not be written, before any work is done.
+@dataclass(frozen=True)
+class Segment:
+    """One structure to write.
 
-    Raises:
-        InputError: if the suffix is not one of ``suffixes``, or the folder is missing or not writable.
+    Attributes:
+        id: Its number, which is its voxels' value in a label map.
+        name: What it is.
+        colour: ``#rrggbb``.
+        mask: On the image's own grid, in the file's own order.
     """
-    path = Path(path)
-    if not path.name.lower().endswith(tuple(suffixes)):
-        raise InputError(f"output name must end in one of {' '.join(suffixes)}, got {path.name!r}")
-    if path.is_dir():
-        raise InputError(f"output must be a file, got a folder: {path}")
-    folder = path.parent
-    if not folder.is_dir():
-        raise InputError(f"output folder does not exist: {folder}; create it first")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"output folder is not writable: {folder} ({error.strerror})") from error
+
+    id: int
+    name: str
+    colour: str
+    mask: PackedMask
+
+    @property
+    def rgb(self) -> tuple[int, int, int]:
+        """The colour, 0 to 255 each."""
+        return (int(self.colour[1:3], 16), int(self.colour[3:5], 16), int(self.colour[5:7], 16))
 
 
 def write_mask(path: str | Path, array: NDArray, grid: Grid) -> None:
-    """Write a mask or an integer label map; see ``write_volume``. Stored as uint8, or uint16 where an id exceeds
-    255.
-    """
+    """Write a mask or an integer label map, as uint8, or as uint16 where an id exceeds 255; see ``write_volume``."""
     if array.dtype.kind not in "biu":
         raise ValueError(f"a mask must be of bool or integer type, got {array.dtype}")
     wide = array.dtype != np.bool_ and array.size and int(array.max()) > 255
@@ -63,12 +73,11 @@ def write_mask(path: str | Path, array: NDArray, grid: Grid) -> None:
 
 
 def write_volume(path: str | Path, array: NDArray, grid: Grid) -> None:
-    """Write a (D, H, W) array on a grid; the suffix decides the format. A failed write leaves no file and harms no
-    older one.
+    """Write a (D, H, W) array on a grid; the suffix decides the format.
 
     A file in the format of the image that the grid was read from gives back the same size, spacing, origin and
     direction, bit for bit. So does ``.mha`` for any grid; NIfTI stores single precision, so a grid from another format
-    is rounded there (about 1e-7).
+    is rounded there (about 1e-7). A failed write leaves no file and does not change an older one.
 
     Raises:
         InputError: if the output cannot be written; the message gives the reason.
@@ -77,44 +86,109 @@ def write_volume(path: str | Path, array: NDArray, grid: Grid) -> None:
     path = Path(path)
     if array.shape != grid.shape_zyx:
         raise ValueError(f"array must have the grid's shape {grid.shape_zyx}, got {array.shape}")
-    check_output(path)
+    check_output(path, suffixes=SUFFIXES)
     array = np.ascontiguousarray(array, dtype=_stored_type(array.dtype))
     suffix = suffix_of(path)
-    folder = None
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=".samed3d-", dir=path.parent))
-        target = folder / path.name
+    with replacing(path) as partial:
         if suffix in NIFTI_SUFFIXES:
-            _write_nifti(target, array, grid, compress=suffix == ".nii.gz")
+            _write_nifti(partial, array, grid, compress=suffix == ".nii.gz")
         elif suffix == ".nrrd":
-            _write_nrrd(target, array, grid)
+            _write_nrrd(partial, _nrrd_header(array.dtype, grid), array)
         else:
-            _write_metaimage(target, array, grid)
-        # The voxels of .mhd lie in a second file: it moves first, so that the header never names a file that is not
-        # there.
-        for made in sorted(folder.iterdir(), key=lambda f: f.name == path.name):
-            os.replace(made, path.parent / made.name)
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else itk_reason(error)
-        raise InputError(f"cannot write {path}: {reason}") from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            _write_metaimage(partial, array, grid, path.resolve() if suffix == ".mhd" else None)
+
+
+def write_seg_nrrd(path: str | Path, segments: Sequence[Segment], grid: Grid) -> None:
+    """Write segments for 3D Slicer; overlapping ones go to layers of their own.
+
+    Args:
+        path: Ends in ``.seg.nrrd``.
+        segments: At least one; their ids become label values.
+        grid: The image's.
+
+    Raises:
+        InputError: if there is none, or the file cannot be written.
+    """
+    if not segments:
+        raise InputError("segmentation must hold a segment, got none; add a prompt first")
+    layers = _layers(segments)
+    kind = np.dtype(np.uint8 if max(s.id for s in segments) < 256 else np.uint16)
+    labels = np.zeros((*grid.shape_zyx, max(layers) + 1), dtype=kind)  # the layer is NRRD's first axis, numpy's last
+    lines = _nrrd_header(kind, grid, labels.shape[-1])
+    for number, (segment, layer) in enumerate(zip(segments, layers, strict=True)):
+        labels[segment.mask.region.slices][..., layer][segment.mask.inside()] = segment.id
+        lines += _segment_fields(number, segment, layer)
+    lines += [
+        "Segmentation_MasterRepresentation:=Binary labelmap",
+        "Segmentation_SourceRepresentation:=Binary labelmap",
+        "Segmentation_ContainedRepresentationNames:=Binary labelmap|",
+        "Segmentation_ReferenceImageExtentOffset:=0 0 0",
+    ]
+    with replacing(path) as partial:
+        _write_nrrd(partial, lines, labels)
+
+
+def _layers(segments: Sequence[Segment]) -> list[int]:
+    """For each segment the first layer on which nothing overlaps it."""
+    layers: list[int] = []
+    for segment in segments:
+        before = zip(layers, segments, strict=False)
+        taken = {layer for layer, other in before if (segment.mask.inside() & other.mask.on(segment.mask.region)).any()}
+        layers.append(next(n for n in itertools.count() if n not in taken))
+    return layers
+
+
+def _segment_fields(number: int, segment: Segment, layer: int) -> list[str]:
+    region = segment.mask.region
+    extent = (0, -1) * 3
+    if not region.is_empty:
+        ends = zip(region.start_zyx[::-1], region.stop_zyx[::-1], strict=True)
+        extent = tuple(v for start, stop in ends for v in (start, stop - 1))
+    fields = {
+        "ID": f"Segment_{segment.id}",
+        "Name": segment.name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", " "),  # NRRD's own escapes
+        "NameAutoGenerated": 0,
+        "Color": " ".join(f"{v / 255:.6g}" for v in segment.rgb),
+        "ColorAutoGenerated": 0,
+        "LabelValue": segment.id,
+        "Layer": layer,
+        "Extent": " ".join(map(str, extent)),
+        "Tags": "Segmentation.Status:inprogress|",
+    }
+    return [f"Segment{number}_{key}:={value}" for key, value in fields.items()]
 
 
 def _write_nifti(path: Path, array: NDArray, grid: Grid, *, compress: bool) -> None:
-    import SimpleITK as sitk
-
     if max(array.shape) > 32767:
         raise InputError(
-            f"cannot write {path.name}: NIfTI holds at most 32767 voxels along an axis, got {max(array.shape)}; use .nrrd"
+            f"cannot write {path.name}: NIfTI holds at most 32767 voxels along an axis, got {max(array.shape)}; "
+            "use .nrrd"
         )
-    # ITK makes the header of a one-voxel image of the same geometry; the shape and the exact matrix are then set.
-    small = path.with_name("header.nii")
-    with silenced([]):
-        sitk.WriteImage(_itk_image(np.zeros((1, 1, 1), array.dtype), grid), str(small))
-    header = bytearray(small.read_bytes()[:352])
-    small.unlink()
+    header = _nifti_header(path.with_name(f"{path.name}-header.nii"), array.dtype, grid)
+    with path.open("wb") as file:
+        if compress:
+            _write_gzip(file, header, array)
+        else:
+            file.write(header)
+            array.tofile(file)
+
+
+def _nifti_header(scratch: Path, kind: np.dtype, grid: Grid) -> bytearray:
+    """ITK's header of a one-voxel image of the same geometry, with the shape and the exact matrix."""
+    import SimpleITK as sitk
+
+    image = sitk.GetImageFromArray(np.zeros((1, 1, 1), kind))
+    image.SetSpacing(grid.spacing_xyz_mm)
+    image.SetOrigin(grid.origin_lps_mm)
+    image.SetDirection(grid.direction_lps)
+    try:
+        with silenced([]):
+            sitk.WriteImage(image, str(scratch))
+        header = bytearray(scratch.read_bytes()[:352])
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+    finally:
+        scratch.unlink(missing_ok=True)
     struct.pack_into("=8h", header, 40, 3, *grid.size_ijk, 1, 1, 1, 1)
     direction = np.array(grid.direction_lps).reshape(3, 3)
     matrix = np.empty((3, 4))
@@ -123,82 +197,68 @@ def _write_nifti(path: Path, array: NDArray, grid: Grid, *, compress: bool) -> N
     matrix[:, 3] = grid.origin_lps_mm
     matrix[:2] *= -1.0  # LPS to RAS
     struct.pack_into("=12f", header, 280, *matrix.ravel())
-    with path.open("wb") as file:
-        if not compress:
-            file.write(header)
-            array.tofile(file)
-        else:
-            with gzip.GzipFile("", "wb", _COMPRESSION, file, mtime=0) as stream:
-                stream.write(header)
-                stream.write(array.data)
+    return header
 
 
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends without an error, and vanishes
-    otherwise.
-
-    Raises:
-        InputError: if the file system refuses.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def nrrd_header(kind: np.dtype, grid: Grid, layers: int = 1) -> list[str]:
-    """The lines of an NRRD header with gzip-compressed voxels.
-
-    Args:
-        kind: Of the voxels.
-        grid: Where they are.
-        layers: Values per voxel; more than one become a first (fastest) axis.
-    """
-    kinds = {
-        "u1": "uint8",
-        "i1": "int8",
-        "u2": "uint16",
-        "i2": "int16",
-        "u4": "uint32",
-        "i4": "int32",
-        "u8": "uint64",
-        "i8": "int64",
-    }
-    kinds |= {"f4": "float"}
+def _nrrd_header(kind: np.dtype, grid: Grid, layers: int = 1) -> list[str]:
+    """The lines of an NRRD header with gzip-compressed voxels; several layers become a first (fastest) axis."""
     direction = np.array(grid.direction_lps).reshape(3, 3)
     vectors = [_double_axis(direction[:, axis], grid.spacing_xyz_mm[axis]) for axis in range(3)]
     first = layers > 1
     return [
         "NRRD0004",
-        f"type: {kinds[kind.str[1:]]}",
+        f"type: {_TYPES[kind.str[1:]][0]}",
         f"dimension: {3 + first}",
         "space: left-posterior-superior",
         f"sizes: {f'{layers} ' * first}{' '.join(map(str, grid.size_ijk))}",
         f"space directions: {'none ' * first}{' '.join(_vector(v) for v in vectors)}",
         f"kinds: {'list ' * first}domain domain domain",
-        f"endian: {'little' if np.little_endian else 'big'}",
+        f"endian: {sys.byteorder}",
         "encoding: gzip",
         f"space origin: {_vector(grid.origin_lps_mm)}",
     ]
 
 
-def _write_nrrd(path: Path, array: NDArray, grid: Grid) -> None:
+def _write_nrrd(path: Path, lines: list[str], array: NDArray) -> None:
     with path.open("wb") as file:
-        file.write(("\n".join(nrrd_header(array.dtype, grid)) + "\n\n").encode())
-        with gzip.GzipFile("", "wb", _COMPRESSION, file, mtime=0) as stream:
-            stream.write(array.data)
+        file.write(("\n".join(lines) + "\n\n").encode())
+        _write_gzip(file, b"", array)
 
 
-def _write_metaimage(path: Path, array: NDArray, grid: Grid) -> None:
-    import SimpleITK as sitk
+def _write_gzip(file: IO[bytes], header: bytes | bytearray, array: NDArray) -> None:
+    with gzip.GzipFile("", "wb", _COMPRESSION, file, mtime=0) as stream:
+        stream.write(header)
+        stream.write(array.data)
 
-    with silenced([]):
-        sitk.WriteImage(_itk_image(array, grid), str(path), useCompression=True, compressionLevel=_COMPRESSION)
+
+def _write_metaimage(path: Path, array: NDArray, grid: Grid, header_only_at: Path | None) -> None:
+    """Write ``.mha``; or, for an ``.mhd`` that will be at ``header_only_at``, its header here and its voxels beside
+    that place.
+    """
+    voxels = zlib.compress(array.data, _COMPRESSION)
+    by_axis = np.array(grid.direction_lps).reshape(3, 3).T
+    fields = {
+        "ObjectType": "Image",
+        "NDims": 3,
+        "BinaryData": True,
+        "BinaryDataByteOrderMSB": sys.byteorder == "big",
+        "CompressedData": True,
+        "CompressedDataSize": len(voxels),
+        "TransformMatrix": _numbers(by_axis.ravel()),
+        "Offset": _numbers(grid.origin_lps_mm),
+        "CenterOfRotation": "0 0 0",
+        "ElementSpacing": _numbers(grid.spacing_xyz_mm),
+        "DimSize": " ".join(map(str, grid.size_ijk)),
+        "ElementType": _TYPES[array.dtype.str[1:]][1],
+        "ElementDataFile": header_only_at.with_suffix(".zraw").name if header_only_at else "LOCAL",
+    }
+    header = "".join(f"{key} = {value}\n" for key, value in fields.items()).encode()
+    if header_only_at is None:
+        path.write_bytes(header + voxels)
+        return
+    with replacing(header_only_at.with_suffix(".zraw")) as beside:  # first: no header names a file that is not there
+        beside.write_bytes(voxels)
+    path.write_bytes(header)
 
 
 def _single_axis(direction: NDArray, spacing: float) -> NDArray:
@@ -233,21 +293,15 @@ def _double_axis(direction: NDArray, spacing: float) -> NDArray:
     return direction * spacing
 
 
-def _itk_image(array: NDArray, grid: Grid) -> sitk.Image:
-    import SimpleITK as sitk
-
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing(grid.spacing_xyz_mm)
-    image.SetOrigin(grid.origin_lps_mm)
-    image.SetDirection(grid.direction_lps)
-    return image
-
-
 def _stored_type(dtype: np.dtype) -> np.dtype:
     if dtype == np.bool_:
         return np.dtype(np.uint8)
     return np.dtype(np.float32) if dtype.kind == "f" else dtype.newbyteorder("=")
 
 
+def _numbers(values: Sequence[float] | NDArray) -> str:
+    return " ".join(f"{v:.17g}" for v in values)
+
+
 def _vector(values: Sequence[float] | NDArray) -> str:
-    return "(" + ",".join(f"{v:.17g}" for v in values) + ")"
+    return f"({','.join(f'{v:.17g}' for v in values)})"
