@@ -21,6 +21,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,21 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from result_tables import Body, table, with_interval  # noqa: E402
 
 from samed3d.evaluation.case_drawing import case_png  # noqa: E402
-from samed3d.evaluation.pictures import line_key  # noqa: E402
 from samed3d.evaluation.replay import Answers, replay  # noqa: E402
-from samed3d.evaluation.rows import Row  # noqa: E402
-from samed3d.evaluation.saved import SavedRun, curves_of, modality_class, read_run, size_class, size_order  # noqa: E402
-from samed3d.evaluation.statistics import Estimate  # noqa: E402
-from samed3d.evaluation.summaries import FALL, by_model, click_curve, estimate, grouped, untrained  # noqa: E402
+from samed3d.evaluation.results import (  # noqa: E402
+    Row,
+    SavedRun,
+    by_model,
+    curves,
+    grouped,
+    modality_class,
+    prompt_key,
+    read_run,
+    size_class,
+    size_order,
+    untrained,
+)
+from samed3d.evaluation.statistics import FALL, Estimate, click_curve, estimate  # noqa: E402
 from samed3d.metrics import dice  # noqa: E402
 
 CARD, RESULT = ROOT / "checkpoints/README.md", ROOT / "benchmarks/results/default_evaluation.json"
@@ -154,7 +164,7 @@ def behaviour(rows: Sequence[Row]) -> Body:
     """Whether clicks are obeyed, what negative ones do, and how often a click makes things worse."""
     given = [row for row in rows if row.get("obeyed") is not None and row["seconds"]]
     negative = [row for row in given if row["positive"] == 0]
-    steps = [b - a for _, _, scores in curves_of(rows, "dice") for a, b in zip(scores, scores[1:], strict=False)]
+    steps = [b["dice"] - a["dice"] for curve in curves(rows) for a, b in pairwise(curve)]
     return {
         "clicks": len(given),
         "obeyed": sum(row["obeyed"] for row in given) / len(given),
@@ -281,14 +291,12 @@ def write(path: Path, text: str) -> None:
 
 def draw(run: SavedRun) -> None:
     """Typical and worst structures of several data sets, after 1 and after 5 clicks."""
-    curves = [(first, scores) for first, _, scores in curves_of(untrained(run.rows), "dice")]
-    by_source = grouped(
-        [first | {"last": scores[min(4, len(scores) - 1)]} for first, scores in curves], lambda row: row["source"]
-    )
+    structures = [curve[0] | {"last": curve[:5][-1]["dice"]} for curve in curves(untrained(run.rows))]
+    by_source = grouped(structures, lambda row: row["source"])
     largest = sorted(by_source.values(), key=lambda rows: -len({row["subject"] for row in rows}))
     typical = [_nearest(rows, sorted(row["last"] for row in rows)[len(rows) // 2]) for rows in largest[:SHOWN]]
     worst = sorted((min(rows, key=lambda row: row["last"]) for rows in by_source.values()), key=lambda row: row["last"])
-    lines = {line_key(line): line for line in run.turns()}
+    lines = {prompt_key(line): line for line in run.prompt_lines()}
     for name, chosen in (("typical", typical), ("worst", worst[:SHOWN])):
         picture = _sheet(chosen, lines)
         partial = IMAGES / f".default_{name}.part"
@@ -306,7 +314,7 @@ def _sheet(chosen: Sequence[Row], lines: dict[tuple[Any, ...], Body]) -> bytes:
 
     answers, rows = Answers(), []
     for row in chosen:
-        line = lines[line_key(row)]
+        line = lines[prompt_key(row)]
         for clicks in (1, 5):
             again = replay(line | {"turns": [turn for turn in line["turns"] if turn["click"] <= clicks]}, answers)
             panel = Image.open(io.BytesIO(case_png(again.volume, again.truth, again.mask, again.prompts)))

@@ -23,8 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from samed3d.evaluation.saved import Way, read_run  # noqa: E402
-from samed3d.evaluation.summaries import by_model, click_curve, untrained  # noqa: E402
+from samed3d.evaluation.results import PromptStrategy, by_model, read_run, untrained  # noqa: E402
+from samed3d.evaluation.statistics import click_curve  # noqa: E402
 
 MODELS = ("default", "sam_med3d_b", "no_prompt:default", "baselines")
 WAYS = ("--protocol", "all", "--policy", "centre", "--prompt", "click", "--prompt", "box", "--clicks", "1,3,5")
@@ -74,17 +74,19 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     prompt.
     """
     run = read_run(folder)
-    return [entry for way in run.ways for entry in _of_way(way, by_model(untrained(run.of(way))))]
+    return [
+        entry for strategy in run.strategies for entry in _entries_of(strategy, by_model(untrained(run.of(strategy))))
+    ]
 
 
-def _of_way(way: Way, models: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _entries_of(strategy: PromptStrategy, models: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     found = []
     for model, rows in models.items():
         curve = click_curve(rows)
         clicks = sorted(curve)
         entry: dict[str, Any] = {
-            "protocol": way.protocol,
-            "prompt": way.prompt,
+            "protocol": strategy.protocol,
+            "prompt": strategy.prompt,
             "model": model,
             "subjects": curve[clicks[0]].subjects,
         }

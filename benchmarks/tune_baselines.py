@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from samed3d.evaluation.contenders import BaselineContender  # noqa: E402
-from samed3d.evaluation.rows import CASES_CSV, read_rows  # noqa: E402
+from samed3d.evaluation.results import CASES_CSV, read_rows  # noqa: E402
 from samed3d.evaluation.run import evaluate  # noqa: E402
 
 GRIDS: dict[str, dict[str, tuple[float, ...]]] = {

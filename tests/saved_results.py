@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from samed3d.evaluation.rows import write_lines, write_rows
+from samed3d.evaluation.results import write_lines, write_rows
 
 SCORES = {"ours": (0.3, 0.6, 0.9), "theirs": (0.2, 0.4, 0.6)}
 SETTINGS = {

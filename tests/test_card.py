@@ -8,7 +8,7 @@ import pytest
 from saved_results import make_rows, save_run
 from test_collect import FOLDER, ROOT, module
 
-from samed3d.evaluation.saved import read_run
+from samed3d.evaluation.results import read_run
 
 card = module("card")
 

@@ -66,8 +66,8 @@ def test_the_page_opens_alone_and_names_both_runs(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "settings", "what"),
     [
-        (make_rows({"ours": (0.5,)}, protocol="cvpr25"), SETTINGS, "ways of clicking .*samed3d.*cvpr25"),
-        (make_rows({"ours": (0.5,)}, policy="uniform"), SETTINGS, "ways of clicking .*centre clicks.*uniform clicks"),
+        (make_rows({"ours": (0.5,)}, protocol="cvpr25"), SETTINGS, "prompt strategies .*samed3d.*cvpr25"),
+        (make_rows({"ours": (0.5,)}, policy="uniform"), SETTINGS, "prompt strategies .*centre clicks.*uniform clicks"),
         (None, SETTINGS | {"split": "all"}, "split .*old: val; new: all"),
         (
             None,

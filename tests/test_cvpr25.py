@@ -164,7 +164,7 @@ def test_six_rounds_of_both_structures_and_the_four_figures(tmp_path):
     assert rows[2, 1]["nsd_subvoxel"] == pytest.approx(n, abs=1e-5), "spacing as the file has it, 2 mm"
     means = [d / 2, (d + 1) / 2, 1, 1, 1]
     surfaces = [n / 2, (n + 1) / 2, 1, 1, 1]
-    found = {line["score"]: line["value"] for line in Cvpr25().scores(part.rows)}
+    found = {line["score"]: line["value"] for line in Cvpr25().own_scores(part.rows)}
     area = sum((p + q) / 2 for p, q in zip(means, means[1:], strict=False))
     assert found["DSC_AUC"] == pytest.approx(area, abs=1e-4) and found["DSC_Final"] == 1 and found["NSD_Final"] == 1
     area = sum((p + q) / 2 for p, q in zip(surfaces, surfaces[1:], strict=False))

@@ -17,9 +17,9 @@ from samed3d.evaluation import run
 from samed3d.evaluation.baselines import RegionGrowing
 from samed3d.evaluation.cases import Split, find_cases
 from samed3d.evaluation.contenders import contender_of
-from samed3d.evaluation.rows import FIELDS
+from samed3d.evaluation.results import FIELDS
 from samed3d.evaluation.run import evaluate
-from samed3d.evaluation.summary import summarise
+from samed3d.evaluation.statistics import summarise
 from samed3d.geometry import Grid
 from samed3d.metrics import dice
 from samed3d.models import MODELS, create_model

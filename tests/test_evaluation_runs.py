@@ -17,9 +17,9 @@ from samed3d.cli import main
 from samed3d.errors import InputError
 from samed3d.evaluation.cases import LabelledCase, Loaded
 from samed3d.evaluation.contenders import ModelContender
-from samed3d.evaluation.rows import FIELDS, curves, read_lines, read_rows
+from samed3d.evaluation.results import FIELDS, curves, read_lines, read_rows
 from samed3d.evaluation.run import QUICK_CASES, _smallest, evaluate
-from samed3d.evaluation.summary import score_series
+from samed3d.evaluation.statistics import score_series
 from samed3d.geometry import Grid
 from samed3d.output import only_writer
 from samed3d.volume import Volume, write_mask

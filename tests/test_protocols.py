@@ -7,7 +7,7 @@ import pytest
 
 from samed3d.errors import InputError
 from samed3d.evaluation.contenders import ModelContender, contender_of
-from samed3d.evaluation.measuring import Ask, measurable, usable_ways
+from samed3d.evaluation.measuring import Ask, measurable, usable_strategies
 from samed3d.evaluation.protocols import PROTOCOLS, protocol_of
 from samed3d.evaluation.protocols.radioactive import Radioactive3d
 from samed3d.evaluation.protocols.sam_med3d import SamMed3dReleased
@@ -56,7 +56,7 @@ def test_every_protocol_measures_a_network_the_same_twice(name):
 
 
 def test_protocols_say_what_flatters():
-    assert {name for name, kind in PROTOCOLS.items() if kind.flattering} == {
+    assert {name for name, kind in PROTOCOLS.items() if kind.optimistic_bias} == {
         "sam-med3d-released",
         "vista3d-points-flattering",
     }
@@ -70,9 +70,9 @@ def test_a_model_that_needs_what_the_protocol_does_not_give_is_refused():
     with pytest.raises(
         InputError, match="model 'threshold_in_box' needs a box first; protocol 'vista3d-points' gives it only: point"
     ):
-        usable_ways(boxes_only, protocol_of("vista3d-points"), Ask(3))
+        usable_strategies(boxes_only, protocol_of("vista3d-points"), Ask(3))
     ask = Ask(3, policies=("centre",), prompts=("click", "box"))
-    assert [way.prompt for way in usable_ways(boxes_only, protocol_of("samed3d"), ask)] == ["box"]
+    assert [way.prompt for way in usable_strategies(boxes_only, protocol_of("samed3d"), ask)] == ["box"]
     pairs = measurable([boxes_only], [protocol_of("samed3d"), protocol_of("vista3d-points")], ask)
     assert pairs == {("threshold_in_box", "samed3d")}
 
@@ -142,7 +142,7 @@ def test_the_released_script_forgives_what_lies_outside_its_crop():
         ModelContender("m", BrightnessModel((48, 48, 48))), volume, labels, "sam-med3d-released", clicks=2
     )
     assert inside.rows[0]["dice"] > 0.8
-    found = SamMed3dReleased().scores(
+    found = SamMed3dReleased().own_scores(
         [row | {"dice": value} for row, value in zip(inside.rows, (0.9, 0.4), strict=True)]
     )
     assert [(line["score"], line["value"]) for line in found] == [("best Dice", 0.9)]

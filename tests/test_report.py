@@ -19,8 +19,8 @@ from samed3d.evaluation import figures
 from samed3d.evaluation.case_drawing import PREDICTION, TRUTH, case_png
 from samed3d.evaluation.pictures import picture_section, worst_and_typical
 from samed3d.evaluation.report import write_report
-from samed3d.evaluation.saved import read_run, size_class, size_order
-from samed3d.evaluation.summaries import differences, headline
+from samed3d.evaluation.results import read_run, size_class, size_order
+from samed3d.evaluation.statistics import differences, headline
 from samed3d.geometry import Grid
 from samed3d.prompts import Box, Point
 from samed3d.volume import Volume, write_volume

@@ -29,7 +29,7 @@ from samed3d.data.semantic import (
 )
 from samed3d.errors import InputError
 from samed3d.evaluation.cases import LabelledCase, Split, find_cases
-from samed3d.evaluation.rows import read_rows
+from samed3d.evaluation.results import read_rows
 from samed3d.evaluation.semantic import automatic_rows, class_values, evaluate_automatic, summarise_classes
 from samed3d.geometry import CropFrame
 from samed3d.models import MODELS, create_model, load

@@ -1,6 +1,6 @@
 """Saved runs side by side: one table, and a paired test wherever two runs hold the same structures, seeds and clicks.
 
-Runs that were clicked in other ways, or kept from other subjects, do not compare; putting them into one table needs a
+Runs that were clicked under other prompt strategies, or kept from other subjects, do not compare; putting them into one table needs a
 word from the user, and the table says so. Nothing is measured here. Read ``summaries.py`` for the numbers,
 ``report.py`` for one run alone.
 """
@@ -9,17 +9,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from samed3d.errors import InputError
 from samed3d.evaluation import figures
 from samed3d.evaluation.page import page, paragraph, table, write_page
-from samed3d.evaluation.rows import Row
-from samed3d.evaluation.saved import SavedRun, Way, clicks_of, read_run, structure_key
-from samed3d.evaluation.statistics import holm
-from samed3d.evaluation.summaries import Compared, Headline, click_curve, compare_rows, headline, untrained
+from samed3d.evaluation.results import (
+    PromptStrategy,
+    Row,
+    SavedRun,
+    clicks_of,
+    group_by,
+    read_run,
+    structure_key,
+    untrained,
+)
+from samed3d.evaluation.statistics import (
+    Compared,
+    Headline,
+    PairedDifference,
+    click_curve,
+    compare_rows,
+    corrected,
+    headline,
+)
 from samed3d.evaluation.tables import cell, difference_figure, difference_table, p_text
 
 COMPARE_HTML = "compare.html"
@@ -28,20 +43,20 @@ _SHOWN_CLICKS = 3
 
 @dataclass(frozen=True)
 class Entry:
-    """One model of one run in one way of being clicked.
+    """One model of one run under one prompt strategy.
 
     Attributes:
         name: ``RUN: MODEL``, the model alone where only one run has it.
         run: Which run.
         model: As the run calls it.
-        way: How it was clicked.
+        strategy: How it was prompted.
         rows: Its rows of subjects it was not trained on.
     """
 
     name: str
     run: str
     model: str
-    way: Way
+    strategy: PromptStrategy
     rows: list[Row]
 
 
@@ -51,7 +66,7 @@ class Comparison:
 
     entries: list[Entry]
     unlike: list[str]
-    differences: list[tuple[Way, list[Compared]]]
+    differences: list[tuple[PromptStrategy, list[Compared]]]
 
 
 def compare_runs(folders: Sequence[Path], *, anyway: bool = False) -> Comparison:
@@ -78,22 +93,22 @@ def compare_runs(folders: Sequence[Path], *, anyway: bool = False) -> Comparison
         )
     models = [model for run in runs.values() for model in run.models]
     entries = [
-        Entry(model if models.count(model) == 1 else f"{short}: {model}", short, model, way, mine)
+        Entry(model if models.count(model) == 1 else f"{short}: {model}", short, model, strategy, mine)
         for short, run in runs.items()
-        for way in run.ways
+        for strategy in run.strategies
         for model in run.models
-        if (mine := [r for r in untrained(run.of(way)) if r["model"] == model])
+        if (mine := [r for r in untrained(run.of(strategy)) if r["model"] == model])
     ]
     return Comparison(entries, unlike, _tested(entries, list(runs)))
 
 
 def differences_of_settings(runs: dict[str, SavedRun]) -> list[str]:
-    """What makes runs incomparable, in words: other ways of clicking, other subjects kept back, another split, data
+    """What makes runs incomparable, in words: other prompt strategies, other subjects kept back, another split, data
     with nothing shared.
     """
     found = []
     for what, value_of in (
-        ("ways of clicking", lambda run: " / ".join(sorted(map(str, run.ways)))),
+        ("prompt strategies", lambda run: " / ".join(sorted(map(str, run.strategies)))),
         ("split", lambda run: str(run.settings.get("split", "not stated"))),
         ("subjects kept from training", lambda run: _kept(run)),
         ("tolerance of NSD in mm", lambda run: str(run.settings.get("ask", {}).get("tolerance_mm", "not stated"))),
@@ -102,7 +117,7 @@ def differences_of_settings(runs: dict[str, SavedRun]) -> list[str]:
         if len(set(values.values())) > 1:
             found.append(f"{what} ({'; '.join(f'{short}: {value}' for short, value in values.items())})")
     structures = [{structure_key(r) for r in run.rows} for run in runs.values()]
-    if not set.intersection(*structures) and not any("ways of clicking" in f for f in found):
+    if not set.intersection(*structures) and not any("prompt strategies" in f for f in found):
         found.append("data (no structure and seed in common)")
     return found
 
@@ -110,8 +125,8 @@ def differences_of_settings(runs: dict[str, SavedRun]) -> list[str]:
 def comparison_text(comparison: Comparison) -> str:
     """The tables as plain text for a terminal."""
     parts = [f"Not alike: {told}" for told in comparison.unlike]
-    for way in dict.fromkeys(e.way for e in comparison.entries):
-        entries = [e for e in comparison.entries if e.way == way]
+    for strategy in dict.fromkeys(e.strategy for e in comparison.entries):
+        entries = [e for e in comparison.entries if e.strategy == strategy]
         clicks = _some_clicks(entries)
         lines = [["", "subjects", "measured", *(_click(c) for c in clicks), "area", "first", "later"]]
         for entry in entries:
@@ -122,15 +137,15 @@ def comparison_text(comparison: Comparison) -> str:
             lines.append(
                 [entry.name, str(last.subjects), str(last.measurements), *scores, f"{h.area.mean:.3f}", *times]
             )
-        parts += [f"Dice, {way}", _aligned(lines)]
-    for way, found in comparison.differences:
+        parts += [f"Dice, {strategy}", _aligned(lines)]
+    for strategy, found in comparison.differences:
         lines = [["difference of Dice", "", "mean", "95 % interval", "p Wilcoxon", "corrected", "subjects"]]
         for c in found:
             d = c.result.difference
             ends = figures.interval_text(d.low, d.high).strip()
             ps = [p_text(p) or "none" for p in (c.result.p_wilcoxon, c.corrected)]
             lines.append([f"{c.first} - {c.second}", c.what, f"{d.mean:+.3f}", ends, *ps, str(d.subjects)])
-        parts += [f"Paired, {way}", _aligned(lines, left=2)]
+        parts += [f"Paired, {strategy}", _aligned(lines, left=2)]
     if not comparison.differences:
         parts.append("No paired test: the runs have no structure, seed and click in common.")
     return "\n\n".join(parts)
@@ -149,12 +164,12 @@ def write_comparison(comparison: Comparison, path: Path) -> Path:
         for told in comparison.unlike
     ]
     tested = dict(comparison.differences)
-    for way in dict.fromkeys(e.way for e in comparison.entries):
-        entries = [e for e in comparison.entries if e.way == way]
-        parts.append(f"<h2>{escape(str(way))}</h2>" + _curves(entries) + _score_table(entries))
-        if way in tested:
+    for strategy in dict.fromkeys(e.strategy for e in comparison.entries):
+        entries = [e for e in comparison.entries if e.strategy == strategy]
+        parts.append(f"<h2>{escape(str(strategy))}</h2>" + _curves(entries) + _score_table(entries))
+        if strategy in tested:
             parts.append(f"<h3>Paired differences</h3>{paragraph(_PAIRED_NOTE, 'faint')}")
-            parts.append(difference_figure(tested[way]) + difference_table(tested[way]))
+            parts.append(difference_figure(tested[strategy]) + difference_table(tested[strategy]))
         else:
             parts.append(
                 paragraph("No paired test: there are no two with a structure, seed and click in common.", "faint")
@@ -167,28 +182,21 @@ _PAIRED_NOTE = """Dice of the first minus Dice of the second on the same structu
 unit; the corrected p is Wilcoxon's after Holm for all tests of this comparison."""
 
 
-def _tested(entries: Sequence[Entry], runs: Sequence[str]) -> list[tuple[Way, list[Compared]]]:
+def _tested(entries: Sequence[Entry], runs: Sequence[str]) -> list[tuple[PromptStrategy, list[Compared]]]:
     """Paired differences between entries of different runs, the later run first: the same model where both runs have
     it, else all.
     """
-    raw: list[tuple[Way, Compared]] = []
-    for way in dict.fromkeys(e.way for e in entries):
-        here = [e for e in entries if e.way == way]
+    raw: list[tuple[PromptStrategy, tuple[str, str, str, PairedDifference]]] = []
+    for strategy, here in group_by(entries, lambda entry: entry.strategy).items():
         for number, newer in enumerate(runs):
             for older in runs[:number]:
                 a, b = ([e for e in here if e.run == run] for run in (newer, older))
                 shared = {e.model for e in a} & {e.model for e in b}
-                pairs = [(x, y) for x in a for y in b if (x.model == y.model if shared else True)]
-                for x, y in pairs:
-                    raw += [
-                        (way, Compared(x.name, y.name, what, found, math.nan))
-                        for what, found in compare_rows(x.rows, y.rows)
-                    ]
-    corrected = holm([c.result.p_wilcoxon for _, c in raw])
-    found: dict[Way, list[Compared]] = {}
-    for (way, c), p in zip(raw, corrected, strict=True):
-        found.setdefault(way, []).append(replace(c, corrected=p))
-    return list(found.items())
+                for x, y in ((x, y) for x in a for y in b if x.model == y.model or not shared):
+                    raw += [(strategy, (x.name, y.name, *found)) for found in compare_rows(x.rows, y.rows)]
+    lines = zip([strategy for strategy, _ in raw], corrected([found for _, found in raw]), strict=True)
+    grouped = group_by(lines, lambda line: line[0])
+    return [(strategy, [line for _, line in found]) for strategy, found in grouped.items()]
 
 
 def _curves(entries: Sequence[Entry]) -> str:

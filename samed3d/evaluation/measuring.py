@@ -18,8 +18,8 @@ from samed3d.errors import InputError
 from samed3d.evaluation.cases import LabelledCase, Loaded
 from samed3d.evaluation.contender import Contender
 from samed3d.evaluation.protocols import AnyProtocol
-from samed3d.evaluation.protocols.base import FIRST, CaseProtocol, StructureProtocol, Task, Turn, Way
-from samed3d.evaluation.rows import Row
+from samed3d.evaluation.protocols.base import FIRST, CaseProtocol, StructureProtocol, Task, Turn
+from samed3d.evaluation.results import PromptStrategy, Row
 from samed3d.metrics import dice, surface_scores, volume_error
 from samed3d.prompts import prompt_to_json
 from samed3d.volume.label_maps import EmptyLabelError
@@ -62,19 +62,19 @@ class Part:
     lines: list[dict[str, Any]] = field(default_factory=list)
 
 
-def usable_ways(contender: Contender, protocol: AnyProtocol, ask: Ask) -> list[Way]:
-    """The ways of a protocol whose first prompt the contender takes.
+def usable_strategies(contender: Contender, protocol: AnyProtocol, ask: Ask) -> list[PromptStrategy]:
+    """The strategies of a protocol whose first prompt the contender takes.
 
     Raises:
         InputError: if there is none.
     """
-    ways = protocol.ways(ask.policies, ask.prompts)
+    strategies = protocol.strategies(ask.policies, ask.prompts)
     if isinstance(protocol, CaseProtocol):  # what cannot take its box begins with its clicks
-        fit = ways if {"box", "point"} & contender.takes else []
+        fit = strategies if {"box", "point"} & contender.takes else []
     else:
-        fit = [way for way in ways if FIRST[way.prompt] in contender.takes]
+        fit = [strategy for strategy in strategies if FIRST[strategy.prompt] in contender.takes]
     if not fit:
-        given = ", ".join(dict.fromkeys(FIRST[way.prompt] for way in ways))
+        given = ", ".join(dict.fromkeys(FIRST[strategy.prompt] for strategy in strategies))
         needs = " or a ".join(sorted(contender.takes))
         raise InputError(
             f"model {contender.name!r} needs a {needs} first; protocol {protocol.name!r} gives it only: {given}"
@@ -108,8 +108,8 @@ def measure(
         logger.warning("passed over %s: no structure of at least %d voxels", case.case, ask.min_voxels)
         return part
     turns = _structure_turns if isinstance(protocol, StructureProtocol) else _case_turns
-    for value, seed, way, series in turns(contender, protocol, loaded, values, ask):  # type: ignore[arg-type]
-        _note(part, case, loaded, contender, protocol, ask, (value, seed, way), series)
+    for value, seed, strategy, series in turns(contender, protocol, loaded, values, ask):  # type: ignore[arg-type]
+        _note(part, case, loaded, contender, protocol, ask, (value, seed, strategy), series)
     return part
 
 
@@ -122,7 +122,7 @@ def _structures(loaded: Loaded, ask: Ask) -> list[int]:
 
 
 Series = Iterator[Turn] | list[Turn]
-_Found = Iterator[tuple[int, int, Way, Series]]
+_Found = Iterator[tuple[int, int, PromptStrategy, Series]]
 
 
 def _structure_turns(
@@ -132,21 +132,21 @@ def _structure_turns(
     for number, value in enumerate(values):
         target = loaded.labels == value
         for seed in range(ask.seeds):
-            for way in usable_ways(contender, protocol, ask):
-                task = Task(loaded.volume, target, protocol.rng(seed, number), clicks, way)
-                yield value, seed, way, protocol.walk(contender, task)
+            for strategy in usable_strategies(contender, protocol, ask):
+                task = Task(loaded.volume, target, protocol.rng(seed, number), clicks, strategy)
+                yield value, seed, strategy, protocol.walk(contender, task)
 
 
 def _case_turns(contender: Contender, protocol: CaseProtocol, loaded: Loaded, values: list[int], ask: Ask) -> _Found:
     clicks = protocol.fixed_clicks or ask.clicks
     for seed in range(ask.seeds):
-        for way in usable_ways(contender, protocol, ask):
+        for strategy in usable_strategies(contender, protocol, ask):
             series: list[list[Turn]] = [[] for _ in values]
             for turns in protocol.walk_case(contender, loaded, values, clicks, seed):
                 for number, turn in enumerate(turns):
                     series[number].append(turn)
             for value, own in zip(values, series, strict=True):
-                yield value, seed, way, own
+                yield value, seed, strategy, own
 
 
 def _note(
@@ -156,11 +156,11 @@ def _note(
     contender: Contender,
     protocol: AnyProtocol,
     ask: Ask,
-    which: tuple[int, int, Way],
+    which: tuple[int, int, PromptStrategy],
     series: Series,
 ) -> None:
     """Score a series of turns; a series that ends early repeats its last row."""
-    value, seed, way = which
+    value, seed, strategy = which
     target = loaded.labels == value
     voxels = int(np.count_nonzero(target))
     about: Row = {
@@ -178,7 +178,7 @@ def _note(
         "voxels": voxels,
     }
     about["volume_ml"] = round(voxels * float(np.prod(loaded.volume.grid.spacing_xyz_mm)) / 1000, 4)
-    about |= {"seed": seed, "policy": way.policy, "prompt": way.prompt}
+    about |= {"seed": seed, "policy": strategy.policy, "prompt": strategy.prompt}
     scorer = _Scorer(target, loaded, protocol, ask)
     rows, turns = [], []
     for turn in series:
@@ -230,7 +230,7 @@ def fits(contender: Contender, protocols: Sequence[AnyProtocol], ask: Ask) -> bo
     reasons = []
     for protocol in protocols:
         try:
-            return bool(usable_ways(contender, protocol, ask))
+            return bool(usable_strategies(contender, protocol, ask))
         except InputError as error:
             reasons.append(error)
     logger.warning("left out: %s", reasons[0])
@@ -251,13 +251,13 @@ def measurable(
         reasons = []
         for protocol in protocols:
             try:
-                fit = usable_ways(contender, protocol, ask)
+                fit = usable_strategies(contender, protocol, ask)
             except InputError as error:
                 reasons.append(error)
                 continue
             pairs.add((contender.name, protocol.name))
             if missing := dict.fromkeys(
-                way.prompt for way in protocol.ways(ask.policies, ask.prompts) if way not in fit
+                strategy.prompt for strategy in protocol.strategies(ask.policies, ask.prompts) if strategy not in fit
             ):
                 first = " or a ".join(missing)
                 logger.warning(

@@ -24,9 +24,7 @@ from samed3d.errors import InputError
 from samed3d.evaluation.case_drawing import case_png, data_uri
 from samed3d.evaluation.page import paragraph
 from samed3d.evaluation.replay import REPLAYED, Answers, Replayed, replay
-from samed3d.evaluation.rows import Row
-from samed3d.evaluation.saved import SavedRun, curves_of
-from samed3d.evaluation.summaries import untrained
+from samed3d.evaluation.results import Row, SavedRun, curves, prompt_key, score, untrained
 from samed3d.metrics import dice
 
 logger = logging.getLogger(__name__)
@@ -48,53 +46,47 @@ class Chosen:
     @property
     def key(self) -> tuple[Any, ...]:
         """What finds its line of ``prompts.jsonl``."""
-        return line_key(self.row)
-
-
-def line_key(entry: dict[str, Any]) -> tuple[Any, ...]:
-    """Model, way, structure and seed of a row or of a line of ``prompts.jsonl``."""
-    return tuple(entry.get(k) for k in ("model", "protocol", "policy", "prompt", "source", "case", "label", "seed"))
+        return prompt_key(self.row)
 
 
 def worst_and_typical(rows: Sequence[Row], count: int = CASES) -> tuple[list[Chosen], list[Chosen]]:
     """The structures with the lowest Dice after the last click, and those of the others that are nearest to the median.
 
     Args:
-        rows: Of one model and one way of clicking.
+        rows: Of one model and one prompt strategy.
         count: How many of each, fewer where there are not twice as many structures; a structure appears once, with its
             worst seed, an image at most twice in each list.
     """
-    curves = [
-        Chosen(first, tuple(scores)) for first, _, scores in curves_of(rows, "dice") if not math.isnan(scores[-1])
-    ]
-    ordered = sorted(curves, key=lambda c: (c.scores[-1], str(c.key)))
-    count = min(count, (len({_structure(c) for c in curves}) + 1) // 2)
+    every = [Chosen(curve[0], tuple(score(row, "dice") for row in curve)) for curve in curves(rows)]
+    known = [one for one in every if not math.isnan(one.scores[-1])]
+    ordered = sorted(known, key=lambda c: (c.scores[-1], str(c.key)))
+    count = min(count, (len({_structure(c) for c in known}) + 1) // 2)
     worst = _spread(ordered, count)
-    median = float(np.median([c.scores[-1] for c in curves])) if curves else math.nan
+    median = float(np.median([c.scores[-1] for c in known])) if known else math.nan
     taken = {_structure(c) for c in worst}
     rest = [c for c in ordered if _structure(c) not in taken]
     return worst, _spread(sorted(rest, key=lambda c: abs(c.scores[-1] - median)), count)
 
 
 def picture_section(run: SavedRun, seconds: float) -> str:
-    """The section of a report with both kinds of cases, of the run's first model and first way of clicking.
+    """The section of a report with both kinds of cases, of the run's first model and first prompt strategy.
 
     Args:
         run: The results.
         seconds: When this much time is up, no further picture is begun.
     """
-    model, way = run.models[0], run.ways[0]
-    rows = [r for r in untrained(run.of(way)) if r["model"] == model]
-    lines = {line_key(line): line for line in run.turns()}
+    model, strategy = run.models[0], run.strategies[0]
+    rows = [r for r in untrained(run.of(strategy)) if r["model"] == model]
+    lines = {prompt_key(line): line for line in run.prompt_lines()}
     if not lines:
         return paragraph("No pictures: the run has no prompts.jsonl to make the masks from.", "faint")
-    if way.protocol not in REPLAYED:
-        told = f"No pictures: protocol {way.protocol} does not answer on the whole volume; pictures are made for {', '.join(REPLAYED)}."
+    if strategy.protocol not in REPLAYED:
+        told = f"No pictures: protocol {strategy.protocol} does not answer on the whole volume; pictures are made for {', '.join(REPLAYED)}."
         return paragraph(told, "faint")
     worst, typical = worst_and_typical(rows)
     ordered = [*_by_image(worst), *_by_image(typical)]  # the worst first: time may be up
     made, left_out = _pictures(ordered, lines, time.monotonic() + seconds)
-    parts = [paragraph(f"Model {model}, {way}: after the last click. {_INTRO}", "faint")]
+    parts = [paragraph(f"Model {model}, {strategy}: after the last click. {_INTRO}", "faint")]
     for title, chosen in (
         (f"The {len(worst)} worst", worst),
         (f"{len(typical)} typical, nearest to the median", typical),

@@ -17,10 +17,20 @@ import numpy as np
 
 from samed3d.evaluation import figures
 from samed3d.evaluation.page import folded, page, pairs, paragraph, table, write_page
-from samed3d.evaluation.rows import Row
-from samed3d.evaluation.saved import SavedRun, Way, modality_class, read_run, score, size_class, size_order
-from samed3d.evaluation.statistics import Estimate
-from samed3d.evaluation.summaries import TRAINED_ON, Curves, click_curve, differences, grouped, model_curves, untrained
+from samed3d.evaluation.results import (
+    TRAINED_ON,
+    PromptStrategy,
+    Row,
+    SavedRun,
+    grouped,
+    modality_class,
+    read_run,
+    score,
+    size_class,
+    size_order,
+    untrained,
+)
+from samed3d.evaluation.statistics import Curves, Estimate, click_curve, differences, model_curves
 from samed3d.evaluation.tables import curve_table, difference_figure, difference_table, own_scores, score_tables
 
 REPORT_HTML = "report.html"
@@ -76,15 +86,21 @@ def write_report(folder: Path, *, picture_seconds: float = PICTURE_SECONDS) -> P
 
 def report_body(run: SavedRun, pictures: str = "") -> str:
     """The page's content; ``pictures`` is a section that is ready."""
-    ways = run.ways
-    parts = [_title(run), *(paragraph(w, "warn") for w in _warnings(run)), *_in_short(run, ways[0])]
+    strategies = run.strategies
+    parts = [_title(run), *(paragraph(w, "warn") for w in _warnings(run)), *_in_short(run, strategies[0])]
     parts.append(_NAVIGATION)
-    scores = [_about(run, way) + score_tables(run.of(way)) + own_scores(_own(run, way)) for way in ways]
-    parts.append('<h2 id="scores">Scores</h2>' + paragraph(_SCORES_NOTE, "faint") + _first_open("Scores", ways, scores))
+    scores = [
+        _about(run, strategy) + score_tables(run.of(strategy)) + own_scores(_own(run, strategy))
+        for strategy in strategies
+    ]
     parts.append(
-        '<h2 id="curves">Click curves</h2>' + _first_open("Click curves", ways, [_curves(run, way) for way in ways])
+        '<h2 id="scores">Scores</h2>' + paragraph(_SCORES_NOTE, "faint") + _first_open("Scores", strategies, scores)
     )
-    parts.append('<h2 id="differences">Differences between models</h2>' + _differences(run, ways))
+    parts.append(
+        '<h2 id="curves">Click curves</h2>'
+        + _first_open("Click curves", strategies, [_curves(run, strategy) for strategy in strategies])
+    )
+    parts.append('<h2 id="differences">Differences between models</h2>' + _differences(run, strategies))
     parts.append('<h2 id="cases">Cases</h2>' + (pictures or paragraph("Pictures were not asked for.", "faint")))
     parts.append('<h2 id="time">Time per prompt</h2>' + _latency(run))
     parts.append('<h2 id="how">How this was measured</h2>' + _how(run))
@@ -97,9 +113,8 @@ def _title(run: SavedRun) -> str:
     structures = {(r["source"], r["case"], r["label"]) for r in run.rows}
     sources = {r["source"] for r in run.rows}
     shown = ", ".join(run.models[:3]) + (f" and {len(run.models) - 3} more" if len(run.models) > 3 else "")
-    names = "; ".join(map(str, run.ways[:3])) + (
-        f"; and {_count(len(run.ways) - 3, 'more way')}" if len(run.ways) > 3 else ""
-    )
+    more = len(run.strategies) - 3
+    names = "; ".join(map(str, run.strategies[:3])) + (f"; and {more} more" if more > 0 else "")
     told = (
         f"{_count(len(structures), 'structure')} in {_count(len(cases), 'image')} of {_count(len(subjects), 'subject')} "
         f"from {_count(len(sources), 'data set')}; {_count(len({r['seed'] for r in run.rows}), 'seed')}"
@@ -115,16 +130,16 @@ def _warnings(run: SavedRun) -> list[str]:
         found.append(_TRAINED_ON_ALL)
     elif trained:
         found.append(f"{trained} of {len(run.rows)} {_TRAINED_ON_SOME}")
-    for way in run.ways:
-        counts = {m: sum(r["model"] == m for r in run.of(way)) for m in run.models}
+    for strategy in run.strategies:
+        counts = {m: sum(r["model"] == m for r in run.of(strategy)) for m in run.models}
         if len({n for n in counts.values() if n}) > 1:
-            found.append(f"{way}: {_UNEVEN}: {', '.join(f'{m} {n}' for m, n in counts.items() if n)}.")
+            found.append(f"{strategy}: {_UNEVEN}: {', '.join(f'{m} {n}' for m, n in counts.items() if n)}.")
     return found
 
 
-def _in_short(run: SavedRun, way: Way) -> list[str]:
+def _in_short(run: SavedRun, strategy: PromptStrategy) -> list[str]:
     lines = []
-    rows = untrained(run.of(way))
+    rows = untrained(run.of(strategy))
     for model in run.models:
         mine = [r for r in rows if r["model"] == model]
         if mine:
@@ -137,8 +152,8 @@ def _in_short(run: SavedRun, way: Way) -> list[str]:
     return ["<ul>", *lines, "</ul>"]
 
 
-def _curves(run: SavedRun, way: Way) -> str:
-    rows = untrained(run.of(way))
+def _curves(run: SavedRun, strategy: PromptStrategy) -> str:
+    rows = untrained(run.of(strategy))
     dice = model_curves(rows)
     parts = ['<figure><div class="charts">', _chart(run, dice, "All structures", "Dice")]
     if any(not math.isnan(score(r, "nsd")) for r in rows):
@@ -188,16 +203,16 @@ def _chart(run: SavedRun, curves: Curves, title: str, y_label: str, small: bool 
     return figures.click_chart(series, title, y_label, small=small, bands=bands) if series else ""
 
 
-def _differences(run: SavedRun, ways: Sequence[Way]) -> str:
+def _differences(run: SavedRun, strategies: Sequence[PromptStrategy]) -> str:
     if len(run.models) < 2:
         return paragraph("One model was measured: there is nothing to compare.", "faint")
     parts = [paragraph(_TESTS_NOTE, "faint")]
-    for way in ways:
+    for strategy in strategies:
         found = differences(
-            untrained(run.of(way)), [m for m in run.models if any(r["model"] == m for r in run.of(way))]
+            untrained(run.of(strategy)), [m for m in run.models if any(r["model"] == m for r in run.of(strategy))]
         )
         if found:
-            parts.append(_way_heading(way, ways) + difference_figure(found) + difference_table(found))
+            parts.append(_strategy_heading(strategy, strategies) + difference_figure(found) + difference_table(found))
     return "".join(parts)
 
 
@@ -253,32 +268,35 @@ def flattened(entry: Any, prefix: str = "") -> list[tuple[str, str]]:
     return [(prefix, ", ".join(map(str, entry)) if isinstance(entry, list | tuple) else str(entry))]
 
 
-def _first_open(what: str, ways: Sequence[Way], contents: Sequence[str]) -> str:
-    """The first way of clicking in full, the others to open."""
-    others = "".join(folded(f"{what}: {way}", content) for way, content in zip(ways[1:], contents[1:], strict=True))
-    return (f"<h3>{escape(str(ways[0]))}</h3>" if others else "") + contents[0] + others
+def _first_open(what: str, strategies: Sequence[PromptStrategy], contents: Sequence[str]) -> str:
+    """The first prompt strategy in full, the others to open."""
+    others = "".join(
+        folded(f"{what}: {strategy}", content) for strategy, content in zip(strategies[1:], contents[1:], strict=True)
+    )
+    return (f"<h3>{escape(str(strategies[0]))}</h3>" if others else "") + contents[0] + others
 
 
-def _about(run: SavedRun, way: Way) -> str:
+def _about(run: SavedRun, strategy: PromptStrategy) -> str:
     """What the protocol is, and what flatters in it."""
-    about = run.results.get("protocols", {}).get(way.protocol, {})
+    about = run.results.get("protocols", {}).get(strategy.protocol, {})
     title, flattering = about.get("title", ""), about.get("flattering", "")
     warned = paragraph(f"These scores flatter: {flattering}.", "warn") if flattering else ""
-    return (paragraph(f"{way.protocol}: {title}.", "faint") if title else "") + warned
+    return (paragraph(f"{strategy.protocol}: {title}.", "faint") if title else "") + warned
 
 
-def _own(run: SavedRun, way: Way) -> list[dict[str, Any]]:
+def _own(run: SavedRun, strategy: PromptStrategy) -> list[dict[str, Any]]:
     """The protocol's own figures, which only ``results.json`` has."""
     return [
         line
         for line in run.results.get("scores", [])
-        if (line.get("protocol"), line.get("policy"), line.get("prompt")) == (way.protocol, way.policy, way.prompt)
+        if (line.get("protocol"), line.get("policy"), line.get("prompt"))
+        == (strategy.protocol, strategy.policy, strategy.prompt)
         and not line.get("score", "").startswith(_IN_THE_TABLES)
     ]
 
 
-def _way_heading(way: Way, ways: Sequence[Way]) -> str:
-    return f"<h3>{escape(str(way))}</h3>" if len(ways) > 1 else ""
+def _strategy_heading(strategy: PromptStrategy, strategies: Sequence[PromptStrategy]) -> str:
+    return f"<h3>{escape(str(strategy))}</h3>" if len(strategies) > 1 else ""
 
 
 def _plain(e: Estimate) -> str:

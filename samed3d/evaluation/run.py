@@ -33,8 +33,8 @@ from samed3d.evaluation.contenders import Contender, contender_of
 from samed3d.evaluation.measuring import Ask, fits, measurable
 from samed3d.evaluation.protocols import PROTOCOLS, AnyProtocol, protocol_of
 from samed3d.evaluation.protocols.samed3d import POLICIES, PROMPTS
-from samed3d.evaluation.rows import CASES_CSV, FIELDS, PROMPTS_JSONL, RESULTS_JSON, write_lines, write_rows
-from samed3d.evaluation.summary import score_series, summarise
+from samed3d.evaluation.results import CASES_CSV, FIELDS, PROMPTS_JSONL, RESULTS_JSON, write_lines, write_rows
+from samed3d.evaluation.statistics import score_series, summarise
 from samed3d.evaluation.workers import Job, measure_cases
 from samed3d.models.weights import find_checkpoint, read_header
 from samed3d.output import only_writer
@@ -98,12 +98,12 @@ def evaluate(
     """
     names = _each_once(models)
     used = tuple(PROTOCOLS if "all" in protocols else dict.fromkeys(protocols))
-    ways = [tuple(known if "all" in given else given) for given, known in ((policies, POLICIES), (prompts, PROMPTS))]
+    chosen = [tuple(known if "all" in given else given) for given, known in ((policies, POLICIES), (prompts, PROMPTS))]
     ask = Ask(
         max(clicks),
         seeds,
-        ways[0],
-        ways[1],
+        chosen[0],
+        chosen[1],
         1 if quick else labels_per_case,
         tolerance_mm=tolerance_mm,
         surfaces=surfaces,
@@ -235,7 +235,8 @@ def _merge(job: Job, settings: dict[str, Any], clicks: Sequence[int], processes:
         "command": " ".join(["samed3d", *sys.argv[1:]]),
         "revision": _revision(),
         "protocols": {
-            name: {"title": PROTOCOLS[name].title, "flattering": PROTOCOLS[name].flattering} for name in job.protocols
+            name: {"title": PROTOCOLS[name].title, "flattering": PROTOCOLS[name].optimistic_bias}
+            for name in job.protocols
         },
         "summary": summarise(rows, clicks),
         "scores": score_series(rows),

@@ -19,7 +19,7 @@ import torch
 
 from samed3d.errors import InputError
 from samed3d.evaluation.cases import LabelledCase, Split, find_cases
-from samed3d.evaluation.rows import CASES_CSV, RESULTS_JSON, Row, write_rows
+from samed3d.evaluation.results import CASES_CSV, RESULTS_JSON, Row, write_rows
 from samed3d.evaluation.statistics import mean_with_interval
 from samed3d.inference.sliding_window import OVERLAP, segment_volume
 from samed3d.metrics import dice, surface_scores, volume_error

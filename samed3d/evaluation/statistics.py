@@ -1,8 +1,8 @@
-"""How sure a mean is, and whether two models differ: bootstrap intervals over subjects and paired tests.
+"""Statistics of result rows: means with bootstrap intervals, click curves, clicks to a quality, paired tests.
 
-Structures of one subject are not independent, and neither are its seeds: what is drawn anew is always the subject with
-all that was measured on it. Structures weigh equally within the mean. Numbers only; no files and no text. Read
-``saved.py`` for where the rows come from, ``report.py`` for where the numbers go.
+Structures and seeds of one subject are not independent: the bootstrap draws subjects, each with everything that was
+measured on it. Structures weigh equally within a mean. ``summarise`` and ``score_series`` make the ``summary`` and
+``scores`` of ``results.json``; ``headline``, ``model_curves`` and ``differences`` the numbers of reports.
 """
 
 from __future__ import annotations
@@ -11,25 +11,41 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations, pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from samed3d.evaluation.protocols import PROTOCOLS, protocol_of
+from samed3d.evaluation.protocols.samed3d import DELAY_SECONDS
+from samed3d.evaluation.results import Row, by_model, clicks_of, curves, group_by, score, structure_key, subject_key
+from samed3d.metrics import area_under_curve, clicks_to, monotone_share
+
 DRAWS = 2000
 LEVEL = 0.95
+QUALITIES = (0.8, 0.85, 0.9)
+FALL = 0.01
+"""A click counts as having lowered the Dice when it did by more than this."""
+ALL_PAIRS = 4
+"""Up to this many models are compared each with each, more only with the first."""
+_MODEL_AND_STRATEGY = ("model", "protocol", "policy", "prompt")
+
+Curves = dict[str, dict[int, "Estimate"]]
+"""Click curves by model: the mean after each click."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and how sure it is.
+    """A mean with its interval.
 
     Attributes:
         mean: Over all values that are numbers; nan where there is none.
-        low: Lower end of the interval; nan for fewer than two subjects, which say nothing about others.
+        low: Lower end of the interval; nan for fewer than two subjects.
         high: Upper end.
         subjects: How many subjects gave a number.
         measurements: How many values were numbers.
-        missing: How many values were nan and are in no mean.
+        missing: How many values were nan; they are not part of the mean.
     """
 
     mean: float
@@ -42,17 +58,17 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """What one model scores above another on the same structures with the same seeds.
+    """How much higher one model scores than another on the same structures with the same seeds.
 
     Attributes:
         difference: Mean of the first minus the second, with its interval.
-        p_bootstrap: Two-sided, from the bootstrap over subjects: how often the mean difference falls on the other side
-            of zero, doubled.
+        p_bootstrap: Two-sided, from the bootstrap over subjects: twice the share of draws whose mean difference lies
+            on the other side of zero.
         p_wilcoxon: Two-sided Wilcoxon signed-rank test on the subjects' mean differences.
         better: Pairs in which the first scores higher.
         equal: Pairs in which both score the same.
         worse: Pairs in which the first scores lower.
-        unpaired: Measurements of either that the other lacks.
+        unpaired: Measurements that only one of the two has.
     """
 
     difference: Estimate
@@ -71,12 +87,12 @@ def mean_with_interval(
 
     Args:
         values: One per measurement; nan counts as missing.
-        subjects: Whom each value was measured on, as long as ``values``.
-        rng: Of the draws; without it one of seed 0, so that the same values give the same interval.
-        draws: How many.
+        subjects: The subject of each value.
+        rng: Of the draws; None takes seed 0, so that the same values give the same interval.
+        draws: Number of bootstrap draws.
 
     Raises:
-        ValueError: if the two do not have one length.
+        ValueError: if they differ in length.
 
     Source:
         Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 13.3; clusters drawn whole.
@@ -100,11 +116,11 @@ def paired_difference(
     """Compare two models on the measurements that both have.
 
     Args:
-        first: A score per measurement, by a key that names structure, seed and click.
-        second: Of the other model.
+        first: The first model's score of each measurement, by a key for structure, seed and click.
+        second: The second model's scores.
         subject_of: The subject of each key.
-        rng: Of the draws; without it one of seed 0.
-        draws: How many.
+        rng: Of the draws; None takes seed 0.
+        draws: Number of bootstrap draws.
 
     Raises:
         ValueError: if they have no measurement in common.
@@ -119,7 +135,7 @@ def paired_difference(
     p_bootstrap = math.nan
     if len(sums) > 1:
         means = _drawn_means(sums, counts, rng, draws)
-        # One is added to both so that no p is zero: a bootstrap cannot know of less than one in its draws.
+        # One is added to both so that no p is zero: the bootstrap resolves no less than one in its draws.
         tail = min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0))
         p_bootstrap = min(1.0, 2 * (tail + 1) / (draws + 1))
     return PairedDifference(
@@ -145,7 +161,7 @@ def wilcoxon(differences: NDArray[np.float64]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P values corrected for how many there are; nan stays nan and is not counted.
+    """P values corrected for multiple testing; nan stays nan and is not counted.
 
     Source:
         Holm, A simple sequentially rejective multiple test procedure (1979).
@@ -180,11 +196,247 @@ def _drawn_means(sums: NDArray, counts: NDArray, rng: np.random.Generator | None
 
 @lru_cache(maxsize=32)  # a report asks for thousands of intervals over the same few numbers of subjects
 def _default_draws(subjects: int, draws: int) -> NDArray[np.float32]:
-    times = _draw(subjects, draws, np.random.default_rng(0))
-    times.setflags(write=False)
-    return times
+    return _draw(subjects, draws, np.random.default_rng(0))
 
 
 def _draw(subjects: int, draws: int, rng: np.random.Generator) -> NDArray[np.float32]:
     """How often each subject is drawn, (draws, subjects)."""
     return rng.multinomial(subjects, np.full(subjects, 1 / subjects), size=draws).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Clicks needed for a Dice of ``quality``.
+
+    Attributes:
+        quality: The Dice.
+        clicks: Mean number of clicks; one more than were given where the quality was not reached.
+        failed: Share of click curves that did not reach it.
+    """
+
+    quality: float
+    clicks: Estimate
+    failed: float
+
+
+@dataclass(frozen=True)
+class Headline:
+    """Summary scores of one model under one prompt strategy; surface scores are those after the last click."""
+
+    model: str
+    dice: dict[int, Estimate]
+    area: Estimate
+    nsd: Estimate
+    hd95_mm: Estimate
+    efforts: tuple[Effort, ...]
+    obeyed: float
+    lowered: float
+    first_seconds: float
+    later_seconds: float
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One model against another in one score; ``corrected`` is the Wilcoxon p, corrected for all tests of a table."""
+
+    first: str
+    second: str
+    what: str
+    result: PairedDifference
+    corrected: float
+
+
+def estimate(rows: Sequence[Row], metric: str) -> Estimate:
+    """The mean of a column."""
+    return mean_with_interval([score(row, metric) for row in rows], [subject_key(row) for row in rows])
+
+
+def click_curve(rows: Sequence[Row], metric: str = "dice") -> dict[int, Estimate]:
+    """The mean after each click, of the rows of one model."""
+    by_click = group_by(rows, lambda row: int(row["click"]))
+    return {click: estimate(by_click[click], metric) for click in sorted(by_click)}
+
+
+def model_curves(rows: Sequence[Row], metric: str = "dice") -> Curves:
+    """The click curve of every model, in the order of the rows."""
+    return {model: click_curve(mine, metric) for model, mine in by_model(rows).items()}
+
+
+def curve_scores(curve: Sequence[Row]) -> dict[str, float]:
+    """Scores of one click curve: ``area``, ``clicks to Q``, ``failures at Q``, ``seconds to Q`` (noisy), ``monotone``.
+
+    The area is nan where a click between is missing, since the others would weigh more. A quality that is never reached
+    counts one click more than were given. A curve without clicks has no scores.
+    """
+    clicks, dice = [int(row["click"]) for row in curve], [score(row, "dice") for row in curve]
+    clicked = [value for click, value in zip(clicks, dice, strict=True) if click > 0]
+    if not clicked:
+        return {}
+    complete = clicks[-1] - clicks[0] == len(clicks) - 1
+    found = {"area": area_under_curve(clicked) if complete else math.nan}
+    for quality in QUALITIES:
+        reached = clicks_to(dice, quality, first_click=clicks[0])
+        found[f"clicks to {quality:g}"] = float(clicks[-1] + 1 if reached is None else reached)
+        found[f"failures at {quality:g}"] = float(reached is None)
+        if curve[0]["policy"] == "noisy":
+            spent = [row for row in curve if reached is None or row["click"] <= reached]
+            found[f"seconds to {quality:g}"] = sum(row["seconds"] + DELAY_SECONDS for row in spent)
+    share = monotone_share(dice)
+    return found if share is None else found | {"monotone": share}
+
+
+def headline(rows: Sequence[Row], model: str) -> Headline:
+    """The summary scores of one model's rows, which all have one prompt strategy."""
+    clicks = clicks_of(rows)
+    final = [row for row in rows if row["click"] == clicks[-1]]
+    by_curve = curves(rows)
+    subjects = [subject_key(curve[0]) for curve in by_curve]
+    per_curve = [curve_scores(curve) for curve in by_curve]
+    steps = [score(b, "dice") - score(a, "dice") for curve in by_curve for a, b in pairwise(curve)]
+
+    def values(name: str) -> list[float]:
+        return [found.get(name, math.nan) for found in per_curve]
+
+    return Headline(
+        model=model,
+        dice=click_curve(rows),
+        area=mean_with_interval(values("area"), subjects),
+        nsd=estimate(final, "nsd"),
+        hd95_mm=estimate(final, "hd95_mm"),
+        efforts=tuple(
+            Effort(q, mean_with_interval(values(f"clicks to {q:g}"), subjects), _mean(values(f"failures at {q:g}")))
+            for q in QUALITIES
+        ),
+        obeyed=_mean([score(row, "obeyed") for row in rows]),
+        lowered=_mean([math.nan if math.isnan(step) else float(step < -FALL - 1e-9) for step in steps]),
+        first_seconds=_median_seconds([row for row in rows if row["click"] == clicks[0]]),
+        later_seconds=_median_seconds([row for row in rows if row["click"] != clicks[0]]),
+    )
+
+
+def differences(rows: Sequence[Row], models: Sequence[str]) -> list[Compared]:
+    """Each pair of models on the structures and seeds of both: Dice after the first and the last click, and the area.
+
+    With more than ``ALL_PAIRS`` models only the first is compared with each other one. Pairs without a common structure
+    are left out.
+    """
+    pairs = list(combinations(models, 2)) if len(models) <= ALL_PAIRS else [(models[0], other) for other in models[1:]]
+    of_model = by_model(rows)
+    found = [
+        (first, second, *result)
+        for first, second in pairs
+        for result in compare_rows(of_model.get(first, []), of_model.get(second, []))
+    ]
+    return corrected(found)
+
+
+def corrected(found: Sequence[tuple[str, str, str, PairedDifference]]) -> list[Compared]:
+    """Differences (first, second, what, result) with their Wilcoxon p values corrected together."""
+    p_values = holm([result.p_wilcoxon for *_, result in found])
+    return [Compared(*one, p) for one, p in zip(found, p_values, strict=True)]
+
+
+def compare_rows(first: Sequence[Row], second: Sequence[Row]) -> list[tuple[str, PairedDifference]]:
+    """Paired differences of two models by structure and seed; empty where they share none, or no click."""
+    shared = sorted(set(clicks_of(first)) & set(clicks_of(second)))
+    subjects = {structure_key(row): subject_key(row) for row in (*first, *second)}
+    scores = [_scores_by_structure(rows, shared) for rows in (first, second)]
+    found = []
+    for what in scores[0]:
+        a, b = (one[what] for one in scores)
+        if any(not (math.isnan(value) or math.isnan(b.get(key, math.nan))) for key, value in a.items()):
+            found.append((what, paired_difference(a, b, subjects)))
+    return found
+
+
+def _scores_by_structure(rows: Sequence[Row], clicks: Sequence[int]) -> dict[str, dict[Hashable, float]]:
+    """What two models are compared in: Dice after the first and the last of the clicks, and the area between them."""
+    found: dict[str, dict[Hashable, float]] = {}
+    for click in dict.fromkeys((*clicks[:1], *clicks[-1:])):
+        found[click_text(click)] = {structure_key(r): score(r, "dice") for r in rows if r["click"] == click}
+    if len(clicks) > 1:
+        shared = curves(row for row in rows if row["click"] in clicks)
+        areas = {structure_key(curve[0]): curve_scores(curve).get("area", math.nan) for curve in shared}
+        found["area under the curve"] = areas
+    return found
+
+
+def click_text(click: int) -> str:
+    """``"after 3 clicks"``; click 0 is a box or scribble before any click."""
+    return "after the first prompt" if click == 0 else f"after {click} click{'s' if click > 1 else ''}"
+
+
+def summarise(rows: Sequence[Row], clicks: Sequence[int]) -> list[dict[str, Any]]:
+    """The ``summary`` of ``results.json``: means per model, prompt strategy, group or source, and click.
+
+    Args:
+        rows: Of ``cases.csv``.
+        clicks: Which clicks to report; protocols with a fixed number of clicks report all of theirs, a first box or
+            scribble is click 0.
+    """
+    lines = []
+    for key, mine in group_by(rows, _model_and_strategy).items():
+        protocol = PROTOCOLS.get(key[1])
+        fixed = protocol is not None and protocol.fixed_clicks is not None
+        for column in protocol.summary_columns if protocol else ("group", "source"):
+            for value, chosen in sorted(group_by(mine, lambda row, column=column: row[column]).items()):
+                for click, at_click in sorted(group_by(chosen, lambda row: row["click"]).items()):
+                    if fixed or click == 0 or click in clicks:
+                        about = dict(zip(_MODEL_AND_STRATEGY, key, strict=True))
+                        lines.append(about | {"by": column, "value": value, "click": click} | _means(at_click))
+    return lines
+
+
+def score_series(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The ``scores`` of ``results.json``: those of the curves and the protocol's own, per model, strategy and group."""
+    lines = []
+    for key, mine in group_by(rows, _model_and_strategy).items():
+        per_case = [
+            curve[0] | {"score": name, "value": value}
+            for curve in curves(mine)
+            for name, value in curve_scores(curve).items()
+        ]
+        if key[1] in PROTOCOLS:
+            per_case += protocol_of(key[1]).own_scores(mine)
+        groups = group_by(per_case, lambda line: line["group"])
+        for group in sorted(groups):
+            for name, chosen in group_by(groups[group], lambda line: line["score"]).items():
+                found = estimate(chosen, "value")
+                about = dict(zip(_MODEL_AND_STRATEGY, key, strict=True)) | {"group": group, "score": name}
+                lines.append(about | {"value": _rounded(found.mean)} | _certainty(found))
+    return lines
+
+
+def _model_and_strategy(row: Row) -> tuple[str, ...]:
+    return tuple(row[key] for key in _MODEL_AND_STRATEGY)
+
+
+def _means(rows: Sequence[Row]) -> dict[str, Any]:
+    dice = estimate(rows, "dice")
+    certainty = _certainty(dice)
+    line: dict[str, Any] = {"dice": _rounded(dice.mean), "interval": certainty.pop("interval")}
+    for column, digits in (("nsd", 4), ("nsd_subvoxel", 4), ("hd95_mm", 3), ("obeyed", 4)):
+        line[column] = _rounded(_mean([score(row, column) for row in rows]), digits)
+    line["median_seconds"] = round(float(np.median([row["seconds"] for row in rows])), 3)
+    return line | certainty
+
+
+def _certainty(found: Estimate) -> dict[str, Any]:
+    """Interval (null for one subject alone), subjects and measurements."""
+    ends = None if math.isnan(found.low) else [round(found.low, 4), round(found.high, 4)]
+    return {"interval": ends, "subjects": found.subjects, "measurements": found.measurements}
+
+
+def _rounded(value: float, digits: int = 4) -> float | None:
+    return None if math.isnan(value) else round(value, digits)
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
+
+
+def _median_seconds(rows: Sequence[Row]) -> float:
+    """Of the prompts that took any time; a repeated perfect mask took none."""
+    times = [seconds for row in rows if (seconds := score(row, "seconds")) > 0]
+    return float(np.median(times)) if times else math.nan

@@ -11,10 +11,8 @@ from typing import Any
 
 from samed3d.evaluation import figures
 from samed3d.evaluation.page import table
-from samed3d.evaluation.rows import Row
-from samed3d.evaluation.saved import clicks_of, score
-from samed3d.evaluation.statistics import Estimate
-from samed3d.evaluation.summaries import TRAINED_ON, Compared, Curves, Headline, by_model, grouped, headline
+from samed3d.evaluation.results import TRAINED_ON, Row, by_model, clicks_of, grouped, score
+from samed3d.evaluation.statistics import Compared, Curves, Estimate, Headline, headline
 
 _SHOWN_CLICKS = 6
 

@@ -27,7 +27,7 @@ from samed3d.evaluation.cases import LabelledCase, Loaded
 from samed3d.evaluation.contenders import Contender, contender_of
 from samed3d.evaluation.measuring import Ask, measure
 from samed3d.evaluation.protocols import protocol_of
-from samed3d.evaluation.rows import Row
+from samed3d.evaluation.results import Row
 from samed3d.volume.label_maps import EmptyLabelError
 
 logger = logging.getLogger(__name__)

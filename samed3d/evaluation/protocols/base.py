@@ -19,7 +19,7 @@ from samed3d.errors import InputError
 from samed3d.evaluation.cases import Loaded
 from samed3d.evaluation.contender import Clickable, Contender
 from samed3d.evaluation.meter import Cost
-from samed3d.evaluation.rows import Row
+from samed3d.evaluation.results import PromptStrategy, Row
 from samed3d.geometry import IntTriple, Triple, zyx_to_ijk
 from samed3d.prompts import Box, Point, Prompt
 from samed3d.volume import Volume
@@ -31,30 +31,22 @@ Click = tuple[IntTriple, bool]
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way of being clicked: the columns ``policy`` and ``prompt``."""
-
-    policy: str
-    prompt: str = "click"
-
-
-@dataclass(frozen=True)
 class Task:
     """One structure to find.
 
     Attributes:
         volume: The image.
         target: (D, H, W) bool in the file's own order.
-        rng: Of this structure, seed and way.
+        rng: Of this structure, seed and strategy.
         clicks: How many at most.
-        way: How it is clicked.
+        strategy: Click policy and first prompt.
     """
 
     volume: Volume
     target: NDArray[np.bool_]
     rng: np.random.Generator
     clicks: int
-    way: Way
+    strategy: PromptStrategy
 
 
 @dataclass
@@ -111,33 +103,31 @@ class _Rules(ABC):
     Attributes:
         name: On the command line.
         title: One line.
-        flattering: What makes its scores higher than a user's would be; empty where nothing does.
+        optimistic_bias: What makes its scores higher than a user's would be; empty where nothing does.
         leaks_truth: Whether more of the truth than the prompts reaches the model.
         fixed_clicks: How many clicks its rules give; None where the run says.
         tolerance_mm: Its own NSD tolerance; None takes the run's.
+        summary_columns: Columns by which ``results.json`` splits its means.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
-    flattering: ClassVar[str] = ""
+    optimistic_bias: ClassVar[str] = ""
     leaks_truth: ClassVar[bool] = False
     fixed_clicks: ClassVar[int | None] = None
     tolerance_mm: ClassVar[float | None] = None
+    summary_columns: ClassVar[tuple[str, ...]] = ("group", "source")
 
-    def ways(self, policies: Sequence[str], prompts: Sequence[str]) -> list[Way]:
-        """In which ways a structure is clicked; ``policies`` and ``prompts`` are what was asked for, which only
-        ``samed3d`` heeds.
-        """
-        return [Way("own")]
+    def strategies(self, policies: Sequence[str], prompts: Sequence[str]) -> list[PromptStrategy]:
+        """The prompt strategies of each structure; only ``samed3d`` lets the user choose policies and first prompts."""
+        return [PromptStrategy(self.name)]
 
     def rng(self, seed: int, number: int) -> np.random.Generator:
         """The generator of a repetition of a case's ``number``-th structure."""
         return np.random.default_rng([seed, number])
 
-    def scores(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """The protocol's own figures per case, from the rows of one model: ``case source subject group policy prompt
-        score value``.
-        """
+    def own_scores(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """The protocol's own scores per case, from the rows of one model: ``source subject group score value``."""
         return []
 
 

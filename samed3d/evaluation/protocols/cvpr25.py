@@ -37,8 +37,8 @@ from samed3d.evaluation.cases import Loaded
 from samed3d.evaluation.challenge_npz import ChallengeBox
 from samed3d.evaluation.contender import Contender
 from samed3d.evaluation.meter import Cost
-from samed3d.evaluation.protocols.base import CaseProtocol, Click, Subject, Turn, Way, box_around, point_at
-from samed3d.evaluation.rows import Row
+from samed3d.evaluation.protocols.base import CaseProtocol, Click, Subject, Turn, box_around, point_at
+from samed3d.evaluation.results import PromptStrategy, Row
 from samed3d.geometry import bounding_region
 from samed3d.metrics import trapezoid
 from samed3d.prompts import Box, Prompt
@@ -58,9 +58,9 @@ class Cvpr25(CaseProtocol):
     fixed_clicks = CLICKS
     tolerance_mm = 2.0
 
-    def ways(self, policies: Sequence[str], prompts: Sequence[str]) -> list[Way]:
-        """Its one way."""
-        return [Way("own", "box")]
+    def strategies(self, policies: Sequence[str], prompts: Sequence[str]) -> list[PromptStrategy]:
+        """A box first."""
+        return [PromptStrategy(self.name, "own", "box")]
 
     def walk_case(
         self, contender: Contender, case: Loaded, values: Sequence[int], clicks: int, seed: int
@@ -94,7 +94,7 @@ class Cvpr25(CaseProtocol):
                 Turn(turn, [point_at(c)] if (c := found[n]) else [], segs == n, costs[n], c, truth == n) for n in costs
             ]
 
-    def scores(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def own_scores(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """The challenge's four figures per case and seed."""
         lines = []
         cases: dict[tuple[Any, ...], list[Row]] = {}

@@ -30,7 +30,7 @@ from samed3d.crops import BACKGROUND_LOGIT, sample_crop
 from samed3d.evaluation.contender import Contender
 from samed3d.evaluation.meter import Cost
 from samed3d.evaluation.protocols.base import Click, StructureProtocol, Subject, Task, Turn, point_at
-from samed3d.evaluation.rows import Row, curves
+from samed3d.evaluation.results import Row, curves
 from samed3d.geometry import CropFrame, Grid, IntTriple, Region, as_triple, bounding_region, zyx_to_ijk
 from samed3d.inference.placement import touched_faces
 from samed3d.inference.predictor import CanonicalPrompts, CropMask, CropPredictor
@@ -166,7 +166,7 @@ class SamMed3dReleased(StructureProtocol):
 
     name = "sam-med3d-released"
     title = "SAM-Med3D's released script: crop centred on the truth, scored inside the crop"
-    flattering = "the crop is centred on the true bounding box; what lies outside it is not scored; tables report the best of all clicks"
+    optimistic_bias = "the crop is centred on the true bounding box; what lies outside it is not scored; tables report the best of all clicks"
     leaks_truth = True
 
     def walk(self, contender: Contender, task: Task) -> Iterator[Turn]:
@@ -201,7 +201,7 @@ class SamMed3dReleased(StructureProtocol):
                 (SPACING_MM, SPACING_MM, SPACING_MM),
             )
 
-    def scores(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def own_scores(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """``best Dice``: the best of all clicks of each structure, as the paper's tables have it."""
         keys = ("case", "source", "subject", "group", "policy", "prompt")
         return [

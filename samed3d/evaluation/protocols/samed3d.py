@@ -33,10 +33,10 @@ from samed3d.evaluation.protocols.base import (
     Subject,
     Task,
     Turn,
-    Way,
     box_around,
     point_at,
 )
+from samed3d.evaluation.results import PromptStrategy
 from samed3d.geometry import as_triple, zyx_to_ijk
 from samed3d.prompts import Prompt, Scribble
 
@@ -56,7 +56,7 @@ class Samed3dProtocol(StructureProtocol):
     name = "samed3d"
     title = "full native grid, several users, click, box or scribble first"
 
-    def ways(self, policies: Sequence[str], prompts: Sequence[str]) -> list[Way]:
+    def strategies(self, policies: Sequence[str], prompts: Sequence[str]) -> list[PromptStrategy]:
         """Every policy with every first prompt.
 
         Raises:
@@ -65,18 +65,18 @@ class Samed3dProtocol(StructureProtocol):
         for what, given, known in (("policy", policies, POLICIES), ("prompt", prompts, PROMPTS)):
             if unknown := [name for name in given if name not in known]:
                 raise InputError(f"{what} must be one of {', '.join(known)} or all, got {unknown[0]!r}")
-        return [Way(policy, prompt) for prompt in prompts for policy in policies]
+        return [PromptStrategy(self.name, policy, prompt) for prompt in prompts for policy in policies]
 
     def walk(self, contender: Contender, task: Task) -> Iterator[Turn]:
         """A first prompt where one is asked for, then clicks."""
         subject = Subject(contender, task.volume, task.target)
         mask = np.zeros(task.target.shape, dtype=bool)
-        if task.way.prompt != "click":
+        if task.strategy.prompt != "click":
             first = first_prompt(task)
             mask, cost = subject.give([first])
             yield Turn(0, [first], mask, cost)
         for number in range(1, task.clicks + 1):
-            click = policy_click(task, mask, first=number == 1 and task.way.prompt == "click")
+            click = policy_click(task, mask, first=number == 1 and task.strategy.prompt == "click")
             if click is None:
                 return
             mask, cost = subject.give([point_at(click)])
@@ -85,7 +85,7 @@ class Samed3dProtocol(StructureProtocol):
 
 def first_prompt(task: Task) -> Prompt:
     """The box or scribble of a structure."""
-    if task.way.prompt == "box":
+    if task.strategy.prompt == "box":
         box = user_box(task.target, BOX_JITTER, task.rng)
         assert box is not None, "structures without voxels are refused before"
         return box_around(*box)
@@ -95,7 +95,7 @@ def first_prompt(task: Task) -> Prompt:
 
 def policy_click(task: Task, mask: NDArray[np.bool_], first: bool) -> Click | None:
     """The next click of the task's user."""
-    if task.way.policy == "noisy":
+    if task.strategy.policy == "noisy":
         return noisy_click(mask, task.target, task.volume.grid.spacing_zyx_mm, ERROR_MM, task.rng)
-    policy = "uniform" if first and task.way.policy == "centre" else task.way.policy
+    policy = "uniform" if first and task.strategy.policy == "centre" else task.strategy.policy
     return next_click(mask, task.target, policy, task.rng)

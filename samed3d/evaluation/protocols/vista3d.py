@@ -58,7 +58,7 @@ class Vista3dPointsFlattering(Vista3dPoints):
 
     name = "vista3d-points-flattering"
     title = "VISTA3D's point rule as released: surplus in slices without target deleted, best so far"
-    flattering = "surplus in slices without target is deleted by the truth; the best score so far counts"
+    optimistic_bias = "surplus in slices without target is deleted by the truth; the best score so far counts"
     leaks_truth = True
 
     def walk(self, contender: Contender, task: Task) -> Iterator[Turn]:
