@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from samed3d.data.challenge_npz import read_array, read_boxes, read_objects, write_answer, write_input
 from samed3d.errors import InputError
 from samed3d.evaluation.cases import Split, find_cases
-from samed3d.evaluation.challenge_npz import read_array, read_boxes, read_objects, write_answer, write_input
 from samed3d.evaluation.contenders import BaselineContender
 from samed3d.evaluation.measuring import Ask, measure
 from samed3d.evaluation.protocols import protocol_of
@@ -247,7 +247,7 @@ def test_bad_files_are_named(tmp_path):
     with pytest.raises(InputError, match=r"spacing must be three numbers > 0, got \[1.0, 0.0, 1.0\]"):
         find_cases([tmp_path], Split(), "all")[0].read()
     np.savez_compressed(path, imgs=labels, gts=labels[1:], spacing=[1, 1, 1])
-    with pytest.raises(InputError, match="imgs and gts must be 3D of one shape"):
+    with pytest.raises(InputError, match="image and label must share one grid: imgs is"):
         find_cases([tmp_path], Split(), "all")[0].read()
     listed = np.empty(1, object)
     listed[0] = {"z_min": 1}

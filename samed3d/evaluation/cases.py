@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from samed3d.data.challenge_npz import ChallengeBox, members, read_boxes, read_case
 from samed3d.data.corpus import Corpus, in_validation
 from samed3d.errors import InputError
-from samed3d.evaluation.challenge_npz import ChallengeBox, members, read_array, read_boxes, read_spacing
 from samed3d.geometry import Grid, Triple
 from samed3d.volume import Volume, read_volume
-from samed3d.volume.label_maps import EmptyLabelError, grid_difference, read_label_map, whole_numbers
+from samed3d.volume.label_maps import EmptyLabelError, grid_difference, read_label_map
 
 SPLITS = ("val", "train", "all")
 _RAS = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
@@ -218,15 +218,10 @@ def _load_from_npz(path: Path) -> Loaded:
     truth = _truth_beside(path)
     if not truth.exists():
         raise InputError(f"npz must hold gts, or have it in {truth}: {path}")
-    image, labels = read_array(path, "imgs"), read_array(truth, "gts")
-    if image.ndim != 3 or labels.shape != image.shape:
-        raise InputError(f"imgs and gts must be 3D of one shape, got {image.shape} and {labels.shape}: {path}")
-    if not np.isfinite(image).all() or image.min() == image.max():
-        raise InputError(f"imgs must be finite and not constant: {path}")
-    spacing = read_spacing(path)
+    image, labels, spacing = read_case(path, truth)
     # The challenge wrote SimpleITK's spacing, x first, beside z-first arrays.
     grid = Grid((image.shape[0], image.shape[1], image.shape[2]), spacing, (0.0, 0.0, 0.0), _RAS)
-    return Loaded(Volume(image, grid, str(path)), whole_numbers(labels, str(truth)), read_boxes(path), spacing)
+    return Loaded(Volume(image, grid, str(path)), labels, read_boxes(path), spacing)
 
 
 _READERS: dict[str, Callable[[Path, Split], Iterator[LabelledCase]]] = {

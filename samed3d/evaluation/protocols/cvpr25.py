@@ -33,8 +33,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.clicks import largest_component
+from samed3d.data.challenge_npz import ChallengeBox
 from samed3d.evaluation.cases import Loaded
-from samed3d.evaluation.challenge_npz import ChallengeBox
 from samed3d.evaluation.contender import Contender
 from samed3d.evaluation.meter import Cost
 from samed3d.evaluation.protocols.base import CaseProtocol, Click, Subject, Turn, box_around, point_at

@@ -1,16 +1,14 @@
-"""The files of the CVPR 2025 challenge for interactive 3D segmentation: a case, what a program is given, what it
-answers.
+"""Files of the CVPR 2025 challenge for interactive 3D segmentation: cases, inputs of a program, and its answers.
 
-A case holds ``imgs`` and ``gts`` (D, H, W), ``spacing`` and perhaps ``boxes``; a program gets ``imgs spacing boxes``
-and from the first click on ``clicks clicks_order prev_pred``, and answers ``segs``. Boxes and clicks are Python objects
-in these files, which ``numpy`` would read by running whatever the file says; here only containers, numbers and text
-come out of one. ``protocols/cvpr25.py`` has the rules.
+A case holds ``imgs`` and ``gts`` (D, H, W), ``spacing`` and perhaps ``boxes``. A program gets ``imgs spacing boxes``
+and from the first click on ``clicks clicks_order prev_pred``; it answers ``segs``. Boxes and clicks are pickled Python
+objects, and unpickling an arbitrary object can run code; this reader builds containers, numbers and text only. The
+rules of the challenge are in ``evaluation/protocols/cvpr25.py``.
 """
 
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import zipfile
 import zlib
@@ -23,6 +21,8 @@ from numpy.typing import NDArray
 
 from samed3d.errors import InputError
 from samed3d.geometry import Triple, as_triple
+from samed3d.output import replacing
+from samed3d.volume.label_maps import whole_numbers
 
 BOX_KEYS = tuple("z_min z_max z_mid z_mid_x_min z_mid_y_min z_mid_x_max z_mid_y_max".split())
 ChallengeBox = dict[str, int]
@@ -41,7 +41,7 @@ _HARMLESS = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Arrays, numbers, text and containers; nothing else is built, so nothing in a file can run."""
+    """Builds arrays, numbers, text and containers, and refuses everything else, so that no file can run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _HARMLESS:
@@ -68,7 +68,41 @@ def read_array(path: Path, name: str) -> NDArray:
         with np.load(path, allow_pickle=False) as stored:
             return stored[name]
     except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise InputError(f"npz has no readable {name!r}: {path} ({error})") from error
+        raise InputError(
+            f"npz has no readable {name!r}, or it holds Python objects, which are not read: {path} ({error})"
+        ) from error
+
+
+def read_case(path: Path, truth: Path | None = None) -> tuple[NDArray, NDArray, Triple]:
+    """The image, the labels and the spacing of a case.
+
+    Args:
+        path: The file with ``imgs`` and ``spacing``.
+        truth: The file with ``gts`` where that is another one.
+
+    Returns:
+        (D, H, W) image; (D, H, W) labels in the smallest unsigned type; spacing in the order of the file.
+
+    Raises:
+        InputError: if a file is damaged, an array is not 3D or of another shape, the image is constant or not finite,
+            or the labels are empty or no whole numbers.
+    """
+    truth = truth or path
+    image, labels = read_array(path, "imgs"), read_array(truth, "gts")
+    if image.ndim != 3:
+        raise InputError(f"imgs must be 3D, got {image.ndim}D {image.shape}: {path}")
+    if labels.shape != image.shape:
+        raise InputError(
+            f"image and label must share one grid: imgs is {image.shape} and gts is {labels.shape}: {truth}"
+        )
+    if image.dtype.kind not in "biuf":
+        raise InputError(f"imgs must hold numbers, got {image.dtype}: {path}")
+    low, high = float(image.min()), float(image.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise InputError(f"image holds NaN or infinite voxels: {path}; replace them with the background value")
+    if low == high:
+        raise InputError(f"image is constant, every voxel is {low:g}: {path}; there is nothing to segment")
+    return image, whole_numbers(labels, str(truth)), read_spacing(path)
 
 
 def read_objects(path: Path, name: str) -> list[Any]:
@@ -131,7 +165,7 @@ def write_input(
     clicks_order: Sequence[Sequence[str | None]] = (),
     prev_pred: NDArray | None = None,
 ) -> None:
-    """What a program of the challenge is given for one iteration; whole or not at all.
+    """Write what a program of the challenge is given for one iteration.
 
     Args:
         path: An ``.npz``.
@@ -151,7 +185,7 @@ def write_input(
 
 
 def write_answer(path: Path, segs: NDArray, all_segs: Sequence[NDArray] = ()) -> None:
-    """A prediction: ``segs`` uint8 (D, H, W), and with it every iteration's as ``all_segs`` where given."""
+    """Write a prediction: ``segs`` uint8 (D, H, W), and where given the masks of every iteration as ``all_segs``."""
     arrays: dict[str, Any] = {"segs": segs.astype(np.uint8, copy=False)}
     if all_segs:
         arrays["all_segs"] = np.stack([s.astype(np.uint8, copy=False) for s in all_segs])
@@ -166,9 +200,5 @@ def _objects(values: Sequence[Any]) -> NDArray:
 
 
 def _write(path: Path, arrays: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.part.npz")
-    try:
+    with replacing(path) as partial:
         np.savez_compressed(partial, **arrays)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
