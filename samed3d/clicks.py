@@ -1,37 +1,140 @@
-"""Simulated users: where the next click falls, given what is wrong. Every rule takes its generator.
+"""Simulated users: where the next click, box or stroke falls, given the current mask and the wanted one.
 
-Two forms: ``next_click``, ``noisy_click``, ``user_box`` and ``user_stroke`` for one full volume (evaluation, demo;
-numpy) and
-``error_clicks``, ``sample_clicks``, ``jittered_boxes`` for a batch of crops (training; torch, on any device). A perfect
-mask or an empty target gives no click, never an error.
+One rule per policy serves a batch of crops in training (``sample_clicks``) and one whole volume in evaluation
+(``next_click``). Random numbers come from CPU generators and only choose among candidate voxels, so the same seed gives
+the same clicks on a CPU and on a GPU. A perfect mask or an empty target gives no click, never an error. On a CPU, edt
+and cc3d (or scipy) compute distances and components; on a GPU, torch does, with equal results. Read
+``models/base.py`` next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from samed3d.batched_clicks import POLICIES, clicks_at_highest, clicks_of_batch
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple, bounding_region
 
-__all__ = [
-    "POLICIES",
-    "distance_inside",
-    "error_clicks",
-    "jittered_boxes",
-    "largest_component",
-    "next_click",
-    "noisy_click",
-    "policy_clicks",
-    "sample_clicks",
-    "user_box",
-    "user_stroke",
-]
+POLICIES = ("uniform", "centre", "ritm")
+_NEIGHBOURS = list(itertools.product((-1, 0, 1), repeat=3))
+
+
+def sample_clicks(
+    pred_mask: Tensor, target_mask: Tensor, policy: str, generators: Sequence[torch.Generator]
+) -> tuple[Tensor, Tensor]:
+    """One click per sample of a batch.
+
+    Args:
+        pred_mask: (B, 1, D, H, W) bool, the current masks.
+        target_mask: (B, 1, D, H, W) bool.
+        policy: As in ``next_click``, or ``"mixed"``: uniform while a sample has no mask, then any of the policies.
+        generators: One CPU generator per sample; a sample's click does not depend on the others of its batch.
+
+    Returns:
+        Points (B, 1, 3) float zyx and labels (B, 1): 1 for a missed voxel, 0 for a surplus one, -1 where nothing is
+        wrong.
+    """
+    pred, target = pred_mask[:, 0], target_mask[:, 0]
+    draws = uniform_draws(generators, 2, pred.device)
+    if policy == "mixed":
+        has_mask = pred.flatten(1).any(dim=1)
+        rules = torch.where(has_mask, (draws[:, 0] * len(POLICIES)).long(), POLICIES.index("uniform"))
+    else:
+        rules = torch.full((len(pred),), POLICIES.index(policy), device=pred.device)
+    candidates = click_candidates(pred, target, rules)
+    count = candidates.flatten(1).sum(dim=1)
+    rank = torch.where(rules == POLICIES.index("centre"), 0, (draws[:, 1] * count).long())
+    flat = _nth_voxel(candidates, rank)
+    labels = target.flatten(1).gather(1, flat[:, None]).long()
+    points = torch.stack(torch.unravel_index(flat, pred.shape[1:]), dim=-1)
+    return points[:, None].float(), torch.where(count[:, None] > 0, labels, -1)
+
+
+def next_click(
+    pred_mask: NDArray[np.bool_],
+    target_mask: NDArray[np.bool_],
+    policy: str = "uniform",
+    rng: np.random.Generator | None = None,
+) -> tuple[IntTriple, bool] | None:
+    """The next click on one (D, H, W) mask.
+
+    Args:
+        pred_mask: Current mask; all False before the first click.
+        target_mask: What the user wants.
+        policy: ``"uniform"``: uniform over all wrong voxels (SAM-Med3D, section 3). ``"centre"``: the voxel deepest
+            inside the largest wrong component (the CVPR 2025 challenge's rule). ``"ritm"``: of missed and of surplus
+            voxels take the deeper kind, then a random voxel at more than half that depth (RITM, as in SAM-Med3D's
+            released validation).
+        rng: Needed for ``"uniform"`` and ``"ritm"``.
+
+    Returns:
+        The zyx voxel and whether it is positive (a missed voxel), or None where nothing is wrong.
+
+    Raises:
+        InputError: for an unknown policy or a missing generator.
+    """
+    if policy not in POLICIES:
+        raise InputError(f"click policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+    pred, target = np.asarray(pred_mask, bool), np.asarray(target_mask, bool)
+    region = bounding_region(pred ^ target)
+    if region.is_empty:
+        return None
+    if rng is None and policy != "centre":
+        raise InputError(f"click policy {policy!r} needs a random generator")
+    masks = (torch.from_numpy(np.ascontiguousarray(mask[region.slices]))[None] for mask in (pred, target))
+    candidates = click_candidates(*masks, torch.tensor([POLICIES.index(policy)]))
+    rank = 0 if rng is None or policy == "centre" else int(rng.integers(int(candidates.sum())))
+    flat = int(_nth_voxel(candidates, torch.tensor([rank])))
+    at = np.unravel_index(flat, region.shape_zyx)
+    z, y, x = (int(v) + start for v, start in zip(at, region.start_zyx, strict=True))
+    return (z, y, x), bool(target[z, y, x])
+
+
+def click_candidates(pred: Tensor, target: Tensor, rules: Tensor) -> Tensor:
+    """Voxels among which each sample's next click is drawn; of ``"centre"`` the first one counts.
+
+    Args:
+        pred: (B, D, H, W) bool, the current masks.
+        target: (B, D, H, W) bool.
+        rules: (B,) index into ``POLICIES`` for each sample.
+
+    Returns:
+        (B, D, H, W) bool, empty where nothing is wrong.
+    """
+    error = pred ^ target
+    centre, ritm = ((rules == POLICIES.index(name)).nonzero()[:, 0] for name in ("centre", "ritm"))
+    if not len(centre) and not len(ritm):
+        return error
+    parts = [largest_components(error[centre]), error[ritm] & target[ritm], error[ritm] & pred[ritm]]
+    deepest, missed, surplus = squared_depths(torch.cat(parts)).split([len(part) for part in parts])
+    candidates = error.clone()
+    candidates[centre] &= deepest == _peak(deepest)
+    depth = torch.where(_peak(missed) >= _peak(surplus), missed, surplus)
+    candidates[ritm] = 4 * depth > _peak(depth)  # more than half as deep, in squares
+    return candidates
+
+
+def uniform_draws(generators: Sequence[torch.Generator], count: int, device: torch.device | str = "cpu") -> Tensor:
+    """(B, count) float64 in [0, 1), a row from each CPU generator, moved to a device."""
+    return torch.stack([torch.rand(count, generator=g, dtype=torch.float64) for g in generators]).to(device)
+
+
+def _nth_voxel(candidates: Tensor, rank: Tensor) -> Tensor:
+    """(B,) flat index of the True voxel number ``rank`` (from 0) of each sample; any index where there is none."""
+    ends = candidates.flatten(1).cumsum(dim=1, dtype=torch.int32)
+    found = torch.searchsorted(ends, rank.int()[:, None], right=True)[:, 0]
+    return found.clamp(max=ends.shape[1] - 1)
+
+
+def _peak(values: Tensor) -> Tensor:
+    return values.amax(dim=(1, 2, 3), keepdim=True)
 
 
 def distance_inside(
@@ -50,7 +153,7 @@ def distance_inside(
 
 
 def largest_component(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The 26-connected component with the most voxels (all False for an empty mask)."""
+    """The 26-connected component with the most voxels, of equal ones the first; all False for an empty mask."""
     try:
         import cc3d
 
@@ -64,55 +167,79 @@ def largest_component(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return labels == counts.argmax() if counts.max() > 0 else np.zeros_like(mask)
 
 
-def next_click(
-    pred_mask: NDArray[np.bool_],
-    target_mask: NDArray[np.bool_],
-    policy: str = "uniform",
-    rng: np.random.Generator | None = None,
-) -> tuple[IntTriple, bool] | None:
-    """The next click on a (D, H, W) mask.
+def squared_depths(mask: Tensor) -> Tensor:
+    """(B, D, H, W) bool to float32: ``distance_inside`` of each sample in voxels, squared."""
+    if mask.is_cuda or not len(mask):
+        return squared_depths_by_torch(mask)
+    depths = np.stack([distance_inside(sample) for sample in mask.numpy()])
+    return torch.from_numpy(depths).square_().round_()
 
-    Args:
-        pred_mask: Current mask; all False before the first click.
-        target_mask: What the user wants.
-        policy: ``"uniform"``: uniform over all wrong voxels (SAM-Med3D). ``"centre"``: the voxel deepest inside the
-            largest wrong component (the CVPR 2025 challenge's rule). ``"ritm"``: of missed and of surplus voxels take
-            the deeper kind, then a random voxel at more than half that depth (RITM, as in SAM-Med3D's released
-            validation).
-        rng: Needed for ``"uniform"`` and ``"ritm"``.
 
-    Returns:
-        The zyx voxel and whether it is positive (a missed voxel), or None where nothing is wrong.
+def largest_components(mask: Tensor) -> Tensor:
+    """(B, D, H, W) bool: ``largest_component`` of each sample."""
+    if mask.is_cuda or not len(mask):
+        return largest_components_by_torch(mask)
+    return torch.from_numpy(np.stack([largest_component(sample) for sample in mask.numpy()]))
 
-    Raises:
-        InputError: for an unknown policy.
+
+def squared_depths_by_torch(mask: Tensor) -> Tensor:
+    """``squared_depths`` by shifted minima, one axis after the other: a few passes over small integers."""
+    far = sum((n + 2) ** 2 for n in mask.shape[1:])
+    kind = torch.int16 if 2 * far < 1 << 15 else torch.int32
+    inside = F.pad(mask, (1, 1) * 3)  # by False
+    lines = inside.to(kind) * (max(inside.shape[1:]) - 1)
+    step = 1
+    while step < inside.shape[3]:  # along the last axis, distances are sums of powers of two
+        for to, of in _shifted_views(lines, lines, 3, step):
+            torch.minimum(to, of + step, out=to)
+        step *= 2
+    squares = lines * lines
+    for axis in (2, 1):
+        before = squares.clone()
+        reach = math.isqrt(int(before.max())) if before.numel() else 0
+        for step in range(1, min(reach, inside.shape[axis] - 1) + 1):
+            for to, of in _shifted_views(squares, before, axis, step):
+                torch.minimum(to, of + step * step, out=to)
+    return squares[:, 1:-1, 1:-1, 1:-1].float()
+
+
+def _shifted_views(to: Tensor, of: Tensor, axis: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of voxels that lie ``step`` apart along an axis, in both directions: where to write and what to read."""
+    n = to.shape[axis] - step
+    yield to.narrow(axis, step, n), of.narrow(axis, 0, n)
+    yield to.narrow(axis, 0, n), of.narrow(axis, step, n)
+
+
+def largest_components_by_torch(mask: Tensor) -> Tensor:
+    """``largest_components`` on the True voxels alone.
+
+    Source: the hooking and short-cutting of FastSV (Zhang, Azad and Hu 2020).
     """
-    if policy not in POLICIES:
-        raise InputError(f"click policy must be one of {', '.join(POLICIES)}, got {policy!r}")
-    pred, target = np.asarray(pred_mask, bool), np.asarray(target_mask, bool)
-    region = bounding_region(pred ^ target)
-    if region.is_empty:
-        return None
-    pred, target = pred[region.slices], target[region.slices]
-    error = pred ^ target
-    if policy == "centre":
-        depth = distance_inside(largest_component(error))
-        flat = int(depth.argmax())
-    else:
-        if rng is None:
-            raise InputError(f"click policy {policy!r} needs a random generator")
-        candidates = error if policy == "uniform" else _ritm_candidates(pred, target)
-        where = np.flatnonzero(candidates)
-        flat = int(where[rng.integers(len(where))])
-    z, y, x = (int(v) for v in np.unravel_index(flat, error.shape))
-    start = region.start_zyx
-    return (z + start[0], y + start[1], x + start[2]), bool(target[z, y, x])
-
-
-def _ritm_candidates(pred: NDArray[np.bool_], target: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    missed, surplus = distance_inside(target & ~pred), distance_inside(pred & ~target)
-    depth = missed if missed.max() >= surplus.max() else surplus
-    return depth > depth.max() / 2
+    where = mask.nonzero()
+    count, found = len(where), torch.zeros_like(mask)
+    if not count:
+        return found
+    # True voxels are numbered; every other voxel, and a border of one, has the number `count`, which is never smallest.
+    number = torch.full([mask.shape[0], *(n + 2 for n in mask.shape[1:])], count, device=mask.device)
+    sample, z, y, x = where.unbind(1)
+    number[sample, z + 1, y + 1, x + 1] = torch.arange(count, device=mask.device)
+    neighbours = torch.stack([number[sample, z + 1 + dz, y + 1 + dy, x + 1 + dx] for dz, dy, dx in _NEIGHBOURS])
+    label = torch.arange(count + 1, device=mask.device)  # of a voxel of the same component, in the end of its first
+    while True:
+        before = label
+        smallest = label[neighbours].amin(dim=0)
+        label = label.scatter_reduce(0, label[:-1], smallest, "amin")
+        label[:-1] = torch.minimum(label[:-1], smallest)
+        label = label[label]
+        if torch.equal(label, before):
+            break
+    label = label[:-1]
+    size = torch.bincount(label, minlength=count)[label]
+    most = torch.zeros(len(mask), dtype=size.dtype, device=mask.device).scatter_reduce(0, sample, size, "amax")
+    first = torch.full([len(mask)], count, device=mask.device)
+    first = first.scatter_reduce(0, sample, torch.where(size == most[sample], label, count), "amin")
+    found[sample, z, y, x] = label == first[sample]
+    return found
 
 
 def noisy_click(
@@ -122,7 +249,7 @@ def noisy_click(
     sigma_mm: float,
     rng: np.random.Generator,
 ) -> tuple[IntTriple, bool] | None:
-    """A person's click: meant for the middle of the largest wrong component, landing beside it.
+    """A person's click: aimed at the middle of the largest wrong component, off by a random distance.
 
     The sign is the one that was meant, even where the click lands on the wrong side of a border.
 
@@ -146,35 +273,57 @@ def noisy_click(
     return (z, y, x), meant[1]
 
 
+def jittered_boxes(target_mask: Tensor, jitter: float, generators: Sequence[torch.Generator]) -> Tensor:
+    """A user's box per sample: the tight box with each face moved by up to ``jitter`` of the edge length.
+
+    Args:
+        target_mask: (B, 1, D, H, W) bool; an empty target gives the whole crop.
+        jitter: Share of the edge.
+        generators: One CPU generator per sample.
+
+    Returns:
+        (B, 2, 3) float half-open zyx. Boxes stay in the crop and keep at least one voxel per axis.
+    """
+    draws = uniform_draws(generators, 6, target_mask.device).view(-1, 2, 3)
+    return _moved_boxes(target_mask[:, 0], (draws * 2 - 1) * jitter).float()
+
+
 def user_box(
     target_mask: NDArray[np.bool_], jitter: float, rng: np.random.Generator
 ) -> tuple[IntTriple, IntTriple] | None:
-    """A person's 3D box: the tight one with each face moved by up to ``jitter`` of the edge, half-open zyx; None for an
-    empty target.
-
-    The box stays in the volume and keeps at least one voxel per axis. ``jittered_boxes`` is the same for a batch in
-    training.
-    """
-    tight = bounding_region(target_mask)
-    if tight.is_empty:
+    """``jittered_boxes`` for one (D, H, W) volume, rounded to voxels, half-open zyx; None for an empty target."""
+    if not target_mask.any():
         return None
-    low, high = [], []
-    for a, b, size, moves in zip(
-        tight.start_zyx, tight.stop_zyx, target_mask.shape, rng.uniform(-jitter, jitter, (3, 2)), strict=True
-    ):
-        start = min(max(0, round(a + moves[0] * (b - a))), size - 1)
-        low.append(start)
-        high.append(max(min(size, round(b + moves[1] * (b - a))), start + 1))
-    return (low[0], low[1], low[2]), (high[0], high[1], high[2])
+    moves = torch.from_numpy(rng.uniform(-jitter, jitter, (3, 2)).T[None].copy())
+    low, high = _moved_boxes(torch.from_numpy(np.ascontiguousarray(target_mask, bool))[None], moves)[0].round().int()
+    return tuple(low.tolist()), tuple(high.tolist())
+
+
+def _moved_boxes(target: Tensor, moves: Tensor) -> Tensor:
+    """(B, 2, 3) float64 tight boxes of (B, D, H, W), their faces moved by ``moves`` (B, 2, 3) edges."""
+    faces = []
+    for axis in range(3):
+        lines = target.any(dim=[other + 1 for other in range(3) if other != axis])
+        size, there = lines.shape[1], lines.byte()
+        filled = lines.any(dim=1)
+        low = torch.where(filled, there.argmax(dim=1), 0).double()
+        high = torch.where(filled, size - there.flip(1).argmax(dim=1), size).double()
+        edge = high - low
+        low = (low + moves[:, 0, axis] * edge).clamp(min=0, max=size - 1)
+        high = (high + moves[:, 1, axis] * edge).clamp(max=size)
+        faces.append(torch.stack([low, torch.maximum(high, low + 1)], dim=1))
+    return torch.stack(faces, dim=2)
 
 
 def user_stroke(target_mask: NDArray[np.bool_], rng: np.random.Generator) -> list[IntTriple]:
-    """A person's stroke: along the middle of the structure in one of its larger slices, zyx voxels inside it; empty for
-    an empty target.
+    """A person's stroke along the middle of the structure in one of its larger slices.
 
-    The slice (of the array's first axis) is drawn among those with at least half the largest slice's area; there the
-    largest component is followed along its longer side from middle to middle of its runs, and a fifth is left out at
-    either end.
+    The slice (of the array's first axis) is drawn among those with at least half the largest slice's area. The stroke
+    follows the slice's largest component along its longer side, from middle to middle of its runs, and leaves out a
+    fifth at either end.
+
+    Returns:
+        zyx voxels inside the structure; empty for an empty target.
     """
     areas = target_mask.sum(axis=(1, 2))
     if not areas.any():
@@ -193,87 +342,3 @@ def _middle_of_longest_run(line: NDArray[np.bool_]) -> int:
     starts, stops = edges[::2], edges[1::2]
     longest = int(np.argmax(stops - starts))
     return int(starts[longest] + stops[longest] - 1) // 2
-
-
-def error_clicks(pred_mask: Tensor, target_mask: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One click per sample, uniform over its wrong voxels.
-
-    Args:
-        pred_mask: (B, 1, D, H, W) bool, the current mask.
-        target_mask: (B, 1, D, H, W) bool.
-        generator: On the tensors' device.
-
-    Returns:
-        Points (B, 1, 3) float zyx and labels (B, 1): 1 for a missed voxel, 0 for a surplus one, -1 where nothing is
-        wrong.
-
-    Source:
-        SAM-Med3D, section 3; its released code calls a voxel foreground at logit > 0.5, callers choose that when they
-        make the mask.
-    """
-    error = (pred_mask ^ target_mask)[:, 0]
-    draw = torch.rand(error.shape, generator=generator, device=error.device) + 1.0
-    return clicks_at_highest(draw * error, error, target_mask[:, 0])
-
-
-def policy_clicks(
-    pred_mask: Tensor, target_mask: Tensor, policy: str, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """``error_clicks`` for any policy, all samples from one generator; the others than ``"uniform"`` visit each sample
-    on the CPU.
-
-    ``"mixed"`` is uniform while there is no mask, then any of the others, drawn per call.
-    """
-    if policy == "mixed":
-        number = torch.randint(len(POLICIES), (1,), generator=generator, device=pred_mask.device)
-        policy = POLICIES[int(number)] if bool(pred_mask.any()) else "uniform"
-    if policy == "uniform":
-        return error_clicks(pred_mask, target_mask, generator)
-    seed = int(torch.randint(2**31, (1,), generator=generator, device=pred_mask.device))
-    rng = np.random.default_rng(seed)
-    points, labels = [], []
-    for pred, target in zip(pred_mask[:, 0].cpu().numpy(), target_mask[:, 0].cpu().numpy(), strict=True):
-        click = next_click(pred, target, policy, rng)
-        points.append(click[0] if click else (0, 0, 0))
-        labels.append(-1 if click is None else int(click[1]))
-    device = pred_mask.device
-    return torch.tensor(points, dtype=torch.float32, device=device)[:, None], torch.tensor(labels, device=device)[
-        :, None
-    ]
-
-
-def sample_clicks(
-    pred_mask: Tensor, target_mask: Tensor, policy: str, generators: Sequence[torch.Generator]
-) -> tuple[Tensor, Tensor]:
-    """``policy_clicks`` with a generator for each sample: a sample's click does not depend on the batch that it is in.
-
-    On a GPU the whole batch is clicked at once (``batched_clicks.py``).
-    """
-    if pred_mask.is_cuda:
-        return clicks_of_batch(pred_mask, target_mask, policy, generators)
-    samples = zip(pred_mask, target_mask, generators, strict=True)
-    clicked = [policy_clicks(pred[None], target[None], policy, generator) for pred, target, generator in samples]
-    return torch.cat([points for points, _ in clicked]), torch.cat([labels for _, labels in clicked])
-
-
-def jittered_boxes(target_mask: Tensor, jitter: float, generators: Sequence[torch.Generator]) -> Tensor:
-    """A user's box per sample: the tight box with each face moved by up to ``jitter`` of the edge length, (B, 2, 3)
-    half-open zyx.
-
-    An empty target gives the whole crop. Boxes stay in the crop and keep at least one voxel per axis. One generator per
-    sample, on the tensor's device.
-    """
-    draw = torch.cat([torch.rand(1, 2, 3, generator=generator, device=target_mask.device) for generator in generators])
-    moves = (draw * 2 - 1).double()
-    low, high = [], []
-    for axis in range(3):
-        lines = target_mask[:, 0].movedim(axis + 1, 1).flatten(2).any(dim=2)
-        size = lines.shape[1]
-        there = lines.byte()
-        a = torch.where(lines.any(dim=1), there.argmax(dim=1), 0).double()
-        b = torch.where(lines.any(dim=1), size - there.flip(1).argmax(dim=1), size).double()
-        edge = b - a
-        a = (a + moves[:, 0, axis] * jitter * edge).clamp(min=0).clamp(max=size - 1)
-        low.append(a)
-        high.append(torch.maximum((b + moves[:, 1, axis] * jitter * edge).clamp(max=size), a + 1))
-    return torch.stack([torch.stack(low, dim=1), torch.stack(high, dim=1)], dim=1).float()

@@ -1,4 +1,5 @@
-"""Simulated users: each rule on masks whose answer is known, the same with and without the fast libraries."""
+"""Simulated users: each rule on masks whose answer is known, one volume or a batch, with and without the fast
+libraries."""
 
 from __future__ import annotations
 
@@ -7,16 +8,20 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from samed3d import clicks
 from samed3d.clicks import (
     POLICIES,
     distance_inside,
-    error_clicks,
     jittered_boxes,
     largest_component,
+    largest_components,
+    largest_components_by_torch,
     next_click,
-    policy_clicks,
+    sample_clicks,
+    squared_depths,
+    squared_depths_by_torch,
 )
 from samed3d.errors import InputError
 
@@ -29,7 +34,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def one_each(count: int, seed: int = 0) -> list[torch.Generator]:
     """A generator for each sample."""
-    return [seeded(100 * seed + number) for number in range(count)]
+    return [seeded(10_000 * seed + number) for number in range(count)]
 
 
 def block(*corners: tuple[int, int], shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
@@ -40,6 +45,14 @@ def block(*corners: tuple[int, int], shape: tuple[int, int, int] = SHAPE) -> np.
 
 def as_batch(*masks: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.stack(masks))[:, None]
+
+
+def blobs(count: int, shape: tuple[int, int, int], level: float, seed: int = 0) -> Tensor:
+    """(count, D, H, W) bool: smooth shapes of several parts; the last is empty."""
+    coarse = torch.randn(count, 1, 6, 7, 5, generator=seeded(seed))
+    masks = F.interpolate(coarse, size=shape, mode="trilinear")[:, 0] > level
+    masks[-1] = False
+    return masks
 
 
 @pytest.fixture
@@ -167,7 +180,7 @@ def test_bad_arguments_are_named():
         next_click(np.zeros(SHAPE, bool), np.ones(SHAPE, bool), "ritm")
 
 
-# With and without edt and cc3d
+# Distances and components: edt and cc3d, scipy, torch
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (3.0, 0.7, 1.2)])
@@ -204,19 +217,60 @@ def test_largest_component_of_nothing_is_nothing(request):
     assert not largest_component(np.zeros(SHAPE, bool)).any()
 
 
+@pytest.mark.parametrize("shape", [(16, 21, 18), (9, 11, 130)])
+def test_torch_gives_the_squared_distances_of_the_cpu_libraries(shape):
+    masks = blobs(5, shape, 0.0)
+    assert torch.equal(squared_depths_by_torch(masks), squared_depths(masks))
+    np.testing.assert_allclose(squared_depths(masks)[0].sqrt(), distance_inside(masks[0].numpy()), rtol=1e-6)
+    assert squared_depths_by_torch(torch.ones(1, 5, 5, 5, dtype=torch.bool))[0, 2, 2, 2] == 9  # the border is outside
+
+
+@pytest.mark.parametrize("level", [-0.3, 0.0, 0.5])
+def test_torch_gives_the_components_of_the_cpu_libraries(level):
+    masks = blobs(6, (16, 21, 18), level)
+    assert torch.equal(largest_components_by_torch(masks), largest_components(masks))
+    assert (largest_components(masks)[0].numpy() == largest_component(masks[0].numpy())).all()
+
+
+def test_of_components_of_one_size_the_first_counts():
+    masks = torch.zeros(1, 5, 5, 9, dtype=torch.bool)
+    masks[0, 1:3, 1:3, 6:8] = masks[0, 3:5, 1:3, 0:2] = True
+    for find in (largest_components, largest_components_by_torch):
+        found = find(masks)
+        assert int(found.sum()) == 8 and bool(found[0, 1, 1, 6])
+
+
+@pytest.mark.parametrize("find", [largest_components, largest_components_by_torch])
+def test_a_winding_component_is_followed_to_its_end(find):
+    mask = torch.zeros(1, 15, 15, 15, dtype=torch.bool)
+    mask[0, ::2, ::2] = True  # lines along x ...
+    for z in range(0, 15, 2):
+        for y in range(1, 15, 2):
+            mask[0, z, y, 0 if y % 4 == 1 else 14] = True  # ... joined to a snake within each slice
+    for z in range(1, 15, 2):
+        mask[0, z, 0, 0] = True  # ... and all slices to one
+    assert torch.equal(find(mask), mask)
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, "mixed"])
+def test_the_kernels_of_cpu_and_gpu_give_the_same_clicks(policy, monkeypatch):
+    pred, target = blobs(12, (12, 16, 14), 0.2, 1)[:, None], blobs(12, (12, 16, 14), 0.0, 2)[:, None]
+    expected = sample_clicks(pred, target, policy, one_each(12))
+    monkeypatch.setattr("samed3d.clicks.squared_depths", squared_depths_by_torch)
+    monkeypatch.setattr("samed3d.clicks.largest_components", largest_components_by_torch)
+    found = sample_clicks(pred, target, policy, one_each(12))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
 # A batch of crops
 
 
-def test_error_clicks_are_uniform_over_the_wrong_voxels():
+def test_uniform_clicks_of_a_batch_hit_every_wrong_voxel_alike():
     target, pred = block((1, 3), (2, 4), (3, 6)), block((2, 4), (2, 4), (4, 7))
-    draws, counts, generator = 3000, np.zeros(SHAPE, int), seeded()
-    points, labels = error_clicks(as_batch(*[pred] * draws), as_batch(*[target] * draws), generator)
-    assert (
-        points.shape == (draws, 1, 3)
-        and points.dtype == torch.float32
-        and labels.shape == (draws, 1)
-        and labels.dtype == torch.int64
-    )
+    draws, counts = 3000, np.zeros(SHAPE, int)
+    points, labels = sample_clicks(as_batch(*[pred] * draws), as_batch(*[target] * draws), "uniform", one_each(draws))
+    assert points.shape == (draws, 1, 3) and points.dtype == torch.float32
+    assert labels.shape == (draws, 1) and labels.dtype == torch.int64
     for point, label in zip(points[:, 0].long().tolist(), labels[:, 0].tolist(), strict=True):
         counts[tuple(point)] += 1
         assert label == int(target[tuple(point)])
@@ -229,16 +283,60 @@ def test_batches_follow_the_rule_of_the_policy(policy):
     target, wrong = block((1, 6), (1, 6), (1, 6)), block((2, 4), (0, 2), (7, 9))
     empty, perfect = np.zeros(SHAPE, bool), block((0, 2), (0, 2), (0, 2))
     preds, targets = as_batch(empty, wrong, perfect, empty), as_batch(target, empty, perfect, empty)
-    points, labels = policy_clicks(preds, targets, policy, seeded())
+    points, labels = sample_clicks(preds, targets, policy, one_each(4))
     assert labels[:, 0].tolist() == [1, 0, -1, -1]
     first, second = (tuple(p) for p in points[:2, 0].long().tolist())
     assert target[first] and wrong[second]
     if policy == "centre":
         assert first == (3, 3, 3)
-    again, _ = policy_clicks(preds, targets, policy, seeded())
+    again, _ = sample_clicks(preds, targets, policy, one_each(4))
     assert torch.equal(points, again)
-    others = [policy_clicks(preds, targets, policy, seeded(s))[0] for s in range(1, 9)]
+    others = [sample_clicks(preds, targets, policy, one_each(4, s))[0] for s in range(1, 9)]
     assert all(torch.equal(points, p) for p in others) == (policy == "centre")
+
+
+def test_centre_clicks_of_a_batch_are_those_of_one_volume():
+    pred, target = blobs(6, (12, 16, 14), 0.2, 1), blobs(6, (12, 16, 14), 0.0, 2)
+    points, labels = sample_clicks(pred[:, None], target[:, None], "centre", one_each(6))
+    for number in range(6):
+        click = next_click(pred[number].numpy(), target[number].numpy(), "centre")
+        at, label = tuple(points[number, 0].long().tolist()), int(labels[number, 0])
+        assert label == -1 if click is None else (at, bool(label)) == click
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, "mixed"])
+def test_clicks_are_right_and_follow_from_the_samples_generator_alone(policy):
+    pred, target = blobs(6, (12, 16, 14), 0.2, 1)[:, None], blobs(6, (12, 16, 14), 0.0, 2)[:, None]
+    pred[1], pred[2] = False, target[2]
+    points, labels = sample_clicks(pred, target, policy, one_each(6))
+    for number, (point, label) in enumerate(zip(points[:, 0].long().tolist(), labels[:, 0].tolist(), strict=True)):
+        wrong = bool((pred[number] ^ target[number]).any())
+        assert (label == -1) == (not wrong)
+        if wrong:
+            at = (number, 0, *point)
+            assert bool(pred[at]) != bool(target[at]) and label == int(target[at])
+    alone, _ = sample_clicks(pred[3:4], target[3:4], policy, one_each(6)[3:4])
+    assert torch.equal(alone[0], points[3])
+
+
+def test_ritm_clicks_of_a_batch_lie_at_more_than_half_the_depth_of_the_deeper_kind():
+    target, pred = torch.zeros(200, 1, 11, 11, 24, dtype=torch.bool), torch.zeros(200, 1, 11, 11, 24, dtype=torch.bool)
+    target[..., 1:10, 1:10, 1:10], pred[..., 4:7, 4:7, 15:18] = True, True  # depths 5 and 2
+    points, labels = sample_clicks(pred, target, "ritm", one_each(200))
+    assert bool((labels == 1).all()) and float(points.min()) == 3 and float(points.max()) == 7
+    assert len({tuple(p) for p in points[:, 0].tolist()}) > 80
+
+
+def test_mixed_clicks_begin_uniform_and_then_follow_any_rule():
+    target, pred = torch.zeros(90, 1, 9, 9, 9, dtype=torch.bool), torch.zeros(90, 1, 9, 9, 9, dtype=torch.bool)
+    target[..., 1:8, 1:8, 1:8] = True
+    first, _ = sample_clicks(pred, target, "mixed", one_each(90))
+    assert len({tuple(p) for p in first[:, 0].tolist()}) > 60
+    pred[..., 1:8, 1:8, 1] = True
+    later, _ = sample_clicks(pred, target, "mixed", one_each(90))
+    deepest = next_click(pred[0, 0].numpy(), target[0, 0].numpy(), "centre")
+    assert deepest is not None
+    assert 15 < sum(tuple(p) == deepest[0] for p in later[:, 0].tolist()) < 50  # a third
 
 
 def test_boxes_without_jitter_are_tight_and_half_open():
@@ -274,8 +372,8 @@ def test_an_empty_target_gives_the_whole_crop():
 def test_no_rule_touches_a_global_generator(rng):
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     pred, target = as_batch(np.zeros(SHAPE, bool)), as_batch(block((1, 3), (1, 3), (1, 3)))
-    for policy in clicks.POLICIES:
-        policy_clicks(pred, target, policy, seeded())
+    for policy in POLICIES:
+        sample_clicks(pred, target, policy, one_each(1))
         next_click(pred[0, 0].numpy(), target[0, 0].numpy(), policy, rng)
     jittered_boxes(target, 0.1, one_each(1))
     assert torch.equal(torch_state, torch.get_rng_state()) and (numpy_state == np.random.get_state()[1]).all()

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_batched_clicks import blobs
+from test_clicks import blobs, one_each
 from test_training import samples, tiny_config
 
-from samed3d.batched_clicks import clicks_of_batch, largest_components, squared_depth
-from samed3d.clicks import sample_clicks
+from samed3d.clicks import largest_components_by_torch, sample_clicks, squared_depths_by_torch
 from samed3d.config import ClickConfig, LossConfig
 from samed3d.crops import image_channels
 from samed3d.geometry import CropFrame
@@ -96,17 +95,14 @@ def test_checkpointed_activations_take_less_memory_and_give_the_same_gradient():
     assert peaks[1] < 0.8 * peaks[0] and lengths[1] == pytest.approx(lengths[0], rel=1e-3)
 
 
-def test_clicks_of_a_batch_are_those_of_the_cpu():
+@pytest.mark.parametrize("policy", ["uniform", "centre", "ritm", "mixed"])
+def test_one_seed_draws_the_clicks_of_a_cpu(policy):
     pred, target = blobs(8, (24, 30, 28), 0.2, 1), blobs(8, (24, 30, 28), 0.0, 2)
-    assert torch.equal(squared_depth(target.cuda()).cpu(), squared_depth(target))
-    assert torch.equal(largest_components(target.cuda()).cpu(), largest_components(target))
-    generators = [torch.Generator(device="cuda").manual_seed(n) for n in range(8)]
-    points, labels = sample_clicks(pred[:, None].cuda(), target[:, None].cuda(), "centre", generators)
-    wanted, signs = clicks_of_batch(pred[:, None], target[:, None], "centre", [torch.Generator()] * 8)
-    assert torch.equal(labels.cpu(), signs)
-    depth = squared_depth(largest_components(pred ^ target))
-    for number, (got, at) in enumerate(zip(points[:, 0].long().tolist(), wanted[:, 0].long().tolist(), strict=True)):
-        assert depth[(number, *got)] == depth[(number, *at)]
+    assert torch.equal(squared_depths_by_torch(target.cuda()).cpu(), squared_depths_by_torch(target))
+    assert torch.equal(largest_components_by_torch(target.cuda()).cpu(), largest_components_by_torch(target))
+    points, labels = sample_clicks(pred[:, None].cuda(), target[:, None].cuda(), policy, one_each(8))
+    expected = sample_clicks(pred[:, None], target[:, None], policy, one_each(8))
+    assert torch.equal(points.cpu(), expected[0]) and torch.equal(labels.cpu(), expected[1])
 
 
 def test_a_run_learns_is_resumed_and_its_weights_load_on_a_cpu(tmp_path: Path):

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"errors", "output", "environment", "geometry", "prompts", "config"},
-    {"volume", "crops", "clicks", "batched_clicks", "losses", "metrics", "nn"},
+    {"volume", "crops", "clicks", "losses", "metrics", "nn"},
     {"models", "data"},
     {"training", "inference", "evaluation"},
     {"apps", "cli", "__main__"},

@@ -7,9 +7,7 @@ import math
 
 import torch
 from test_training import session
-from torch import Tensor
 
-from samed3d.clicks import next_click, policy_clicks
 from samed3d.crops import BACKGROUND_LOGIT
 from samed3d.training.step import windowed
 
@@ -38,20 +36,3 @@ def test_windows_come_with_turns_that_bring_no_click_only():
     assert all(bool((prompts.mask_logits == BACKGROUND_LOGIT).any()) for prompts in windowed_masks[1:])
     clicked = session(3)(window_probability=1.0).seen
     assert not any(bool((prompts.mask_logits == BACKGROUND_LOGIT).any()) for prompts in clicked[1:])
-
-
-def test_mixed_clicks_begin_anywhere_and_then_follow_any_rule():
-    pred, target = torch.zeros(1, 1, 9, 9, 9, dtype=torch.bool), torch.zeros(1, 1, 9, 9, 9, dtype=torch.bool)
-    target[..., 1:8, 1:8, 1:8] = True
-
-    def clicks(mask: Tensor) -> set[tuple[float, ...]]:
-        found = [policy_clicks(mask, target, "mixed", torch.Generator().manual_seed(seed))[0] for seed in range(60)]
-        return {tuple(points.flatten().tolist()) for points in found}
-
-    first = clicks(pred)
-    assert len(first) > 40 and (4.0, 4.0, 4.0) not in first  # uniform: the centre is one voxel of 343
-    pred[..., 1:8, 1:8, 1] = True
-    later = clicks(pred)
-    deepest = next_click(pred[0, 0].numpy(), target[0, 0].numpy(), "centre")
-    assert deepest is not None and deepest[0] in later
-    assert len(later) > 20

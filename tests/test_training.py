@@ -178,7 +178,7 @@ def test_a_model_without_boxes_never_gets_one():
 def test_an_empty_target_and_a_perfect_mask_are_survived():
     empty = torch.zeros(3, 1, 16, 16, 16, dtype=torch.bool)
     model = session()(target=empty, box_probability=1.0)
-    assert model.seen[0].boxes is None and (model.seen[0].point_labels == -1).all()
+    assert not model.seen[0].box_valid.any() and (model.seen[0].point_labels == -1).all()
     full = session()(target=~empty)
     assert (full.seen[0].point_labels == 1).all() and (full.seen[-1].point_labels[:, -1] == -1).any()
 

@@ -49,7 +49,7 @@ class GateStep(nn.Module):
             Cross-entropy, and the Dice of the chosen decoder after each click.
         """
         numbers = range(image.shape[0]) if samples is None else samples.tolist()
-        generators = [torch.Generator(device=target.device).manual_seed(seed_of(seed, number)) for number in numbers]
+        generators = [torch.Generator().manual_seed(seed_of(seed, number)) for number in numbers]
         with torch.no_grad():
             features = self.model.encode(image)
         history = PromptBatch.empty(image.shape[0], image.device)

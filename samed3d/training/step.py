@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from samed3d import losses
-from samed3d.clicks import jittered_boxes, sample_clicks
+from samed3d.clicks import jittered_boxes, sample_clicks, uniform_draws
 from samed3d.config import ClickConfig, LossConfig
 from samed3d.crops import BACKGROUND_LOGIT
 from samed3d.models.base import Features, PromptableModel, PromptBatch
@@ -86,7 +86,7 @@ class InteractiveStep(nn.Module):
                 (on a CPU).
         """
         numbers = range(image.shape[0]) if samples is None else samples.tolist()
-        generators = [torch.Generator(device=target.device).manual_seed(seed_of(seed, number)) for number in numbers]
+        generators = [torch.Generator().manual_seed(seed_of(seed, number)) for number in numbers]
         mask_only = self._mask_only_turns(torch.Generator().manual_seed(seed))
         history = PromptBatch.empty(image.shape[0], image.device)
         if "box" in self.model.spec.prompts:  # before the encoder: drawing boxes would wait for it
@@ -134,17 +134,11 @@ class InteractiveStep(nn.Module):
 
     def _boxes(self, target: Tensor, generators: list[torch.Generator]) -> tuple[Tensor | None, Tensor | None]:
         """Boxes for the samples whose user draws one, or None when nobody does."""
-        chance = torch.cat([torch.rand(1, generator=generator, device=target.device) for generator in generators])
-        drawn = (chance < self.clicks.box_probability) & target.flatten(1).any(dim=1)
-        numbers = drawn.nonzero().flatten()
-        if not len(numbers):
+        drawn = uniform_draws(generators, 1)[:, 0] < self.clicks.box_probability
+        boxes = jittered_boxes(target, BOX_JITTER, generators)
+        if not bool(drawn.any()):
             return None, None
-        boxes = torch.zeros(len(target), 2, 3, device=target.device)
-        # The others draw nothing, here as in a batch without any box.
-        boxes[numbers] = jittered_boxes(
-            target[numbers], BOX_JITTER, [generators[number] for number in numbers.tolist()]
-        )
-        return boxes, drawn
+        return boxes, drawn.to(target.device) & target.flatten(1).any(dim=1)
 
     def _prompts(
         self,
@@ -189,7 +183,7 @@ def windowed(logits: Tensor, points: Tensor, chance: float, generators: Sequence
         chance: Of a window; else a mask's logits stay as they are.
         generators: One per sample, on the tensors' device.
     """
-    draw = torch.stack([torch.rand(5, generator=generator, device=logits.device) for generator in generators])
+    draw = uniform_draws(generators, 5, logits.device)
     shape, at = torch.tensor(logits.shape[2:], device=logits.device), points.long()
     edge = (shape * (WINDOW_EDGE[0] + (WINDOW_EDGE[1] - WINDOW_EDGE[0]) * draw[:, 1:2])).long()
     first = (at - edge + 1).clamp(min=0)
