@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from result_tables import Body, table, with_interval  # noqa: E402
 
-from samed3d.evaluation.case_drawing import case_png  # noqa: E402
+from samed3d.evaluation.pictures import case_png  # noqa: E402
 from samed3d.evaluation.replay import Answers, replay  # noqa: E402
 from samed3d.evaluation.results import (  # noqa: E402
     Row,

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 from saved_results import SETTINGS, make_rows, save_prompts, save_run
 
+from samed3d.drawing import NEGATIVE, POSITIVE, PREDICTION, TRUTH
 from samed3d.errors import InputError
 from samed3d.evaluation import figures
-from samed3d.evaluation.case_drawing import PREDICTION, TRUTH, case_png
-from samed3d.evaluation.pictures import picture_section, worst_and_typical
+from samed3d.evaluation.pictures import case_png, picture_section, worst_and_typical
 from samed3d.evaluation.report import write_report
 from samed3d.evaluation.results import read_run, size_class, size_order
 from samed3d.evaluation.statistics import differences, headline
@@ -261,23 +261,22 @@ def ball(shape=(12, 30, 30)) -> tuple[Volume, np.ndarray]:
     return Volume(image, Grid(shape, (1.0, 1.0, 3.0), (0.0, 0.0, 0.0)), "ball"), truth
 
 
-def count_like(png: bytes, colour: tuple[int, int, int]) -> int:
+def count_like(png: bytes, colour: str) -> int:
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
-    return int((np.abs(pixels - colour).sum(axis=2) < 60).sum())
+    return int((np.abs(pixels - ImageColor.getrgb(colour)).sum(axis=2) < 60).sum())
 
 
 def test_a_picture_shows_label_prediction_and_prompts():
     volume, truth = ball()
     other = np.roll(truth, 6, axis=2)
-    alone = case_png(volume, truth, None, [])
+    alone = case_png(volume, truth, np.zeros_like(truth), [])
     both = case_png(volume, truth, other, [])
     assert count_like(alone, TRUTH) > 100 and count_like(alone, PREDICTION) == 0
     assert count_like(both, TRUTH) > 100 and count_like(both, PREDICTION) > 100
-    clicked = case_png(
-        volume, truth, other, [Point((12, 15, 6)), Point((25, 15, 6), positive=False), Box((5, 8, 4), (19, 22, 8))]
-    )
-    assert count_like(clicked, (80, 235, 110)) > 20 > count_like(both, (80, 235, 110))
-    assert count_like(clicked, (255, 80, 80)) > 10 > count_like(both, (255, 80, 80))
+    clicked = case_png(volume, truth, other, [Point((12, 15, 6)), Point((25, 15, 6), positive=False)])
+    boxed = case_png(volume, truth, other, [Box((5, 8, 4), (19, 22, 8))])
+    assert count_like(boxed, POSITIVE) > count_like(clicked, POSITIVE) > 20 > count_like(both, POSITIVE)
+    assert count_like(clicked, NEGATIVE) > 10 > count_like(both, NEGATIVE)
     assert Image.open(io.BytesIO(clicked)).size == Image.open(io.BytesIO(alone)).size
 
 

@@ -8,9 +8,8 @@ import json
 import numpy as np
 import pytest
 
+from samed3d.drawing import OBJECT_COLOURS, colour_of
 from samed3d.errors import InputError
-from samed3d.inference.preview import OBJECT_COLOURS
-from samed3d.inference.scene import COLOURS, colour_of
 from samed3d.inference.session import Session
 from samed3d.prompts import Box, Lasso, Mask, ObjectPrompts, Point, Scribble, dump_prompts, load_prompts
 from samed3d.volume import write_volume
@@ -161,8 +160,11 @@ def test_the_object_table():
 
 
 def test_a_new_objects_colour_is_that_of_its_preview():
-    assert [tuple(int(c[n : n + 2], 16) for n in (1, 3, 5)) for c in COLOURS] == list(OBJECT_COLOURS)
-    assert colour_of(1) == COLOURS[0] == colour_of(1 + len(COLOURS))
+    volume, _ = ball_volume()
+    session = Session(volume, BrightnessModel((32, 32, 32)))
+    session.add(Point((1, 1, 1)), object_id=2)
+    assert session.objects()[0].colour == OBJECT_COLOURS[1] == colour_of(2)
+    assert colour_of(1) == OBJECT_COLOURS[0] == colour_of(1 + len(OBJECT_COLOURS))
 
 
 def test_a_locked_object_stays_as_it_is_and_on_top():

@@ -174,7 +174,7 @@ def _write_more(
     if probability is not None:
         opened.save_probability(probability)
     if preview is not None:
-        from samed3d.inference.preview import write_preview
+        from samed3d.drawing import write_preview
 
         write_preview(preview, opened.volume, opened.labels, opened.objects(), title=title)
     if report is not None:

@@ -4,11 +4,12 @@ time.
 Which cases is decided from ``cases.csv`` alone; the prompts come from ``prompts.jsonl``, image and label from the files
 it names. What cannot be made again (a file that is gone, a protocol that does not look at the whole volume, time that
 is up) is said in a line. The Dice of the mask that is drawn is compared with the saved one, and told where the two
-differ. Read ``case_drawing.py`` for the drawing.
+differ.
 """
 
 from __future__ import annotations
 
+import base64
 import logging
 import math
 import time
@@ -19,17 +20,32 @@ from html import escape
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from samed3d.drawing import (
+    BACKGROUND,
+    PLANES,
+    PREDICTION,
+    TRUTH,
+    ThreePlanes,
+    grey_range,
+    png_bytes,
+    prompt_positions,
+)
 from samed3d.errors import InputError
-from samed3d.evaluation.case_drawing import case_png, data_uri
 from samed3d.evaluation.page import paragraph
 from samed3d.evaluation.replay import REPLAYED, Answers, Replayed, replay
 from samed3d.evaluation.results import Row, SavedRun, curves, prompt_key, score, untrained
+from samed3d.geometry import bounding_region
 from samed3d.metrics import dice
+from samed3d.prompts import Prompt
+from samed3d.volume import Volume
 
 logger = logging.getLogger(__name__)
 
 CASES = 10
+CASE_EDGE = 250
+"""Pixels of each of the three square panels of ``case_png``."""
 PER_IMAGE = 2
 _SAME_DICE = 0.005
 _INTRO = f"""Blue: the label. Orange: the prediction. Green plus: a click on the object, red cross: off it; faint marks lie in other slices.
@@ -132,7 +148,49 @@ def _figure(one: Chosen, again: Replayed) -> str:
     where = escape(f"{row['source']} / {row['case']}{size}, seed {row['seed']}.{note}")
     alt = escape(f"{name} of {row['case']}: three planes with label, prediction and prompts", quote=True)
     caption = f"<b>{escape(name)}</b>, Dice {path}<br><span>{where}</span>"
-    return f'<figure><img alt="{alt}" src="{data_uri(png)}"><figcaption>{caption}</figcaption></figure>'
+    return f'<figure><img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png).decode()}"><figcaption>{caption}</figcaption></figure>'
+
+
+def case_png(
+    volume: Volume, truth: NDArray[np.bool_], prediction: NDArray[np.bool_], prompts: Sequence[Prompt]
+) -> bytes:
+    """A PNG of three square panels around a structure, with the outlines of label and prediction and all prompts.
+
+    Each slice is the one in which the label is largest; prompts in other slices are drawn fainter.
+
+    Args:
+        volume: The image.
+        truth: (D, H, W) bool in the file's own order, with at least one voxel.
+        prediction: The predicted mask, same shape.
+        prompts: In the order they were given.
+    """
+    from PIL import Image
+
+    view, spacing = volume.view, volume.view.spacing_zyx_mm
+    image, target, predicted = (view.to_canonical(a) for a in (volume.array, truth, prediction))
+    region = bounding_region(target)
+    start, stop = np.array(region.start_zyx), np.array(region.stop_zyx)
+    extent = float(max((stop - start) * spacing))
+    middle, reach = (start + stop) / 2, 0.75 * extent
+    if predicted.any():  # show as much of the prediction as fits into twice the usual cube
+        other = bounding_region(predicted)
+        beyond = np.maximum(middle - other.start_zyx, np.array(other.stop_zyx) - middle) * spacing
+        reach = max(reach, min(1.5 * extent, float(beyond.max())))
+    half = max(1.05 * reach, 5 * max(spacing)) / np.asarray(spacing)
+    scene = ThreePlanes(
+        image,
+        spacing,
+        centre_zyx=[int(target.sum(axis=tuple({0, 1, 2} - {axis})).argmax()) for axis in range(3)],
+        shown=(middle - half, middle + half),
+        outlined=[(target, lambda _: TRUTH), (predicted, lambda _: PREDICTION)],
+        marks=prompt_positions(volume, prompts),
+        greys=grey_range(image, image[target]),
+        pixels_per_mm=CASE_EDGE / float(2 * half[0] * spacing[0]),
+    )
+    sheet = Image.new("RGB", (3 * CASE_EDGE + 8, CASE_EDGE), BACKGROUND)
+    for number, plane in enumerate(PLANES):
+        sheet.paste(scene.draw(plane, tint=0.0, text_px=12, far_marks=True), (number * (CASE_EDGE + 4), 0))
+    return png_bytes(sheet)
 
 
 def _spread(ordered: Sequence[Chosen], count: int) -> list[Chosen]:

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from samed3d.drawing import colour_of
 from samed3d.errors import InputError
 from samed3d.inference.mask_files import LABEL_MAP_FORMATS, checked_format, export_segments
 from samed3d.inference.results import pick_device
-from samed3d.inference.scene import colour_of
 from samed3d.inference.sliding_window import OVERLAP, segment_volume
 from samed3d.models import load
 from samed3d.models.weights import find_checkpoint, read_header

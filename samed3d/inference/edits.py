@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from samed3d.drawing import colour_of
 from samed3d.errors import InputError
-from samed3d.inference.scene import Scene, Track, colour_of
+from samed3d.inference.scene import Scene, Track
 from samed3d.inference.steps import Chains, Others, Step
 from samed3d.inference.strokes import deepest_voxel
 from samed3d.prompts import PackedMask, prompt_from_json, prompt_to_json

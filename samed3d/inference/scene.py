@@ -12,29 +12,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from samed3d.drawing import OBJECT_COLOURS
 from samed3d.geometry import Region
 from samed3d.inference.predictor import Canvas
 from samed3d.inference.steps import Step, nothing
 from samed3d.prompts import ObjectPrompts, PackedMask, Prompt
-
-COLOURS = (
-    "#ff961e",
-    "#3cb4ff",
-    "#be6eff",
-    "#ffd73c",
-    "#ff69a5",
-    "#2dd7be",
-    "#aad746",
-    "#e1825f",
-    "#8296ff",
-    "#d7b4d7",
-)
-"""Of new objects, by id; the same as in a preview."""
-
-
-def colour_of(object_id: int) -> str:
-    """The colour that an object is given at first, ``#rrggbb``."""
-    return COLOURS[(object_id - 1) % len(COLOURS)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +75,7 @@ class SessionObject(ObjectPrompts):
     """
 
     prompt_ids: list[int] = field(default_factory=list)
-    colour: str = COLOURS[0]
+    colour: str = OBJECT_COLOURS[0]
     visible: bool = True
     locked: bool = False
     voxels: int = 0

@@ -134,7 +134,7 @@ class Validation:
 
     def _draw(self, session: Session, volume: Volume, held: Held, step: int, dice: float) -> None:
         try:
-            from samed3d.inference.preview import write_preview
+            from samed3d.drawing import write_preview
 
             folder = self.folder / "validation"
             folder.mkdir(exist_ok=True)

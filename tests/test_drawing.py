@@ -1,5 +1,4 @@
-"""The preview picture: right way round for every storage order, right aspect, prompts and contours where they
-belong."""
+"""Pictures of volumes: orientation for every storage order, aspect, grey values, prompts and outlines."""
 
 from __future__ import annotations
 
@@ -8,16 +7,25 @@ import itertools
 import numpy as np
 import pytest
 from conftest import oblique_grid
-from PIL import Image
+from PIL import Image, ImageColor
 
+from samed3d.drawing import (
+    NEGATIVE,
+    OBJECT_COLOURS,
+    POSITIVE,
+    PREVIEW_WIDTH,
+    SOFT_TISSUE_HU,
+    grey_range,
+    round_length,
+    write_preview,
+)
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
-from samed3d.inference.preview import OBJECT_COLOURS, WIDTH, _round_length, write_preview
 from samed3d.prompts import Box, ObjectPrompts, Point
 from samed3d.volume import Volume
 
-ORANGE, BLUE = OBJECT_COLOURS[:2]
-GREEN, RED, BOX = (70, 225, 95), (255, 70, 70), (110, 205, 255)
+ORANGE, BLUE, GREEN, RED = (ImageColor.getrgb(c) for c in (*OBJECT_COLOURS[:2], POSITIVE, NEGATIVE))
+WIDTH = PREVIEW_WIDTH
 SHAPE = (16, 32, 32)
 SPACING = (1.0, 1.0, 2.0)
 LPS = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
@@ -60,14 +68,15 @@ def test_a_cube_in_mm_is_a_square_in_every_panel(tmp_path, rng):
     sides = [side for left, top, right, bottom in spots(pixels, ORANGE) for side in (right - left, bottom - top)]
     assert len(sides) == 6
     assert max(sides) - min(sides) <= 4
-    assert np.mean(sides) == pytest.approx(12 / 32 * (WIDTH - 72) / 3, rel=0.05)
+    assert np.mean(sides) == pytest.approx(12 / 28 * (WIDTH - 72) / 3, rel=0.05)  # shown with a margin of 8 voxels
 
 
 def test_the_right_of_the_patient_is_left_and_front_and_head_are_up(tmp_path, rng):
     """In LPS voxels, low i is the patient's right, low j the front, high k the head."""
     mask = np.zeros(SHAPE, bool)
     mask[12:15, 2:7, 3:8] = True
-    axial, coronal, sagittal = spots(picture(tmp_path, volume_of(noise(rng)), mask, [Point((5, 4, 13))]), ORANGE)
+    prompts = [Point((5, 4, 13)), Point((31, 31, 0), positive=False)]  # the second makes the picture show everything
+    axial, coronal, sagittal = spots(picture(tmp_path, volume_of(noise(rng)), mask, prompts), ORANGE)
     assert axial[2] < WIDTH / 6 and axial[3] < WIDTH / 6
     assert WIDTH / 3 < coronal[2] < WIDTH / 2
     assert sagittal[2] < WIDTH * 5 / 6
@@ -107,17 +116,18 @@ def test_prompts_near_the_slice_are_drawn_and_others_not(tmp_path, rng):
     (found,) = spots(pixels, RED)  # on the axial slice, not on those at j = 15 and i = 15
     assert found[2] < WIDTH / 6 and found[1] > WIDTH / 6
     boxed = picture(tmp_path, volume, mask, [Box((4, 4, 2), (11, 11, 9))])
-    assert not spots(boxed, GREEN)
-    for left, top, right, bottom in spots(boxed, BOX)[:1]:
-        assert right - left == pytest.approx(bottom - top, abs=3) == pytest.approx(8 / 32 * (WIDTH - 72) / 3, rel=0.05)
-    assert len(spots(boxed, BOX)) == 3
+    (left, top, right, bottom), *others = spots(boxed, GREEN)
+    side = 8 / 19.5 * (WIDTH - 72) / 3  # of the 19.5 voxels that are shown
+    assert right - left == pytest.approx(bottom - top, abs=3) == pytest.approx(side, rel=0.05)
+    assert len(others) == 2
 
 
 def test_label_map_has_a_colour_for_each_object(tmp_path, rng):
     labels = np.zeros(SHAPE, np.int16)
     labels[4:10, 4:12, 4:12] = 1
     labels[4:10, 4:12, 18:28] = 2
-    objects = [ObjectPrompts(1, "liver", [Point((8, 8, 7))]), ObjectPrompts(2, "spleen", [Point((22, 8, 7))])]
+    far = Point((31, 31, 0), positive=False)  # makes the picture show everything
+    objects = [ObjectPrompts(1, "liver", [Point((8, 8, 7))]), ObjectPrompts(2, "spleen", [Point((22, 8, 7)), far])]
     pixels = picture(tmp_path, volume_of(noise(rng)), labels, objects)
     assert spots(pixels, ORANGE)[0][2] < spots(pixels, BLUE)[0][0]
     assert len(spots(pixels, ORANGE)) == 3  # the sagittal slice passes through the first object only
@@ -145,8 +155,8 @@ def test_single_voxel_objects_and_long_volumes_stay_visible(tmp_path, rng):
     assert np.any(np.abs(pixels[:-75] - ORANGE).max(-1) < 60)
 
 
-def test_round_lengths():
-    assert [_round_length(v) for v in (0.07, 0.1, 1.99, 2, 4.9, 30, 170)] == [0.05, 0.1, 1, 2, 2, 20, 100]
+def testround_lengths():
+    assert [round_length(v) for v in (0.07, 0.1, 1.99, 2, 4.9, 30, 170)] == [0.05, 0.1, 1, 2, 2, 20, 100]
 
 
 def test_failures_leave_nothing(tmp_path, rng):
@@ -167,3 +177,29 @@ def test_slices_pass_through_the_first_positive_prompt(tmp_path, rng):
     pixels = picture(tmp_path, volume_of(noise(rng)), mask, prompts)
     assert len(spots(pixels, ORANGE)) == len(spots(pixels, GREEN)) == 3
     assert not spots(pixels, RED)
+
+
+def test_the_picture_shows_the_objects_with_a_margin(tmp_path, rng):
+    array = rng.normal(100, 10, (60, 60, 60)).astype(np.float32)
+    mask = np.zeros(array.shape, bool)
+    mask[10:40, 10:40, 10:40] = True
+    for shape in ((60, 60, 60), (200, 60, 300)):  # the same picture of the object, whatever lies further away
+        padded = np.pad(array, [(0, n - 60) for n in shape])
+        inside = np.pad(mask, [(0, n - 60) for n in shape])
+        pixels = picture(tmp_path, volume_of(padded, spacing=(1.0, 1.0, 1.0)), inside, [])
+        left, top, right, bottom = spots(pixels, ORANGE)[0]
+        assert right - left == pytest.approx(30 / 55 * (WIDTH - 72) / 3, rel=0.03) == pytest.approx(bottom - top, abs=3)
+
+
+def test_grey_values_of_ct_are_a_soft_tissue_window_that_holds_the_object(rng):
+    ct = rng.normal(40, 20, (20, 20, 20))
+    ct[:5], ct[5] = -1000, 900
+    assert grey_range(ct) == grey_range(ct, ct[8:12]) == SOFT_TISSUE_HU
+    low, high = grey_range(ct, ct[:5])  # an object of air
+    assert low == -1000 and high == 240
+    assert grey_range(ct, ct[5])[1] == 900
+    mr = rng.uniform(0, 4000, (20, 20, 20))
+    assert grey_range(mr) == pytest.approx((40, 3980), abs=30)
+    assert grey_range(mr, np.array([9000.0])) == grey_range(mr)
+    low, high = grey_range(np.zeros((3, 3, 3)))
+    assert low < high
