@@ -16,7 +16,7 @@ from pathlib import Path
 from data_prep.clean import rules_from
 from data_prep.convert import Settings
 from data_prep.pipeline import prepare
-from data_prep.readers.names import safe_name
+from data_prep.readers.facts import safe_name
 from samed3d.data.corpus import VERSION
 from samed3d.errors import InputError
 

@@ -1,14 +1,9 @@
-"""What a reader of source data hands to the pipeline: facts about the source, cases, and the arrays of one case.
-
-A reader (``readers/``) lists cases without touching a voxel and loads one case when asked; the pipeline
-(``pipeline.py``) cleans and stores it. Nothing here reads or writes a file. Read ``pipeline.py`` next.
-"""
+"""What a reader of source data passes to the pipeline: facts about the source, its cases, and the arrays of one case."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from numpy.typing import NDArray
 
@@ -18,10 +13,10 @@ from samed3d.volume import Volume
 
 @dataclass(frozen=True)
 class SourceFacts:
-    """What is known of a dataset as a whole.
+    """What is known of a data set as a whole.
 
     Attributes:
-        name: Name of the dataset, file-name safe.
+        name: Its name, safe as a file name.
         format: Name of the reader that recognised it.
         modality: Modality of all of its images ("CT", "MR", ...), or empty where it differs by case.
         licence: Licence as the source states it, or empty.
@@ -43,16 +38,18 @@ class SourceFacts:
 
 @dataclass(frozen=True)
 class RawCase:
-    """One image with its labels, not yet loaded; small and picklable.
+    """One case that has not been loaded yet; small and picklable.
 
     Attributes:
         id: Unique within the source and safe as a file name.
         source: :attr:`SourceFacts.name`.
-        subject: The person or animal; splits never share one.
+        subject: The person or animal; no subject is split between training and validation.
         modality: Modality of the image, or empty where the source states none.
         split: "train" or "test" where the source prescribes it, else None.
-        reader: Name of the reader in ``readers.READERS`` that loads it.
-        paths: All that the reader needs to load it, by a name of its own choice.
+        reader: Name of the reader that loads it.
+        images: (channel, path) pairs; channels with one path are the volumes of one 4D file.
+        labels: (structure, path) pairs, one structure per file; or one pair without a name: a map of several.
+        extra: What else the reader needs to load the case: paths of further files, or options.
     """
 
     id: str
@@ -61,7 +58,19 @@ class RawCase:
     modality: str
     split: str | None
     reader: str
-    paths: dict[str, str]
+    images: tuple[tuple[str, str], ...] = ()
+    labels: tuple[tuple[str, str], ...] = ()
+    extra: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> list[str]:
+        """Everything that may name a file of the case, the image or else the label first."""
+        return list(dict.fromkeys([path for _, path in (*self.images, *self.labels)] + list(self.extra.values())))
+
+    @property
+    def first_path(self) -> str:
+        """The path that stands for the case in messages."""
+        return next(iter(self.paths), self.id)
 
 
 @dataclass(frozen=True)
@@ -100,27 +109,37 @@ class RawArrays:
     layers: list[LabelLayer] = field(default_factory=list)
 
 
-class Reader(Protocol):
-    """One layout of source data on disk."""
+class Reader:
+    """One layout of source data on disk.
 
-    name: str
+    Attributes:
+        name: What ``--format`` calls it.
+        looks_for: What it recognises a folder by, for messages.
+    """
+
+    name: str = ""
+    looks_for: str = ""
 
     def recognises(self, folder: Path) -> bool:
         """Whether ``folder`` is laid out the way this reader expects; cheap, never raises."""
-        ...
+        raise NotImplementedError
 
     def source(self, folder: Path) -> SourceFacts:
-        """What is known of the dataset in ``folder``."""
-        ...
+        """What is known of the data set in ``folder``."""
+        raise NotImplementedError
 
     def cases(self, folder: Path) -> tuple[list[RawCase], list[Problem]]:
-        """Every case, and every input that cannot become one; reads no voxels."""
-        ...
-
-    def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
-        """The arrays of one case; with ``repair_geometry``, grids that disagree are mended instead of refused.
+        """Every case, and every input that cannot become one; reads no voxels.
 
         Raises:
-            InputError: with the reason, where the files of the case cannot be used.
+            InputError: if the data set as a whole cannot be read.
         """
-        ...
+        raise NotImplementedError
+
+    def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
+        """The arrays of one case; with ``repair_geometry``, grids that disagree are repaired instead of refused.
+
+        Raises:
+            InputError: with the reason, if the files of the case cannot be used.
+        """
+        raise NotImplementedError

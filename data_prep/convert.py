@@ -86,7 +86,7 @@ def record_path(folder: Path, source: str, case: str) -> Path:
 def convert(task: Task) -> Outcome:
     """Do one case; never raises for what is wrong with its files."""
     case = task.case
-    about = (case.source, case.id, next(iter(case.paths.values()), case.id))
+    about = (case.source, case.id, case.first_path)
     record_at = record_path(Path(task.corpus), case.source, case.id)
     try:
         record_at.unlink(missing_ok=True)  # of an older state of the files
@@ -104,9 +104,9 @@ def convert(task: Task) -> Outcome:
 
 def _load(case: RawCase, settings: Settings) -> RawArrays:
     if case.reader == "synthetic":
-        from data_prep.synthetic import load_synthetic  # brings torch, which no other worker needs
+        from data_prep.synthetic import SyntheticReader  # imports torch, which no other worker needs
 
-        return load_synthetic(case, repair_geometry=settings.repair_geometry)
+        return SyntheticReader().load(case, repair_geometry=settings.repair_geometry)
     return load_case(case, repair_geometry=settings.repair_geometry)
 
 
@@ -179,9 +179,7 @@ def _labels(
         layers.append(array)
         structures += [(number, s) for s in found]
     if not structures:
-        raise InputError(
-            f"label is empty: no structure in {next(iter(task.case.paths.values()), task.case.id)}; leave the case out"
-        )
+        raise InputError(f"label is empty: no structure in {task.case.first_path}; leave the case out")
     widest = np.result_type(*[a.dtype for a in layers])
     return [a.astype(widest, copy=False) for a in layers], structures
 
@@ -236,14 +234,14 @@ def fingerprint(case: RawCase, settings: Settings, about: str = "") -> str:
     of itself.
     """
     parts: list[Any] = [asdict(case), asdict(settings), about]
-    for text in sorted(set(case.paths.values())):
+    for text in sorted(case.paths):
         parts += [(name, size, time) for name, size, time in _stats(text)]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def input_bytes(case: RawCase) -> int:
     """Size of the case's files on disk."""
-    return sum(size for text in set(case.paths.values()) for _, size, _ in _stats(text))
+    return sum(size for text in case.paths for _, size, _ in _stats(text))
 
 
 def _stats(text: str) -> Iterator[tuple[str, int, int]]:

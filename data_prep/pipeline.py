@@ -200,15 +200,15 @@ def _distinct(cases: list[RawCase], problems: list[Problem]) -> tuple[list[RawCa
     kept: dict[str, RawCase] = {}
     problems = list(problems)
     for case in cases:
-        path = next(iter(case.paths.values()), case.id)
+        path = case.first_path
         if not case.id or "/" in case.id or "\\" in case.id or case.id.startswith(".") or case.id == "source":
             problems.append(Problem(path, f"case id must be a plain file name, got {case.id!r}; rename the file"))
         elif case.id.lower() in kept:  # lower: some file systems do not tell A from a
-            first = kept[case.id.lower()]
+            first = kept[case.id.lower()].first_path
             problems.append(
                 Problem(
                     path,
-                    f"two cases have the id {case.id!r}, the other is {next(iter(first.paths.values()), '')}; rename one",
+                    f"two cases have the id {case.id!r}, the other is {first}; rename one",
                 )
             )
         else:

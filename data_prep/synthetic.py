@@ -6,13 +6,12 @@ So they are stored, resumed, spread over processes and shown like real ones. Wha
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.cases import LabelLayer, Problem, RawArrays, RawCase, SourceFacts
+from data_prep.cases import LabelLayer, Problem, RawArrays, RawCase, Reader, SourceFacts
 from data_prep.readers import find_sources, load_case
 from data_prep.resample import resample_labels, target_shape
 from samed3d.data.generated import GENERATED_KINDS, generated_case
@@ -24,7 +23,7 @@ NAME = "synthetic"
 
 
 @dataclass(frozen=True)
-class SyntheticReader:
+class SyntheticReader(Reader):
     """Generated cases.
 
     Attributes:
@@ -78,31 +77,28 @@ class SyntheticReader:
             )
         listed = []
         for number in range(self.count):
-            paths = {"kind": self.kind, "seed": f"{self.seed} {number}", "size": str(self.size)}
-            subject, name = f"{source}_{number:06d}", f"{self.kind}_{number:06d}"
+            extra = {"kind": self.kind, "seed": f"{self.seed} {number}", "size": str(self.size)}
+            case = RawCase(f"{self.kind}_{number:06d}", source, f"{source}_{number:06d}", "generated", None, NAME)
             if maps:
                 chosen = maps[int(np.random.default_rng([self.seed, number, 1]).integers(len(maps)))]
-                paths |= {
-                    "case": json.dumps(asdict(chosen)),
-                    **{f"map_{key}": value for key, value in chosen.paths.items()},
-                }
-                subject = chosen.subject
-            listed.append(RawCase(name, source, subject, "generated", None, NAME, paths))
+                extra |= {**chosen.extra, "painted": chosen.reader}
+                case = replace(case, subject=chosen.subject, images=chosen.images, labels=chosen.labels)
+            listed.append(replace(case, extra=extra))
         return listed, []
 
     def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
-        """Make the case; see ``load_synthetic``."""
-        return load_synthetic(case, repair_geometry=repair_geometry)
-
-
-def load_synthetic(case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
-    """Make a case of a ``SyntheticReader``."""
-    size = int(case.paths["size"])
-    seed = [int(n) for n in case.paths["seed"].split()]
-    if "case" not in case.paths:
-        image, labels, grid, names = generated_case(case.paths["kind"], seed, (size, size, size))
+        """Make the case that ``cases`` described."""
+        size = int(case.extra["size"])
+        seed = [int(n) for n in case.extra["seed"].split()]
+        if "painted" in case.extra:
+            real = load_case(replace(case, reader=case.extra["painted"]), repair_geometry=repair_geometry)
+            return _painted(case.id, real, seed, size)
+        image, labels, grid, names = generated_case(case.extra["kind"], seed, (size, size, size))
         return RawArrays([("generated", Volume(image, grid, case.id))], grid, [LabelLayer(labels, names)])
-    real = load_case(RawCase(**json.loads(case.paths["case"])), repair_geometry=repair_geometry)
+
+
+def _painted(name: str, real: RawArrays, seed: list[int], size: int) -> RawArrays:
+    """A generated image of a real label map."""
     view = CanonicalView.of(real.grid)
     shape = target_shape(view.shape_zyx, view.spacing_zyx_mm, None, size)
     spacing = as_triple([s * n / m for s, n, m in zip(view.spacing_zyx_mm, view.shape_zyx, shape, strict=True)])
@@ -114,4 +110,4 @@ def load_synthetic(case: RawCase, *, repair_geometry: bool = False) -> RawArrays
     )
     names = {number: layer.names.get(int(value), f"label_{value}") for number, value in enumerate(values, start=1)}
     grid = Grid(unit.shape_zyx, (spacing[2], spacing[1], spacing[0]), direction_lps=unit.direction_lps)
-    return RawArrays([("generated", Volume(image, grid, case.id))], grid, [LabelLayer(labels, names)])
+    return RawArrays([("generated", Volume(image, grid, name))], grid, [LabelLayer(labels, names)])

@@ -83,7 +83,7 @@ def store_case(
     names = {int(v): f"s{v}" for v in np.unique(labels) if v}
     images = [] if image is None else [("CT", Volume(image, grid, case))]
     facts = SourceFacts(source, "test", modality="CT")
-    task = Task(RawCase(case, source, case, "CT", None, "test", {}), facts, EVERYTHING, str(corpus), "")
+    task = Task(RawCase(case, source, case, "CT", None, "test"), facts, EVERYTHING, str(corpus), "")
     store(task, RawArrays(images, grid, [LabelLayer(labels, names)]), [])
 
 

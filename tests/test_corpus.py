@@ -141,7 +141,7 @@ def test_overlapping_structures_lie_in_layers(tmp_path):
     organ, tumour = np.zeros((8, 8, 8), np.uint8), np.zeros((8, 8, 8), np.uint8)
     organ[1:7], tumour[2:5, 2:6, 2:6] = 1, 1
     grid = Grid((8, 8, 8), direction_lps=(-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0))
-    task = Task(RawCase("x", "s", "p", "CT", None, "test", {}), SourceFacts("s", "test"), EVERYTHING, str(tmp_path), "")
+    task = Task(RawCase("x", "s", "p", "CT", None, "test"), SourceFacts("s", "test"), EVERYTHING, str(tmp_path), "")
     store(task, RawArrays([], grid, [LabelLayer(organ, {1: "liver"}), LabelLayer(tumour, {1: "tumor"})]), [])
     corpus = Corpus(store_corpus(tmp_path))
     case = corpus.cases[0]

@@ -321,12 +321,12 @@ def test_two_cases_of_one_id_and_ids_that_are_no_names():
     from data_prep.cases import RawCase
 
     def case(name: str, path: str) -> RawCase:
-        return RawCase(name, "s", "p", "CT", None, "nnunet", {"image": path})
+        return RawCase(name, "s", "p", "CT", None, "nnunet", (("", path),))
 
     kept, problems = pipeline._distinct(
         [case("a", "1.nii"), case("A", "2.nii"), case("x/y", "3.nii"), case("", "4.nii")], []
     )
-    assert [c.paths["image"] for c in kept] == ["1.nii"]
+    assert [c.first_path for c in kept] == ["1.nii"]
     assert "two cases have the id 'A', the other is 1.nii" in problems[0].reason
     assert all("plain file name" in p.reason for p in problems[1:])
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from data_prep.readers import READERS, find_sources, load_case
-from data_prep.readers.assembly import pack_layers
-from data_prep.readers.names import safe_name, subject_of
+from data_prep.readers.facts import safe_name, subject_of
+from data_prep.readers.labels import pack_layers
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
 from samed3d.volume import read_volume
@@ -257,7 +257,7 @@ def test_a_pattern_in_source_json_tells_the_person(tmp_path):
 def test_layers_hold_what_does_not_overlap():
     masks = {name: np.zeros(trees.SHAPE, bool) for name in "abcd"}
     masks["a"][0], masks["b"][1], masks["c"][:2], masks["d"][4] = True, True, True, True
-    layers = pack_layers(iter(masks.items()), trees.SHAPE)
+    layers = pack_layers(iter(masks.items()), trees.SHAPE, "x")
     assert [sorted(layer.names.values()) for layer in layers] == [["a", "b", "d"], ["c"]]
     for layer in layers:
         for value, name in layer.names.items():
@@ -266,14 +266,15 @@ def test_layers_hold_what_does_not_overlap():
 
 def test_layers_hold_more_than_255_structures():
     array = np.arange(2 * 10 * 20).reshape(2, 10, 20)
-    [layer] = pack_layers(((f"n{v}", array == v) for v in range(1, 400)), (2, 10, 20))
+    [layer] = pack_layers(((f"n{v}", array == v) for v in range(1, 400)), (2, 10, 20), "x")
     assert layer.array.dtype == np.uint16 and layer.names[300] == "n300"
     np.testing.assert_array_equal(layer.array, array)
 
 
 def test_the_real_data_sets(data_dir):
     found = find_sources([data_dir])
-    assert len(found) == 37 and {reader.name for reader, _ in found} == {"nnunet"}
+    expected = {path.parent.name for path in data_dir.glob("*/dataset.json")}
+    assert {folder.name for _, folder in found} == expected and {reader.name for reader, _ in found} == {"nnunet"}
     counts = {}
     for reader, folder in found:
         cases, problems = reader.cases(folder)
@@ -287,7 +288,7 @@ def test_the_real_data_sets(data_dir):
             raw = load_case(cases[0])
             assert len(raw.images) == {"tcga_lgg_glioma": 2, "labelmaps_knee_pymskt": 0}.get(folder.name, 1)
             assert raw.layers[0].names and raw.layers[0].array.shape == raw.grid.shape_zyx
-    assert sum(counts.values()) == 430
+    assert counts == {name: len(list((data_dir / name / "labelsTr").glob("*.nii.gz"))) for name in expected}
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,8 @@ def test_npz_that_is_damaged_or_holds_objects_is_refused(tmp_path):
         path, imgs=np.array([{"not": "numbers"}], dtype=object), gts=trees.label_array(), spacing=(1, 1, 1)
     )
     with pytest.raises(
-        InputError, match=r"npz is damaged, or holds Python objects, which are not read: .*MR_ProstateT2_7\.npz"
+        InputError,
+        match=r"npz has no readable 'imgs', or it holds Python objects, which are not read: .*MR_ProstateT2_7\.npz",
     ):
         load_case(listed(folder)[0][1])
     path.write_bytes((folder / "CT_AMOS_amos_0018.npz").read_bytes()[:-100])

@@ -222,7 +222,7 @@ def test_structures_of_two_layers_are_read_from_their_own(tmp_path):
     organ[1:15, 1:15, 1:15], tumour[4:9, 4:9, 4:9] = 1, 1
     grid = Grid(shape, direction_lps=(-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0))
     image = Volume((organ * 50 + tumour * 90).astype(np.int16), grid, "x")
-    task = Task(RawCase("x", "s", "p", "CT", None, "test", {}), SourceFacts("s", "test"), EVERYTHING, str(tmp_path), "")
+    task = Task(RawCase("x", "s", "p", "CT", None, "test"), SourceFacts("s", "test"), EVERYTHING, str(tmp_path), "")
     store(
         task, RawArrays([("CT", image)], grid, [LabelLayer(organ, {1: "liver"}), LabelLayer(tumour, {1: "tumor"})]), []
     )

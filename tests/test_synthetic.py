@@ -7,7 +7,7 @@ import pytest
 
 from data_prep.cases import RawCase
 from data_prep.pipeline import prepare
-from data_prep.synthetic import SyntheticReader, load_synthetic
+from data_prep.synthetic import SyntheticReader
 from samed3d.cli import main
 from samed3d.data.corpus import Corpus
 from samed3d.data.generated import GENERATED_KINDS, generated_case
@@ -80,8 +80,10 @@ def test_the_command_line_makes_and_mixes(tmp_path, capsys):
 
 
 def test_a_phantom_has_named_organs():
-    case = RawCase("x", "s", "p", "generated", None, "synthetic", {"kind": "phantom", "seed": "0 0", "size": "64"})
-    raw = load_synthetic(case)
+    case = RawCase(
+        "x", "s", "p", "generated", None, "synthetic", extra={"kind": "phantom", "seed": "0 0", "size": "64"}
+    )
+    raw = SyntheticReader().load(case)
     assert {"liver", "left kidney"} <= set(raw.layers[0].names.values()) and raw.grid.shape_zyx == raw.layers[
         0
     ].array.shape

@@ -1,9 +1,9 @@
-"""Readers of source data: one file per layout on disk, and which of them a folder needs.
+"""Readers of source data, and which of them a folder needs.
 
 Each reader lists cases without reading a voxel and loads one case when asked (``data_prep/cases.py``). A new layout is
-a new file and a line in ``READERS``. What bad input does is the same everywhere: a file that cannot become a case is a
-``Problem`` of the listing, a case that cannot be loaded an ``InputError`` with its reason; nothing is dropped in
-silence and nothing on disk is changed.
+a new class and a line in ``READERS``. All treat bad input alike: a file that cannot become a case is a ``Problem`` of
+the listing, a case that cannot be loaded is an ``InputError`` with its reason; every dropped file is listed and nothing
+on disk is changed.
 """
 
 from __future__ import annotations
@@ -11,17 +11,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 from data_prep.cases import RawArrays, RawCase, Reader
 from data_prep.readers.dicom import DicomReader
-from data_prep.readers.msd import MsdReader
-from data_prep.readers.names import safe_name, subfolders
-from data_prep.readers.nnunet import NnunetReader
+from data_prep.readers.facts import safe_name, subfolders
+from data_prep.readers.folders import PlainReader, SaMed3dReader, TotalsegReader
+from data_prep.readers.nnunet import MsdReader, NnunetReader
 from data_prep.readers.npz import NpzReader
-from data_prep.readers.plain import PlainReader
-from data_prep.readers.sa_med3d import SaMed3dReader
-from data_prep.readers.totalseg import TotalsegReader
 from samed3d.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -30,22 +26,8 @@ logger = logging.getLogger(__name__)
 _MAX_DEPTH = 3
 
 
-class RepairingReader(Reader, Protocol):
-    """A reader that can mend a label whose grid is not its image's, when asked to."""
-
-    looks_for: str
-
-    def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
-        """The arrays of one case; see ``assembly.read_label_on`` for what is mended.
-
-        Raises:
-            InputError: with the reason, where the files of the case cannot be used.
-        """
-        ...
-
-
 # In order of recognition: layouts that say what they are first, those that many folders resemble last.
-READERS: dict[str, RepairingReader] = {
+READERS: dict[str, Reader] = {
     "msd": MsdReader(),
     "nnunet": NnunetReader(),
     "totalseg": TotalsegReader(),
@@ -61,7 +43,7 @@ def load_case(case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
 
     Args:
         case: From ``Reader.cases``.
-        repair_geometry: Mend a label whose grid differs from its image's instead of refusing it.
+        repair_geometry: Repair a label whose grid differs from its image's instead of refusing it.
 
     Raises:
         InputError: with the reason, where the files of the case cannot be used.
@@ -75,14 +57,14 @@ def find_sources(
     *,
     image_pattern: str | None = None,
     label_pattern: str | None = None,
-) -> list[tuple[RepairingReader, Path]]:
+) -> list[tuple[Reader, Path]]:
     """The data sets in folders, each with its reader.
 
     Args:
         paths: Data sets, or folders of data sets (of folders of data sets).
         format: Name of a reader that all of them need, or None to recognise each by itself.
-        image_pattern: For plain folders, where the images are; see ``plain``. Given together with ``label_pattern``;
-            means ``plain``.
+        image_pattern: For plain folders, where the images are; see ``PlainReader``. Given together with
+            ``label_pattern``; implies the format ``plain``.
         label_pattern: For plain folders, where the labels are.
 
     Raises:
@@ -91,12 +73,12 @@ def find_sources(
     """
     if format is not None and format not in READERS:
         raise InputError(f"--format must be one of {', '.join(READERS)}, got {format!r}")
-    readers: list[RepairingReader] = list(READERS.values()) if format is None else [READERS[format]]
+    readers: list[Reader] = list(READERS.values()) if format is None else [READERS[format]]
     if image_pattern is not None or label_pattern is not None:
         if format not in (None, "plain"):
             raise InputError(f"--image-pattern and --label-pattern are for --format plain, got --format {format}")
         readers = [PlainReader(image_pattern, label_pattern)]
-    found: list[tuple[RepairingReader, Path]] = []
+    found: list[tuple[Reader, Path]] = []
     for path in paths:
         if not path.is_dir():
             raise InputError(f"source must be a folder, got {path}")
@@ -113,7 +95,7 @@ def find_sources(
     return found
 
 
-def _below(folder: Path, readers: Sequence[RepairingReader], depth: int) -> list[tuple[RepairingReader, Path]]:
+def _below(folder: Path, readers: Sequence[Reader], depth: int) -> list[tuple[Reader, Path]]:
     for reader in readers:
         if reader.recognises(folder) and not (reader.name == "dicom" and _holds_data_sets(folder, readers, depth)):
             return [(reader, folder)]
@@ -128,7 +110,7 @@ def _below(folder: Path, readers: Sequence[RepairingReader], depth: int) -> list
     return found
 
 
-def _holds_data_sets(folder: Path, readers: Sequence[RepairingReader], depth: int) -> bool:
+def _holds_data_sets(folder: Path, readers: Sequence[Reader], depth: int) -> bool:
     """Whether a folder of DICOM files at some depth is a folder of data sets, of which some are in another layout."""
     others = [reader for reader in readers if reader.name != "dicom"]
     return bool(others) and depth > 0 and any(_below(sub, others, depth - 1) for sub in subfolders(folder))

@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.cases import Problem, RawArrays, RawCase, SourceFacts
-from data_prep.readers.assembly import pack_layers
-from data_prep.readers.facts import facts_of
-from data_prep.readers.names import safe_name
+from data_prep.cases import Problem, RawArrays, RawCase, Reader, SourceFacts
+from data_prep.readers.facts import facts_of, safe_name
+from data_prep.readers.labels import pack_layers
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
 from samed3d.volume import read_volume
@@ -31,7 +30,6 @@ from samed3d.volume.dicom_labels import (
     scan_dicom,
     series_identifier,
 )
-from samed3d.volume.label_maps import EmptyLabelError
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +38,7 @@ _MODALITIES = {"CT": "CT", "MR": "MR", "PT": "PET", "US": "US", "NM": "NM", "CR"
 _GLANCE = 64
 
 
-class DicomReader:
+class DicomReader(Reader):
     """Image series with SEG or RTSTRUCT; see the module."""
 
     name = "dicom"
@@ -99,12 +97,11 @@ class DicomReader:
                 )
                 continue
             person = _person(first, folder)
-            paths = {"folder": str(first.path.parent), "series": uid} | {
-                f"label_{n:03d}": str(f.path) for n, f in enumerate(labels)
-            }
             case_id = f"{safe_name(person)}-{hashlib.sha256(uid.encode()).hexdigest()[:8]}"
             modality = _MODALITIES.get(first.modality, first.modality)
-            cases.append(RawCase(case_id, facts.name, person, modality, None, self.name, paths))
+            images, masks = ((modality, str(first.path.parent)),), tuple(("", str(f.path)) for f in labels)
+            about = (case_id, facts.name, person, modality, None, self.name)
+            cases.append(RawCase(*about, images, masks, {"series": uid}))
         labelled = {case.subject for case in cases} | tried
         for person, path in sorted({_person(s[0], folder): s[0].path.parent for s in series.values()}.items()):
             if person not in labelled:
@@ -120,13 +117,10 @@ class DicomReader:
             InputError: if a file cannot be used, a label lies outside the image, or no structure has a voxel.
         """
         _check_pydicom()
-        folder = Path(case.paths["folder"])
-        image = read_volume(folder, series=series_identifier(folder, case.paths["series"]))
-        labels = [Path(path) for key, path in sorted(case.paths.items()) if key.startswith("label_")]
-        try:
-            layers = pack_layers(_all_masks(labels, image.grid), image.grid.shape_zyx)
-        except EmptyLabelError as error:
-            raise EmptyLabelError(f"{error}: {', '.join(map(str, labels))}") from error
+        folder = Path(case.images[0][1])
+        image = read_volume(folder, series=series_identifier(folder, case.extra["series"]))
+        labels = [Path(path) for _, path in case.labels]
+        layers = pack_layers(_all_masks(labels, image.grid), image.grid.shape_zyx, ", ".join(map(str, labels)))
         return RawArrays([(case.modality, image)], image.grid, layers)
 
 

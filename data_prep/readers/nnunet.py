@@ -1,44 +1,131 @@
-"""nnU-Net raw data, version 1 and 2: ``dataset.json``, ``imagesTr/CASE_0000.nii.gz``, ``labelsTr/CASE.nii.gz``, and the
-same with Ts.
+"""Layouts that a ``dataset.json`` describes: nnU-Net raw data (version 1 and 2) and the Medical Segmentation Decathlon.
 
-Version 2 may list its files in ``dataset`` instead, name regions made of several values, and use another
-``file_ending``. A folder without any image is a set of label maps, from which images can be generated. Images in
-``imagesTs`` without a ``labelsTs`` are no cases.
+nnU-Net has ``imagesTr/CASE_0000.nii.gz``, one file per channel, ``labelsTr/CASE.nii.gz``, and the same with Ts. Version
+2 may list its files in ``dataset`` instead, name regions made of several values, and use another ``file_ending``. A
+folder without any image is a set of label maps, from which images can be generated. Images in ``imagesTs`` without a
+``labelsTs`` are no cases.
+
+The Decathlon lists image and label of each case in ``training``; several modalities are one 4D image. nnU-Net 1 has the
+same ``dataset.json``, but a channel number in its file names: a list whose first image exists under the listed name is
+the Decathlon's.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.cases import Problem, RawArrays, RawCase, SourceFacts
-from data_prep.readers.assembly import read_images, read_label_on
-from data_prep.readers.dataset_json import channel_names, label_table, stated_modality
-from data_prep.readers.facts import facts_of, read_json, source_json_path, subject_rule
-from data_prep.readers.names import image_files, safe_name, without_suffix
+from data_prep.cases import Problem, RawCase, SourceFacts
+from data_prep.readers.assembly import FileReader
+from data_prep.readers.facts import (
+    channel_names,
+    facts_of,
+    image_files,
+    read_json,
+    safe_name,
+    subject_rule,
+    without_suffix,
+)
+from data_prep.readers.labels import table_of_dataset_json
 from samed3d.errors import InputError
 from samed3d.volume import SUFFIXES
-from samed3d.volume.label_maps import read_label_map
 
 logger = logging.getLogger(__name__)
 
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 
+class _DatasetJsonReader(FileReader):
+    """What both layouts share: facts and label names come from ``dataset.json``."""
+
+    def source(self, folder: Path) -> SourceFacts:
+        """Facts from ``dataset.json`` and ``source.json``."""
+        about = read_json(folder / "dataset.json")
+        stated = about.get("modality")
+        modality = stated if isinstance(stated, str) else ", ".join(channel_names(about))
+        return facts_of(folder, self.name, about, modality=modality)
+
+    def _extra(self, folder: Path) -> dict[str, str]:
+        files = {"dataset_json": folder / "dataset.json", "source_json": folder / "source.json"}
+        return {key: str(path) for key, path in files.items() if path.is_file()}
+
+
+class MsdReader(_DatasetJsonReader):
+    """Tasks of the Decathlon; see the module."""
+
+    name = "msd"
+    looks_for = "dataset.json that lists its files in training (Decathlon)"
+
+    def recognises(self, folder: Path) -> bool:
+        """Whether ``dataset.json`` lists cases whose image has the listed name."""
+        try:
+            training = read_json(folder / "dataset.json").get("training")
+        except InputError:
+            return False
+        entries = training if isinstance(training, list) else []
+        return any((folder / e["image"]).is_file() for e in entries if isinstance(e, dict) and _is_text(e, "image"))
+
+    def cases(self, folder: Path) -> tuple[list[RawCase], list[Problem]]:
+        """Every entry of ``training``, and of ``validation`` as in AMOS; ``test`` has no labels.
+
+        Raises:
+            InputError: if ``dataset.json`` is damaged or names no labels.
+        """
+        path = folder / "dataset.json"
+        about = read_json(path)
+        table_of_dataset_json(about, path)
+        facts, person = self.source(folder), subject_rule(folder)
+        channels = channel_names(about) or [facts.modality or "image"]
+        cases: dict[str, RawCase] = {}
+        problems = []
+        listed: set[Path] = set()
+        for entry in [*about["training"], *about.get("validation", ())]:
+            if not (isinstance(entry, dict) and _is_text(entry, "image", "label")):
+                problems.append(Problem(str(path), f"training entry must name image and label, got {entry!r}"))
+                continue
+            image, label = folder / entry["image"], folder / entry["label"]
+            listed |= {image.resolve(), label.resolve()}
+            name = without_suffix(image)
+            case_id = safe_name(name)
+            if absent := [p for p in (image, label) if not p.is_file()]:
+                problems.append(Problem(str(absent[0]), "listed in dataset.json but not there"))
+            elif case_id in cases:
+                reason = f"two cases have the id {case_id}; this one is left out, rename it"
+                problems.append(Problem(str(image), reason))
+            else:
+                images, labels = tuple((channel, str(image)) for channel in channels), (("", str(label)),)
+                about_case = (case_id, facts.name, person(name), facts.modality, None, self.name)
+                cases[case_id] = RawCase(*about_case, images, labels, self._extra(folder))
+        for part, what in (("imagesTr", "image"), ("labelsTr", "label")):
+            spare = [p for p in image_files(folder / part) if p.resolve() not in listed]
+            problems += [Problem(str(p), f"{what} is not listed in dataset.json") for p in spare]
+        return list(cases.values()), problems
+
+
 @dataclass
 class _Files:
-    """What was found of one case."""
+    """What was found of one case of nnU-Net."""
 
     label: Path | None = None
     channels: dict[int, Path] = field(default_factory=dict)
 
+    def incomplete(self, channels: int) -> str:
+        """Why the case cannot be used; empty where all is there. ``channels``: how many ``dataset.json`` names."""
+        if self.label is None:
+            return "image has no label in the folder of labels"
+        if not self.channels:
+            return "label has no image in the folder of images"
+        expected = channels or max(self.channels) + 1
+        missing = sorted(set(range(expected)) - set(self.channels))
+        return f"channel {missing[0]:04d} is missing ({expected} in dataset.json)" if missing else ""
 
-class NnunetReader:
+
+class NnunetReader(_DatasetJsonReader):
     """nnU-Net raw data; see the module."""
 
     name = "nnunet"
@@ -55,11 +142,6 @@ class NnunetReader:
         except InputError:
             return False
 
-    def source(self, folder: Path) -> SourceFacts:
-        """Facts from ``dataset.json`` and ``source.json``."""
-        about = read_json(folder / "dataset.json")
-        return facts_of(folder, self.name, about, modality=stated_modality(about))
-
     def cases(self, folder: Path) -> tuple[list[RawCase], list[Problem]]:
         """Every label with its channels.
 
@@ -68,61 +150,37 @@ class NnunetReader:
         """
         path = folder / "dataset.json"
         about = read_json(path)
-        label_table(about, path)
+        table_of_dataset_json(about, path)
         ending = str(about.get("file_ending", ".nii.gz")).lower()
         if ending not in SUFFIXES:
             raise InputError(
                 f"file_ending must be one of {' '.join(SUFFIXES)}, got {ending!r}: {path}; convert the files"
             )
-        facts, person = self.source(folder), subject_rule(folder)
+        facts, person, channels = self.source(folder), subject_rule(folder), dict(enumerate(channel_names(about)))
         subjects = {str(c["case"]): str(c["subject"]) for c in about.get("cases", ()) if "case" in c and "subject" in c}
         tested = bool(image_files(folder / "labelsTs", (ending,)))
-        cases: list[RawCase] = []
+        cases: dict[str, RawCase] = {}
         problems: list[Problem] = []
         for part, found in _parts(folder, about, ending, problems):
             label_maps_only = bool(part) and not image_files(folder / f"images{part}")
             if label_maps_only and not about.get("labels_only"):
                 logger.warning("%s has no images%s; its labels are taken as label maps without image", folder, part)
             for name, files in sorted(found.items()):
-                reason = "" if label_maps_only and files.label else _incomplete(files, len(channel_names(about)))
+                reason = "" if label_maps_only and files.label else files.incomplete(len(channels))
                 if reason:
                     problems.append(Problem(str(files.label or next(iter(files.channels.values()))), reason))
                     continue
                 case_id = safe_name(name)
-                if case_id in {c.id for c in cases}:  # the same name in Tr and Ts
-                    case_id += f".{part}"
-                paths = {f"image_{number:04d}": str(p) for number, p in sorted(files.channels.items())}
-                paths |= {"label": str(files.label), "dataset_json": str(path)} | source_json_path(folder)
-                split = "test" if part == "Ts" else "train" if tested else None
-                cases.append(
-                    RawCase(
-                        case_id, facts.name, subjects.get(name) or person(name), facts.modality, split, self.name, paths
-                    )
+                case_id += f".{part}" if case_id in cases else ""  # the same name in Tr and Ts
+                images = tuple(
+                    (channels.get(number, facts.modality or f"image_{number:04d}"), str(p))
+                    for number, p in sorted(files.channels.items())
                 )
-        return cases, problems + _listed_but_absent(folder, about)
-
-    def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
-        """The channels of a case and its label; regions that overlap come in several layers.
-
-        Raises:
-            InputError: if a file cannot be used, grids differ, or a label value is not in ``dataset.json``.
-        """
-        path = Path(case.paths["dataset_json"])
-        about = read_json(path)
-        table, channels = label_table(about, path), channel_names(about)
-        named = []
-        for key in sorted(k for k in case.paths if k.startswith("image_")):
-            number = int(key.removeprefix("image_"))
-            named.append((channels[number] if number < len(channels) else case.modality or key, case.paths[key]))
-        images = read_images(named, repair_geometry=repair_geometry)
-        label = case.paths["label"]
-        if images:
-            grid = images[0][1].grid
-            array = read_label_on(grid, label, images[0][1].source, repair_geometry=repair_geometry)
-        else:
-            array, grid = read_label_map(label)
-        open_ended = facts_of(path.parent, self.name, about).label_kind == "instance"
-        return RawArrays(images, grid, table.layers(array, label, open_ended=open_ended))
+                split = "test" if part == "Ts" else "train" if tested else None
+                subject = subjects.get(name) or person(name)
+                about_case = (case_id, facts.name, subject, facts.modality, split, self.name)
+                cases[case_id] = RawCase(*about_case, images, (("", str(files.label)),), self._extra(folder))
+        return list(cases.values()), problems + _listed_but_absent(folder, about)
 
 
 def _parts(
@@ -138,8 +196,7 @@ def _parts(
         found: dict[str, _Files] = defaultdict(_Files)
         labels = image_files(folder / f"labels{part}", (ending,))
         if part == "Ts" and not labels:
-            unlabelled = len(image_files(folder / "imagesTs", (ending,)))
-            if unlabelled:
+            if unlabelled := len(image_files(folder / "imagesTs", (ending,))):
                 logger.info("%s: %d images in imagesTs have no labelsTs and are left out", folder.name, unlabelled)
             continue
         for path in labels:
@@ -150,12 +207,8 @@ def _parts(
                 problems.append(Problem(str(path), f"image name must end in a channel number, CASE_0000{ending}"))
             else:
                 found[match.group(1)].channels[int(match.group(2))] = path
-        strange = [
-            p
-            for what in ("images", "labels")
-            for p in image_files(folder / f"{what}{part}")
-            if not p.name.lower().endswith(ending)
-        ]
+        files = [p for what in ("images", "labels") for p in image_files(folder / f"{what}{part}")]
+        strange = [p for p in files if not p.name.lower().endswith(ending)]
         problems += [Problem(str(p), f"name must end in {ending} (file_ending of dataset.json)") for p in strange]
         yield part, found
 
@@ -169,39 +222,26 @@ def _listed(folder: Path, listed: dict[str, Any], problems: list[Problem]) -> di
         except (KeyError, TypeError):
             problems.append(Problem(str(folder / "dataset.json"), f"dataset entry {name!r} must have images and label"))
             continue
-        absent = [p for p in [files.label, *files.channels.values()] if p and not p.is_file()]
-        if absent:
+        if absent := [p for p in (files.label, *files.channels.values()) if p and not p.is_file()]:
             problems.append(Problem(str(absent[0]), f"listed in dataset.json for case {name!r} but not there"))
         else:
             found[name] = files
     return found
 
 
-def _incomplete(files: _Files, channels: int) -> str:
-    """Why a case cannot be used; empty where all is there."""
-    if files.label is None:
-        return "image has no label in the folder of labels"
-    if not files.channels:
-        return "label has no image in the folder of images"
-    missing = sorted(set(range(channels or max(files.channels) + 1)) - set(files.channels))
-    if missing:
-        return f"channel {missing[0]:04d} is missing ({channels or max(files.channels) + 1} in dataset.json)"
-    return ""
-
-
 def _listed_but_absent(folder: Path, about: dict[str, Any]) -> list[Problem]:
     """Labels that the ``training`` list of version 1 names and that are not there, or that it names twice."""
-    problems = []
-    seen: set[Path] = set()
-    for entry in about.get("training", ()) if isinstance(about.get("training"), list) else ():
-        if not (isinstance(entry, dict) and isinstance(entry.get("label"), str)):
-            continue
-        label = folder / entry["label"]
-        if label in seen:
-            problems.append(
-                Problem(str(label), "listed twice in dataset.json; two cases cannot have one id, it is taken once")
-            )
-        elif not label.is_file():
-            problems.append(Problem(str(label), "listed in dataset.json but not there"))
-        seen.add(label)
-    return problems
+    training = about.get("training")
+    entries = training if isinstance(training, list) else []
+    labels = [folder / e["label"] for e in entries if isinstance(e, dict) and _is_text(e, "label")]
+    twice = "listed twice in dataset.json; two cases cannot have one id, it is taken once"
+    reasons = {
+        label: twice if count > 1 else "listed in dataset.json but not there"
+        for label, count in Counter(labels).items()
+        if count > 1 or not label.is_file()
+    }
+    return [Problem(str(label), reason) for label, reason in reasons.items()]
+
+
+def _is_text(entry: dict[str, Any], *keys: str) -> bool:
+    return all(isinstance(entry.get(key), str) for key in keys)

@@ -112,6 +112,42 @@ def count_volumes(path: str | Path) -> int:
     return int(size[3]) if len(size) > 3 else 1
 
 
+def read_label_on(path: str | Path, grid: Grid, image: str, *, repair: bool = False) -> NDArray:
+    """A label map on the grid of its image.
+
+    Args:
+        path: The label map.
+        grid: The image's grid.
+        image: The image, for messages.
+        repair: Repair a mismatch instead of refusing it: a label of the image's size takes the image's grid voxel for
+            voxel (its header is held to be wrong), one of another size is resampled by position, nearest voxel.
+
+    Returns:
+        (D, H, W) unsigned integers.
+
+    Raises:
+        InputError: if the label cannot be read, or is on another grid; with ``repair``, if nothing of it lies in the
+            image.
+    """
+    array, own = read_label_map(path)
+    difference = grid_difference(grid, own)
+    if not difference:
+        return array
+    if not repair:
+        raise InputError(
+            f"image and label must share one grid: {difference}: {image} and {path}; correct them, or give "
+            "--repair-geometry"
+        )
+    if grid.shape_zyx == own.shape_zyx:
+        logger.warning("label takes the grid of its image (%s): %s", difference, path)
+        return array
+    placed = resample_labels(array, own, grid)
+    if not placed.any():
+        raise InputError(f"label lies outside its image ({difference}): {image} and {path}; it cannot be repaired")
+    logger.warning("label is resampled onto its image (%s): %s", difference, path)
+    return placed
+
+
 def grid_difference(one: Grid, other: Grid) -> str:
     """What keeps two grids from being the same, in words; empty where they agree (see ``GRID_TOLERANCE``)."""
     if one.shape_zyx != other.shape_zyx:

@@ -140,10 +140,8 @@ def _layers(segments: Sequence[Segment]) -> list[int]:
 
 def _segment_fields(number: int, segment: Segment, layer: int) -> list[str]:
     region = segment.mask.region
-    extent = (0, -1) * 3
-    if not region.is_empty:
-        ends = zip(region.start_zyx[::-1], region.stop_zyx[::-1], strict=True)
-        extent = tuple(v for start, stop in ends for v in (start, stop - 1))
+    ends = [(0, 0)] * 3 if region.is_empty else zip(region.start_zyx[::-1], region.stop_zyx[::-1], strict=True)
+    extent = [v for start, stop in ends for v in (start, stop - 1)]
     fields = {
         "ID": f"Segment_{segment.id}",
         "Name": segment.name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", " "),  # NRRD's own escapes
