@@ -1,4 +1,4 @@
-"""Every protocol on every kind of contender in one command, timed: the default checkpoint, SAM-Med3D's architecture
+"""Every protocol on every kind of method in one command, timed: the default checkpoint, SAM-Med3D's architecture
 with random weights, all baselines and the control without a prompt.
 
     python benchmarks/protocols.py --data DATA --out protocols.json            # one structure of one image of each data

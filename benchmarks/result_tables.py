@@ -58,7 +58,7 @@ def accuracy(body: Body) -> str:
 
 
 def protocols(body: Body) -> str:
-    """Every protocol's first and last Dice of every contender, and what the whole run took."""
+    """Every protocol's first and last Dice of every method, and what the whole run took."""
     rows = [
         [f"{row['protocol']}{'' if row['prompt'] == 'click' else ', ' + row['prompt'] + ' first'}", f"`{row['model']}`", row["subjects"],
          row["structures"], with_interval(row["first"]), f"{with_interval(row['last'])} ({row['last']['click']})"]

@@ -3,7 +3,7 @@
     python benchmarks/tune_baselines.py --data DATA --out out/tune
 
 Training subjects are those of the default checkpoint's split, so that nothing here was measured on what the baselines
-are later compared on. The table that the constants in ``samed3d/evaluation/baselines/`` follow from is in
+are later compared on. The table that the constants in ``samed3d/evaluation/baselines.py`` follow from is in
 ``docs/measure.md``.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from samed3d.evaluation.contenders import BaselineContender  # noqa: E402
+from samed3d.evaluation.methods import BaselineMethod  # noqa: E402
 from samed3d.evaluation.results import CASES_CSV, read_rows  # noqa: E402
 from samed3d.evaluation.run import evaluate  # noqa: E402
 
@@ -43,18 +43,18 @@ def main() -> None:
     for method in options.methods:
         names, values = list(GRIDS[method]), itertools.product(*GRIDS[method].values())
         settings = [dict(zip(names, each, strict=True)) for each in values]
-        contenders = [BaselineContender(f"{method}@{n}", **setting) for n, setting in enumerate(settings)]
+        variants = [BaselineMethod(f"{method}@{n}", **setting) for n, setting in enumerate(settings)]
         limits = {"limit": options.limit, "labels_per_case": options.labels_per_case, "surfaces": False}
         rows = read_rows(
             evaluate(
-                [options.data], ["default", *contenders], options.out / method, clicks=CLICKS, split="train", **limits
+                [options.data], ["default", *variants], options.out / method, clicks=CLICKS, split="train", **limits
             )
             / CASES_CSV
         )
         found = []
-        for contender, setting in zip(contenders, settings, strict=True):
+        for variant, setting in zip(variants, settings, strict=True):
             means = [
-                statistics.fmean(r["dice"] for r in rows if r["model"] == contender.name and r["click"] == c)
+                statistics.fmean(r["dice"] for r in rows if r["model"] == variant.name and r["click"] == c)
                 for c in CLICKS
             ]
             found.append((statistics.fmean(means), means, setting))

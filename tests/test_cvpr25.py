@@ -13,8 +13,8 @@ import pytest
 from samed3d.data.challenge_npz import read_array, read_boxes, read_objects, write_answer, write_input
 from samed3d.errors import InputError
 from samed3d.evaluation.cases import Split, find_cases
-from samed3d.evaluation.contenders import BaselineContender
 from samed3d.evaluation.measuring import Ask, measure
+from samed3d.evaluation.methods import BaselineMethod
 from samed3d.evaluation.protocols import protocol_of
 from samed3d.evaluation.protocols.cvpr25 import (
     Cvpr25,
@@ -27,7 +27,7 @@ from samed3d.evaluation.protocols.cvpr25 import (
 )
 from samed3d.metrics import dice, nsd_subvoxel
 from samed3d.prompts import Box, Point
-from tests.measured_subjects import Fake, Scripted
+from tests.known_methods import Fake, Scripted
 
 SPACING = (0.5, 1.0, 3.0)
 
@@ -70,9 +70,9 @@ class EachRound:
         return listed[min(len(self.prompts[object_id]), len(listed)) - 1].astype(np.uint8)
 
 
-def measured_case(path: Path, contender):
+def measured_case(path: Path, method):
     (case,) = find_cases([path.parent], Split(), "all")
-    return case, measure(case, contender, protocol_of("cvpr25"), Ask(3, min_voxels=1))
+    return case, measure(case, method, protocol_of("cvpr25"), Ask(3, min_voxels=1))
 
 
 # Boxes and clicks
@@ -186,7 +186,7 @@ def test_without_boxes_nothing_is_predicted_before_the_first_click(tmp_path):
 
 def test_click_only_methods_begin_with_the_clicks(tmp_path):
     path = write_case(tmp_path / "CT_a.npz", truth())
-    _, part = measured_case(path, BaselineContender("region_growing", multiplier=1.25))
+    _, part = measured_case(path, BaselineMethod("region_growing", multiplier=1.25))
     assert [r["dice"] for r in part.rows if r["click"] == 0] == [0, 0] and all(
         r["dice"] > 0.3 for r in part.rows if r["click"] == 1
     )

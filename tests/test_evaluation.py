@@ -16,7 +16,7 @@ from samed3d.errors import InputError
 from samed3d.evaluation import run
 from samed3d.evaluation.baselines import RegionGrowing
 from samed3d.evaluation.cases import Split, find_cases
-from samed3d.evaluation.contenders import contender_of
+from samed3d.evaluation.methods import method_of
 from samed3d.evaluation.results import FIELDS
 from samed3d.evaluation.run import evaluate
 from samed3d.evaluation.statistics import summarise
@@ -26,7 +26,7 @@ from samed3d.models import MODELS, create_model
 from samed3d.models.weights import save_weights
 from samed3d.prompts import Box, Point, prompt_from_json
 from samed3d.volume import Volume, write_volume
-from tests.measured_subjects import Fake, Scripted, measured
+from tests.known_methods import Fake, Scripted, measured
 from tests.nnunet_tree import RAS, scene, write_set
 
 SEEN = next(f"s{i}" for i in range(99) if not in_validation(f"s{i}", 0.2))
@@ -71,9 +71,9 @@ def one_label() -> tuple[Volume, np.ndarray]:
 
 def test_a_perfect_mask_gets_no_further_click_and_repeats_its_row():
     volume, labels = one_label()
-    contender = Fake(lambda *_: Scripted(labels == 1))
-    rows = measured(contender, volume, labels, clicks=5).rows
-    assert len(contender.opened[0].prompts) == 1 and [r["click"] for r in rows] == [1, 2, 3, 4, 5]
+    method = Fake(lambda *_: Scripted(labels == 1))
+    rows = measured(method, volume, labels, clicks=5).rows
+    assert len(method.opened[0].prompts) == 1 and [r["click"] for r in rows] == [1, 2, 3, 4, 5]
     assert all(r["dice"] == 1 and r["obeyed"] == 1 and r["hd95_mm"] == 0 for r in rows)
     assert [r["seconds"] for r in rows[1:]] == [0.0] * 4 and [r["added_voxels"] for r in rows] == [
         int(labels.sum()),
@@ -87,9 +87,9 @@ def test_a_perfect_mask_gets_no_further_click_and_repeats_its_row():
 def test_clicks_are_in_ijk_first_inside_then_at_the_centre_of_the_error():
     volume, labels = one_label()
     target, nothing = labels == 1, np.zeros(labels.shape, bool)
-    contender = Fake(lambda *_: Scripted(nothing, nothing, target))
-    rows = measured(contender, volume, labels, clicks=4).rows
-    given = contender.opened[0].prompts
+    method = Fake(lambda *_: Scripted(nothing, nothing, target))
+    rows = measured(method, volume, labels, clicks=4).rows
+    given = method.opened[0].prompts
     assert [r["dice"] for r in rows] == [0, 0, 1, 1] and [r["obeyed"] for r in rows] == [0, 0, 1, 1]
     assert all(p.positive and p.space == "ijk" for p in given) and len(given) == 3
     (i, j, k), centre = given[0].at, given[1].at
@@ -106,9 +106,9 @@ def test_clicks_are_in_ijk_first_inside_then_at_the_centre_of_the_error():
 
 def test_surplus_voxels_get_a_negative_click():
     volume, labels = one_label()
-    contender = Fake(lambda *_: Scripted(np.ones(labels.shape, bool)))
-    rows = measured(contender, volume, labels, clicks=2).rows
-    assert [p.positive for p in contender.opened[0].prompts] == [True, False] and [r["obeyed"] for r in rows] == [1, 0]
+    method = Fake(lambda *_: Scripted(np.ones(labels.shape, bool)))
+    rows = measured(method, volume, labels, clicks=2).rows
+    assert [p.positive for p in method.opened[0].prompts] == [True, False] and [r["obeyed"] for r in rows] == [1, 0]
     assert [r["positive"] for r in rows] == [1, 0]
     assert rows[0]["dice"] == pytest.approx(dice(np.ones(labels.shape, bool), labels == 1), abs=1e-5)
 
@@ -129,7 +129,7 @@ def test_a_mask_of_another_shape_is_refused():
 def test_every_prompt_can_be_given_again():
     """``prompts.jsonl`` leads to the same masks."""
     volume, labels = one_label()
-    part = measured(contender_of("region_growing"), volume, labels, clicks=3)
+    part = measured(method_of("region_growing"), volume, labels, clicks=3)
     (line,) = part.lines
     again = RegionGrowing(volume)
     for row, turn in zip(part.rows, line["turns"], strict=False):

@@ -16,7 +16,7 @@ import pytest
 from samed3d.cli import main
 from samed3d.errors import InputError
 from samed3d.evaluation.cases import LabelledCase, Loaded
-from samed3d.evaluation.contenders import ModelContender
+from samed3d.evaluation.methods import ModelMethod
 from samed3d.evaluation.results import FIELDS, curves, read_lines, read_rows
 from samed3d.evaluation.run import QUICK_CASES, _smallest, evaluate
 from samed3d.evaluation.statistics import score_series
@@ -188,7 +188,7 @@ def test_all_protocols_of_the_command_line_and_what_the_files_hold(tmp_path, cap
 
 def test_models_of_ones_own_through_the_api(tmp_path):
     write_set(tmp_path / "set", {"a": 0, "b": 1})
-    mine = ModelContender("mine", BrightnessModel((16, 16, 16)))
+    mine = ModelMethod("mine", BrightnessModel((16, 16, 16)))
     evaluate([tmp_path / "set"], [mine], tmp_path / "out", clicks=(1,), split="all")
     assert {row["model"] for row in read_rows(tmp_path / "out" / "cases.csv")} == {"mine"}
     with pytest.raises(InputError, match="models given as objects are measured in one process, got processes=2"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -67,3 +69,23 @@ def test_an_object_of_ones_own_is_encoded_every_time():
         with meter.running():
             model.encode(torch.zeros(1, 1, 2, 2, 2))
     assert model.count == 2
+
+
+def test_the_model_is_as_it_was_after_each_prompt():
+    model = SlowModel()
+    meter = Meter(model)
+    with pytest.raises(RuntimeError, match="out of memory"), meter.running():
+        model.encode(torch.zeros(1, 1, 4, 4, 4))
+        raise RuntimeError("out of memory")
+    assert "encode" not in vars(model)
+    mine = model.encode = lambda image: {"image": image.mean()[None]}
+    assert encoded(meter, model, 3.0)[0] == 3.0
+    assert vars(model)["encode"] is mine
+
+
+def test_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch, tmp_path):
+    monkeypatch.setattr("samed3d.evaluation.meter._STATUS", tmp_path / "missing")
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    with Meter().running() as cost:
+        pass
+    assert cost.peak_mib is None and cost.seconds > 0

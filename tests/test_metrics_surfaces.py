@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from samed3d.metrics import (
+    _codes,
     area_under_curve,
     clicks_to,
     dice,
@@ -21,7 +22,6 @@ from samed3d.metrics import (
     trapezoid,
     volume_error,
 )
-from samed3d.metrics.elements import _codes
 
 SPACING = (3.0, 1.0, 0.5)
 

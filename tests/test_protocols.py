@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from samed3d.errors import InputError
-from samed3d.evaluation.contenders import ModelContender, contender_of
 from samed3d.evaluation.measuring import Ask, measurable, usable_strategies
+from samed3d.evaluation.methods import ModelMethod, method_of
 from samed3d.evaluation.protocols import PROTOCOLS, protocol_of
 from samed3d.evaluation.protocols.radioactive import Radioactive3d
 from samed3d.evaluation.protocols.sam_med3d import SamMed3dReleased
@@ -16,7 +16,7 @@ from samed3d.geometry import Grid
 from samed3d.prompts import Box, Point, Scribble
 from samed3d.volume import Volume
 from tests.brightness_model import BrightnessModel
-from tests.measured_subjects import Fake, Scripted, measured
+from tests.known_methods import Fake, Scripted, measured
 
 RAS = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
 
@@ -35,18 +35,18 @@ def scene(shape: tuple[int, int, int] = (12, 14, 16), spacing: float = 2.0) -> t
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_every_protocol_clicks_a_perfect_subject_once_and_repeats(name):
     volume, labels = scene()
-    contender = Fake(lambda _, truth: Scripted(truth))
-    rows = measured(contender, volume, labels, name).rows
+    method = Fake(lambda _, truth: Scripted(truth))
+    rows = measured(method, volume, labels, name).rows
     assert rows and all(row["protocol"] == name for row in rows)
     assert rows[-1]["click"] == (protocol_of(name).fixed_clicks or 3)
     if name != "cvpr25":
-        assert len(contender.opened[0].prompts) == 1 and [row["dice"] for row in rows] == [1.0] * len(rows)
+        assert len(method.opened[0].prompts) == 1 and [row["dice"] for row in rows] == [1.0] * len(rows)
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_every_protocol_measures_a_network_the_same_twice(name):
     volume, labels = scene()
-    rows = [measured(ModelContender("m", BrightnessModel((16, 16, 16))), volume, labels, name).rows for _ in range(2)]
+    rows = [measured(ModelMethod("m", BrightnessModel((16, 16, 16))), volume, labels, name).rows for _ in range(2)]
     one, other = (
         [{k: v for k, v in row.items() if "seconds" not in k and k != "peak_mib"} for row in found] for found in rows
     )
@@ -66,7 +66,7 @@ def test_protocols_say_what_flatters():
 
 
 def test_a_model_that_needs_what_the_protocol_does_not_give_is_refused():
-    boxes_only = contender_of("threshold_in_box")
+    boxes_only = method_of("threshold_in_box")
     with pytest.raises(
         InputError, match="model 'threshold_in_box' needs a box first; protocol 'vista3d-points' gives it only: point"
     ):
@@ -82,25 +82,25 @@ def test_a_model_that_needs_what_the_protocol_does_not_give_is_refused():
 
 def test_policies_and_first_prompts():
     volume, labels = scene()
-    contender = Fake(lambda *_: Scripted(np.zeros(labels.shape)))
+    method = Fake(lambda *_: Scripted(np.zeros(labels.shape)))
     part = measured(
-        contender, volume, labels, clicks=2, policies=("uniform", "ritm", "noisy"), prompts=("click", "box", "scribble")
+        method, volume, labels, clicks=2, policies=("uniform", "ritm", "noisy"), prompts=("click", "box", "scribble")
     )
-    kinds = [[type(p) for p in opened.prompts] for opened in contender.opened]
+    kinds = [[type(p) for p in opened.prompts] for opened in method.opened]
     assert kinds == [[Point, Point]] * 3 + [[Box, Point, Point]] * 3 + [[Scribble, Point, Point]] * 3
     assert [(r["policy"], r["prompt"], r["click"]) for r in part.rows[6:9]] == [
         ("uniform", "box", c) for c in (0, 1, 2)
     ]
     assert "obeyed" not in part.rows[6] and "obeyed" in part.rows[7], "a box is not obeyed at a voxel"
-    box = contender.opened[3].prompts[0]
+    box = method.opened[3].prompts[0]
     found = np.argwhere(labels == 1)[:, ::-1]
     assert (
         np.abs(np.array(box.min) - found.min(axis=0)).max() <= 1
         and np.abs(np.array(box.max) - found.max(axis=0)).max() <= 1
     )
-    assert all(labels[int(k), int(j), int(i)] == 1 for i, j, k in contender.opened[6].prompts[0].path)
+    assert all(labels[int(k), int(j), int(i)] == 1 for i, j, k in method.opened[6].prompts[0].path)
     with pytest.raises(InputError, match="policy must be one of uniform, centre, ritm, noisy or all, got 'random'"):
-        measured(contender, volume, labels, policies=("random",))
+        measured(method, volume, labels, policies=("random",))
 
 
 # SAM-Med3D
@@ -117,7 +117,7 @@ def big_scene() -> tuple[Volume, np.ndarray]:
 def test_the_paper_extends_where_the_mask_touches_a_face():
     volume, labels = big_scene()
     model = BrightnessModel((48, 48, 48), spacing_mm=4.0)
-    rows = measured(ModelContender("m", model), volume, labels, "sam-med3d", clicks=1).rows
+    rows = measured(ModelMethod("m", model), volume, labels, "sam-med3d", clicks=1).rows
     assert model.encoded > 1, "the rod leaves the first cube"
     assert rows[0]["dice"] > 0.9, (
         "and the next cubes find the rest: one cube holds 192 of its 264 mm, for a Dice of 0.84 at most"
@@ -129,7 +129,7 @@ def test_the_paper_gives_the_newest_click_and_the_logits_before_it():
     labels = np.where(labels, 1, 0)
     labels[0, 0, :3] = 1  # never found: there is always a next click
     model = BrightnessModel((16, 16, 16))
-    measured(ModelContender("m", model), volume, labels, "sam-med3d", clicks=3)
+    measured(ModelMethod("m", model), volume, labels, "sam-med3d", clicks=3)
     assert [batch.points.shape[1] for batch in model.seen] == [1, 1, 1]
     assert model.seen[0].mask_logits is None and all(batch.mask_logits is not None for batch in model.seen[1:])
 
@@ -138,9 +138,7 @@ def test_the_released_script_forgives_what_lies_outside_its_crop():
     """The rod is longer than the crop, which hides the rest: inside it a model can be right, on the whole image it
     cannot."""
     volume, labels = big_scene()
-    inside = measured(
-        ModelContender("m", BrightnessModel((48, 48, 48))), volume, labels, "sam-med3d-released", clicks=2
-    )
+    inside = measured(ModelMethod("m", BrightnessModel((48, 48, 48))), volume, labels, "sam-med3d-released", clicks=2)
     assert inside.rows[0]["dice"] > 0.8
     found = SamMed3dReleased().own_scores(
         [row | {"dice": value} for row, value in zip(inside.rows, (0.9, 0.4), strict=True)]
@@ -150,9 +148,9 @@ def test_the_released_script_forgives_what_lies_outside_its_crop():
 
 def test_the_released_crop_is_centred_on_the_truth_and_its_clicks_lie_in_the_target():
     volume, labels = scene()
-    contender = Fake(lambda seen, _: Scripted(np.zeros(seen.grid.shape_zyx)))
-    part = measured(contender, volume, labels, "sam-med3d-released", clicks=3)
-    seen = contender.opened[0]
+    method = Fake(lambda seen, _: Scripted(np.zeros(seen.grid.shape_zyx)))
+    part = measured(method, volume, labels, "sam-med3d-released", clicks=3)
+    seen = method.opened[0]
     assert len(seen.prompts) == 3 and part.rows[0]["dice"] == 0
     middle = np.array(
         seen.prompts[0].at
@@ -165,8 +163,8 @@ def test_the_released_crop_is_centred_on_the_truth_and_its_clicks_lie_in_the_tar
 
 def test_whatever_is_no_network_gets_the_cube_as_an_image():
     volume, labels = big_scene()
-    contender = Fake(lambda seen, truth: Scripted(truth))
-    rows = measured(contender, volume, labels, "sam-med3d", clicks=2).rows
+    method = Fake(lambda seen, truth: Scripted(truth))
+    rows = measured(method, volume, labels, "sam-med3d", clicks=2).rows
     assert 0.6 < rows[0]["dice"] < 1, "perfect in the cube, and the rod goes on beyond it"
 
 
@@ -176,10 +174,10 @@ def test_whatever_is_no_network_gets_the_cube_as_an_image():
 def test_radioactive_stays_in_the_patch_of_the_first_click():
     volume, labels = big_scene()
     model = BrightnessModel((8, 8, 8), spacing_mm=4.0)
-    contender = Fake(lambda *_: Scripted(np.zeros(labels.shape)))
-    contender.model = model
-    measured(contender, volume, labels, "radioactive-3d")
-    given = np.array([p.at for p in contender.opened[0].prompts])
+    method = Fake(lambda *_: Scripted(np.zeros(labels.shape)))
+    method.model = model
+    measured(method, volume, labels, "radioactive-3d")
+    given = np.array([p.at for p in method.opened[0].prompts])
     assert len(given) == 6 and np.abs(given - given[0]).max() <= 4 and len(np.unique(given, axis=0)) > 1
     free = Fake(lambda *_: Scripted(np.zeros(labels.shape)))
     measured(free, volume, labels, "radioactive-3d")

@@ -62,18 +62,18 @@ def evaluate(
 ) -> None:
     """Measure models with simulated clicks, boxes and scribbles against labels."""
     folders = _folders([*(data or []), *(more_data or [])])
-    contenders = [
+    methods = [
         *(model or []),
         *(f"external:{command}" for command in external or []),
         *(f"server:{url}" for url in server or []),
     ]
-    if _evaluate_automatic(folders, contenders, output, split, limit, tolerance, device, quiet):
+    if _evaluate_automatic(folders, methods, output, split, limit, tolerance, device, quiet):
         return
     from samed3d.evaluation.run import evaluate as run
 
     run(
         folders,
-        contenders or ["default"],
+        methods or ["default"],
         output,
         clicks=_counts(clicks),
         seeds=seeds,

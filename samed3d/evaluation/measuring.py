@@ -1,4 +1,4 @@
-"""One case, one contender, one protocol: walk its structures and turn every prompt into a row and a line that can be
+"""One case, one method, one protocol: walk its structures and turn every prompt into a row and a line that can be
 replayed.
 
 Read ``rows.py`` for the columns, ``protocols/base.py`` for who is walking, ``run.py`` next.
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from samed3d.errors import InputError
 from samed3d.evaluation.cases import LabelledCase, Loaded
-from samed3d.evaluation.contender import Contender
+from samed3d.evaluation.methods import Method
 from samed3d.evaluation.protocols import AnyProtocol
 from samed3d.evaluation.protocols.base import FIRST, CaseProtocol, StructureProtocol, Task, Turn
 from samed3d.evaluation.results import PromptStrategy, Row
@@ -62,34 +62,32 @@ class Part:
     lines: list[dict[str, Any]] = field(default_factory=list)
 
 
-def usable_strategies(contender: Contender, protocol: AnyProtocol, ask: Ask) -> list[PromptStrategy]:
-    """The strategies of a protocol whose first prompt the contender takes.
+def usable_strategies(method: Method, protocol: AnyProtocol, ask: Ask) -> list[PromptStrategy]:
+    """The strategies of a protocol whose first prompt the method takes.
 
     Raises:
         InputError: if there is none.
     """
     strategies = protocol.strategies(ask.policies, ask.prompts)
     if isinstance(protocol, CaseProtocol):  # what cannot take its box begins with its clicks
-        fit = strategies if {"box", "point"} & contender.takes else []
+        fit = strategies if {"box", "point"} & method.takes else []
     else:
-        fit = [strategy for strategy in strategies if FIRST[strategy.prompt] in contender.takes]
+        fit = [strategy for strategy in strategies if FIRST[strategy.prompt] in method.takes]
     if not fit:
         given = ", ".join(dict.fromkeys(FIRST[strategy.prompt] for strategy in strategies))
-        needs = " or a ".join(sorted(contender.takes))
+        needs = " or a ".join(sorted(method.takes))
         raise InputError(
-            f"model {contender.name!r} needs a {needs} first; protocol {protocol.name!r} gives it only: {given}"
+            f"model {method.name!r} needs a {needs} first; protocol {protocol.name!r} gives it only: {given}"
         )
     return fit
 
 
-def measure(
-    case: LabelledCase, contender: Contender, protocol: AnyProtocol, ask: Ask, loaded: Loaded | None = None
-) -> Part:
-    """Measure a contender on all structures of a case.
+def measure(case: LabelledCase, method: Method, protocol: AnyProtocol, ask: Ask, loaded: Loaded | None = None) -> Part:
+    """Measure a method on all structures of a case.
 
     Args:
         case: The case.
-        contender: What is measured.
+        method: What is measured.
         protocol: Who clicks.
         ask: How often and how much.
         loaded: The case where it is in memory already.
@@ -108,8 +106,8 @@ def measure(
         logger.warning("passed over %s: no structure of at least %d voxels", case.case, ask.min_voxels)
         return part
     turns = _structure_turns if isinstance(protocol, StructureProtocol) else _case_turns
-    for value, seed, strategy, series in turns(contender, protocol, loaded, values, ask):  # type: ignore[arg-type]
-        _note(part, case, loaded, contender, protocol, ask, (value, seed, strategy), series)
+    for value, seed, strategy, series in turns(method, protocol, loaded, values, ask):  # type: ignore[arg-type]
+        _note(part, case, loaded, method, protocol, ask, (value, seed, strategy), series)
     return part
 
 
@@ -126,23 +124,23 @@ _Found = Iterator[tuple[int, int, PromptStrategy, Series]]
 
 
 def _structure_turns(
-    contender: Contender, protocol: StructureProtocol, loaded: Loaded, values: list[int], ask: Ask
+    method: Method, protocol: StructureProtocol, loaded: Loaded, values: list[int], ask: Ask
 ) -> _Found:
     clicks = protocol.fixed_clicks or ask.clicks
     for number, value in enumerate(values):
         target = loaded.labels == value
         for seed in range(ask.seeds):
-            for strategy in usable_strategies(contender, protocol, ask):
+            for strategy in usable_strategies(method, protocol, ask):
                 task = Task(loaded.volume, target, protocol.rng(seed, number), clicks, strategy)
-                yield value, seed, strategy, protocol.walk(contender, task)
+                yield value, seed, strategy, protocol.walk(method, task)
 
 
-def _case_turns(contender: Contender, protocol: CaseProtocol, loaded: Loaded, values: list[int], ask: Ask) -> _Found:
+def _case_turns(method: Method, protocol: CaseProtocol, loaded: Loaded, values: list[int], ask: Ask) -> _Found:
     clicks = protocol.fixed_clicks or ask.clicks
     for seed in range(ask.seeds):
-        for strategy in usable_strategies(contender, protocol, ask):
+        for strategy in usable_strategies(method, protocol, ask):
             series: list[list[Turn]] = [[] for _ in values]
-            for turns in protocol.walk_case(contender, loaded, values, clicks, seed):
+            for turns in protocol.walk_case(method, loaded, values, clicks, seed):
                 for number, turn in enumerate(turns):
                     series[number].append(turn)
             for value, own in zip(values, series, strict=True):
@@ -153,7 +151,7 @@ def _note(
     part: Part,
     case: LabelledCase,
     loaded: Loaded,
-    contender: Contender,
+    method: Method,
     protocol: AnyProtocol,
     ask: Ask,
     which: tuple[int, int, PromptStrategy],
@@ -164,7 +162,7 @@ def _note(
     target = loaded.labels == value
     voxels = int(np.count_nonzero(target))
     about: Row = {
-        "model": contender.name,
+        "model": method.name,
         "protocol": protocol.name,
         "group": case.group,
         "source": case.source,
@@ -225,43 +223,41 @@ class _Scorer:
         return row
 
 
-def fits(contender: Contender, protocols: Sequence[AnyProtocol], ask: Ask) -> bool:
-    """Whether a contender takes the first prompt of any of the protocols; says so where it does not."""
+def fits(method: Method, protocols: Sequence[AnyProtocol], ask: Ask) -> bool:
+    """Whether a method takes the first prompt of any of the protocols; says so where it does not."""
     reasons = []
     for protocol in protocols:
         try:
-            return bool(usable_strategies(contender, protocol, ask))
+            return bool(usable_strategies(method, protocol, ask))
         except InputError as error:
             reasons.append(error)
     logger.warning("left out: %s", reasons[0])
     return False
 
 
-def measurable(
-    contenders: Sequence[Contender], protocols: Sequence[AnyProtocol], ask: Ask
-) -> frozenset[tuple[str, str]]:
-    """(contender, protocol) by name where the protocol gives a prompt that the contender takes; what is left out is
+def measurable(methods: Sequence[Method], protocols: Sequence[AnyProtocol], ask: Ask) -> frozenset[tuple[str, str]]:
+    """(method, protocol) by name where the protocol gives a prompt that the method takes; what is left out is
     logged.
 
     Raises:
-        InputError: if a contender can be clicked under none of the protocols.
+        InputError: if a method can be clicked under none of the protocols.
     """
     pairs = set()
-    for contender in contenders:
+    for method in methods:
         reasons = []
         for protocol in protocols:
             try:
-                fit = usable_strategies(contender, protocol, ask)
+                fit = usable_strategies(method, protocol, ask)
             except InputError as error:
                 reasons.append(error)
                 continue
-            pairs.add((contender.name, protocol.name))
+            pairs.add((method.name, protocol.name))
             if missing := dict.fromkeys(
                 strategy.prompt for strategy in protocol.strategies(ask.policies, ask.prompts) if strategy not in fit
             ):
                 first = " or a ".join(missing)
                 logger.warning(
-                    "%s does not take a %s first; under %s it is left out there", contender.name, first, protocol.name
+                    "%s does not take a %s first; under %s it is left out there", method.name, first, protocol.name
                 )
         if len(reasons) == len(protocols):
             raise reasons[0]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from samed3d.errors import InputError
 from samed3d.evaluation.cases import Split, find_cases
-from samed3d.evaluation.contenders import RANDOM_WEIGHTS, Clickable, Contender, contender_of
+from samed3d.evaluation.methods import RANDOM_WEIGHTS, Method, MethodSession, method_of
 from samed3d.prompts import Prompt, prompt_from_json
 from samed3d.volume import Volume, read_volume
 from samed3d.volume.label_maps import read_label_map
@@ -39,11 +39,11 @@ class Replayed:
 class Answers:
     """What is kept between lines: loaded models, and the latest image with who answers on it."""
 
-    contenders: dict[str, Contender] = field(default_factory=dict)
+    methods: dict[str, Method] = field(default_factory=dict)
     case: tuple[str, str] | None = None
     volume: Volume | None = None
     labels: NDArray | None = None
-    subjects: dict[str, Clickable] = field(default_factory=dict)
+    subjects: dict[str, MethodSession] = field(default_factory=dict)
     objects: itertools.count = field(default_factory=lambda: itertools.count(1))
 
     def read(self, line: dict[str, Any]) -> tuple[Volume, NDArray]:
@@ -58,17 +58,17 @@ class Answers:
             self.case, self.subjects = case, {}
         return self.volume, self.labels
 
-    def subject(self, model: str, volume: Volume, truth: NDArray[np.bool_]) -> Clickable:
+    def subject(self, model: str, volume: Volume, truth: NDArray[np.bool_]) -> MethodSession:
         """Who answers for that model on the latest image; a bound, which is told the truth, begins anew for each
         structure.
 
         Raises:
             InputError: if there is no such model any more.
         """
-        if model not in self.contenders:
-            self.contenders[model] = contender_of(model.removesuffix(RANDOM_WEIGHTS))
-        if model not in self.subjects or self.contenders[model].knows_truth:
-            self.subjects[model] = self.contenders[model].open(volume, truth)
+        if model not in self.methods:
+            self.methods[model] = method_of(model.removesuffix(RANDOM_WEIGHTS))
+        if model not in self.subjects or self.methods[model].knows_truth:
+            self.subjects[model] = self.methods[model].open(volume, truth)
         return self.subjects[model]
 
 

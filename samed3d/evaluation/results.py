@@ -294,7 +294,7 @@ def modality_class(row: Row) -> str:
 
 def size_class(row: Row) -> str:
     """The size of a structure as a range in powers of ten of ml, or of voxels where its volume is unknown."""
-    column, limits, unit = next((s for s in _SIZES if row.get(s[0]) is not None), ("", (), ""))
+    column, limits, unit = next((s for s in _SIZES if row.get(s[0]) is not None), ("", (0.0,), ""))
     if not column:
         return "size not stated"
     names = [f"{limit:,.0f}" if limit >= 1 else f"{limit:g}" for limit in limits]

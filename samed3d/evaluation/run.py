@@ -26,11 +26,10 @@ import torch
 
 import samed3d
 from samed3d.errors import InputError
-from samed3d.evaluation.baselines import BASELINES
-from samed3d.evaluation.baselines.base import longest_edge_mm
+from samed3d.evaluation.baselines import BASELINES, longest_edge_mm
 from samed3d.evaluation.cases import LabelledCase, Split, find_cases
-from samed3d.evaluation.contenders import Contender, contender_of
 from samed3d.evaluation.measuring import Ask, fits, measurable
+from samed3d.evaluation.methods import Method, method_of
 from samed3d.evaluation.protocols import PROTOCOLS, AnyProtocol, protocol_of
 from samed3d.evaluation.protocols.samed3d import POLICIES, PROMPTS
 from samed3d.evaluation.results import CASES_CSV, FIELDS, PROMPTS_JSONL, RESULTS_JSON, write_lines, write_rows
@@ -50,7 +49,7 @@ __all__ = ["FIELDS", "evaluate", "summarise"]
 
 def evaluate(
     data: Sequence[Path],
-    models: Sequence[str | Contender],
+    models: Sequence[str | Method],
     out: Path,
     *,
     clicks: Sequence[int] = (1, 3, 5),
@@ -72,7 +71,7 @@ def evaluate(
 
     Args:
         data: nnU-Net folders, corpora, folders of challenge npz files, or folders of these.
-        models: What ``contender_of`` understands, ``"baselines"`` for all of them, or contenders of your own (one
+        models: What ``method_of`` understands, ``"baselines"`` for all of them, or methods of your own (one
             process only).
         out: Folder for the results; one that holds a part of this very configuration is continued.
         clicks: Click counts to report; the largest is how many are given where the protocol does not say.
@@ -109,14 +108,14 @@ def evaluate(
         surfaces=surfaces,
     )
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    contenders = [contender_of(name, device) if isinstance(name, str) else name for name in names]
-    names, contenders = _suited(names, contenders, "baselines" in models, [protocol_of(name) for name in used], ask)
-    pairs = measurable(contenders, [protocol_of(name) for name in used], ask)
+    methods = [method_of(name, device) if isinstance(name, str) else name for name in names]
+    names, methods = _suited(names, methods, "baselines" in models, [protocol_of(name) for name in used], ask)
+    pairs = measurable(methods, [protocol_of(name) for name in used], ask)
     kept_from = _split_of([name for name in names if isinstance(name, str)])
     cases = find_cases(list(data), kept_from, split, limit)
     job = Job(
         tuple(_smallest(cases) if quick else cases),
-        tuple(contenders),
+        tuple(methods),
         tuple(names),
         used,
         pairs,
@@ -138,7 +137,7 @@ def _run(job: Job, settings: dict[str, Any], clicks: Sequence[int], processes: i
         _merge(job, settings, clicks, processes)
 
 
-def _each_once(models: Sequence[str | Contender]) -> list[str | Contender]:
+def _each_once(models: Sequence[str | Method]) -> list[str | Method]:
     """With ``"baselines"`` written out."""
     names = [n for name in models for n in (BASELINES if name == "baselines" else [name])]
     if doubled := {str(n) for n in names if names.count(n) > 1}:
@@ -147,17 +146,17 @@ def _each_once(models: Sequence[str | Contender]) -> list[str | Contender]:
 
 
 def _suited(
-    names: list[str | Contender], contenders: list[Contender], as_group: bool, protocols: list[AnyProtocol], ask: Ask
-) -> tuple[list[str | Contender], list[Contender]]:
+    names: list[str | Method], methods: list[Method], as_group: bool, protocols: list[AnyProtocol], ask: Ask
+) -> tuple[list[str | Method], list[Method]]:
     """Without those baselines that these prompts do not suit, where they were asked for as a group."""
-    unsuited = {c.name for c in contenders if as_group and c.name in BASELINES and not fits(c, protocols, ask)}
-    return [n for n in names if n not in unsuited], [c for c in contenders if c.name not in unsuited]
+    unsuited = {c.name for c in methods if as_group and c.name in BASELINES and not fits(c, protocols, ask)}
+    return [n for n in names if n not in unsuited], [c for c in methods if c.name not in unsuited]
 
 
 def _settings(job: Job, clicks: Sequence[int], split: str, kept_from: Split) -> dict[str, Any]:
     """What makes results what they are, with its hash."""
     settings: dict[str, Any] = {
-        "models": {c.name: c.fingerprint for c in job.contenders},
+        "models": {c.name: c.fingerprint for c in job.methods},
         "protocols": list(job.protocols),
         "clicks": list(clicks),
         "ask": asdict(job.ask),

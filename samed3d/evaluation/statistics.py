@@ -379,11 +379,12 @@ def summarise(rows: Sequence[Row], clicks: Sequence[int]) -> list[dict[str, Any]
         protocol = PROTOCOLS.get(key[1])
         fixed = protocol is not None and protocol.fixed_clicks is not None
         for column in protocol.summary_columns if protocol else ("group", "source"):
-            for value, chosen in sorted(group_by(mine, lambda row, column=column: row[column]).items()):
-                for click, at_click in sorted(group_by(chosen, lambda row: row["click"]).items()):
+            for value in sorted({row[column] for row in mine}):
+                by_click = group_by([row for row in mine if row[column] == value], lambda row: int(row["click"]))
+                for click in sorted(by_click):
                     if fixed or click == 0 or click in clicks:
                         about = dict(zip(_MODEL_AND_STRATEGY, key, strict=True))
-                        lines.append(about | {"by": column, "value": value, "click": click} | _means(at_click))
+                        lines.append(about | {"by": column, "value": value, "click": click} | _means(by_click[click]))
     return lines
 
 

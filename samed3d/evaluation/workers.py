@@ -24,8 +24,8 @@ import torch
 
 from samed3d.errors import InputError
 from samed3d.evaluation.cases import LabelledCase, Loaded
-from samed3d.evaluation.contenders import Contender, contender_of
 from samed3d.evaluation.measuring import Ask, measure
+from samed3d.evaluation.methods import Method, method_of
 from samed3d.evaluation.protocols import protocol_of
 from samed3d.evaluation.results import Row
 from samed3d.volume.label_maps import EmptyLabelError
@@ -39,18 +39,18 @@ class Job:
 
     Attributes:
         cases: In the order of the results.
-        contenders: In the order of the results.
-        names: What the contenders were made from, to make them again in another process.
+        methods: In the order of the results.
+        names: What the methods were made from, to make them again in another process.
         protocols: Names.
-        pairs: Which contender is measured under which protocol, by name.
+        pairs: Which method is measured under which protocol, by name.
         ask: How often and how much.
         parts: Folder of the pieces.
         device: Of networks.
     """
 
     cases: tuple[LabelledCase, ...]
-    contenders: tuple[Contender, ...] = field(repr=False)
-    names: tuple[str | Contender, ...] = field(repr=False)
+    methods: tuple[Method, ...] = field(repr=False)
+    names: tuple[str | Method, ...] = field(repr=False)
     protocols: tuple[str, ...]
     pairs: frozenset[tuple[str, str]]
     ask: Ask
@@ -58,19 +58,17 @@ class Job:
     device: str = "cpu"
 
     def pieces(self, number: int) -> Iterator[tuple[int, str, Path]]:
-        """(contender, protocol, file) of the ``number``-th case."""
+        """(method, protocol, file) of the ``number``-th case."""
         case = self.cases[number]
         safe = re.sub(r"[^\w.-]", "_", f"{case.source}.{case.case}")[:80]
-        for contender, one in enumerate(self.contenders):
+        for method, one in enumerate(self.methods):
             for protocol in [p for p in self.protocols if (one.name, p) in self.pairs]:
-                yield contender, protocol, self.parts / f"{number:05d}.{safe}.{contender}.{protocol}.json"
+                yield method, protocol, self.parts / f"{number:05d}.{safe}.{method}.{protocol}.json"
 
     def part_files(self) -> list[Path]:
         """Every piece by model, protocol and case: the order of ``cases.csv``."""
         found = [
-            (contender, protocol, n, path)
-            for n in range(len(self.cases))
-            for contender, protocol, path in self.pieces(n)
+            (method, protocol, n, path) for n in range(len(self.cases)) for method, protocol, path in self.pieces(n)
         ]
         return [path for *_, path in sorted(found, key=lambda f: (f[0], self.protocols.index(f[1]), f[2]))]
 
@@ -99,7 +97,7 @@ def measure_cases(job: Job, processes: int, progress: bool) -> None:
     context = multiprocessing.get_context("spawn")
     processes = min(processes, len(pending))
     threads = max(1, torch.get_num_threads() // processes)
-    bare = replace(job, contenders=())
+    bare = replace(job, methods=())
     with ProcessPoolExecutor(processes, context, _begin, (bare, threads, context.Value("i", 0))) as pool:
         futures = [pool.submit(_measure_here, number) for number in pending]
         try:
@@ -111,7 +109,7 @@ def measure_cases(job: Job, processes: int, progress: bool) -> None:
 
 
 _WORKER: dict[str, Job] = {}
-"""The job of a worker process, with contenders of its own."""
+"""The job of a worker process, with methods of its own."""
 
 
 def _begin(job: Job, threads: int, counter: Any) -> None:
@@ -121,8 +119,8 @@ def _begin(job: Job, threads: int, counter: Any) -> None:
         with counter.get_lock():
             rank, counter.value = counter.value, counter.value + 1
         torch.cuda.set_device(rank % torch.cuda.device_count())
-    contenders = tuple(contender_of(name, job.device) for name in job.names if isinstance(name, str))
-    _WORKER["job"] = replace(job, contenders=contenders)
+    methods = tuple(method_of(name, job.device) for name in job.names if isinstance(name, str))
+    _WORKER["job"] = replace(job, methods=methods)
 
 
 def end_with_parent() -> None:
@@ -147,7 +145,7 @@ def _measure_here(number: int) -> None:
 def _measure_case(job: Job, number: int) -> None:
     case = job.cases[number]
     loaded: Loaded | None = None
-    for contender, protocol, path in job.pieces(number):
+    for method, protocol, path in job.pieces(number):
         if path.exists():
             continue
         if loaded is None:
@@ -158,7 +156,7 @@ def _measure_case(job: Job, number: int) -> None:
                 loaded = None
         part: dict[str, Any] = {"rows": [], "lines": []}
         if loaded is not None:
-            found = measure(case, job.contenders[contender], protocol_of(protocol), job.ask, loaded)
+            found = measure(case, job.methods[method], protocol_of(protocol), job.ask, loaded)
             part = {"rows": [_without_nan(row) for row in found.rows], "lines": found.lines}
         partial = path.with_name(f".{path.name}.{os.getpid()}.part")
         partial.write_text(json.dumps(part), encoding="utf-8")

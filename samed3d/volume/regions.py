@@ -1,8 +1,4 @@
-"""What the geodesic baseline needs of SimpleITK: how long a front takes from some voxels to all others, and how hard it
-goes.
-
-Region growing is in ``itk.py``. Read ``evaluation/baselines/regions.py`` for how they are clicked.
-"""
+"""Fast-marching arrival times and gradient magnitude by SimpleITK, for the baseline ``fast_marching``."""
 
 from __future__ import annotations
 
@@ -17,13 +13,13 @@ from samed3d.geometry import IntTriple, Triple
 def travel_time(
     speed: NDArray[np.floating], spacing_zyx_mm: Triple, seeds_zyx: Sequence[IntTriple], until: float = 1e6
 ) -> NDArray[np.float32]:
-    """ITK's fast marching: when a front that leaves the seeds at time 0 reaches each voxel.
+    """ITK's fast marching: the time at which a front that starts at the seeds at time 0 reaches each voxel.
 
     Args:
         speed: (D, H, W) of the front in mm per unit of time, > 0.
         spacing_zyx_mm: Voxel edges.
-        seeds_zyx: Where it starts; at least one.
-        until: When it stops; what it has not reached by then has a time beyond that.
+        seeds_zyx: Voxels where the front starts, at least one.
+        until: Time at which it stops; voxels that it has not reached by then have a later time.
 
     Returns:
         (D, H, W) float32 times.
@@ -34,7 +30,7 @@ def travel_time(
     image.SetSpacing(spacing_zyx_mm[::-1])
     trials = [(int(x), int(y), int(z)) for z, y, x in seeds_zyx]
     times = sitk.GetArrayFromImage(sitk.FastMarching(image, trials, normalizationFactor=1.0, stoppingValue=until))
-    return np.minimum(times, 1e30).astype(np.float32)  # what is not reached has the largest double
+    return np.minimum(times, 1e30).astype(np.float32)  # voxels that are not reached have the largest double
 
 
 def smoothed_gradient(array: NDArray, spacing_zyx_mm: Triple, sigma_mm: float) -> NDArray[np.float32]:

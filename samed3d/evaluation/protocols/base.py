@@ -15,10 +15,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from samed3d.errors import InputError
 from samed3d.evaluation.cases import Loaded
-from samed3d.evaluation.contender import Clickable, Contender
 from samed3d.evaluation.meter import Cost
+from samed3d.evaluation.methods import Method
 from samed3d.evaluation.results import PromptStrategy, Row
 from samed3d.geometry import IntTriple, Triple, zyx_to_ijk
 from samed3d.prompts import Box, Point, Prompt
@@ -72,31 +71,6 @@ class Turn:
     spacing_zyx_mm: Triple | None = None
 
 
-class Subject:
-    """A contender on one volume, metered, with every answer checked."""
-
-    def __init__(self, contender: Contender, volume: Volume, truth: NDArray[np.bool_]) -> None:
-        """Open the volume; the time that takes is in no click."""
-        self._contender, self._shape = contender, volume.grid.shape_zyx
-        self._clickable: Clickable = contender.open(volume, truth)
-
-    def give(self, prompts: Sequence[Prompt], object_id: int = 1) -> tuple[NDArray[np.bool_], Cost]:
-        """Say something and look at the full mask.
-
-        Raises:
-            InputError: if the mask is not on the image's grid.
-        """
-        with self._contender.meter.running() as cost:
-            for prompt in prompts:
-                self._clickable.add(prompt, object_id=object_id)
-            mask = self._clickable.mask_of(object_id)
-        if mask.shape != self._shape:
-            raise InputError(
-                f"mask of {self._contender.name!r} must have the image's shape {self._shape} (D, H, W), got {mask.shape}"
-            )
-        return mask.astype(bool), cost
-
-
 class _Rules(ABC):
     """What both forms of protocol have.
 
@@ -135,7 +109,7 @@ class StructureProtocol(_Rules):
     """A protocol that takes one structure at a time."""
 
     @abstractmethod
-    def walk(self, contender: Contender, task: Task) -> Iterator[Turn]:
+    def walk(self, method: Method, task: Task) -> Iterator[Turn]:
         """Prompt until ``task.clicks`` are given or nothing is wrong."""
 
 
@@ -144,7 +118,7 @@ class CaseProtocol(_Rules):
 
     @abstractmethod
     def walk_case(
-        self, contender: Contender, case: Loaded, values: Sequence[int], clicks: int, seed: int
+        self, method: Method, case: Loaded, values: Sequence[int], clicks: int, seed: int
     ) -> Iterator[list[Turn]]:
         """Rounds, each with one turn per value of ``values``."""
 

@@ -35,9 +35,9 @@ from numpy.typing import NDArray
 from samed3d.clicks import largest_component
 from samed3d.data.challenge_npz import ChallengeBox
 from samed3d.evaluation.cases import Loaded
-from samed3d.evaluation.contender import Contender
 from samed3d.evaluation.meter import Cost
-from samed3d.evaluation.protocols.base import CaseProtocol, Click, Subject, Turn, box_around, point_at
+from samed3d.evaluation.methods import MeteredSession, Method
+from samed3d.evaluation.protocols.base import CaseProtocol, Click, Turn, box_around, point_at
 from samed3d.evaluation.results import PromptStrategy, Row
 from samed3d.geometry import bounding_region
 from samed3d.metrics import trapezoid
@@ -63,7 +63,7 @@ class Cvpr25(CaseProtocol):
         return [PromptStrategy(self.name, "own", "box")]
 
     def walk_case(
-        self, contender: Contender, case: Loaded, values: Sequence[int], clicks: int, seed: int
+        self, method: Method, case: Loaded, values: Sequence[int], clicks: int, seed: int
     ) -> Iterator[list[Turn]]:
         """Six rounds."""
         truth = np.zeros(case.labels.shape, np.int32)
@@ -72,21 +72,21 @@ class Cvpr25(CaseProtocol):
         boxes: list[ChallengeBox] | None = simulated_boxes(truth, len(values), np.random.RandomState(BOX_SEED + seed))
         if case.is_challenge_file:
             boxes = case.boxes if case.boxes is None or len(case.boxes) == len(values) else None
-        subjects = _subjects(contender, case, values)
+        sessions = _sessions(method, case, values)
         masks: dict[int, NDArray[np.bool_]] = {}
         costs = dict.fromkeys(range(1, len(values) + 1), Cost())
         given: dict[int, list[Prompt]] = {number: [] for number in costs}
-        if boxes is not None and "box" in contender.takes:
+        if boxes is not None and "box" in method.takes:
             for number, box in enumerate(boxes, start=1):
                 given[number] = [as_prompt(box)]
-                masks[number], costs[number] = subjects[number].give(given[number], number)
+                masks[number], costs[number] = sessions[number].give(given[number], number)
         segs = joined(masks, truth.shape)
         yield [Turn(0, given[n], segs == n, costs[n], None, truth == n) for n in costs]
         for turn in range(1, clicks + 1):
             found = {n: challenge_click(segs == n, truth == n) for n in costs}
             for n, click in found.items():
                 if click is not None and not (not click[1] and n not in masks):
-                    masks[n], costs[n] = subjects[n].give([point_at(click)], n)
+                    masks[n], costs[n] = sessions[n].give([point_at(click)], n)
                 else:
                     costs[n] = Cost()
             segs = joined(masks, truth.shape)
@@ -112,14 +112,16 @@ class Cvpr25(CaseProtocol):
         return lines
 
 
-def _subjects(contender: Contender, case: Loaded, values: Sequence[int]) -> dict[int, Subject]:
+def _sessions(method: Method, case: Loaded, values: Sequence[int]) -> dict[int, MeteredSession]:
     """One for all structures; for a bound one each, or it would know them only together."""
-    if contender.knows_truth:
+    if method.knows_truth:
         return {
-            number: Subject(contender, case.volume, case.labels == value)
+            number: MeteredSession.open(method, case.volume, case.labels == value)
             for number, value in enumerate(values, start=1)
         }
-    return dict.fromkeys(range(1, len(values) + 1), Subject(contender, case.volume, np.isin(case.labels, values)))
+    return dict.fromkeys(
+        range(1, len(values) + 1), MeteredSession.open(method, case.volume, np.isin(case.labels, values))
+    )
 
 
 def challenge_nsd(per_label: Sequence[float | None], mean_dsc: float) -> float:

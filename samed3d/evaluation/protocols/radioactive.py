@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.clicks import next_click
-from samed3d.evaluation.contender import Contender
-from samed3d.evaluation.protocols.base import StructureProtocol, Subject, Task, Turn, point_at
+from samed3d.evaluation.methods import MeteredSession, Method
+from samed3d.evaluation.protocols.base import StructureProtocol, Task, Turn, point_at
 from samed3d.geometry import IntTriple, Region
 
 SEED = 11121
@@ -35,9 +35,9 @@ class Radioactive3d(StructureProtocol):
         """From RadioActive's seed."""
         return np.random.default_rng([SEED, seed, number])
 
-    def walk(self, contender: Contender, task: Task) -> Iterator[Turn]:
+    def walk(self, method: Method, task: Task) -> Iterator[Turn]:
         """Click inside the patch."""
-        subject = Subject(contender, task.volume, task.target)
+        session = MeteredSession.open(method, task.volume, task.target)
         mask: NDArray[np.bool_] = np.zeros(task.target.shape, bool)
         patch: Region | None = None
         for number in range(1, task.clicks + 1):
@@ -46,14 +46,14 @@ class Radioactive3d(StructureProtocol):
             click = next_click(mask if patch is None else _inside(mask, patch), shown, "uniform", task.rng)
             if click is None:
                 return
-            patch = patch or _patch(contender, task, click[0])
-            mask, cost = subject.give([point_at(click)])
+            patch = patch or _patch(method, task, click[0])
+            mask, cost = session.give([point_at(click)])
             yield Turn(number, [point_at(click)], mask, cost, click)
 
 
-def _patch(contender: Contender, task: Task, middle: IntTriple) -> Region:
+def _patch(method: Method, task: Task, middle: IntTriple) -> Region:
     shape = task.volume.grid.shape_zyx
-    spec = contender.model.spec if contender.model is not None else None
+    spec = method.model.spec if method.model is not None else None
     if spec is None or spec.spacing_mm is None:
         return Region((0, 0, 0), shape)
     half = [max(spec.input_shape_zyx) * spec.spacing_mm / s / 2 for s in task.volume.grid.spacing_zyx_mm]

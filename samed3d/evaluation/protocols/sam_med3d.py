@@ -27,9 +27,9 @@ from torch import Tensor
 
 from samed3d.clicks import next_click
 from samed3d.crops import BACKGROUND_LOGIT, sample_crop
-from samed3d.evaluation.contender import Contender
 from samed3d.evaluation.meter import Cost
-from samed3d.evaluation.protocols.base import Click, StructureProtocol, Subject, Task, Turn, point_at
+from samed3d.evaluation.methods import MeteredSession, Method
+from samed3d.evaluation.protocols.base import Click, StructureProtocol, Task, Turn, point_at
 from samed3d.evaluation.results import Row, curves
 from samed3d.geometry import CropFrame, Grid, IntTriple, Region, as_triple, bounding_region, zyx_to_ijk
 from samed3d.inference.placement import touched_faces
@@ -49,13 +49,11 @@ class SamMed3d(StructureProtocol):
     name = "sam-med3d"
     title = "SAM-Med3D's paper: a 192 mm cube around the first click, newest click only, further cubes where the mask touches a face"
 
-    def walk(self, contender: Contender, task: Task) -> Iterator[Turn]:
+    def walk(self, method: Method, task: Task) -> Iterator[Turn]:
         """Click in the cube."""
         first = next_click(np.zeros(task.target.shape, bool), task.target, "uniform", task.rng)
         assert first is not None, "structures without voxels are refused before"
-        window = (
-            _Cubes(contender, task, first[0]) if contender.model is not None else _CutOut(contender, task, first[0])
-        )
+        window = _Cubes(method, task, first[0]) if method.model is not None else _CutOut(method, task, first[0])
         click: Click | None = first
         for number in range(1, task.clicks + 1):
             if click is None:
@@ -71,7 +69,7 @@ class SamMed3d(StructureProtocol):
 class _CutOut:
     """The cube as an image of its own, for whatever chooses no crop."""
 
-    def __init__(self, contender: Contender, task: Task, first: IntTriple) -> None:
+    def __init__(self, method: Method, task: Task, first: IntTriple) -> None:
         grid = task.volume.grid
         half = [EDGE_MM / s / 2 for s in grid.spacing_zyx_mm]
         low = tuple(int(np.ceil(v - h)) for v, h in zip(first, half, strict=True))
@@ -89,12 +87,12 @@ class _CutOut:
         self._volume = Volume(
             np.ascontiguousarray(task.volume.array[region.slices]), cut, f"{task.volume.source} (cut)"
         )
-        self._subject = Subject(contender, self._volume, task.target[region.slices])
+        self._session = MeteredSession.open(method, self._volume, task.target[region.slices])
         self._shape, self.seen = grid.shape_zyx, [region]
 
     def give(self, click: Click) -> tuple[NDArray[np.bool_], Cost]:
         (z, y, x), start = click[0], self.seen[0].start_zyx
-        inside, cost = self._subject.give([point_at(((z - start[0], y - start[1], x - start[2]), click[1]))])
+        inside, cost = self._session.give([point_at(((z - start[0], y - start[1], x - start[2]), click[1]))])
         mask = np.zeros(self._shape, bool)
         mask[self.seen[0].slices] = inside
         return mask, cost
@@ -106,10 +104,10 @@ class _CutOut:
 class _Cubes:
     """A network on the cube around the first click and those beyond its faces, averaged where they overlap."""
 
-    def __init__(self, contender: Contender, task: Task, first: IntTriple) -> None:
-        assert contender.model is not None
-        self._contender, self._view = contender, task.volume.view
-        self._predictor = _predictor(contender, task.volume)
+    def __init__(self, method: Method, task: Task, first: IntTriple) -> None:
+        assert method.model is not None
+        self._method, self._view = method, task.volume.view
+        self._predictor = _predictor(method, task.volume)
         middle = self._view.position_to_canonical(as_triple(list(first)))
         start = _cube_frame(self._predictor, middle).snapped()
         self._frames = [start]
@@ -124,7 +122,7 @@ class _Cubes:
     def give(self, click: Click) -> tuple[NDArray[np.bool_], Cost]:
         """Decode every cube that shows the click, and new ones beyond touched faces."""
         at = self._view.position_to_canonical(as_triple(list(click[0])))
-        with self._contender.meter.running() as cost:
+        with self._method.meter.running() as cost:
             prompts = CanonicalPrompts([(at, click[1])])
             for frame in self._frames:  # grows while it runs
                 known = self._crops.get(frame)
@@ -169,7 +167,7 @@ class SamMed3dReleased(StructureProtocol):
     optimistic_bias = "the crop is centred on the true bounding box; what lies outside it is not scored; tables report the best of all clicks"
     leaks_truth = True
 
-    def walk(self, contender: Contender, task: Task) -> Iterator[Turn]:
+    def walk(self, method: Method, task: Task) -> Iterator[Turn]:
         """Click in the crop around the truth."""
         view = task.volume.view
         truth = view.to_canonical(task.target)
@@ -180,9 +178,7 @@ class SamMed3dReleased(StructureProtocol):
         if not target.any():
             return  # a structure thinner than the crop's voxels is gone, as in the script
         window = (
-            _FixedNetwork(contender, task, frame)
-            if contender.model is not None
-            else _FixedImage(contender, task, frame, target)
+            _FixedNetwork(method, task, frame) if method.model is not None else _FixedImage(method, task, frame, target)
         )
         mask = seen = np.zeros(CUBE, bool)
         for number in range(1, task.clicks + 1):
@@ -213,9 +209,9 @@ class SamMed3dReleased(StructureProtocol):
 class _FixedNetwork:
     """A network on one crop; its answer is brought to the 1.5 mm voxels that are scored."""
 
-    def __init__(self, contender: Contender, task: Task, frame: CropFrame) -> None:
-        self._contender, self._scored = contender, frame
-        self._predictor = _predictor(contender, task.volume)
+    def __init__(self, method: Method, task: Task, frame: CropFrame) -> None:
+        self._method, self._scored = method, frame
+        self._predictor = _predictor(method, task.volume)
         middle = frame.to_volume(as_triple([(n - 1) / 2 for n in frame.shape_zyx]))
         self._frame = _cube_frame(self._predictor, middle)
         self._lowres: Tensor | None = None
@@ -223,7 +219,7 @@ class _FixedNetwork:
     def give(self, click: Click) -> tuple[NDArray[np.bool_], NDArray[np.bool_], Cost]:
         """The mask, and what the simulated user takes for it."""
         prompts = CanonicalPrompts([(self._scored.to_volume(as_triple(list(click[0]))), click[1])])
-        with self._contender.meter.running() as cost:
+        with self._method.meter.running() as cost:
             crop = self._predictor.decode(self._frame, prompts, self._lowres)
             self._lowres, logits = crop.lowres_logits, crop.logits
             if logits.shape != CUBE:
@@ -235,23 +231,23 @@ class _FixedNetwork:
 class _FixedImage:
     """The resampled crop as an image of its own."""
 
-    def __init__(self, contender: Contender, task: Task, frame: CropFrame, target: NDArray[np.bool_]) -> None:
+    def __init__(self, method: Method, task: Task, frame: CropFrame, target: NDArray[np.bool_]) -> None:
         crop, inside = sample_crop(task.volume.view.to_canonical(task.volume.array), frame)
         array = torch.where(inside, crop, crop[inside].min()).numpy()
         grid = Grid(CUBE, (SPACING_MM, SPACING_MM, SPACING_MM), (0.0, 0.0, 0.0), _RAS)
-        self._subject = Subject(contender, Volume(array, grid, f"{task.volume.source} (crop)"), target)
+        self._session = MeteredSession.open(method, Volume(array, grid, f"{task.volume.source} (crop)"), target)
 
     def give(self, click: Click) -> tuple[NDArray[np.bool_], NDArray[np.bool_], Cost]:
         """The mask, twice."""
-        mask, cost = self._subject.give([point_at(click)])
+        mask, cost = self._session.give([point_at(click)])
         return mask, mask, cost
 
 
-def _predictor(contender: Contender, volume: Volume) -> CropPredictor:
-    assert contender.model is not None
+def _predictor(method: Method, volume: Volume) -> CropPredictor:
+    assert method.model is not None
     view = volume.view
     return CropPredictor(
-        contender.model.eval(), torch.device(contender.device), view.to_canonical(volume.array), view.spacing_zyx_mm
+        method.model.eval(), torch.device(method.device), view.to_canonical(volume.array), view.spacing_zyx_mm
     )
 
 

@@ -25,12 +25,11 @@ from numpy.typing import NDArray
 
 from samed3d.clicks import next_click, noisy_click, user_box, user_stroke
 from samed3d.errors import InputError
-from samed3d.evaluation.contender import Contender
+from samed3d.evaluation.methods import MeteredSession, Method
 from samed3d.evaluation.protocols.base import (
     FIRST,
     Click,
     StructureProtocol,
-    Subject,
     Task,
     Turn,
     box_around,
@@ -67,19 +66,19 @@ class Samed3dProtocol(StructureProtocol):
                 raise InputError(f"{what} must be one of {', '.join(known)} or all, got {unknown[0]!r}")
         return [PromptStrategy(self.name, policy, prompt) for prompt in prompts for policy in policies]
 
-    def walk(self, contender: Contender, task: Task) -> Iterator[Turn]:
+    def walk(self, method: Method, task: Task) -> Iterator[Turn]:
         """A first prompt where one is asked for, then clicks."""
-        subject = Subject(contender, task.volume, task.target)
+        session = MeteredSession.open(method, task.volume, task.target)
         mask = np.zeros(task.target.shape, dtype=bool)
         if task.strategy.prompt != "click":
             first = first_prompt(task)
-            mask, cost = subject.give([first])
+            mask, cost = session.give([first])
             yield Turn(0, [first], mask, cost)
         for number in range(1, task.clicks + 1):
             click = policy_click(task, mask, first=number == 1 and task.strategy.prompt == "click")
             if click is None:
                 return
-            mask, cost = subject.give([point_at(click)])
+            mask, cost = session.give([point_at(click)])
             yield Turn(number, [point_at(click)], mask, cost, click)
 
 

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.clicks import largest_component
-from samed3d.evaluation.contender import Contender
-from samed3d.evaluation.protocols.base import Click, StructureProtocol, Subject, Task, Turn, point_at
+from samed3d.evaluation.methods import MeteredSession, Method
+from samed3d.evaluation.protocols.base import Click, StructureProtocol, Task, Turn, point_at
 from samed3d.geometry import IntTriple, bounding_region
 from samed3d.metrics import dice
 
@@ -36,14 +36,14 @@ class Vista3dPoints(StructureProtocol):
     name = "vista3d-points"
     title = "VISTA3D's point rule, scored on the whole mask after each click"
 
-    def walk(self, contender: Contender, task: Task) -> Iterator[Turn]:
+    def walk(self, method: Method, task: Task) -> Iterator[Turn]:
         """Click and look."""
-        subject = Subject(contender, task.volume, task.target)
+        session = MeteredSession.open(method, task.volume, task.target)
         click: Click | None = (first_click(task.target), True)
         for number in range(1, task.clicks + 1):
             if click is None:
                 return
-            mask, cost = subject.give([point_at(click)])
+            mask, cost = session.give([point_at(click)])
             mask = self.seen(mask, task.target)
             yield Turn(number, [point_at(click)], mask, cost, click)
             click = further_click(mask, task.target, number, task.rng)
@@ -61,10 +61,10 @@ class Vista3dPointsFlattering(Vista3dPoints):
     optimistic_bias = "surplus in slices without target is deleted by the truth; the best score so far counts"
     leaks_truth = True
 
-    def walk(self, contender: Contender, task: Task) -> Iterator[Turn]:
+    def walk(self, method: Method, task: Task) -> Iterator[Turn]:
         """The same turns with the best mask so far."""
         best: NDArray[np.bool_] | None = None
-        for turn in super().walk(contender, task):
+        for turn in super().walk(method, task):
             current = turn.mask
             if best is None or dice(current, task.target) >= dice(best, task.target):
                 best = current

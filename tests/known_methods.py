@@ -1,4 +1,4 @@
-"""Things to measure whose answers are known: a subject that knows the target, and a contender around any such
+"""Things to measure whose answers are known: a subject that knows the target, and a method around any such
 subject."""
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 from samed3d.evaluation.cases import LabelledCase, Loaded
-from samed3d.evaluation.contenders import Clickable, Contender
 from samed3d.evaluation.measuring import Ask, Part, measure
+from samed3d.evaluation.methods import Method, MethodSession
 from samed3d.evaluation.protocols import protocol_of
 from samed3d.prompts import Prompt
 from samed3d.volume import Volume
@@ -28,26 +28,26 @@ class Scripted:
         return self.masks[min(len(self.prompts), len(self.masks)) - 1].astype(np.uint8)
 
 
-class Fake(Contender):
-    """A contender that opens whatever ``make`` gives, and keeps it."""
+class Fake(Method):
+    """A method that opens whatever ``make`` gives, and keeps it."""
 
     def __init__(
-        self, make: Callable[[Volume, np.ndarray], Clickable], takes: tuple[str, ...] = ("point", "box", "scribble")
+        self, make: Callable[[Volume, np.ndarray], MethodSession], takes: tuple[str, ...] = ("point", "box", "scribble")
     ) -> None:
         super().__init__("fake", frozenset(takes))
         self.make, self.opened = make, []
 
-    def open(self, volume: Volume, truth: np.ndarray) -> Clickable:
+    def open(self, volume: Volume, truth: np.ndarray) -> MethodSession:
         self.opened.append(self.make(volume, truth))
         return self.opened[-1]
 
 
 def measured(
-    contender: Contender, volume: Volume, labels: np.ndarray, protocol: str = "samed3d", clicks: int = 3, **ask: object
+    method: Method, volume: Volume, labels: np.ndarray, protocol: str = "samed3d", clicks: int = 3, **ask: object
 ) -> Part:
     """One case in memory through a protocol."""
     from pathlib import Path
 
     case = LabelledCase("set", "case", "subject", "CT", "unseen subject", Path("image"), Path("labels"), {1: "one"})
     ask = {"min_voxels": 1} | ask
-    return measure(case, contender, protocol_of(protocol), Ask(clicks, **ask), Loaded(volume, labels))  # type: ignore[arg-type]
+    return measure(case, method, protocol_of(protocol), Ask(clicks, **ask), Loaded(volume, labels))  # type: ignore[arg-type]

@@ -10,15 +10,14 @@ import pytest
 import torch
 
 from samed3d.errors import InputError
-from samed3d.evaluation.contenders import ModelContender, contender_of
-from samed3d.evaluation.external import ExternalProgram
+from samed3d.evaluation.methods import ExternalProgram, ModelMethod, method_of
 from samed3d.geometry import Grid
 from samed3d.models import MODELS
 from samed3d.models.base import ModelEntry
 from samed3d.prompts import Point
 from samed3d.volume import Volume
 from tests.brightness_model import BrightnessModel
-from tests.measured_subjects import measured
+from tests.known_methods import measured
 
 PROGRAM = """
 import json, sys
@@ -83,11 +82,11 @@ def test_commands_that_cannot_be_run_are_named():
         InputError,
         match=r"--external needs \{image\} \{prompts\} \{out\} in the command, \{out\} missing: a \{image\} \{prompts\}",
     ):
-        contender_of("external:a {image} {prompts}")
+        method_of("external:a {image} {prompts}")
     with pytest.raises(InputError, match="--external cannot be read as a command"):
-        contender_of("external:a 'b {image} {prompts} {out}")
+        method_of("external:a 'b {image} {prompts} {out}")
     with pytest.raises(InputError, match="external program did not run: .*no-such-program"):
-        measured(contender_of("external:no-such-program {image} {prompts} {out}"), *scene(), clicks=1)
+        measured(method_of("external:no-such-program {image} {prompts} {out}"), *scene(), clicks=1)
 
 
 @pytest.mark.slow
@@ -100,10 +99,10 @@ def test_a_server_of_the_nninteractive_protocol_scores_as_the_session_behind_it(
     labels = (volume.array > 0.5).astype(np.uint8)
     with ServerProcess(tmp_path) as server:
         rows = measured(
-            contender_of(f"server:{server.url}"), volume, labels, clicks=2, prompts=("click", "box", "scribble")
+            method_of(f"server:{server.url}"), volume, labels, clicks=2, prompts=("click", "box", "scribble")
         ).rows
     local = measured(
-        ModelContender("m", BrightnessModel((16, 16, 16))),
+        ModelMethod("m", BrightnessModel((16, 16, 16))),
         volume,
         labels,
         clicks=2,
@@ -116,7 +115,7 @@ def test_a_server_of_the_nninteractive_protocol_scores_as_the_session_behind_it(
 def test_a_server_that_is_not_there_is_named():
     pytest.importorskip("nnInteractive.inference.remote", reason="needs the package nninteractive-client")
     with pytest.raises(InputError, match=r"server cannot be used: http://127.0.0.1:9 \(ConnectError"):
-        measured(contender_of("server:http://127.0.0.1:9"), *scene(), clicks=1)
+        measured(method_of("server:http://127.0.0.1:9"), *scene(), clicks=1)
 
 
 def test_an_architecture_is_measured_with_random_weights_and_says_so(monkeypatch):
@@ -124,7 +123,7 @@ def test_an_architecture_is_measured_with_random_weights_and_says_so(monkeypatch
     monkeypatch.setitem(
         MODELS, "sam_med3d_b", ModelEntry(lambda **more: entry.build(**{**entry.tiny, **more}), entry.tiny)
     )
-    one, other = contender_of("sam_med3d_b"), contender_of("sam_med3d_b")
+    one, other = method_of("sam_med3d_b"), method_of("sam_med3d_b")
     assert one.name == "sam_med3d_b (random weights)" and one.takes == {"point", "scribble"}
     for (name, a), b in zip(one.model.state_dict().items(), other.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
@@ -133,10 +132,10 @@ def test_an_architecture_is_measured_with_random_weights_and_says_so(monkeypatch
 
 def test_the_control_without_a_prompt_is_told_a_random_place():
     volume, labels = scene()
-    honest, misled = contender_of("oracle_bound"), contender_of("no_prompt:dilated_ball")
+    honest, misled = method_of("oracle_bound"), method_of("no_prompt:dilated_ball")
     assert (
         misled.name == "no_prompt:dilated_ball"
-        and misled.takes == contender_of("dilated_ball").takes
+        and misled.takes == method_of("dilated_ball").takes
         and not honest.fingerprint
     )
     places = set()
@@ -168,22 +167,22 @@ def test_any_object_with_encode_and_decode_can_be_measured():
         def to(self, device: torch.device) -> Duck:
             return self
 
-    rows = measured(ModelContender("duck", Duck()), *scene(), clicks=2).rows
+    rows = measured(ModelMethod("duck", Duck()), *scene(), clicks=2).rows
     assert rows[0]["dice"] > 0.5 and rows[0]["encode_seconds"] is not None
     with pytest.raises(
         InputError,
         match="a model to measure needs spec, encode, decode, eval and to; 'x' lacks spec, encode, decode, eval, to",
     ):
-        ModelContender("x", object())
+        ModelMethod("x", object())
 
 
 def test_names_that_mean_nothing_get_the_nearest(tmp_path):
     with pytest.raises(
         InputError, match=r"no checkpoint or file is called 'region_growin', nor .* nearest names: region_growing"
     ):
-        contender_of("region_growin")
+        method_of("region_growin")
     with pytest.raises(
         InputError, match=r"only oracle_bound takes a number, as oracle_bound@6 \(mm > 0\), got 'oracle_bound@0'"
     ):
-        contender_of("oracle_bound@0")
-    assert contender_of("oracle_bound@3mm").name == "oracle_bound@3mm"
+        method_of("oracle_bound@0")
+    assert method_of("oracle_bound@3mm").name == "oracle_bound@3mm"
