@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"errors", "output", "environment", "geometry", "prompts", "config"},
-    {"volume", "crops", "drawing", "clicks", "losses", "metrics", "nn"},
+    {"devices", "volume", "crops", "drawing", "clicks", "losses", "metrics", "nn"},
     {"models", "data"},
     {"training", "inference", "evaluation"},
     {"apps", "cli", "__main__"},

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import typer
 
 from samed3d.cli import app as app_command
-from samed3d.cli import compare, evaluate, models, prepare, segment, serve, train
+from samed3d.cli import compare, doctor, evaluate, models, prepare, segment, serve, train
 from samed3d.errors import InputError
 
 # A file system that refuses is the user's to mend, whatever was being written.
@@ -53,6 +53,7 @@ def commands() -> typer.Typer:
     app.command("evaluate compare", hidden=True)(compare.compare)
     app.command("evaluate report", hidden=True)(compare.report)
     app.command()(models.models)
+    app.command()(doctor.doctor)
     app.command("import-weights")(models.import_weights)
     app.command()(models.export)
     return app
