@@ -2,7 +2,7 @@
 
     python infer.py ct.nii.gz --point 120,95,40 -o mask.nii.gz --preview mask.png
 
-Everything is in ``samed3d/cli/segment.py`` (the options) and ``samed3d/inference/session.py`` (the work).
+The options are in ``samed3d/cli/segment.py``. Read ``samed3d/inference/session.py`` next.
 """
 
 import sys

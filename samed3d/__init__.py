@@ -1,7 +1,6 @@
 """Fully-3D promptable segmentation: open a volume, click, get the whole structure back in the volume's own grid.
 
-The public names below are loaded when first used, so that ``import samed3d`` costs nothing. Read
-``inference/session.py`` next.
+The public names below are loaded when they are first used: ``import samed3d`` alone imports neither torch nor SimpleITK.
 """
 
 from __future__ import annotations

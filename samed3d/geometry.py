@@ -3,11 +3,12 @@
 Conventions of the whole package: arrays are (D, H, W) = z, y, x. Positions from outside are ``ijk`` (x first, 0-based,
 as ITK-SNAP, Slicer and NIfTI show them) or ``ras`` in millimetres. Only this file and ``volume/`` convert between them.
 
-Not here: reading files (``volume/``), sampling a crop's intensities (``crops.py``). Read ``prompts.py`` next.
+Not here: reading files (``volume/``), sampling a crop's intensities (``crops.py``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -70,7 +71,7 @@ class Grid:
         return all(-0.5 <= v < n - 0.5 for v, n in zip(ijk, self.size_ijk, strict=True))
 
 
-def as_triple(values: NDArray[np.floating] | tuple[float, ...] | list[float]) -> Triple:
+def as_triple(values: Iterable[float]) -> Triple:
     """Three Python floats from any three numbers."""
     a, b, c = (float(v) for v in values)
     return (a, b, c)
@@ -129,6 +130,11 @@ class CanonicalView:
             shape_zyx=(shape[axes[0]], shape[axes[1]], shape[axes[2]]),
             spacing_zyx_mm=(spacing[axes[0]], spacing[axes[1]], spacing[axes[2]]),
         )
+
+    @property
+    def whole(self) -> Region:
+        """All of the canonical array."""
+        return Region((0, 0, 0), self.shape_zyx)
 
     def to_canonical(self, array: NDArray) -> NDArray:
         """A view of a stored (D, H, W) array in canonical order."""
@@ -198,6 +204,18 @@ class Region:
         """Grown by ``margin`` voxels on every side."""
         start = tuple(a - margin for a in self.start_zyx)
         stop = tuple(b + margin for b in self.stop_zyx)
+        return Region(start, stop)  # type: ignore[arg-type]
+
+    def shifted(self, offset_zyx: IntTriple) -> Region:
+        """Moved by whole voxels."""
+        start = tuple(a + o for a, o in zip(self.start_zyx, offset_zyx, strict=True))
+        stop = tuple(b + o for b, o in zip(self.stop_zyx, offset_zyx, strict=True))
+        return Region(start, stop)  # type: ignore[arg-type]
+
+    def intersection(self, other: Region) -> Region:
+        """The part that lies in both; empty where they do not meet."""
+        start = tuple(max(a, b) for a, b in zip(self.start_zyx, other.start_zyx, strict=True))
+        stop = tuple(min(a, b) for a, b in zip(self.stop_zyx, other.stop_zyx, strict=True))
         return Region(start, stop)  # type: ignore[arg-type]
 
     def union(self, other: Region) -> Region:

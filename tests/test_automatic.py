@@ -11,8 +11,7 @@ import torch
 
 from samed3d.cli import main
 from samed3d.errors import InputError
-from samed3d.inference.automatic import is_automatic, segment_file
-from samed3d.inference.sliding_window import segment_volume
+from samed3d.inference.sliding_window import is_semantic, segment_file, segment_volume
 from samed3d.models import MODELS, create_model
 from samed3d.models.weights import save_weights
 from samed3d.volume import read_volume
@@ -63,7 +62,7 @@ def test_classes_keep_their_names_as_segments(tmp_path, weights, source):
 
 
 def test_an_automatic_model_is_told_from_others_by_its_header(weights, tmp_path):
-    assert is_automatic(weights) and not is_automatic("default") and not is_automatic("region_growing")
+    assert is_semantic(weights) and not is_semantic("default") and not is_semantic("region_growing")
 
 
 def test_prompts_for_an_automatic_model_are_refused_in_one_line(tmp_path, weights, source, capsys):

@@ -17,7 +17,8 @@ from samed3d.clicks import largest_components_by_torch, sample_clicks, squared_d
 from samed3d.config import ClickConfig, LossConfig
 from samed3d.crops import image_channels
 from samed3d.geometry import CropFrame
-from samed3d.inference.predictor import CanonicalPrompts, CropPredictor
+from samed3d.inference.model_prompts import ModelPrompts
+from samed3d.inference.predictor import CropPredictor
 from samed3d.models import MODELS, create_model, load
 from samed3d.training.loop import train
 from samed3d.training.step import InteractiveStep
@@ -130,7 +131,7 @@ def test_the_default_model_gives_the_mask_of_a_cpu():
     z, y, x = np.ogrid[:70, :80, :60]
     volume += 100 * (((z - 30) / 15) ** 2 + ((y - 40) / 12) ** 2 + ((x - 30) / 14) ** 2 < 1)
     frame = CropFrame.centred((30.0, 40.0, 30.0), (0.9, 0.9, 0.9), (64, 64, 64))
-    prompts = CanonicalPrompts([((30.0, 40.0, 30.0), True), ((10.0, 10.0, 10.0), False)])
+    prompts = ModelPrompts([((30.0, 40.0, 30.0), True), ((10.0, 10.0, 10.0), False)])
     masks = [
         CropPredictor(load("default"), torch.device(device), volume, (1.0, 1.0, 1.0)).decode(frame, prompts).logits > 0
         for device in ("cpu", "cuda")

@@ -211,3 +211,45 @@ def test_journals_that_cannot_be_used(image, tmp_path, caplog):
         Session.open(image, ClickedModel(), journal=journal)
     with pytest.raises(InputError, match="journal cannot be opened: .*No such file"):
         Session.open(image, ClickedModel(), journal=tmp_path / "no" / "j.jsonl")
+
+
+JOURNAL_OF_0_1_0 = """\
+{"journal":1,"image":{"source":"ct.nrrd","sha256":"4d677fdbb71eacd362745673330c7228d1bc6afdabc6f6909dd97f9c67f0b9a2","size_ijk":[14,13,12],"spacing_mm":[1.0,1.0,1.5]},"model":{"name":"clicked","weights":"0765ff4c25d7519c"}}
+{"do":"add","object":1,"id":1,"prompt":{"space":"ijk","type":"point","at":[7.0,6.0,6.0],"positive":true},"name":"ball"}
+{"do":"add","object":1,"id":2,"prompt":{"space":"ijk","type":"scribble","path":[[6.0,6.0,6.0],[8.0,6.0,6.0]],"positive":true,"radius_vox":0.5},"look":false}
+{"do":"look","object":1}
+{"do":"add","object":1,"id":3,"prompt":{"space":"ijk","type":"point","at":[2.0,2.0,2.0],"positive":false}}
+{"do":"move","id":1,"prompt":{"space":"ijk","type":"point","at":[7.0,7.0,6.0],"positive":true}}
+{"do":"remove","id":3}
+{"do":"object","object":2,"name":"second"}
+{"do":"rule","others_are_negative":true}
+{"do":"add","object":2,"id":4,"prompt":{"space":"ijk","type":"lasso","outline":[[2.0,2.0,3.0],[5.0,2.0,3.0],[5.0,5.0,3.0]],"positive":true}}
+{"do":"object","object":2,"colour":"#010203","visible":false,"locked":true}
+{"do":"add","object":3,"id":5,"prompt":{"space":"ijk","type":"mask","size":[14,13,12],"start":[1,1,1],"stop":[3,3,3],"bits":"eAH7DwABAAEA"}}
+{"do":"add","object":4,"id":6,"prompt":{"space":"ijk","type":"box","min":[5.0,4.0,6.0],"max":[9.0,8.0,6.0]}}
+{"do":"drop","object":4}
+{"do":"undo"}
+{"do":"undo"}
+{"do":"redo"}
+"""
+
+
+def test_a_journal_of_an_earlier_version_gives_the_same_session_and_edits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    z, y, x = np.indices((12, 13, 14))
+    ball = (z - 6) ** 2 + (y - 6) ** 2 + (x - 7) ** 2 < 12
+    write_volume(Path("ct.nrrd"), (ball * 100).astype(np.int16), Grid(ball.shape, (1.0, 1.0, 1.5)))
+    Path("old.jsonl").write_text(JOURNAL_OF_0_1_0)
+    with Session.open("ct.nrrd", ClickedModel(), journal="old.jsonl") as session:
+        found = [(o.name, [type(p).__name__ for p in o.prompts], o.prompt_ids) for o in session.objects()]
+        assert found == [("ball", ["Point", "Scribble"], [1, 2]), ("second", ["Lasso"], [4])] + [
+            ("object 3", ["Mask"], [5]),
+            ("object 4", ["Box"], [6]),
+        ]
+        second = session.objects()[1]
+        assert (second.colour, second.visible, second.locked) == ("#010203", False, True)
+        assert session.others_are_negative and session.can_redo and session.mask_of(1).any()
+        session.save("s.json")
+    assert Path("old.jsonl").read_text() == JOURNAL_OF_0_1_0
+    edits = [json.loads(line) for line in JOURNAL_OF_0_1_0.splitlines()[1:]]
+    assert json.loads(Path("s.json").read_text())["edits"] == [*edits[:-3], {"do": "undo"}]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from samed3d.geometry import CropFrame
 from samed3d.inference import predictor as module
-from samed3d.inference.predictor import CACHED_CROPS, CanonicalPrompts, CropPredictor
+from samed3d.inference.model_prompts import ModelPrompts
+from samed3d.inference.predictor import CACHED_CROPS, CropPredictor
 from samed3d.models.base import Features, MaskOutput, ModelSpec, PromptableModel, PromptBatch
 
 CPU = torch.device("cpu")
@@ -50,7 +51,7 @@ def frame_at(middle: float) -> CropFrame:
 def test_bf16_where_the_weights_were_trained_in_it_and_the_processor_has_it(trained, able, expected, monkeypatch):
     monkeypatch.setattr(module, "computes_bf16", lambda device: able)
     model = Watched(trained)
-    found = predictor_of(model).decode(frame_at(20), CanonicalPrompts([((20.0, 20.0, 20.0), True)]))
+    found = predictor_of(model).decode(frame_at(20), ModelPrompts([((20.0, 20.0, 20.0), True)]))
     assert model.precisions == [expected, expected]
     assert found.logits.dtype == torch.float32
 
@@ -63,7 +64,7 @@ def test_float32_can_be_asked_for(monkeypatch):
 @pytest.mark.parametrize(("mib", "kept"), [(1, 20), (64, CACHED_CROPS)])
 def test_small_features_are_kept_of_many_crops_and_large_ones_of_a_few(mib, kept):
     model = Watched(False, mib)
-    predictor, prompts = predictor_of(model), CanonicalPrompts([((20.0, 20.0, 20.0), True)])
+    predictor, prompts = predictor_of(model), ModelPrompts([((20.0, 20.0, 20.0), True)])
     for _ in range(2):
         for number in range(kept):
             predictor.decode(frame_at(8.0 + number), prompts)

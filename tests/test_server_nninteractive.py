@@ -16,8 +16,8 @@ from samed3d.apps.nninteractive_prompts import box_prompt, drawn_region, grid_of
 from samed3d.apps.nninteractive_wire import pack_array, unpack_array
 from samed3d.apps.security import Access
 from samed3d.errors import InputError
+from samed3d.inference.model_prompts import to_model_prompts
 from samed3d.inference.session import Session
-from samed3d.inference.strokes import understood
 from samed3d.prompts import Box, Mask, Point
 from samed3d.volume import Volume, read_volume
 from samed3d.volume.untrusted import ReadLimits
@@ -302,7 +302,7 @@ def test_lassos_hold_the_voxels_that_were_drawn(axis, ball):
     corner[axis] = slice(9, 10)
     drawn[tuple(corner)] = False  # not convex
     prompts = lasso_prompts(*drawn_region(drawn, None, shape), False)
-    said = understood(prompts[0], ball, tiny_model().spec)
+    said = to_model_prompts(prompts[0], ball, tiny_model().spec)
     found = np.zeros(shape, bool)
     found[tuple(said.voxels.T)] = True
     assert len(prompts) == 1 and np.array_equal(ball.view.to_stored(found), drawn)
@@ -317,7 +317,7 @@ def test_scribbles_mark_exactly_what_was_drawn(ball):
     prompts = scribble_prompts(*drawn_region(drawn, None, shape), True)
     found = np.zeros(shape, bool)
     for prompt in prompts:
-        found[tuple(understood(prompt, ball, tiny_model().spec).voxels.T)] = True
+        found[tuple(to_model_prompts(prompt, ball, tiny_model().spec).voxels.T)] = True
     assert len(prompts) == 3 and np.array_equal(ball.view.to_stored(found), drawn)
 
 

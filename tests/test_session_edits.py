@@ -101,12 +101,12 @@ def test_moving_or_removing_a_prompt_is_as_if_it_had_been_so(model):
 def test_what_memory_let_go_is_predicted_again_exactly(model):
     volume, _ = ball_volume()
     kept, lean = Session(volume, model), Session(volume, model)
-    lean._chains.held_bytes = 1
+    lean._prompts.kept_bytes = 1
     given = [*clicks(3), Box((8, 10, 11), (17, 19, 11)), Scribble(((9, 9, 9), (12, 12, 9))), *clicks(2, seed=9)]
     for session in (kept, lean):
         for prompt in given:
             session.add(prompt)
-    assert len(lean._chains._held) == 1 < len(kept._chains._held)
+    assert len(lean._prompts._kept) == 1 < len(kept._prompts._kept)
     for _ in range(5):
         kept.undo()
         lean.undo()
@@ -157,6 +157,19 @@ def test_the_object_table():
         session.move(77, (1, 2, 3))
     with pytest.raises(InputError, match="object id must be a whole number from 1 to 65535, got 0"):
         session.add(INSIDE, object_id=0)
+
+
+def test_a_name_given_with_a_prompt_names_or_renames_the_object():
+    volume, _ = ball_volume()
+    session = Session(volume, BrightnessModel((32, 32, 32)))
+    session.add(INSIDE)
+    session.add(INSIDE, name="ball")
+    assert session.objects()[0].name == "ball"
+    session.undo()
+    assert session.objects()[0].name == "object 1"
+    session.redo()
+    session.add_all([ObjectPrompts(1, "other", [INSIDE]), ObjectPrompts(2, "second", [INSIDE, INSIDE])])
+    assert [(o.name, len(o.prompts)) for o in session.objects()] == [("ball", 3), ("second", 2)]
 
 
 def test_a_new_objects_colour_is_that_of_its_preview():

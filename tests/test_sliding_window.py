@@ -108,7 +108,7 @@ def test_two_channels_need_two_images_of_one_shape(rng):
 
 def test_what_does_not_fit_is_refused(rng):
     v = volume((8, 8, 8), rng)
-    with pytest.raises(InputError, match=r"must be an automatic one, got .*, which needs prompts"):
+    with pytest.raises(InputError, match=r"must be a semantic segmentation model, got .*, which needs prompts"):
         segment_volume(v, create_model("samed3d_unet", **MODELS["samed3d_unet"].tiny))
     with pytest.raises(InputError, match=r"overlap must be from 0 to below 1, got 1"):
         segment_volume(v, Brighter((6, 6, 6)), overlap=1)

@@ -113,15 +113,15 @@ def _evaluate_automatic(
     Raises:
         InputError: if there are other models beside it.
     """
-    from samed3d.inference.automatic import is_automatic
+    from samed3d.inference.sliding_window import is_semantic
 
-    if not any(is_automatic(name) for name in models):
+    if not any(is_semantic(name) for name in models):
         return False
     if len(models) > 1:
         raise InputError(f"an automatic model is measured alone, got {len(models)} models; run evaluate once for each")
     from data_prep.categories import categorise
     from samed3d.evaluation.semantic import evaluate_automatic
-    from samed3d.inference.results import pick_device
+    from samed3d.inference.predictor import pick_device
 
     def category_of(name: str, source: str) -> str:
         return categorise(name, source).name

@@ -128,9 +128,9 @@ def _segment_automatic(
     Raises:
         InputError: for prompts, or outputs that only prompts lead to.
     """
-    from samed3d.inference.automatic import is_automatic, segment_file
+    from samed3d.inference.sliding_window import is_semantic, segment_file
 
-    if image is None or not is_automatic(model):
+    if image is None or not is_semantic(model):
         return False
     unfit = ["a prompt"] * prompted + [name for name, path in also.items() if path and name != "--report"]
     if unfit:

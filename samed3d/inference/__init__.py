@@ -1,3 +1,1 @@
-"""From prompts to masks on whole volumes: predictor (one crop), placement (which crops), session (what a user
-holds).
-"""
+"""From prompts to masks on whole volumes: sessions, the edits and prompts in them, the crops, and files."""

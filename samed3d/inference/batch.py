@@ -21,8 +21,8 @@ from typing import Any
 
 from samed3d.errors import InputError
 from samed3d.inference.mask_files import FORMATS
-from samed3d.inference.saving import weights_hash
 from samed3d.inference.session import Session
+from samed3d.inference.session_store import weights_hash
 from samed3d.models.base import PromptableModel
 from samed3d.output import check_output, write_json
 from samed3d.prompts import Box, ObjectPrompts, Point, load_prompts, parse_numbers, prompt_to_json

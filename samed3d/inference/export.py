@@ -2,7 +2,7 @@
 
 A promptable model becomes two graphs, as its contract has two calls: the encoder runs once per crop, the decoder once
 per prompt. Beside them lies ``model.json``, which says what crop they want and in which order the tensors go. Where to
-cut a crop and how to paste the answer back is not in a graph: that is ``placement.py`` and ``crops.py``. The Hugging
+cut a crop and how to paste the answer back is not in a graph: that is ``crop_search.py`` and ``crops.py``. The Hugging
 Face folder holds weights and numbers, not code. The page with a program that needs no samed3d is ``docs/export.md``.
 """
 

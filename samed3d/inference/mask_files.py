@@ -1,16 +1,21 @@
-"""Masks as files: which format a path means, and the objects of a scene as named segments.
+"""The masks of all objects as one label map or as named segments, and the file formats of both.
 
-Label maps (NIfTI, NRRD, MetaImage) are on the image's own grid; ``.seg.nrrd``, DICOM-SEG and RTSTRUCT also carry names
-and colours, and objects may overlap in them. The writing itself is in ``volume/``. Used by ``results.py`` and the
-command line.
+Label maps (NIfTI, NRRD, MetaImage) are on the image's own grid. ``.seg.nrrd``, DICOM-SEG and RTSTRUCT also hold names
+and colours, and their objects may overlap. The writers themselves are in ``volume/``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from samed3d.errors import InputError
-from samed3d.inference.scene import Scene
+from samed3d.geometry import IntTriple, Region
+from samed3d.inference.history import ObjectState, SessionState
+from samed3d.inference.predictor import Canvas
 from samed3d.output import check_output
 from samed3d.prompts import PackedMask
 from samed3d.volume import Volume
@@ -25,21 +30,20 @@ FORMATS = {
     "dicom-seg": (".dcm",),
     "rtstruct": (".dcm",),
 }
-"""Suffixes by format; the first format whose suffix fits is meant where none is named."""
+"""Suffixes by format."""
 LABEL_MAP_FORMATS = ("nifti", "nrrd", "mha")
 
 
 def checked_format(path: str | Path, format: str | None = None) -> str:
-    """The format that a path is to be written in.
+    """The format of an output: the given one, or the one of the longest suffix that fits.
 
     Raises:
         InputError: for an unknown format, a suffix that is not the format's, or a folder that cannot be written to.
     """
     if format is not None and format not in FORMATS:
         raise InputError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    check_output(
-        path, suffixes=FORMATS[format] if format else sorted({s for suffixes in FORMATS.values() for s in suffixes})
-    )
+    known = sorted({suffix for suffixes in FORMATS.values() for suffix in suffixes})
+    check_output(path, suffixes=FORMATS[format] if format else known)
     name = Path(path).name.lower()
     fitting = [kind for kind, suffixes in FORMATS.items() if name.endswith(suffixes)]
     return format or max(
@@ -47,17 +51,16 @@ def checked_format(path: str | Path, format: str | None = None) -> str:
     )
 
 
-def segments_of(scene: Scene, volume: Volume) -> list[Segment]:
+def segments_of(state: SessionState, volume: Volume) -> list[Segment]:
     """The objects as segments on the image's own grid, by id; those without a voxel are left out."""
     found = []
-    for _, track in sorted(scene.tracks.items()):
-        if track.step is None or track.step.mask.region.is_empty:
+    for _, entry in sorted(state.objects.items()):
+        if entry.step is None or entry.step.mask.region.is_empty:
             continue
-        part = volume.view.to_stored(track.step.mask.inside())
-        region = volume.view.region_to_stored(track.step.mask.region)
-        found.append(
-            Segment(track.id, track.name, track.colour, PackedMask.of_part(part, region, volume.grid.shape_zyx))
-        )
+        part = volume.view.to_stored(entry.step.mask.inside())
+        region = volume.view.region_to_stored(entry.step.mask.region)
+        mask = PackedMask.of_part(part, region, volume.grid.shape_zyx)
+        found.append(Segment(entry.id, entry.name, entry.colour, mask))
     return found
 
 
@@ -82,3 +85,48 @@ def export_segments(path: Path, kind: str, segments: list[Segment], volume: Volu
         write_dicom_seg(path, segments, slices)
     else:
         write_rtstruct(path, segments, slices, volume.grid)
+
+
+def label_map(
+    state: SessionState, shape_zyx: IntTriple, canvas_of: Callable[[ObjectState], Canvas]
+) -> NDArray[np.unsignedinteger]:
+    """All objects as one map of their ids on the canonical volume.
+
+    Where objects overlap a locked one wins over others, then the more certain one (the higher logit), then the lower
+    id.
+
+    Args:
+        state: The objects.
+        shape_zyx: Of the canonical volume.
+        canvas_of: Gives an object's logits; called only where objects overlap.
+    """
+    highest = max(state.objects, default=0)
+    labels = np.zeros(shape_zyx, dtype=np.uint8 if highest < 256 else np.uint16 if highest < 65536 else np.uint32)
+    painted: dict[int, ObjectState] = {}
+    for entry in sorted(state.objects.values(), key=lambda e: (not e.locked, e.id)):
+        if entry.step is None or entry.step.mask.region.is_empty:
+            continue
+        region, mask = entry.step.mask.region, entry.step.mask.inside()
+        part = labels[region.slices]
+        overlap = mask & (part != 0)
+        part[mask & ~overlap] = entry.id
+        if not entry.locked:
+            overlap &= ~np.isin(part, [number for number, other in painted.items() if other.locked])
+        holders = part[overlap]
+        own = _logits_at(canvas_of(entry), overlap, region) if len(holders) else np.zeros(0)
+        for number in np.unique(holders):
+            held = part[overlap] == number
+            wins = own[held] > _logits_at(canvas_of(painted[int(number)]), overlap, region)[held]
+            holders[np.flatnonzero(held)[wins]] = entry.id
+        part[overlap] = holders
+        painted[entry.id] = entry
+    return labels
+
+
+def _logits_at(canvas: Canvas, where: NDArray[np.bool_], region: Region) -> NDArray[np.float32]:
+    """A canvas's logits at some voxels of a region; minus infinity outside the canvas."""
+    index = np.argwhere(where) + np.array(region.start_zyx) - np.array(canvas.region.start_zyx)
+    inside = ((index >= 0) & (index < np.array(canvas.region.shape_zyx))).all(1)
+    values = np.full(len(index), -np.inf, dtype=np.float32)
+    values[inside] = canvas.logits.numpy()[tuple(index[inside].T)]
+    return values

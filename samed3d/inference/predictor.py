@@ -1,9 +1,7 @@
-"""One crop of one volume: sample it, encode it once, decode it for any prompts.
+"""``CropPredictor``: one crop of one volume is sampled, encoded once, and decoded for any prompts.
 
-Features are kept per crop, so a later click costs a decode.
-
-Positions here are canonical zyx voxels of the volume. Where crops are put is decided in ``placement.py``; read that
-next.
+Features are kept per crop, so a later click costs one decode. Positions are canonical zyx voxels of the volume. Read
+``models/base.py`` next.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from samed3d.crops import BACKGROUND_LOGIT, normalise, paste_crop, sample_crop
+from samed3d.errors import InputError
 from samed3d.geometry import CropFrame, IntTriple, Region, Triple, as_triple
+from samed3d.inference.model_prompts import ModelPrompts
 from samed3d.models.base import Features, PromptableModel, PromptBatch
 
 logger = logging.getLogger(__name__)
@@ -32,36 +32,15 @@ of them again."""
 
 
 @dataclass
-class CanonicalPrompts:
-    """An object's prompts on the canonical volume, oldest first.
+class CropMask:
+    """A decoded crop.
 
     Attributes:
-        points: (zyx voxel position, positive) per click, and a few per stroke.
-        box: Half-open low and high corner in voxel edges, the union of all boxes, or None.
-        extent: As ``box``, of what bounds the object in one slice only: it says where to look and is not given to the
-            model.
-        newest_positive: Whether anything since the last prediction says what belongs to the object.
-        newest_extent: ``box`` or ``extent`` where it was given since the last prediction.
-    """
-
-    points: list[tuple[Triple, bool]] = field(default_factory=list)
-    box: tuple[Triple, Triple] | None = None
-    extent: tuple[Triple, Triple] | None = None
-    newest_positive: bool = True
-    newest_extent: tuple[Triple, Triple] | None = None
-
-    @property
-    def positives(self) -> list[Triple]:
-        """Positions that belong to the object, oldest first. Only these move a crop: a click off the object says
-        nothing of where it is.
-        """
-        return [at for at, positive in self.points if positive]
-
-
-@dataclass
-class CropMask:
-    """A decoded crop: ``logits`` and ``inside`` (D, H, W) on the crop's grid, the predicted IoU, and what the next
-    decode takes back.
+        frame: Where it lies.
+        logits: (D, H, W) on the crop's grid.
+        inside: (D, H, W) bool, the crop's voxels inside the volume.
+        iou: Predicted IoU.
+        lowres_logits: (1, 1, d, h, w) on the model's axes, an input of the next decode.
     """
 
     frame: CropFrame
@@ -73,12 +52,18 @@ class CropMask:
 
 @dataclass
 class Canvas:
-    """Logits of the part of the volume that has been seen: a region of the canonical volume, everything else is
-    background.
-    """
+    """Logits of a region of the canonical volume: the part that has been predicted. Everything else is background."""
 
     region: Region
     logits: Tensor
+
+    def on_region(self, region: Region) -> Tensor:
+        """The logits (D, H, W) of another region of the volume."""
+        logits = torch.full(region.shape_zyx, BACKGROUND_LOGIT)
+        common = self.region.intersection(region)
+        if not common.is_empty:
+            logits[common.slices_in(region)] = self.logits[common.slices_in(self.region)]
+        return logits
 
     def on_frame(self, frame: CropFrame) -> Tensor:
         """The logits (D, H, W) resampled to a crop's grid."""
@@ -107,14 +92,14 @@ class CropPredictor:
         self._features: OrderedDict[CropFrame, tuple[Features, Tensor]] = OrderedDict()
 
     @torch.inference_mode()
-    def decode(self, frame: CropFrame, prompts: CanonicalPrompts, mask_logits: Tensor | None = None) -> CropMask:
+    def decode(self, frame: CropFrame, prompts: ModelPrompts, mask_logits: Tensor | None = None) -> CropMask:
         """The mask of one crop for the prompts that lie in it.
 
         Args:
             frame: The crop.
-            prompts: All of the object's prompts; those outside the crop are left out.
-            mask_logits: (1, 1, d, h, w) ``CropMask.lowres_logits`` of this crop or ``lowres_of`` a canvas; None for no
-                mask yet.
+            prompts: All of the object's prompts; points outside the crop are left out.
+            mask_logits: (1, 1, d, h, w) ``CropMask.lowres_logits`` of this crop or ``lowres_of`` a canvas; None if
+                there is no mask yet.
         """
         features, inside = self._encode(frame)
         with self._precision():
@@ -125,13 +110,16 @@ class CropPredictor:
         return CropMask(frame, logits.contiguous(), inside, float(output.iou[0, 0]), output.lowres_logits)
 
     def lowres_of(self, canvas: Canvas, frame: CropFrame, like: Tensor | None = None) -> Tensor:
-        """A canvas's logits as the mask prompt of a crop, in the shape of an earlier ``lowres_logits`` (None asks the
-        model for one).
+        """A canvas's logits as ``mask_logits`` of a crop.
+
+        Args:
+            canvas: The logits.
+            frame: The crop.
+            like: An earlier ``lowres_logits``, for its shape; None finds the shape with one decode.
         """
         if like is None:
-            like = self.decode(
-                frame, CanonicalPrompts([(frame.to_volume(as_triple([n / 2 for n in frame.shape_zyx])), True)])
-            ).lowres_logits
+            middle = frame.to_volume(as_triple([n / 2 for n in frame.shape_zyx]))
+            like = self.decode(frame, ModelPrompts([(middle, True)])).lowres_logits
         logits = canvas.on_frame(frame)
         if self.model.spec.tensor_axes == "xyz":
             logits = logits.permute(2, 1, 0)
@@ -144,7 +132,7 @@ class CropPredictor:
         return Canvas(region, logits)
 
     def clear(self) -> None:
-        """Let go of all kept features."""
+        """Delete all kept features."""
         self._features.clear()
 
     def _encode(self, frame: CropFrame) -> tuple[Features, Tensor]:
@@ -167,20 +155,19 @@ class CropPredictor:
 
     def _precision(self) -> torch.autocast:
         """bf16 where the weights were trained in it and the processor computes in it."""
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.model.spec.bf16 and computes_bf16(self.device)
-        )
+        enabled = self.model.spec.bf16 and computes_bf16(self.device)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
-    def _batch(self, frame: CropFrame, prompts: CanonicalPrompts, mask_logits: Tensor | None) -> PromptBatch:
+    def _batch(self, frame: CropFrame, prompts: ModelPrompts, mask_logits: Tensor | None) -> PromptBatch:
         spec = self.model.spec
         points = [(frame.to_crop(at), positive) for at, positive in prompts.points if frame.contains(at)]
         if spec.click_memory == "newest":
             points = points[-1:]
-        positions = torch.tensor([_axes(at, spec.tensor_axes) for at, _ in points], dtype=torch.float32).reshape(
-            1, -1, 3
-        )
+        positions = torch.tensor([_axes(at, spec.tensor_axes) for at, _ in points], dtype=torch.float32)
         labels = torch.tensor([[int(positive) for _, positive in points]], dtype=torch.int64).reshape(1, -1)
-        batch = PromptBatch(positions.to(self.device), labels.to(self.device), mask_logits=mask_logits)
+        batch = PromptBatch(
+            positions.reshape(1, -1, 3).to(self.device), labels.to(self.device), mask_logits=mask_logits
+        )
         if prompts.box is not None and "box" in spec.prompts:
             # Corners are voxel edges; an edge at e lies half a voxel below the centre e.
             corners = [frame.to_crop(as_triple([v - 0.5 for v in corner])) for corner in prompts.box]
@@ -196,6 +183,22 @@ def _size_of(features: Features, inside: Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in [*features.values(), inside])
 
 
+def pick_device(name: str) -> torch.device:
+    """``"auto"``, ``"cpu"`` or ``"cuda"`` as a device; CUDA that is not there is refused, never replaced.
+
+    Raises:
+        InputError: for another name, or ``"cuda"`` without a GPU.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device must be auto, cpu or cuda, got {name!r}")
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise InputError(
+            "device cuda was asked for but this machine has no CUDA GPU that torch can use; leave --device out or say cpu"
+        )
+    return torch.device("cuda" if name != "cpu" and available else "cpu")
+
+
 def computes_bf16(device: torch.device) -> bool:
     """Whether a device multiplies bf16 numbers faster than float32 ones; ``SAMED3D_FP32=1`` says no."""
     if os.environ.get("SAMED3D_FP32") == "1":
@@ -207,5 +210,5 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 def _axes(values: Triple, tensor_axes: str) -> Triple:
-    """zyx values in the order of the model's tensor axes (and back: reversing is its own inverse)."""
+    """zyx values in the order of the model's tensor axes."""
     return values if tensor_axes == "zyx" else (values[2], values[1], values[0])

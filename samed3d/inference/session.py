@@ -1,41 +1,57 @@
-"""A session: one volume, one model, any number of objects, prompts in and masks on the image's own grid out.
+"""``Session``: one volume, one model, any number of objects; prompts in, masks on the image's own grid out.
 
-The prompts are the source of truth, the masks follow from them: any prompt can be moved or taken out, everything can be
-undone and redone, and with a journal all of it survives a crash. Not here: what can be read from a session
-(``results.py``), what an edit does (``edits.py``), what a prompt becomes (``strokes.py``), where the model looks
-(``placement.py``), files (``journal.py``, ``saving.py``). One thread at a time. Read ``edits.py`` next; the contract
-with models is ``models/base.py``.
+The prompts are the source of truth and the masks follow from them: every prompt can be moved or removed, every edit can
+be undone and repeated, and with a journal all of it survives a crash. A session is used by one thread at a time. Read
+``history.py`` next.
 """
 
 from __future__ import annotations
 
-import time
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from samed3d.errors import InputError
-from samed3d.inference.edits import REDO, UNDO, Edit, applied
-from samed3d.inference.journal import Journal
-from samed3d.inference.results import MaskUpdate, Results, pick_device, update_between
-from samed3d.inference.saving import check_colour, identity, read_session
-from samed3d.inference.scene import SessionObject, shown
-from samed3d.inference.strokes import read_prior
+from samed3d.geometry import Region
+from samed3d.inference import history
+from samed3d.inference.history import Edit, EditHistory, MaskUpdate, ObjectState, SessionObject, SessionState
+from samed3d.inference.mask_files import LABEL_MAP_FORMATS, checked_format, export_segments, label_map, segments_of
+from samed3d.inference.model_prompts import read_mask_file
+from samed3d.inference.prediction import PromptHistory
+from samed3d.inference.predictor import Canvas, CropPredictor, pick_device
+from samed3d.inference.session_store import Journal, check_same, describe, identity, read_session, save_session
+from samed3d.inference.uncertainty import least_certain
 from samed3d.models import load_promptable
 from samed3d.models.base import PromptableModel
 from samed3d.prompts import ObjectPrompts, Point, Prompt, is_positive
-from samed3d.volume import Volume, read_volume
+from samed3d.volume import Volume, read_volume, write_mask, write_volume
 
 __all__ = ["MaskUpdate", "Session", "SessionObject", "pick_device"]
 
 
-class Session(Results):
-    """Promptable segmentation of one volume. What can be read from it is in ``Results``."""
+class Session:
+    """Promptable segmentation of one volume.
+
+    Attributes:
+        volume: The image as read.
+        model_name: What was loaded.
+        device: Where the model runs.
+    """
 
     def __init__(self, volume: Volume, model: PromptableModel, device: str = "auto", model_name: str = "") -> None:
         """Use ``Session.open``; this takes parts that are already loaded."""
-        super().__init__(volume, model, pick_device(device), model_name or model.spec.name)
+        self.volume, self.model_name, self.device = volume, model_name or model.spec.name, pick_device(device)
+        array = volume.view.to_canonical(volume.array)
+        self._predictor = CropPredictor(model.eval(), self.device, array, volume.view.spacing_zyx_mm)
+        self._prompts = PromptHistory(volume, self._predictor)
+        self._history = EditHistory(self._prompts)
         self._journal: Journal | None = None
-        self._next_prompt = 1
+        self._options: dict[str, Any] = {}
 
     @classmethod
     def open(
@@ -53,12 +69,12 @@ class Session(Results):
         Args:
             image: File, DICOM folder or ``Volume``.
             model: Checkpoint name or file, or a model that is already built.
-            device: ``"auto"`` (CUDA where there is one), ``"cpu"`` or ``"cuda"``.
+            device: ``"auto"`` (CUDA if there is a GPU), ``"cpu"`` or ``"cuda"``.
             channel: Channel of a multi-channel image.
             series: Series of a DICOM folder.
-            journal: File that every edit is written to before it is acknowledged; where it exists, the session in it
-                goes on.
-            model_name: What a model that is already built was loaded as, so that a saved session can load it again.
+            journal: File that every edit is written to before it is acknowledged. If it exists, the session in it is
+                resumed.
+            model_name: The name that a built model was loaded by, so that a saved session can load it again.
 
         Raises:
             InputError: for an image or model that cannot be used, a device that is not there, or a journal that is
@@ -68,15 +84,15 @@ class Session(Results):
         network = model if isinstance(model, PromptableModel) else load_promptable(model)
         volume = image if isinstance(image, Volume) else read_volume(image, channel=channel, series=series)
         session = cls(volume, network, device, model_name or ("" if isinstance(model, PromptableModel) else str(model)))
-        session._picked = {key: value for key, value in (("channel", channel), ("series", series)) if value is not None}
+        session._options = {k: v for k, v in (("channel", channel), ("series", series)) if v is not None}
         if journal is not None:
-            opened = Journal(journal, identity(session))
+            opened = Journal(journal, session._identity())
             try:
-                session._replay(opened.edits)
+                session._history.replay(opened.edits)
             except BaseException:
                 opened.close()
                 raise
-            session._journal = opened
+            session._record_in(opened)
         return session
 
     @classmethod
@@ -88,31 +104,30 @@ class Session(Results):
         device: str = "auto",
         journal: str | Path | None = None,
     ) -> Session:
-        """Go on with a session that ``save`` wrote, undo and redo included.
+        """Resume a session that ``save`` wrote, undo and redo included.
 
         Args:
             path: The session file.
-            image: The image, where it is no longer at the place that the file names.
-            model: The model, where it is not one that can be loaded by its name.
+            image: The image, if it is no longer at the path that the file names.
+            model: The model, if it cannot be loaded by its name.
             device: As for ``open``.
             journal: As for ``open``; must not exist yet.
 
         Raises:
-            InputError: if the file is damaged, or the image is not there or another one.
+            InputError: if the file is damaged, or the image is missing or another one.
         """
         saved = read_session(Path(path))
         if journal is not None and Path(journal).exists():
             raise InputError(
                 f"journal must be a new file for a loaded session, got {journal}; open the journal itself instead"
             )
-        source = image if image is not None else saved.image_path(Path(path))
-        session = cls.open(source, model if model is not None else saved.model, device, saved.channel, saved.series)
-        saved.check(identity(session))
-        session._replay(saved.edits)
+        source = saved.image_path() if image is None else image
+        network = str(saved.header["model"]["name"]) if model is None else model
+        session = cls.open(source, network, device, **saved.options)
+        check_same(saved.header, session._identity(), f"session {path}")
+        session._history.replay(saved.edits)
         if journal is not None:
-            session._journal = Journal(journal, identity(session))
-            for edit in saved.edits:
-                session._journal.append(edit)
+            session._record_in(Journal(journal, session._identity()), saved.edits)
         return session
 
     def __enter__(self) -> Session:
@@ -122,76 +137,68 @@ class Session(Results):
         self.close()
 
     def close(self) -> None:
-        """Let go of the journal and of what is kept in memory; nothing is lost that a journal holds."""
+        """Close the journal and delete what is kept in memory; a journal still holds everything."""
         if self._journal is not None:
             self._journal.close()
-            self._journal = None
-        self._chains.clear()
+        self._journal = self._history.record = None
+        self._prompts.clear()
         self._predictor.clear()
 
     def add(self, prompt: Prompt, object_id: int = 1, name: str | None = None, *, predict: bool = True) -> MaskUpdate:
-        """Add a prompt to an object and predict it anew.
+        """Add a prompt to an object and predict the object again.
 
         Args:
             prompt: A point, box, scribble, lasso or mask.
-            object_id: Which object; a new number starts a new object. It becomes the current one.
-            name: Of a new object.
+            object_id: Which object, which becomes the current one; a new number makes a new object.
+            name: Names a new object or renames an existing one.
             predict: False leaves the mask as it is until the next prompt or ``predict``.
 
         Raises:
-            InputError: if the prompt lies outside the volume, the model does not understand it, nothing positive was
-                said yet, or the object is locked.
+            InputError: if the prompt lies outside the volume, the model does not take its kind, the object's first
+                prompt is negative, or the object is locked.
         """
-        track = self._scene.tracks.get(object_id)
-        if not is_positive(prompt) and not any(
-            is_positive(s.prompt) for s in (track.chain if track else []) if s.prompt is not None
-        ):
+        entry = self._state.objects.get(object_id)
+        if not is_positive(prompt) and not any(map(is_positive, entry.prompts.values() if entry else ())):
             raise InputError(f"object {object_id} needs a positive point or a box before a negative point")
         return self._add(prompt, object_id, name, predict)
 
     def add_all(self, objects: Sequence[ObjectPrompts]) -> None:
-        """Add whole objects; prompts of each are given in order, as if clicked one after the other.
+        """Add whole objects; their prompts are predicted in order, as if clicked one after the other. An object that
+        exists keeps its name.
 
         Raises:
             InputError: as ``add``; every prompt is checked before anything is predicted.
         """
-        read = [(entry, [read_prior(prompt, self.volume) for prompt in entry.prompts]) for entry in objects]
+        read = [(entry, [read_mask_file(prompt, self.volume) for prompt in entry.prompts]) for entry in objects]
         for entry, prompts in read:
             if not entry.has_positive:
                 raise InputError(
                     f"object {entry.id} ({entry.name}) needs a positive point or a box, got only negative points"
                 )
             for prompt in prompts:
-                self._chains.check(prompt)
+                self._prompts.check(prompt)
         for entry, prompts in read:
             for prompt in prompts:
-                self._add(prompt, entry.id, entry.name, True)
+                self._add(prompt, entry.id, None if entry.id in self._state.objects else entry.name, True)
 
     def _add(self, prompt: Prompt, object_id: int, name: str | None, predict: bool) -> MaskUpdate:
         if type(object_id) is not int or not 1 <= object_id < 2**16:
             raise InputError(f"object id must be a whole number from 1 to 65535, got {object_id!r}")
-        edit: Edit = {
-            "do": "add",
-            "object": object_id,
-            "id": self._next_prompt,
-            "prompt": read_prior(prompt, self.volume),
-        }
-        if name is not None and object_id not in self._scene.tracks:
-            edit["name"] = name
-        if not predict:
-            edit["look"] = False
-        return self._commit(edit, object_id, self._next_prompt)
+        prompt = read_mask_file(prompt, self.volume)
+        number = self._history.next_prompt
+        edit = history.AddPrompt(object_id=object_id, prompt_id=number, prompt=prompt, name=name, predict=predict)
+        return self._history.commit(edit)
 
     def remove(self, prompt_id: int) -> MaskUpdate:
-        """Take a prompt out; its object's later prompts are answered again without it.
+        """Remove a prompt; its object's later prompts are predicted again without it.
 
         Raises:
             InputError: if there is no such prompt, or its object is locked.
         """
-        return self._commit({"do": "remove", "id": prompt_id}, self._holder(prompt_id), prompt_id)
+        return self._history.commit(history.RemovePrompt(prompt_id=prompt_id))
 
     def move(self, prompt_id: int, to: Prompt | Sequence[float]) -> MaskUpdate:
-        """Replace a prompt and answer its object's later prompts again.
+        """Replace a prompt and predict its object's later prompts again.
 
         Args:
             prompt_id: Which.
@@ -200,30 +207,30 @@ class Session(Results):
         Raises:
             InputError: as ``add`` and ``remove``.
         """
-        holder = self._holder(prompt_id)
+        entry = self._state.object_of_prompt(prompt_id)
         if not isinstance(to, Prompt):
-            old = self._object(holder).numbered[prompt_id]
+            old = entry.prompts[prompt_id]
             if not isinstance(old, Point):
                 raise InputError(
                     f"prompt {prompt_id} is a {type(old).__name__.lower()}: move it by giving the new one, got {to!r}"
                 )
             to = Point(tuple(to), old.positive, old.space)  # type: ignore[arg-type]
-        return self._commit({"do": "move", "id": prompt_id, "prompt": read_prior(to, self.volume)}, holder, prompt_id)
+        return self._history.commit(history.MovePrompt(prompt_id=prompt_id, prompt=read_mask_file(to, self.volume)))
 
     def predict(self, object_id: int | None = None) -> MaskUpdate:
-        """Ask the model again: what was added with ``predict=False``, or the same prompts with the mask so far to start
-        from.
+        """Predict an object (the current one by default) again: from prompts that were added with ``predict=False``,
+        or from the same prompts and the present mask.
         """
-        number = self._number(object_id)
-        return self._commit({"do": "look", "object": number}, number, 0)
+        number = self.current if object_id is None else object_id
+        return self._history.commit(history.Predict(object_id=number))
 
     def undo(self) -> MaskUpdate | None:
-        """Take back the last edit, of whatever kind; None where there is none. Unlimited, and exact."""
-        return self._step(UNDO)
+        """Take back the last edit, of whatever kind; None if there is none. Unlimited, and exact."""
+        return self._history.undo()
 
     def redo(self) -> MaskUpdate | None:
-        """Do again what was undone last; None where there is nothing."""
-        return self._step(REDO)
+        """Repeat the edit that was undone last; None if there is none."""
+        return self._history.redo()
 
     @property
     def can_undo(self) -> bool:
@@ -232,13 +239,13 @@ class Session(Results):
 
     @property
     def can_redo(self) -> bool:
-        """Whether there is an edit to do again."""
+        """Whether there is an edit to repeat."""
         return bool(self._history.undone)
 
     def new_object(self, name: str | None = None) -> int:
         """Make an object without prompts and return its id, the lowest free one."""
-        number = next(n for n in range(1, 2**16) if n not in self._scene.tracks)
-        self._commit({"do": "object", "object": number, "name": name or f"object {number}"}, number, 0)
+        number = next(n for n in range(1, 2**16) if n not in self._state.objects)
+        self._history.commit(history.EditObject(object_id=number, name=name or f"object {number}"))
         return number
 
     def edit_object(
@@ -250,73 +257,143 @@ class Session(Results):
         visible: bool | None = None,
         locked: bool | None = None,
     ) -> None:
-        """Change an object's entry in the table; what is None stays. A locked object's mask cannot be changed nor
-        covered in ``labels``.
+        """Change an object's row of the object table; what is None stays. The mask of a locked object cannot be changed
+        and is on top in ``labels``.
 
         Raises:
             InputError: if there is no such object, or the colour is not ``#rrggbb``.
         """
-        self._object(object_id)
-        given = {"name": name, "colour": check_colour(colour), "visible": visible, "locked": locked}
-        changes = {key: value for key, value in given.items() if value is not None}
-        if changes:
-            self._commit({"do": "object", "object": object_id, **changes}, object_id, 0)
+        self._state.object(object_id)
+        if colour is not None and not (isinstance(colour, str) and re.fullmatch(r"#[0-9a-fA-F]{6}", colour)):
+            raise InputError(f"colour must be of the form #rrggbb, got {colour!r}")
+        colour = colour and colour.lower()
+        edit = history.EditObject(object_id=object_id, name=name, colour=colour, visible=visible, locked=locked)
+        if edit != history.EditObject(object_id=object_id):
+            self._history.commit(edit)
 
     def remove_object(self, object_id: int) -> MaskUpdate:
-        """Take an object out with all its prompts.
+        """Remove an object with all its prompts.
 
         Raises:
             InputError: if there is no such object, or it is locked.
         """
-        return self._commit({"do": "drop", "object": object_id}, object_id, 0)
+        return self._history.commit(history.RemoveObject(object_id=object_id))
 
     @property
     def others_are_negative(self) -> bool:
-        """Whether predictions treat the other objects' voxels as background; setting it is an edit and counts from then
-        on.
-        """
-        return self._scene.others_are_negative
+        """Whether predictions from now on treat the other objects' voxels as background; setting it is an edit."""
+        return self._state.others_are_negative
 
     @others_are_negative.setter
     def others_are_negative(self, value: bool) -> None:
         if bool(value) != self.others_are_negative:
-            self._commit({"do": "rule", "others_are_negative": bool(value)}, self.current, 0)
+            self._history.commit(history.SetRule(others_are_negative=bool(value)))
 
-    def _commit(self, edit: Edit, object_id: int, prompt_id: int) -> MaskUpdate:
-        """Do an edit: predict, write it to the journal, then let it count."""
-        began, before = time.perf_counter(), self._scene
-        after = applied(before, edit, self._chains)
-        if self._journal is not None:
-            self._journal.append(edit)
-        self._history.push(edit, after)
-        self._next_prompt = max(self._next_prompt, edit.get("id", 0) + 1)
-        return update_between(before, after, object_id, prompt_id, began, self.volume.view)
+    def objects(self) -> list[SessionObject]:
+        """The objects with their prompts as given, by id."""
+        return [entry.copy() for _, entry in sorted(self._state.objects.items())]
 
-    def _step(self, way: str) -> MaskUpdate | None:
-        began, before = time.perf_counter(), self._scene
-        if not (self.can_undo if way == UNDO else self.can_redo):
-            return None
-        edit = self._history.undo() if way == UNDO else self._history.redo(self._chains)
-        if self._journal is not None:
-            self._journal.append({"do": way})
-        assert edit is not None
-        prompt_id = int(edit.get("id", 0))
-        holders = [track for scene in (before, self._scene) if (track := scene.holding(prompt_id)) is not None]
-        object_id = edit.get("object", holders[0].id if holders else self.current)
-        return update_between(before, self._scene, object_id, prompt_id, began, self.volume.view)
+    @property
+    def current(self) -> int:
+        """The object that was prompted or made last; 0 before any."""
+        return self._state.current
 
-    def _replay(self, edits: Sequence[Edit]) -> None:
-        self._history.replay(edits, self._chains)
-        self._next_prompt = max([self._next_prompt, *(int(edit.get("id", 0)) + 1 for edit in edits)])
+    def mask_of(self, object_id: int) -> NDArray[np.uint8]:
+        """An object's mask, uint8 0 or 1, (D, H, W) on the image's own grid."""
+        packed = self._state.mask(self._prompted(object_id).id, self._predictor.shape_zyx)
+        return np.ascontiguousarray(self.volume.view.to_stored(packed.full().astype(np.uint8)))
 
-    def _holder(self, prompt_id: int) -> int:
-        track = self._scene.holding(prompt_id)
-        if track is None:
-            raise InputError(f"prompt must be one of the session's, got number {prompt_id!r}; objects() lists them")
-        return track.id
+    @property
+    def mask(self) -> NDArray[np.uint8]:
+        """The current object's mask."""
+        return self.mask_of(self.current)
 
-    def _object(self, object_id: int) -> SessionObject:
-        if object_id not in self._scene.tracks:
-            known = ", ".join(map(str, sorted(self._scene.tracks))) or "none"
-            raise InputError(f"object must be one of the session's ({known}), got {object_id!r}")
-        return shown(self._scene.tracks[object_id])
+    def logits_of(self, object_id: int) -> NDArray[np.float32]:
+        """An object's logits, (D, H, W) on the image's own grid; strongly negative where nothing was predicted."""
+        canvas = self._canvas(self._prompted(object_id))
+        return self.volume.view.to_stored(canvas.on_region(self.volume.view.whole).numpy())
+
+    def probability(self, object_id: int | None = None) -> NDArray[np.float32]:
+        """An object's probability (the current one's by default), float32 in 0..1, (D, H, W)."""
+        logits = self.logits_of(self.current if object_id is None else object_id)
+        return np.ascontiguousarray(1.0 / (1.0 + np.exp(-logits)))
+
+    @property
+    def labels(self) -> NDArray[np.unsignedinteger]:
+        """All objects as one label map of their ids, (D, H, W). Where objects overlap a locked one wins, then the more
+        certain one.
+        """
+        labels = label_map(self._state, self._predictor.shape_zyx, self._canvas)
+        return np.ascontiguousarray(self.volume.view.to_stored(labels))
+
+    def suggest_click(self, object_id: int | None = None) -> Point:
+        """A click where the model is least certain, near the border of the mask, with the sign that the model predicts.
+
+        Raises:
+            InputError: if the object has no mask yet.
+        """
+        entry = self._prompted(self.current if object_id is None else object_id)
+        given = [at for step in entry.chain if step.model_prompts is not None for at, _ in step.model_prompts.points]
+        zyx, positive = least_certain(self._canvas(entry), given, self.volume.view.spacing_zyx_mm)
+        i, j, k = self.volume.view.position_to_stored(zyx)[::-1]
+        return Point((i, j, k), positive)
+
+    def save(self, path: str | Path) -> None:
+        """Write the masks as ``export`` does, or the whole session if the name ends in ``.json``.
+
+        One object is written as its mask, several as a label map. A session file holds the prompts, the object table,
+        every edit for undo and redo, and the path of the image.
+        """
+        if Path(path).name.lower().endswith(".json"):
+            save_session(Path(path), self._identity(), self.objects(), self._history.log())
+        else:
+            self.export(path)
+
+    def export(self, path: str | Path, format: str | None = None) -> None:
+        """Write the masks in a format of ``mask_files.FORMATS``: nifti, nrrd, mha, seg.nrrd, dicom-seg or rtstruct.
+
+        Args:
+            path: The file.
+            format: None goes by the suffix: ``.seg.nrrd`` is a 3D Slicer segmentation, ``.dcm`` a DICOM-SEG.
+
+        Raises:
+            InputError: if format and suffix disagree, there is nothing to write, the file cannot be written, or DICOM
+                is asked for and the image was not read from a DICOM series.
+        """
+        kind, path = checked_format(path, format), Path(path)
+        if kind in LABEL_MAP_FORMATS:
+            write_mask(path, self.labels if len(self._state.objects) > 1 else self.mask, self.volume.grid)
+        else:
+            segments = segments_of(self._state, self.volume)
+            export_segments(path, kind, segments, self.volume, self._options.get("series"))
+
+    def save_probability(self, path: str | Path) -> None:
+        """Write the current object's probability, float32."""
+        write_volume(Path(path), self.probability(), self.volume.grid)
+
+    def report(self) -> dict[str, Any]:
+        """What was done, ready for JSON: versions, device, model, prompts, timings, voxels and volume per object."""
+        seconds = {number: [s.seconds for s in entry.chain] for number, entry in self._state.objects.items()}
+        return describe(self.volume, str(self.device), self.model_name, self.objects(), seconds)
+
+    @property
+    def _state(self) -> SessionState:
+        return self._history.state
+
+    def _record_in(self, journal: Journal, edits: Sequence[Edit] = ()) -> None:
+        for edit in edits:
+            journal.append(edit)
+        self._journal, self._history.record = journal, journal.append
+
+    def _identity(self) -> dict[str, Any]:
+        return identity(self.volume, self._options, self._predictor.model, self.model_name)
+
+    def _prompted(self, object_id: int) -> ObjectState:
+        entry = self._state.objects.get(object_id)
+        if entry is None:
+            raise InputError(f"object {object_id} has no mask yet: add a prompt first")
+        return entry
+
+    def _canvas(self, entry: ObjectState) -> Canvas:
+        prediction = None if entry.step is None else self._prompts.prediction(entry.step)
+        return Canvas(Region((0, 0, 0), (0, 0, 0)), torch.zeros(0, 0, 0)) if prediction is None else prediction.canvas

@@ -1,10 +1,9 @@
-"""All classes of a whole volume by an automatic model: overlapping windows, weighted towards their middles, on any
-volume.
+"""All classes of a whole volume by a semantic segmentation model, in a sliding window.
 
 Windows have the model's shape and spacing and are sampled from the volume one at a time, so the volume is never
-resampled as a whole; answers are pasted back on the volume's own voxels before they are averaged. Rows of windows go
-along the volume's first canonical axis, and only the slices that a later row can still change are held. For clicks, see
-``session.py``.
+resampled as a whole. Probabilities are pasted back on the volume's own voxels and averaged there with weights that fall
+from the middle of a window to its border. Windows are predicted in rows of one place along the first canonical axis,
+and only the slices that a later row can still change are held in memory.
 """
 
 from __future__ import annotations
@@ -12,7 +11,10 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +23,17 @@ from torch import Tensor, nn
 
 from samed3d.crops import paste_crop, sample_crop
 from samed3d.data.semantic import Intensities, target_spacing
+from samed3d.drawing import colour_of
 from samed3d.errors import InputError
 from samed3d.geometry import CropFrame, IntTriple, Region, Triple, as_triple
+from samed3d.inference.mask_files import LABEL_MAP_FORMATS, checked_format, export_segments
+from samed3d.inference.predictor import pick_device
+from samed3d.models import load
 from samed3d.models.base import SemanticModel
-from samed3d.volume import Volume
+from samed3d.models.weights import find_checkpoint, read_header
+from samed3d.prompts import PackedMask
+from samed3d.volume import Volume, read_volume, write_mask
+from samed3d.volume.writing import Segment
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +72,8 @@ def segment_volume(
     volumes = [volume] if isinstance(volume, Volume) else list(volume)
     if not isinstance(model, SemanticModel):
         raise InputError(
-            f"model must be an automatic one, got {type(model).__name__}, which needs prompts; give --point or --box"
+            f"model must be a semantic segmentation model, got {type(model).__name__}, which needs prompts; "
+            "give --point or --box"
         )
     if not 0 <= overlap < 1:
         raise InputError(f"overlap must be from 0 to below 1, got {overlap}")
@@ -104,12 +114,12 @@ def segment_array(
     )
     weight = gaussian_weight(model.spec.input_shape_zyx)
 
-    def answer(frame: CropFrame) -> Tensor:
+    def weighted(frame: CropFrame) -> Tensor:
         pairs = [sample_crop(array, frame) for array in arrays]
         image = torch.stack([s.scale(crop, inside) for s, (crop, inside) in zip(statistics, pairs, strict=True)])
         return _probabilities(model, image[None].to(device), mirror)[0].float().cpu() * weight
 
-    return _merged(frames, shape, model.spec.classes, answer)
+    return _merged(frames, shape, model.spec.classes, weighted)
 
 
 def window_frames(
@@ -183,3 +193,73 @@ def _merged(
 
 def _with_next(rows: list[list[CropFrame]]) -> Iterator[tuple[list[CropFrame], list[CropFrame] | None]]:
     yield from itertools.zip_longest(rows, rows[1:])
+
+
+def is_semantic(model: str | Path) -> bool:
+    """Whether a checkpoint (name or file) is of a semantic segmentation model, by its header; False if it is not found."""
+    path = find_checkpoint(model)
+    return path is not None and path.suffix == ".safetensors" and bool(read_header(path)["spec"].get("classes"))
+
+
+def segment_file(
+    images: Path | Sequence[Path],
+    model: str | Path,
+    output: Path,
+    *,
+    format: str | None = None,
+    device: str = "auto",
+    channel: int | None = None,
+    series: str | None = None,
+    overlap: float = OVERLAP,
+    mirror: bool = False,
+) -> dict[str, Any]:
+    """Segment an image file and write all classes, as a label map or as named segments, whichever the format holds.
+
+    Args:
+        images: The image, or one per channel of the model in the order of training.
+        model: Checkpoint of a semantic segmentation model.
+        output: File to write, in the (first) image's own grid.
+        format: As ``mask_files.checked_format``.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        channel: As ``read_volume``.
+        series: As ``read_volume``.
+        overlap: See ``segment_volume``.
+        mirror: See ``segment_volume``.
+
+    Returns:
+        ``objects`` (id, name, voxels, mm3 of each class), ``device``, ``seconds``, ``model``.
+
+    Raises:
+        InputError: as ``read_volume``, ``load``, ``segment_volume`` and the writers; also if no
+            class is found that could be written as a segment.
+    """
+    kind = checked_format(output, format)
+    began = time.perf_counter()
+    paths = [images] if isinstance(images, Path) else images
+    volumes = [read_volume(path, channel=channel, series=series) for path in paths]
+    network: Any = load(model)
+    chosen = pick_device(device)
+    labels = segment_volume(volumes, network, device=chosen, overlap=overlap, mirror=mirror)
+    volume, names = volumes[0], network.config["class_names"]
+    if kind in LABEL_MAP_FORMATS:
+        write_mask(output, labels, volume.grid)
+    else:
+        found = [n for n in range(1, len(names) + 1) if (labels == n).any()]
+        if not found:
+            raise InputError(
+                f"nothing was found in {volume.source}, and {kind} needs a segment; write a label map (.nii.gz) instead"
+            )
+        segments = [Segment(n, names[n - 1], colour_of(n), PackedMask.of(labels == n)) for n in found]
+        export_segments(output, kind, segments, volume, series)
+    counts = np.bincount(labels.ravel(), minlength=len(names) + 1)
+    voxel_mm3 = float(np.prod(volume.grid.spacing_xyz_mm))
+    objects = [
+        {"id": n, "name": name, "voxels": int(counts[n]), "mm3": round(int(counts[n]) * voxel_mm3, 3)}
+        for n, name in enumerate(names, start=1)
+    ]
+    return {
+        "model": str(model),
+        "objects": objects,
+        "device": str(chosen),
+        "seconds": round(time.perf_counter() - began, 3),
+    }

@@ -1,10 +1,7 @@
-"""What a user says about an object: points, boxes, scribbles, lassos and masks, as an ordered list, and their JSON
-form.
+"""What a user gives for an object (points, boxes, scribbles, lassos, masks) and its JSON form.
 
 Positions are kept exactly as given, each with its space (``ijk`` voxels or ``ras`` millimetres); ``point_in_grid`` and
-its like turn them into voxels of one image. Nothing here knows a model or an image's voxels. Read ``kinds.py`` for what
-each prompt means, ``schema.py`` for the JSON, ``inference/strokes.py`` for what a model is told of them,
-``inference/session.py`` next.
+similar functions turn them into voxels of one image. ``kinds.py`` defines each prompt, ``schema.py`` the JSON.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""The kinds of prompt and what each means; positions kept as given, and as voxels of one image.
+"""The kinds of prompt, as a user gives them, and their positions as voxels of one image.
 
-Not here: their JSON form (``schema.py``), what a model is told of them (``inference/strokes.py``). Read
-``inference/session.py`` next.
+Their JSON form is in ``schema.py``; what a model is given for each is in ``inference/model_prompts.py``.
 """
 
 from __future__ import annotations

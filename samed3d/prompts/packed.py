@@ -1,8 +1,6 @@
-"""A mask as packed bits of its bounding box: small enough to be kept once per prompt, to be sent, and to be written
-into JSON.
+"""A mask as packed bits of its bounding box: small enough to keep one per prompt, to send, and to write into JSON.
 
-Not a file format of its own; read ``volume/writing.py`` for those. Used by ``kinds.py`` and ``inference/steps.py``;
-read ``kinds.py`` next.
+It is not a file format of its own; ``volume/writing.py`` has those.
 """
 
 from __future__ import annotations
@@ -55,8 +53,7 @@ class PackedMask:
         tight = bounding_region(part != 0)
         inside = np.packbits(part[tight.slices] != 0)
         if not tight.is_empty:
-            low = region.start_zyx
-            tight = Region(_added(tight.start_zyx, low), _added(tight.stop_zyx, low))
+            tight = tight.shifted(region.start_zyx)
         return cls(shape_zyx, tight, zlib.compress(inside.tobytes(), _LEVEL))
 
     def inside(self) -> NDArray[np.bool_]:
@@ -68,7 +65,7 @@ class PackedMask:
     def on(self, region: Region) -> NDArray[np.bool_]:
         """The mask within any region of the whole."""
         part = np.zeros(region.shape_zyx, dtype=bool)
-        common = _overlap(self.region, region)
+        common = self.region.intersection(region)
         if not common.is_empty:
             part[common.slices_in(region)] = self.inside()[common.slices_in(self.region)]
         return part
@@ -113,16 +110,6 @@ class PackedMask:
                 f"mask bits must hold {expected} bytes for its box, got {found if found <= expected else 'more'}"
             )
         return cls(shape, region, bits)
-
-
-def _added(a: IntTriple, b: IntTriple) -> IntTriple:
-    return (a[0] + b[0], a[1] + b[1], a[2] + b[2])
-
-
-def _overlap(a: Region, b: Region) -> Region:
-    start = tuple(max(p, q) for p, q in zip(a.start_zyx, b.start_zyx, strict=True))
-    stop = tuple(min(p, q) for p, q in zip(a.stop_zyx, b.stop_zyx, strict=True))
-    return Region(start, stop)  # type: ignore[arg-type]
 
 
 def _whole(values: Any, key: str) -> IntTriple:

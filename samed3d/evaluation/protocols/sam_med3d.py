@@ -32,8 +32,9 @@ from samed3d.evaluation.methods import MeteredSession, Method
 from samed3d.evaluation.protocols.base import Click, StructureProtocol, Task, Turn, point_at
 from samed3d.evaluation.results import Row, curves
 from samed3d.geometry import CropFrame, Grid, IntTriple, Region, as_triple, bounding_region, zyx_to_ijk
-from samed3d.inference.placement import touched_faces
-from samed3d.inference.predictor import CanonicalPrompts, CropMask, CropPredictor
+from samed3d.inference.crop_search import touched_faces
+from samed3d.inference.model_prompts import ModelPrompts
+from samed3d.inference.predictor import CropMask, CropPredictor
 from samed3d.prompts import MASK_LOGIT_THRESHOLD, Point
 from samed3d.volume import Volume
 
@@ -123,7 +124,7 @@ class _Cubes:
         """Decode every cube that shows the click, and new ones beyond touched faces."""
         at = self._view.position_to_canonical(as_triple(list(click[0])))
         with self._method.meter.running() as cost:
-            prompts = CanonicalPrompts([(at, click[1])])
+            prompts = ModelPrompts([(at, click[1])])
             for frame in self._frames:  # grows while it runs
                 known = self._crops.get(frame)
                 if known is None or frame.contains(at):
@@ -218,7 +219,7 @@ class _FixedNetwork:
 
     def give(self, click: Click) -> tuple[NDArray[np.bool_], NDArray[np.bool_], Cost]:
         """The mask, and what the simulated user takes for it."""
-        prompts = CanonicalPrompts([(self._scored.to_volume(as_triple(list(click[0]))), click[1])])
+        prompts = ModelPrompts([(self._scored.to_volume(as_triple(list(click[0]))), click[1])])
         with self._method.meter.running() as cost:
             crop = self._predictor.decode(self._frame, prompts, self._lowres)
             self._lowres, logits = crop.lowres_logits, crop.logits

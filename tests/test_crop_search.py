@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from samed3d.geometry import CropFrame, Region, bounding_region
-from samed3d.inference.placement import SMALL_FILL, place, touched_faces
-from samed3d.inference.predictor import CanonicalPrompts, Canvas, CropMask, CropPredictor
+from samed3d.inference.crop_search import SMALL_FILL, predict_object, touched_faces
+from samed3d.inference.model_prompts import ModelPrompts
+from samed3d.inference.predictor import Canvas, CropMask, CropPredictor
 from tests.brightness_model import BrightnessModel
 
 
@@ -37,7 +38,7 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
 def test_an_object_larger_than_the_crop_is_followed_to_its_ends(spacing_mm):
     array = bar()
     model = BrightnessModel((16, 16, 16), spacing_mm=spacing_mm)
-    placed = place(predictor(array, model), CanonicalPrompts([((30.0, 10.0, 10.0), True)]), None)
+    placed = predict_object(predictor(array, model), ModelPrompts([((30.0, 10.0, 10.0), True)]), None)
     mask = full_mask(placed.canvas, array.shape)
     # Zooming out costs resolution (a bar of six voxels is under two crop voxels wide there), tiling does not.
     assert dice(mask, array > 0.5) > (0.55 if spacing_mm is None else 0.95)
@@ -48,7 +49,7 @@ def test_an_object_larger_than_the_crop_is_followed_to_its_ends(spacing_mm):
 def test_an_object_smaller_than_the_crop_needs_one_tile():
     array = bar(span=(26, 34))
     model = BrightnessModel((32, 32, 32), spacing_mm=1.0)
-    placed = place(predictor(array, model), CanonicalPrompts([((30.0, 10.0, 10.0), True)]), None)
+    placed = predict_object(predictor(array, model), ModelPrompts([((30.0, 10.0, 10.0), True)]), None)
     assert model.encoded == 1
     assert dice(full_mask(placed.canvas, array.shape), array > 0.5) > 0.95
 
@@ -58,7 +59,7 @@ def test_a_small_mask_is_looked_at_closer():
     array[28:34] = 0
     array[28:33, 28:33, 28:33] = 1.0
     model = BrightnessModel((48, 48, 48))
-    placed = place(predictor(array, model), CanonicalPrompts([((30.0, 30.0, 30.0), True)]), None)
+    placed = predict_object(predictor(array, model), ModelPrompts([((30.0, 30.0, 30.0), True)]), None)
     fill = max(bounding_region((placed.crop.logits > 0).numpy()).shape_zyx) / 48
     assert fill >= SMALL_FILL
 
@@ -67,9 +68,9 @@ def test_a_far_second_click_is_inside_the_next_crop():
     array = bar(shape=(60, 60, 60), span=(20, 28))
     model = BrightnessModel((16, 16, 16))
     session = predictor(array, model)
-    first = place(session, CanonicalPrompts([((24.0, 10.0, 10.0), True)]), None)
-    prompts = CanonicalPrompts([((24.0, 10.0, 10.0), True), ((50.0, 50.0, 50.0), True)])
-    second = place(session, prompts, first)
+    first = predict_object(session, ModelPrompts([((24.0, 10.0, 10.0), True)]), None)
+    prompts = ModelPrompts([((24.0, 10.0, 10.0), True), ((50.0, 50.0, 50.0), True)])
+    second = predict_object(session, prompts, first)
     assert not first.crop.frame.contains((50.0, 50.0, 50.0))
     assert all(second.crop.frame.contains(at) for at, _ in prompts.points)
 
@@ -87,7 +88,7 @@ def test_tiles_blend_without_a_seam():
     """Two tiles of one structure agree: where they overlap the average equals both."""
     array = bar()
     model = BrightnessModel((24, 24, 24), spacing_mm=1.0)
-    placed = place(predictor(array, model), CanonicalPrompts([((30.0, 10.0, 10.0), True)]), None)
+    placed = predict_object(predictor(array, model), ModelPrompts([((30.0, 10.0, 10.0), True)]), None)
     inside = placed.canvas.logits[[i - placed.canvas.region.start_zyx[0] for i in range(8, 52)]]
     middle = inside[:, 10 - placed.canvas.region.start_zyx[1], 10 - placed.canvas.region.start_zyx[2]]
     assert float(middle.min()) > 0 and float(middle.max() - middle.min()) < float(middle.max())
@@ -105,13 +106,13 @@ def test_a_far_click_off_the_object_moves_no_crop(spacing_mm):
     array = bar(shape=(60, 60, 60), span=(20, 28))
     model = BrightnessModel((16, 16, 16), spacing_mm=spacing_mm)
     session = predictor(array, model)
-    first = place(session, CanonicalPrompts([((24.0, 10.0, 10.0), True)]), None)
+    first = predict_object(session, ModelPrompts([((24.0, 10.0, 10.0), True)]), None)
     encoded = model.encoded
-    far = CanonicalPrompts([((24.0, 10.0, 10.0), True), ((55.0, 55.0, 55.0), False)], newest_positive=False)
-    second = place(session, far, first)
+    far = ModelPrompts([((24.0, 10.0, 10.0), True), ((55.0, 55.0, 55.0), False)], positive=False)
+    second = predict_object(session, far, first)
     assert not first.crop.frame.contains((55.0, 55.0, 55.0))
     assert second.crop.frame == first.crop.frame and model.encoded == encoded
-    third = place(session, CanonicalPrompts([*far.points, ((26.0, 10.0, 10.0), True)]), second)
+    third = predict_object(session, ModelPrompts([*far.points, ((26.0, 10.0, 10.0), True)]), second)
     assert third.crop.frame == first.crop.frame
 
 
@@ -119,14 +120,14 @@ def test_a_click_off_a_mask_of_many_tiles_is_looked_at_where_it_is():
     array = bar()
     model = BrightnessModel((16, 16, 16), spacing_mm=1.0)
     session = predictor(array, model)
-    first = place(session, CanonicalPrompts([((30.0, 10.0, 10.0), True)]), None)
+    first = predict_object(session, ModelPrompts([((30.0, 10.0, 10.0), True)]), None)
     assert not first.crop.frame.contains((50.0, 10.0, 10.0))
-    off = CanonicalPrompts([((30.0, 10.0, 10.0), True), ((50.0, 10.0, 10.0), False)], newest_positive=False)
-    assert place(session, off, first).crop.frame.contains((50.0, 10.0, 10.0))
+    off = ModelPrompts([((30.0, 10.0, 10.0), True), ((50.0, 10.0, 10.0), False)], positive=False)
+    assert predict_object(session, off, first).crop.frame.contains((50.0, 10.0, 10.0))
 
 
 def test_a_box_alone_is_enough_for_a_model_of_fixed_spacing():
     array = bar(span=(26, 34))
     model = BrightnessModel((32, 32, 32), spacing_mm=1.0)
-    placed = place(predictor(array, model), CanonicalPrompts(box=((26.0, 7.0, 7.0), (34.0, 13.0, 13.0))), None)
+    placed = predict_object(predictor(array, model), ModelPrompts(box=((26.0, 7.0, 7.0), (34.0, 13.0, 13.0))), None)
     assert dice(full_mask(placed.canvas, array.shape), array > 0.5) > 0.95

@@ -8,8 +8,8 @@ import pytest
 
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
+from samed3d.inference.model_prompts import STROKE_POINTS, to_model_prompts
 from samed3d.inference.session import Session
-from samed3d.inference.strokes import STROKE_POINTS, understood
 from samed3d.prompts import Box, Lasso, Mask, PackedMask, Point, Scribble
 from samed3d.volume import Volume, write_mask
 from tests.brightness_model import BrightnessModel
@@ -20,7 +20,7 @@ from tests.test_session import ball_volume, permuted
 
 def given(model: BrightnessModel, session: Session) -> np.ndarray:
     """The points of the last decode as stored zyx positions."""
-    frame = session._chains.placed(session._scene.tracks[session.current].step).crop.frame
+    frame = session._prompts.prediction(session._state.objects[session.current].step).crop.frame
     seen = [frame.to_volume(tuple(at)) for at in model.seen[-1].points[0].tolist()]
     return np.array([session.volume.view.position_to_stored(at) for at in seen])
 
@@ -91,7 +91,7 @@ def test_a_2d_box_is_a_point_and_a_scale():
     session.add(Box((8, 10, 11), (17, 19, 11)))
     assert model.seen[0].boxes is None
     np.testing.assert_allclose(given(model, session), [[11, 14.5, 12.5]], atol=1e-4)
-    edge = session._chains.placed(session._scene.tracks[1].step).crop.frame.extent_zyx_vox
+    edge = session._prompts.prediction(session._state.objects[1].step).crop.frame.extent_zyx_vox
     np.testing.assert_allclose(edge, 10 / 0.6, rtol=1e-6)
     assert 2 * (session.mask.astype(bool) & mask).sum() / (session.mask.sum() + mask.sum()) > 0.9
 
@@ -102,8 +102,8 @@ def test_a_2d_box_becomes_a_3d_one_as_deep_as_the_object_is_found_to_be():
     session = Session(volume, model)
     session.add(Box((8, 10, 11), (17, 19, 11)))
     assert model.seen[0].boxes is None and model.seen[1].boxes is not None
-    step = session._scene.tracks[1].step
-    frame = session._chains.placed(step).crop.frame
+    step = session._state.objects[1].step
+    frame = session._prompts.prediction(step).crop.frame
     low, high = (
         np.array(frame.to_volume(tuple(v - 0.5 for v in edge))) + 0.5 for edge in model.seen[-1].boxes[0].tolist()
     )
@@ -117,7 +117,7 @@ def test_a_2d_box_becomes_a_3d_one_as_deep_as_the_object_is_found_to_be():
     session.add(Point((14, 15, 11)))  # the box stays, and is not looked for again
     assert len(model.seen) == 3 and model.seen[-1].boxes is not None
     session.add(Box((13, 9, 6), (13, 20, 15)))  # a second one, across the first, bounds what was open
-    frame = session._chains.placed(session._scene.tracks[1].step).crop.frame
+    frame = session._prompts.prediction(session._state.objects[1].step).crop.frame
     low, high = (
         np.array(frame.to_volume(tuple(v - 0.5 for v in edge))) + 0.5 for edge in model.seen[-1].boxes[0].tolist()
     )
@@ -131,7 +131,7 @@ def test_a_thin_slice_of_a_deep_object_is_followed_within_reason():
     array[:, 8:12, 8:12] = 1.0
     session = Session(Volume(array, Grid(array.shape), "column"), BrightnessModel((32, 32, 32)))
     session.add(Box((8, 8, 30), (11, 11, 30)))
-    assert session._scene.tracks[1].step.depth == (22.0, 39.0)
+    assert session._state.objects[1].step.depth == (22.0, 39.0)
 
 
 def test_a_given_mask_is_the_object_until_the_next_prompt():
@@ -149,7 +149,7 @@ def test_a_given_mask_is_the_object_until_the_next_prompt():
     session.undo()
     session.add(Point((13, 15, 11)))
     assert session.mask[11, 15, 13] and model.seen[-1].points.shape[1] == 1
-    frame = session._chains.placed(session._scene.tracks[1].step).crop.frame
+    frame = session._prompts.prediction(session._state.objects[1].step).crop.frame
     assert all(frame.contains(session.volume.view.position_to_canonical(at)) for at in ((8, 10, 9), (13, 19, 16)))
 
 
@@ -190,7 +190,7 @@ def test_strokes_in_millimetres_are_those_in_voxels():
     path = ((4.0, 5.0, 6.0), (12.0, 9.0, 6.0), (10.0, 14.0, 6.0))
     for make in (lambda p, s: Scribble(p, space=s), lambda p, s: Lasso(p, space=s)):
         said = [
-            understood(make(p, s), volume, ClickedModel().spec)
+            to_model_prompts(make(p, s), volume, ClickedModel().spec)
             for s, p in (("ijk", path), ("ras", tuple(ras(at) for at in path)))
         ]
         np.testing.assert_array_equal(said[0].voxels, said[1].voxels)

@@ -1,8 +1,8 @@
-"""Which crops to look at: the prompts say where, the mask says how far. Never a ground truth.
+"""Which crops of the volume to predict: the prompts tell where, the mask tells how far. No ground truth is used.
 
-A model of relative scale zooms: out while the mask runs into the crop's border, in when it is small there. A model of
-fixed spacing tiles: where the mask meets the border, a crop half a step further is added and blended. Read
-``session.py`` next.
+For a model of relative scale the search zooms: out while the mask touches the crop's border, in when the mask is small
+there. For a model of fixed spacing it tiles: where the mask touches the border, a crop half an extent further is
+predicted as well and blended. Read ``predictor.py`` next.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor
 
 from samed3d.crops import BACKGROUND_LOGIT
 from samed3d.geometry import CropFrame, Region, Triple, as_triple, bounding_region
-from samed3d.inference.predictor import CanonicalPrompts, Canvas, CropMask, CropPredictor
+from samed3d.inference.model_prompts import Corners, ModelPrompts
+from samed3d.inference.predictor import Canvas, CropMask, CropPredictor
 from samed3d.prompts import MASK_LOGIT_THRESHOLD
 
 logger = logging.getLogger(__name__)
 
 ZOOM_STEP = 1.6
-FIRST_LOOK = 0.5
-"""Edge of the crop around a first click, as a share of the volume's longest edge; never finer than the image's own
-resolution."""
+FIRST_EDGE = 0.5
+"""Edge of the crop around a first click, as a share of the volume's longest edge; the crop is never finer than the image."""
 LARGEST_CROP = 1.0
 """Zooming out ends when the crop's edge is this multiple of the volume's longest edge."""
 BOX_FILL = 0.6
-"""A box is placed to fill this share of the crop."""
+"""The share of the crop that a box fills."""
 SMALL_FILL = 0.4
-"""A mask that fills less of the crop's edge is looked at again, closer."""
+"""A mask that fills less of the crop's edge is predicted again in a smaller crop."""
 GOOD_FILL = 0.45
 TOUCH_SHARE = 0.01
 """A face counts as touched when this share of its voxels (at least 4) is mask."""
@@ -37,27 +37,34 @@ MAX_TILES = 27
 
 
 @dataclass
-class Placed:
-    """The state of an object between prompts: the last crop's answer and what is known of the volume so far."""
+class Prediction:
+    """An object between two prompts.
 
-    crop: CropMask | None  # None where the mask was given and no crop was looked at
+    Attributes:
+        crop: The last predicted crop, whose low-resolution logits are an input of the next prediction; None for a mask
+            that was given.
+        canvas: Logits of the part of the volume that has been predicted so far.
+    """
+
+    crop: CropMask | None
     canvas: Canvas
 
 
-def place(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed | None) -> Placed:
-    """Predict the object for all its prompts, the newest last.
+def predict_object(predictor: CropPredictor, prompts: ModelPrompts, previous: Prediction | None) -> Prediction:
+    """Predict an object from all its prompts.
 
     Args:
         predictor: The model on the volume.
-        prompts: With at least one positive point or a box.
-        previous: What ``place`` returned before the newest prompt, or a mask that was given, or None.
+        prompts: All prompts, with at least one positive point or a box.
+        previous: The prediction before the newest prompts, or a given mask, or None.
     """
-    relative = predictor.model.spec.spacing_mm is None
-    return _zoom(predictor, prompts, previous) if relative else _tile(predictor, prompts, previous)
+    if predictor.model.spec.spacing_mm is None:
+        return _zoom(predictor, prompts, previous)
+    return _tile(predictor, prompts, previous)
 
 
 def touched_faces(crop: CropMask) -> list[tuple[int, int]]:
-    """(axis, -1 or 1) of every face of the crop inside the volume that the mask runs into."""
+    """(axis, -1 or 1) of every face of the crop inside the volume that the mask touches."""
     mask = (crop.logits > MASK_LOGIT_THRESHOLD) & crop.inside
     faces = []
     for axis in range(3):
@@ -68,18 +75,14 @@ def touched_faces(crop: CropMask) -> list[tuple[int, int]]:
     return faces
 
 
-def _zoom(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed | None) -> Placed:
-    """Look where the prompts are, then follow the mask: out while it runs into the border, in once where it is
-    small.
-    """
+def _zoom(predictor: CropPredictor, prompts: ModelPrompts, previous: Prediction | None) -> Prediction:
+    """Predict where the prompts are, zoom out while the mask touches the border, zoom in once if it is small."""
     frame, prior = _start(predictor, prompts, previous)
     crop = predictor.decode(frame, prompts, prior)
     canvas = predictor.paste(crop)
     largest = _largest_edge(predictor)
-    only_less = (
-        previous is not None and not prompts.newest_positive
-    )  # a click off the object asks for less: no reason to look further
-    while not only_less and touched_faces(crop) and _edge_mm(predictor, crop.frame) < largest:
+    only_removes = previous is not None and not prompts.positive  # a negative prompt never enlarges the mask
+    while not only_removes and touched_faces(crop) and _edge_mm(predictor, crop.frame) < largest:
         wider = _fitted(predictor, prompts, min(_edge_mm(predictor, crop.frame) * ZOOM_STEP, largest), _middle(crop))
         crop = predictor.decode(wider, prompts, predictor.lowres_of(canvas, wider, crop.lowres_logits))
         canvas = predictor.paste(crop)
@@ -88,27 +91,25 @@ def _zoom(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed 
         closer = _fitted(predictor, prompts, _edge_mm(predictor, crop.frame) * fill / GOOD_FILL, _middle(crop))
         nearer = predictor.decode(closer, prompts, predictor.lowres_of(canvas, closer, crop.lowres_logits))
         if not touched_faces(nearer):
-            return Placed(nearer, predictor.paste(nearer))
-    return Placed(crop, canvas)
+            return Prediction(nearer, predictor.paste(nearer))
+    return Prediction(crop, canvas)
 
 
 def _largest_edge(predictor: CropPredictor) -> float:
-    """Edge in mm beyond which a crop would only show emptiness."""
+    """Edge in mm of the largest crop: a larger one would only add voxels outside the volume."""
     return LARGEST_CROP * max(n * s for n, s in zip(predictor.shape_zyx, predictor.spacing_zyx_mm, strict=True))
 
 
-def _holds_points(frame: CropFrame, prompts: CanonicalPrompts, factor: float) -> bool:
-    """Whether a crop ``factor`` times as large around the same middle would still hold every click, also those off the
-    object.
-    """
+def _holds_points(frame: CropFrame, prompts: ModelPrompts, factor: float) -> bool:
+    """Whether a crop ``factor`` times as large around the same middle would still hold every point, also negative ones."""
     return all(frame.zoomed(factor).contains(at) for at, _ in prompts.points)
 
 
 def _start(
-    predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed | None
+    predictor: CropPredictor, prompts: ModelPrompts, previous: Prediction | None
 ) -> tuple[CropFrame, Tensor | None]:
-    """The first crop to look at, and the earlier mask on it."""
-    reach = prompts.positives + [as_triple(list(corner)) for corner in _inner_corners(prompts.newest_extent)]
+    """The first crop to predict, and the earlier mask on it."""
+    reach = prompts.positives + _inner_corners(prompts.newest_box)
     if previous is not None and previous.crop is not None:
         frame = previous.crop.frame
         if all(frame.contains(at) for at in reach):
@@ -118,50 +119,44 @@ def _start(
         return frame, predictor.lowres_of(previous.canvas, frame, previous.crop.lowres_logits)
     if previous is not None:
         known = _known_region(previous.canvas)
-        low, high = as_triple(list(known.start_zyx)), as_triple(list(known.stop_zyx))
-        frame = _around(predictor, (low, high))
-        if not all(frame.contains(at) for at in reach):
-            edge = max(_edge_mm(predictor, frame), _edge_around(predictor, reach, frame))
-            frame = _fitted(
-                predictor, prompts, edge, as_triple([(a + b - 1) / 2 for a, b in zip(low, high, strict=True)])
-            )
+        corners = (as_triple(known.start_zyx), as_triple(known.stop_zyx))
+        frame = _around(predictor, prompts, corners, reach, reach)
         return frame, predictor.lowres_of(previous.canvas, frame)
-    ends = prompts.box or prompts.extent
-    if ends is not None:
-        frame = _around(predictor, ends)
-        if not all(frame.contains(at) for at in prompts.positives):
-            edge = max(_edge_mm(predictor, frame), _edge_around(predictor, reach, frame))
-            frame = _fitted(
-                predictor, prompts, edge, as_triple([(a + b) / 2 - 0.5 for a, b in zip(*ends, strict=True)])
-            )
-        return frame, None
+    box = prompts.box or prompts.slice_box
+    if box is not None:
+        return _around(predictor, prompts, box, prompts.positives, reach), None
     largest = _largest_edge(predictor)
     edge = max(
-        min(predictor.spacing_zyx_mm) * max(predictor.crop_shape), FIRST_LOOK * largest, _edge_around(predictor, reach)
+        min(predictor.spacing_zyx_mm) * max(predictor.crop_shape), FIRST_EDGE * largest, _edge_around(predictor, reach)
     )
     return _fitted(predictor, prompts, min(edge, largest), prompts.positives[-1]), None
 
 
-def _around(predictor: CropPredictor, ends: tuple[Triple, Triple]) -> CropFrame:
-    """The crop that half-open corners fill to ``BOX_FILL``."""
-    low, high = ends
-    size_mm = max((b - a) * s for a, b, s in zip(low, high, predictor.spacing_zyx_mm, strict=True))
-    return _frame(predictor, as_triple([(a + b) / 2 - 0.5 for a, b in zip(low, high, strict=True)]), size_mm / BOX_FILL)
+def _around(
+    predictor: CropPredictor, prompts: ModelPrompts, box: Corners, needed: list[Triple], reach: list[Triple]
+) -> CropFrame:
+    """The crop of which a box fills ``BOX_FILL``; a larger one if it does not hold the ``needed`` positions."""
+    size_mm = max((b - a) * s for a, b, s in zip(*box, predictor.spacing_zyx_mm, strict=True))
+    frame = _frame(predictor, _box_middle(box), size_mm / BOX_FILL)
+    if all(frame.contains(at) for at in needed):
+        return frame
+    edge = max(_edge_mm(predictor, frame), _edge_around(predictor, reach, frame))
+    return _fitted(predictor, prompts, edge, _box_middle(box))
 
 
-def _inner_corners(ends: tuple[Triple, Triple] | None) -> list[Triple]:
+def _box_middle(box: Corners) -> Triple:
+    return as_triple([(a + b) / 2 - 0.5 for a, b in zip(*box, strict=True)])
+
+
+def _inner_corners(box: Corners | None) -> list[Triple]:
     """The centres of the two corner voxels of a half-open box."""
-    return [] if ends is None else [ends[0], as_triple([v - 1 for v in ends[1]])]
+    return [] if box is None else [box[0], as_triple([v - 1 for v in box[1]])]
 
 
 def _known_region(canvas: Canvas) -> Region:
-    """Where a canvas holds mask (its whole region where it holds none)."""
+    """The bounding box of a canvas's mask; its whole region if the mask is empty."""
     tight = bounding_region((canvas.logits > MASK_LOGIT_THRESHOLD).numpy())
-    if tight.is_empty:
-        return canvas.region
-    d, h, w = canvas.region.start_zyx
-    (a, b, c), (e, f, g) = tight.start_zyx, tight.stop_zyx
-    return Region((a + d, b + h, c + w), (e + d, f + h, g + w))
+    return canvas.region if tight.is_empty else tight.shifted(canvas.region.start_zyx)
 
 
 def _edge_around(predictor: CropPredictor, reach: list[Triple], frame: CropFrame | None = None) -> float:
@@ -176,16 +171,14 @@ def _edge_around(predictor: CropPredictor, reach: list[Triple], frame: CropFrame
     return edge
 
 
-def _fitted(predictor: CropPredictor, prompts: CanonicalPrompts, edge_mm: float, middle: Triple) -> CropFrame:
-    """A cube of that edge around ``middle``, moved so that it wastes little outside the volume and holds every positive
-    point if it can.
-    """
+def _fitted(predictor: CropPredictor, prompts: ModelPrompts, edge_mm: float, middle: Triple) -> CropFrame:
+    """A cube around ``middle``, moved so that little of it lies outside the volume and it holds the positive points."""
     centre = list(middle)
     for axis, (size, spacing) in enumerate(zip(predictor.shape_zyx, predictor.spacing_zyx_mm, strict=True)):
         half = edge_mm / spacing / 2
         low, high = half - 0.5, size - 0.5 - half
         centre[axis] = (size - 1) / 2 if low >= high else min(max(centre[axis], low), high)
-        for at in prompts.positives:  # oldest first: the newest point has the last word
+        for at in prompts.positives:  # oldest first: where not all fit, the newest one is inside
             reach = max(0.0, half - 1.5 * edge_mm / spacing / max(predictor.crop_shape))
             centre[axis] = min(max(centre[axis], at[axis] - reach), at[axis] + reach)
     return _frame(predictor, as_triple(centre), edge_mm)
@@ -218,15 +211,15 @@ def _middle(crop: CropMask) -> Triple:
     return crop.frame.to_volume(as_triple([(a + b - 1) / 2 for a, b in zip(*ends, strict=True)]))
 
 
-def _tile(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed | None) -> Placed:
+def _tile(predictor: CropPredictor, prompts: ModelPrompts, previous: Prediction | None) -> Prediction:
     spacing = predictor.model.spec.spacing_mm
     assert spacing is not None
     steps = as_triple([spacing / s for s in predictor.spacing_zyx_mm])
     frame, prior = _first_tile(predictor, prompts, previous, steps)
     first = predictor.decode(frame, prompts, prior)
     tiles = {frame}
-    only_less = previous is not None and not prompts.newest_positive
-    waiting = [] if only_less else _neighbours(first)
+    only_removes = previous is not None and not prompts.positive
+    waiting = [] if only_removes else _neighbours(first)
     blend = _Blend(None if previous is None else previous.canvas)
     blend.add(predictor.paste(first))
     while waiting and len(tiles) < MAX_TILES:
@@ -238,29 +231,26 @@ def _tile(predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed 
         crop = predictor.decode(frame, prompts, predictor.lowres_of(blend.canvas(), frame, first.lowres_logits))
         waiting += _neighbours(crop)
         blend.add(predictor.paste(crop))
-    return Placed(first, blend.canvas())
+    return Prediction(first, blend.canvas())
 
 
 def _first_tile(
-    predictor: CropPredictor, prompts: CanonicalPrompts, previous: Placed | None, steps: Triple
+    predictor: CropPredictor, prompts: ModelPrompts, previous: Prediction | None, steps: Triple
 ) -> tuple[CropFrame, Tensor | None]:
-    """The last crop again if it holds what is new, else one around that; and the earlier mask on it."""
-    ends = prompts.newest_extent or prompts.box or prompts.extent
-    newest = (
-        prompts.points[-1][0]
-        if prompts.points
-        else as_triple([(a + b) / 2 - 0.5 for a, b in zip(*(ends or ()), strict=True)])
-    )
+    """The last crop again if it holds the newest prompt, otherwise a crop around that prompt; and the mask on it."""
+    box = prompts.newest_box or prompts.box or prompts.slice_box
+    assert prompts.points or box is not None
+    newest = prompts.points[-1][0] if prompts.points or box is None else _box_middle(box)
     crop = None if previous is None else previous.crop
     if previous is not None and crop is not None:
-        # A click off the object where there is no mask changes nothing elsewhere: no crop is moved there.
-        needless = not prompts.newest_positive and not _is_mask(previous.canvas, newest)
+        # A negative click outside the mask changes nothing: no crop is moved there.
+        needless = not prompts.positive and not _is_mask(previous.canvas, newest)
         if needless or crop.frame.contains(newest, margin_vox=min(predictor.crop_shape) / 8):
             return crop.frame, crop.lowres_logits
     frame = CropFrame.centred(newest, steps, predictor.crop_shape).snapped()
-    return frame, None if previous is None else predictor.lowres_of(
-        previous.canvas, frame, None if crop is None else crop.lowres_logits
-    )
+    if previous is None:
+        return frame, None
+    return frame, predictor.lowres_of(previous.canvas, frame, None if crop is None else crop.lowres_logits)
 
 
 def _is_mask(canvas: Canvas, at: Triple) -> bool:

@@ -1,0 +1,382 @@
+"""The edits of a session, the state of all objects after each, and undo and redo.
+
+An edit is a small record that a journal can hold; the same edits on the same volume and model give the same masks. A
+state never changes: every edit makes a new one. Read ``model_prompts.py`` next.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from samed3d.drawing import OBJECT_COLOURS, colour_of
+from samed3d.errors import InputError
+from samed3d.geometry import IntTriple, Region
+from samed3d.inference.model_prompts import deepest_voxel
+from samed3d.inference.prediction import OtherObjects, PromptHistory, PromptStep, empty_mask
+from samed3d.prompts import ObjectPrompts, PackedMask, Prompt
+
+
+@dataclass
+class SessionObject(ObjectPrompts):
+    """A copy of an object for callers; changing it changes nothing in the session.
+
+    Attributes:
+        prompt_ids: The numbers of ``prompts``, in the same order.
+        colour: ``#rrggbb``.
+        visible: Whether a viewer shows it.
+        locked: Whether it is protected from changes.
+        voxels: Number of voxels of its mask.
+    """
+
+    prompt_ids: list[int] = field(default_factory=list)
+    colour: str = OBJECT_COLOURS[0]
+    visible: bool = True
+    locked: bool = False
+    voxels: int = 0
+
+    @property
+    def numbered(self) -> dict[int, Prompt]:
+        """The prompts by their numbers."""
+        return dict(zip(self.prompt_ids, self.prompts, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectState:
+    """One object: its row of the object table and its newest prompt step (None before the first)."""
+
+    id: int
+    name: str
+    colour: str
+    visible: bool = True
+    locked: bool = False
+    step: PromptStep | None = None
+
+    @property
+    def chain(self) -> list[PromptStep]:
+        """The steps, oldest first."""
+        return [] if self.step is None else self.step.chain
+
+    @property
+    def prompts(self) -> dict[int, Prompt]:
+        """The prompts as given, by their numbers, oldest first."""
+        return {step.id: step.prompt for step in self.chain if step.prompt is not None}
+
+    def copy(self) -> SessionObject:
+        """The object for callers."""
+        prompts = self.prompts
+        voxels = 0 if self.step is None else int(np.count_nonzero(self.step.mask.inside()))
+        return SessionObject(
+            self.id, self.name, list(prompts.values()), list(prompts), self.colour, self.visible, self.locked, voxels
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class SessionState:
+    """All objects at one moment.
+
+    Attributes:
+        objects: By id.
+        current: The object that was prompted or made last; 0 before any.
+        others_are_negative: Whether the other objects are background for a prediction.
+    """
+
+    objects: Mapping[int, ObjectState] = field(default_factory=dict)
+    current: int = 0
+    others_are_negative: bool = False
+
+    def object(self, object_id: int) -> ObjectState:
+        """An object by its id.
+
+        Raises:
+            InputError: if there is none.
+        """
+        if object_id not in self.objects:
+            known = ", ".join(map(str, sorted(self.objects))) or "none"
+            raise InputError(f"object must be one of the session's ({known}), got {object_id!r}")
+        return self.objects[object_id]
+
+    def object_of_prompt(self, prompt_id: int) -> ObjectState:
+        """The object that a prompt belongs to.
+
+        Raises:
+            InputError: if there is no such prompt.
+        """
+        for entry in self.objects.values():
+            if prompt_id in entry.prompts:
+                return entry
+        raise InputError(f"prompt must be one of the session's, got number {prompt_id!r}; objects() lists them")
+
+    def mask(self, object_id: int, shape_zyx: IntTriple) -> PackedMask:
+        """An object's mask on the canonical volume; empty if there is no such object."""
+        entry = self.objects.get(object_id)
+        return empty_mask(shape_zyx) if entry is None or entry.step is None else entry.step.mask
+
+    def with_object(self, entry: ObjectState) -> SessionState:
+        """The state with one object added or replaced, which becomes the current one."""
+        return replace(self, objects={**self.objects, entry.id: entry}, current=entry.id)
+
+    def others(self, object_id: int, shape_zyx: IntTriple) -> OtherObjects | None:
+        """The other objects as background of a prediction; None unless ``others_are_negative`` and there are any."""
+        steps = [entry.step for entry in self.objects.values() if entry.id != object_id]
+        masks = [step.mask for step in steps if step is not None and not step.mask.region.is_empty]
+        if not self.others_are_negative or not masks:
+            return None
+        region = masks[0].region
+        for mask in masks[1:]:
+            region = region.union(mask.region)
+        together = np.any([mask.on(region) for mask in masks], axis=0)
+        points = tuple(deepest_voxel(mask) for mask in masks)
+        return OtherObjects(PackedMask.of_part(together, region, shape_zyx), points)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """One change of a session; ``object_id`` and ``prompt_id`` are 0 in edits that name none."""
+
+    object_id: int = 0
+    prompt_id: int = 0
+
+    def apply(self, state: SessionState, prompts: PromptHistory) -> SessionState:
+        """The state after the edit.
+
+        Raises:
+            InputError: if there is no such object or prompt, the object is locked, or the prompt cannot be used.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddPrompt(Edit):
+    """Add a prompt to an object, new or not; ``name`` names or renames it."""
+
+    prompt: Prompt
+    name: str | None = None
+    predict: bool = True
+
+    def apply(self, state: SessionState, prompts: PromptHistory) -> SessionState:
+        """See ``Edit``."""
+        entry = state.objects.get(self.object_id) or _new_object(self.object_id)
+        others = state.others(entry.id, prompts.predictor.shape_zyx)
+        step = prompts.extend(_unlocked(entry).step, self.prompt_id, self.prompt, self.predict, others)
+        return state.with_object(replace(entry, name=self.name or entry.name, step=step))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict(Edit):
+    """Predict an object again without a new prompt."""
+
+    def apply(self, state: SessionState, prompts: PromptHistory) -> SessionState:
+        """See ``Edit``."""
+        entry = _unlocked(state.object(self.object_id))
+        if not any(step.model_prompts is not None and step.model_prompts.positive for step in entry.chain):
+            raise InputError(f"object {entry.id} needs a positive point or a box before it can be predicted")
+        others = state.others(entry.id, prompts.predictor.shape_zyx)
+        return state.with_object(replace(entry, step=prompts.extend(entry.step, 0, None, True, others)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovePrompt(Edit):
+    """Replace a prompt and predict its object's later steps again."""
+
+    prompt: Prompt | None
+
+    def apply(self, state: SessionState, prompts: PromptHistory) -> SessionState:
+        """See ``Edit``."""
+        entry = _unlocked(state.object_of_prompt(self.prompt_id))
+        return state.with_object(replace(entry, step=prompts.rebuild(entry.chain, self.prompt_id, self.prompt)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemovePrompt(MovePrompt):
+    """Remove a prompt and predict its object's later steps again."""
+
+    prompt: None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditObject(Edit):
+    """Change an object's row of the object table, or add an object without prompts; what is None stays."""
+
+    name: str | None = None
+    colour: str | None = None
+    visible: bool | None = None
+    locked: bool | None = None
+
+    def apply(self, state: SessionState, prompts: PromptHistory) -> SessionState:
+        """See ``Edit``."""
+        entry = state.objects.get(self.object_id)
+        given = {key: getattr(self, key) for key in ("name", "colour", "visible", "locked")}
+        changes = {key: value for key, value in given.items() if value is not None}
+        after = state.with_object(replace(entry or _new_object(self.object_id), **changes))
+        return after if entry is None else replace(after, current=state.current)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoveObject(Edit):
+    """Remove an object with all its prompts."""
+
+    def apply(self, state: SessionState, prompts: PromptHistory) -> SessionState:
+        """See ``Edit``."""
+        removed = _unlocked(state.object(self.object_id)).id
+        objects = {number: entry for number, entry in state.objects.items() if number != removed}
+        current = state.current if state.current != removed else max(objects, default=0)
+        return replace(state, objects=objects, current=current)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetRule(Edit):
+    """Decide whether the other objects are background for predictions from now on."""
+
+    others_are_negative: bool
+
+    def apply(self, state: SessionState, prompts: PromptHistory) -> SessionState:
+        """See ``Edit``."""
+        return replace(state, others_are_negative=bool(self.others_are_negative))
+
+
+class Undo(Edit):
+    """Take back the last edit; an entry of the log only."""
+
+
+class Redo(Edit):
+    """Repeat the edit that was undone last; an entry of the log only."""
+
+
+def _new_object(object_id: int) -> ObjectState:
+    return ObjectState(object_id, f"object {object_id}", colour_of(object_id))
+
+
+def _unlocked(entry: ObjectState) -> ObjectState:
+    if entry.locked:
+        raise InputError(f"object {entry.id} ({entry.name}) is locked; unlock it first")
+    return entry
+
+
+@dataclass
+class MaskUpdate:
+    """What one call changed.
+
+    Attributes:
+        region: Box of the voxels that changed, zyx of the stored array; empty if none did.
+        mask: The object's uint8 mask inside it.
+        seconds: That the call took.
+        object_id: Whose mask.
+        prompt_id: Of the prompt that was added, moved or removed; 0 if there is none.
+    """
+
+    region: Region
+    mask: NDArray[np.uint8]
+    seconds: float
+    object_id: int = 1
+    prompt_id: int = 0
+
+    @property
+    def changed(self) -> bool:
+        """Whether any voxel changed."""
+        return not self.region.is_empty
+
+
+class EditHistory:
+    """All edits with the state after each, the undone ones, and the number of the next prompt.
+
+    The state after an undone edit is None if it has not been computed yet (after loading).
+
+    Args:
+        prompts: Predicts the masks.
+
+    Attributes:
+        record: Called with every edit, undo and redo before it counts, if set.
+    """
+
+    def __init__(self, prompts: PromptHistory) -> None:
+        self.done: list[tuple[Edit, SessionState]] = []
+        self.undone: list[tuple[Edit, SessionState | None]] = []
+        self.next_prompt = 1
+        self.record: Callable[[Edit], None] | None = None
+        self._prompts = prompts
+
+    @property
+    def state(self) -> SessionState:
+        """The present state."""
+        return self.done[-1][1] if self.done else SessionState()
+
+    def commit(self, edit: Edit) -> MaskUpdate:
+        """Apply a new edit and record it; undone edits cannot be repeated any more.
+
+        Raises:
+            InputError: as ``Edit.apply``; nothing has changed then.
+        """
+        began, before = time.perf_counter(), self.state
+        after = edit.apply(before, self._prompts)
+        self._recorded(edit)
+        self.done.append((edit, after))
+        self.undone.clear()
+        self.next_prompt = max(self.next_prompt, edit.prompt_id + 1)
+        return self._update(edit, before, began)
+
+    def undo(self) -> MaskUpdate | None:
+        """Return to the state before the last edit; None if there is none."""
+        began, before = time.perf_counter(), self.state
+        if not self.done:
+            return None
+        self._recorded(Undo())
+        self.undone.append(self.done.pop())
+        return self._update(self.undone[-1][0], before, began)
+
+    def redo(self) -> MaskUpdate | None:
+        """Repeat the edit that was undone last; None if there is none."""
+        began, before = time.perf_counter(), self.state
+        if not self.undone:
+            return None
+        edit, after = self.undone[-1]
+        after = edit.apply(before, self._prompts) if after is None else after
+        self._recorded(Redo())
+        self.undone.pop()
+        self.done.append((edit, after))
+        return self._update(edit, before, began)
+
+    def replay(self, log: Sequence[Edit]) -> None:
+        """Apply a log of edits, undos and redos; what is undone at its end is not predicted until it is repeated."""
+        kept: list[Edit] = []
+        undone: list[Edit] = []
+        for edit in log:
+            if isinstance(edit, Undo):
+                undone += [kept.pop()] if kept else []
+            elif isinstance(edit, Redo):
+                kept += [undone.pop()] if undone else []
+            else:
+                kept.append(edit)
+                undone.clear()
+        for edit in kept:
+            self.done.append((edit, edit.apply(self.state, self._prompts)))
+        self.undone = [(edit, None) for edit in undone]
+        self.next_prompt = max([self.next_prompt, *(edit.prompt_id + 1 for edit in log)])
+
+    def log(self) -> list[Edit]:
+        """The shortest log that leads here, with what can be repeated."""
+        undone = [edit for edit, _ in reversed(self.undone)]
+        return [*(edit for edit, _ in self.done), *undone, *[Undo()] * len(undone)]
+
+    def _recorded(self, edit: Edit) -> None:
+        if self.record is not None:
+            self.record(edit)
+
+    def _update(self, edit: Edit, before: SessionState, began: float) -> MaskUpdate:
+        """How the mask of the edit's object differs from an earlier state."""
+        holders = [o.id for s in (before, self.state) for o in s.objects.values() if edit.prompt_id in o.prompts]
+        object_id = edit.object_id or next(iter(holders), self.state.current)
+        view = self._prompts.volume.view
+        old, new = before.mask(object_id, view.shape_zyx), self.state.mask(object_id, view.shape_zyx)
+        region = old.region.union(new.region)
+        now = new.on(region)
+        change = PackedMask.of_part(now ^ old.on(region), region, view.shape_zyx).region
+        mask = np.zeros((0, 0, 0), np.uint8)
+        if not change.is_empty:
+            mask = np.ascontiguousarray(view.to_stored(now[change.slices_in(region)].astype(np.uint8)))
+            change = view.region_to_stored(change)
+        return MaskUpdate(change, mask, time.perf_counter() - began, object_id, edit.prompt_id)

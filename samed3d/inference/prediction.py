@@ -1,0 +1,257 @@
+"""From an object's prompts to its mask: a chain of steps, one per prompt, each with the mask after it.
+
+The mask after every step is kept as packed bits, so that undo shows it at once. The logits behind it are kept for the
+newest steps, up to ``KEPT_BYTES``, and are otherwise predicted again from the prompts, with exactly the same result.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from samed3d.geometry import IntTriple, Region, Triple
+from samed3d.inference.crop_search import Prediction, predict_object
+from samed3d.inference.model_prompts import ModelPrompts, combine, open_axis, since_mask, to_model_prompts
+from samed3d.inference.predictor import Canvas, CropPredictor
+from samed3d.prompts import MASK_LOGIT_THRESHOLD, PackedMask, Prompt
+from samed3d.volume import Volume
+
+KEPT_BYTES = 512 * 2**20
+MAX_DEPTH = 2.0
+"""An object that is bounded in one slice reaches at most this multiple of its size there to either side."""
+CLICK_LOGIT = 1.0
+"""Least logit of a voxel that was clicked or drawn over; minus that for a negative prompt."""
+MASK_PROMPT_LOGIT = 4.0
+"""Logit of a given mask's voxels, and minus that around it."""
+
+
+@dataclass(frozen=True)
+class OtherObjects:
+    """The other objects when a step was predicted with them as background: their masks, and a voxel deep in each."""
+
+    mask: PackedMask
+    points: tuple[Triple, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class PromptStep:
+    """One prompt of an object, or one prediction without a new prompt, and the mask after it.
+
+    Attributes:
+        before: The step before, or None.
+        id: The prompt's number; 0 if there is no new prompt.
+        prompt: As given, or None.
+        model_prompts: The prompt on the canonical volume, or None.
+        predicted: False for a prompt that waits for the next prediction.
+        others: The other objects, if they count as background.
+        mask: The object on the canonical volume after this step.
+        seconds: That the step took.
+        depth: How far the object was found to reach across the slices of 2D boxes and lassos, half-open, if they do not
+            bound it there.
+    """
+
+    before: PromptStep | None = field(repr=False)
+    id: int
+    prompt: Prompt | None
+    model_prompts: ModelPrompts | None
+    predicted: bool
+    others: OtherObjects | None
+    mask: PackedMask
+    seconds: float = 0.0
+    depth: tuple[float, float] | None = None
+
+    @property
+    def chain(self) -> list[PromptStep]:
+        """All steps up to this one, oldest first."""
+        steps: list[PromptStep] = []
+        step: PromptStep | None = self
+        while step is not None:
+            steps.append(step)
+            step = step.before
+        return steps[::-1]
+
+
+class PromptHistory:
+    """Predicts the steps of all objects of one volume and keeps the logits behind their masks.
+
+    Args:
+        volume: The image.
+        predictor: The model on it.
+        kept_bytes: Limit of the logits that are kept.
+    """
+
+    def __init__(self, volume: Volume, predictor: CropPredictor, kept_bytes: int = KEPT_BYTES) -> None:
+        self.volume, self.predictor, self.kept_bytes = volume, predictor, kept_bytes
+        self._kept: OrderedDict[PromptStep, Prediction | None] = OrderedDict()
+        self._bytes = 0
+
+    def check(self, prompt: Prompt) -> ModelPrompts:
+        """The prompt on the canonical volume; raises ``InputError`` if it cannot be used."""
+        return to_model_prompts(prompt, self.volume, self.predictor.model.spec)
+
+    def extend(
+        self,
+        before: PromptStep | None,
+        prompt_id: int,
+        prompt: Prompt | None,
+        predict: bool,
+        others: OtherObjects | None,
+    ) -> PromptStep:
+        """The step after ``before`` for a new prompt, or for a new prediction where ``prompt`` is None."""
+        began = time.perf_counter()
+        model_prompts = None if prompt is None else self.check(prompt)
+        mask = empty_mask(self.predictor.shape_zyx)
+        step = PromptStep(before, prompt_id, prompt, model_prompts, predict, others, mask)
+        prediction, depth = self._advance(step, None if before is None else self.prediction(before))
+        done = replace(step, mask=self._packed(prediction), seconds=time.perf_counter() - began, depth=depth)
+        self._keep(done, prediction)
+        return done
+
+    def rebuild(self, chain: Sequence[PromptStep], prompt_id: int, prompt: Prompt | None) -> PromptStep | None:
+        """The chain with one prompt replaced, or removed where ``prompt`` is None; later steps are predicted again.
+
+        Returns:
+            The new last step; None if no prompt is left.
+        """
+        first = next(n for n, step in enumerate(chain) if step.id == prompt_id)
+        last = chain[first].before
+        rest = list(chain[first + 1 :])
+        if prompt is not None:
+            last = self.extend(last, prompt_id, prompt, chain[first].predicted, chain[first].others)
+        elif not any(step.prompt is not None for step in [*chain[:first], *rest]):
+            return None
+        for step in rest:
+            last = self.extend(last, step.id, step.prompt, step.predicted, step.others)
+        return last
+
+    def prediction(self, step: PromptStep) -> Prediction | None:
+        """The logits after a step, predicted again if they are no longer kept; None before any positive prompt."""
+        missing: list[PromptStep] = []
+        at: PromptStep | None = step
+        while at is not None and at not in self._kept:
+            missing.append(at)
+            at = at.before
+        prediction = None if at is None else self._kept[at]
+        if at is not None:
+            self._kept.move_to_end(at)
+        for entry in reversed(missing):
+            prediction, _ = self._advance(entry, prediction)
+            self._keep(entry, prediction)
+        return prediction
+
+    def clear(self) -> None:
+        """Delete everything that can be computed again."""
+        self._kept.clear()
+        self._bytes = 0
+
+    def _advance(
+        self, step: PromptStep, previous: Prediction | None
+    ) -> tuple[Prediction | None, tuple[float, float] | None]:
+        """The prediction after a step, from the one before it; and the step's ``depth``."""
+        chain = step.chain
+        prompts = [s.model_prompts for s in chain if s.model_prompts is not None]
+        depth = step.depth or (step.before.depth if step.before is not None else None)
+        if step.model_prompts is not None and step.model_prompts.mask is not None:
+            return _start_from(step.model_prompts.mask), None
+        if not step.predicted or not any(p.positive for p in prompts):
+            return previous, depth
+        new = 0
+        for entry in reversed(chain):
+            if entry is not step and entry.predicted:
+                break
+            new += entry.model_prompts is not None
+        background = () if step.others is None else step.others.points
+        axis = open_axis(prompts)
+        if axis is None or "box" not in self.predictor.model.spec.prompts:
+            depth = None
+        elif step.depth is None and any(p.slice_box is not None for p in prompts[len(prompts) - new :]):
+            depth = self._find_depth(combine(prompts, new, None, background), axis, previous)
+        combined = combine(prompts, new, depth, background)
+        found = predict_object(self.predictor, combined, previous)
+        canvas = found.canvas
+        if previous is not None and new and not combined.positive:
+            canvas = _at_most(canvas, previous.canvas)
+        if step.others is not None:
+            taken = torch.from_numpy(step.others.mask.on(canvas.region))
+            canvas.logits[taken] = canvas.logits[taken].clamp(max=-CLICK_LOGIT)
+        return Prediction(found.crop, _enforce_clicks(canvas, prompts)), depth
+
+    def _find_depth(self, prompts: ModelPrompts, axis: int, previous: Prediction | None) -> tuple[float, float]:
+        """How far an object that is bounded in slices reaches across them, from a prediction without a box.
+
+        A model that takes 3D boxes is far better with one, and a user should not have to draw two 2D ones.
+        """
+        assert prompts.slice_box is not None
+        low, high = prompts.slice_box
+        spacing = self.predictor.spacing_zyx_mm
+        most = MAX_DEPTH * max((high[a] - low[a]) * spacing[a] for a in range(3) if a != axis) / spacing[axis]
+        mask = self._packed(predict_object(self.predictor, prompts, previous)).region
+        start, stop = (low[axis], high[axis]) if mask.is_empty else (mask.start_zyx[axis], mask.stop_zyx[axis])
+        return min(max(start, low[axis] - most), low[axis]), max(min(stop, high[axis] + most), high[axis])
+
+    def _packed(self, prediction: Prediction | None) -> PackedMask:
+        shape = self.predictor.shape_zyx
+        if prediction is None:
+            return empty_mask(shape)
+        canvas = prediction.canvas
+        return PackedMask.of_part((canvas.logits > MASK_LOGIT_THRESHOLD).numpy(), canvas.region, shape)
+
+    def _keep(self, step: PromptStep, prediction: Prediction | None) -> None:
+        self._kept[step] = prediction
+        self._bytes += _size(prediction)
+        while self._bytes > self.kept_bytes and len(self._kept) > 1:
+            _, oldest = self._kept.popitem(last=False)
+            self._bytes -= _size(oldest)
+
+
+def empty_mask(shape_zyx: IntTriple) -> PackedMask:
+    """A mask without a voxel."""
+    return PackedMask.of_part(np.zeros((0, 0, 0), bool), Region((0, 0, 0), (0, 0, 0)), shape_zyx)
+
+
+def _size(prediction: Prediction | None) -> int:
+    """Bytes."""
+    if prediction is None:
+        return 0
+    tensors = [prediction.canvas.logits]
+    if prediction.crop is not None:
+        tensors += [prediction.crop.logits, prediction.crop.inside, prediction.crop.lowres_logits]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _start_from(mask: PackedMask) -> Prediction:
+    """A given mask as if it had been predicted."""
+    region = Region((0, 0, 0), (1, 1, 1)) if mask.region.is_empty else mask.region.expand(1).clip(mask.shape_zyx)
+    return Prediction(None, Canvas(region, (torch.from_numpy(mask.on(region)).float() * 2 - 1) * MASK_PROMPT_LOGIT))
+
+
+def _enforce_clicks(canvas: Canvas, prompts: Sequence[ModelPrompts]) -> Canvas:
+    """Give every voxel under a prompt its prompt's sign, the newest last; the canvas grows to hold positive ones."""
+    for prompt in since_mask(prompts):
+        voxels = prompt.voxels
+        if voxels is None or not len(voxels):
+            continue
+        if prompt.positive:
+            under = Region(tuple(voxels.min(0).tolist()), tuple((voxels.max(0) + 1).tolist()))
+            whole = canvas.region.union(under)
+            canvas = canvas if whole == canvas.region else Canvas(whole, canvas.on_region(whole))
+        index = voxels - np.array(canvas.region.start_zyx)
+        index = index[((index >= 0) & (index < np.array(canvas.region.shape_zyx))).all(1)]
+        where = tuple(torch.from_numpy(index[:, axis].astype(np.int64)) for axis in range(3))
+        values = canvas.logits[where]
+        canvas.logits[where] = values.clamp(min=CLICK_LOGIT) if prompt.positive else values.clamp(max=-CLICK_LOGIT)
+    return canvas
+
+
+def _at_most(canvas: Canvas, before: Canvas) -> Canvas:
+    """The new logits, nowhere above the earlier ones: a negative prompt removes voxels and never adds any."""
+    earlier = torch.full(canvas.region.shape_zyx, -CLICK_LOGIT)
+    common = canvas.region.intersection(before.region)
+    if not common.is_empty:
+        earlier[common.slices_in(canvas.region)] = before.logits[common.slices_in(before.region)]
+    return Canvas(canvas.region, torch.minimum(canvas.logits, earlier))

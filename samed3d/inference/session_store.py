@@ -1,0 +1,372 @@
+"""What a session keeps on the disk: the journal, session files, and the report of what was done.
+
+The journal is an append-only file with one JSON line per edit, which is on the disk before the edit is acknowledged. A
+process may be killed at any moment: an unfinished last line is cut off at the next opening, everything before it
+counts. A session file is JSON with ``image`` (where it lies, and its hash), ``model``, ``objects`` (prompts as in a
+prompt file, and the object table) and ``edits``, from which masks, undo and redo follow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from samed3d import __version__
+from samed3d.errors import InputError
+from samed3d.inference.history import (
+    AddPrompt,
+    Edit,
+    EditObject,
+    MovePrompt,
+    Predict,
+    Redo,
+    RemoveObject,
+    RemovePrompt,
+    SessionObject,
+    SetRule,
+    Undo,
+)
+from samed3d.models.base import PromptableModel
+from samed3d.output import lock, write_json
+from samed3d.prompts import Mask, Prompt, prompt_from_json, prompt_to_json
+from samed3d.volume import Volume
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+"""Of both files."""
+
+_EDITS: dict[str, tuple[type[Edit], tuple[str, ...]]] = {
+    "add": (AddPrompt, ("object_id", "prompt_id", "prompt")),
+    "look": (Predict, ("object_id",)),
+    "move": (MovePrompt, ("prompt_id", "prompt")),
+    "remove": (RemovePrompt, ("prompt_id",)),
+    "object": (EditObject, ("object_id",)),
+    "drop": (RemoveObject, ("object_id",)),
+    "rule": (SetRule, ("others_are_negative",)),
+    "undo": (Undo, ()),
+    "redo": (Redo, ()),
+}
+"""Edits by the name that files give them, with their required fields."""
+_KEYS = {"object_id": "object", "prompt_id": "id", "predict": "look"}
+"""Fields that have another name in files."""
+
+
+def edit_to_json(edit: Edit) -> dict[str, Any]:
+    """An edit as journals and session files hold it; fields with their default value are left out."""
+    body: dict[str, Any] = {"do": next(kind for kind, (cls, _) in _EDITS.items() if type(edit) is cls)}
+    for entry in dataclasses.fields(edit):
+        value = getattr(edit, entry.name)
+        if value != entry.default:
+            is_prompt = entry.name == "prompt"
+            body[_KEYS.get(entry.name, entry.name)] = (
+                {"space": value.space, **prompt_to_json(value)} if is_prompt else value
+            )
+    return body
+
+
+def edit_from_json(body: Any, where: str) -> Edit:
+    """The inverse of ``edit_to_json``.
+
+    Raises:
+        InputError: if it is not an edit.
+    """
+    if not isinstance(body, dict) or body.get("do") not in _EDITS:
+        raise InputError(f"{where}: not an edit of a session: {str(body)[:80]!r}")
+    kind, required = _EDITS[body["do"]]
+    values = {entry.name: _KEYS.get(entry.name, entry.name) for entry in dataclasses.fields(kind)}
+    given = {name: body[key] for name, key in values.items() if key in body}
+    if missing := [values[name] for name in required if name not in given]:
+        raise InputError(f"{where}: an edit {body['do']!r} needs {', '.join(missing)}")
+    if "prompt" in given:
+        given["prompt"] = prompt_from_json(given["prompt"], where=where)
+    return kind(**given)
+
+
+class Journal:
+    """An open journal file. One session at a time may hold it.
+
+    Attributes:
+        path: The file.
+        edits: What it held when it was opened, oldest first.
+    """
+
+    def __init__(self, path: str | Path, header: dict[str, Any]) -> None:
+        """Open a journal, or begin one.
+
+        Args:
+            path: The file; its folder must exist.
+            header: ``image`` (with ``sha256``) and ``model`` (with ``name``) of the session. An existing journal must
+                be of the same image and model. If ``model["weights"]`` differs, a warning says that the same prompts
+                may give other masks.
+
+        Raises:
+            InputError: if the journal is damaged, in use, of another image or model, or cannot be written.
+        """
+        self.path = Path(path)
+        try:
+            self._file = self.path.open("a+b", buffering=0)
+        except OSError as error:
+            raise InputError(f"journal cannot be opened: {self.path} ({error.strerror})") from error
+        try:
+            if not lock(self._file):
+                raise InputError(f"journal is in use by another session: {self.path}; close that first")
+            self.edits = self._read(header)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, edit: Edit) -> None:
+        """Write an edit and return once it is on the disk.
+
+        Raises:
+            OSError: if the disk refuses; the edit is then not in the journal.
+        """
+        self._write(edit_to_json(edit))
+
+    def close(self) -> None:
+        """Close the file and give up its lock."""
+        self._file.close()
+
+    def _read(self, header: dict[str, Any]) -> list[Edit]:
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            logger.warning("the last line of %s was not finished and is left out", self.path)
+            self._file.truncate(whole)
+        lines = content[:whole].splitlines()
+        if not lines:
+            self._write({"journal": VERSION, **header})
+            _sync_folder(self.path)
+            return []
+        bodies = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                bodies.append(json.loads(line))
+            except ValueError as error:
+                raise InputError(
+                    f"journal is damaged in line {number}: {self.path} ({error}); move it away to begin anew"
+                ) from error
+        if not isinstance(bodies[0], dict) or bodies[0].get("journal") != VERSION:
+            raise InputError(
+                f"journal must be one of version {VERSION}: {self.path}; give the path of a journal or of no file"
+            )
+        check_same(bodies[0], header, f"journal {self.path}")
+        return [edit_from_json(body, f"{self.path}, line {number}") for number, body in enumerate(bodies[1:], start=2)]
+
+    def _write(self, body: dict[str, Any]) -> None:
+        line = json.dumps(body, separators=(",", ":")).encode() + b"\n"
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:]) or 0
+            os.fsync(self._file.fileno())
+        except OSError:
+            self._file.truncate(end)  # the journal could not be read any more after half a line
+            raise
+
+
+def _sync_folder(path: Path) -> None:
+    """Put a new file's name on the disk, which holds it once the folder is synced."""
+    try:
+        folder = os.open(path.resolve().parent, os.O_RDONLY)
+    except OSError:  # some systems cannot open folders
+        return
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def check_same(found: dict[str, Any], header: dict[str, Any], what: str) -> None:
+    """Refuse prompts that were given for another image or model; warn if only the model's weights changed.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    image, model = found.get("image") or {}, found.get("model") or {}
+    if image.get("sha256") != header["image"]["sha256"]:
+        raise InputError(
+            f"{what} belongs to another image ({image.get('source')}), got {header['image']['source']}; "
+            "open it with its own"
+        )
+    if model.get("weights") == header["model"]["weights"]:  # the same network, whatever it is called
+        return
+    if model.get("name") != header["model"]["name"]:
+        raise InputError(
+            f"{what} was made with model {model.get('name')!r}, got {header['model']['name']!r}; "
+            "open it with the same model"
+        )
+    logger.warning(
+        "the weights of model %s are not those of %s; the same prompts may give other masks", model.get("name"), what
+    )
+
+
+def identity(volume: Volume, options: dict[str, Any], model: PromptableModel, model_name: str) -> dict[str, Any]:
+    """Which image and model prompts belong to: the image's path, reading options and hash, the model's name and hash."""
+    grid = volume.grid
+    image = {
+        "source": volume.source,
+        **options,
+        "sha256": image_hash(volume),
+        "size_ijk": list(grid.size_ijk),
+        "spacing_mm": list(grid.spacing_xyz_mm),
+    }
+    return {"image": image, "model": {"name": model_name, "weights": weights_hash(model)}}
+
+
+def image_hash(volume: Volume) -> str:
+    """SHA-256 of the voxels and their grid: the same for the same image, wherever and however it is stored on disk."""
+    found = hashlib.sha256(repr((volume.grid, volume.array.dtype.str[1:])).encode())
+    for plane in volume.array:
+        found.update(np.ascontiguousarray(plane).data)
+    return found.hexdigest()
+
+
+def weights_hash(model: PromptableModel) -> str:
+    """The first 16 digits of the SHA-256 of a model's parameters."""
+    found = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        found.update(name.encode())
+        if value.dim():
+            found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        else:
+            found.update(str(value.item()).encode())
+    return found.hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedSession:
+    """What a session file holds.
+
+    Attributes:
+        header: ``image`` and ``model`` as of ``identity``.
+        edits: Oldest first.
+        path: The file.
+    """
+
+    header: dict[str, Any]
+    edits: list[Edit]
+    path: Path
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How the image was read, as arguments of ``Session.open``."""
+        return {key: self.header["image"].get(key) for key in ("channel", "series")}
+
+    def image_path(self) -> Path:
+        """Where the image lies: as recorded, or under its name beside the session file.
+
+        Raises:
+            InputError: if it is at neither place.
+        """
+        recorded = Path(str(self.header["image"]["source"]))
+        places = [recorded, self.path.parent / recorded.name]
+        found = next((place for place in places if place.exists()), None)
+        if found is None:
+            raise InputError(f"image of the session is not there any more: {recorded}; give its place as image=")
+        return found
+
+
+def save_session(path: Path, header: dict[str, Any], objects: list[SessionObject], edits: list[Edit]) -> None:
+    """Write a session file.
+
+    Args:
+        path: The file.
+        header: Of ``identity``.
+        objects: For readers of the file.
+        edits: From which all else follows.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    table = [
+        {
+            "id": o.id,
+            "name": o.name,
+            "colour": o.colour,
+            "visible": o.visible,
+            "locked": o.locked,
+            "prompts": [{"id": number, "space": p.space, **prompt_to_json(p)} for number, p in o.numbered.items()],
+        }
+        for o in objects
+    ]
+    edits_json = [edit_to_json(edit) for edit in edits]
+    body = {"session": VERSION, **header, "objects": table, "edits": edits_json}
+    write_json(path, body)
+
+
+def read_session(path: Path) -> SavedSession:
+    """Read a session file.
+
+    Raises:
+        InputError: if it is missing, is not JSON, or not a session.
+    """
+    try:
+        body = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"session cannot be read: {path} ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(f"session is not JSON: {path} ({error})") from error
+    if not isinstance(body, dict) or body.get("session") != VERSION:
+        raise InputError(f'session file must be an object with "session": {VERSION}: {path}')
+    parts = (("image", "source"), ("model", "name"))
+    named = all(isinstance(body.get(key), dict) and part in body[key] for key, part in parts)
+    if not named or not isinstance(body.get("edits"), list):
+        raise InputError(f"session file must name its image and model and list its edits: {path}")
+    edits = [edit_from_json(edit, f"{path}, edit {number}") for number, edit in enumerate(body["edits"], start=1)]
+    return SavedSession({"image": body["image"], "model": body["model"]}, edits, path)
+
+
+def describe(
+    volume: Volume, device: str, model_name: str, objects: list[SessionObject], seconds: dict[int, list[float]]
+) -> dict[str, Any]:
+    """The report of a session, ready for JSON: versions, device, model, prompts, and per object timings and size.
+
+    Args:
+        volume: The image.
+        device: Where the model ran.
+        model_name: What was loaded.
+        objects: Of the session.
+        seconds: Of every step of each object, by the object's id.
+    """
+    grid = volume.grid
+    voxel_mm3 = float(np.prod(grid.spacing_xyz_mm))
+    versions = {"samed3d": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    table = [
+        {
+            "id": o.id,
+            "name": o.name,
+            "voxels": o.voxels,
+            "mm3": o.voxels * voxel_mm3,
+            "prompts": [_prompt_in_report(p) for p in o.prompts],
+            "seconds": [round(s, 4) for s in seconds[o.id]],
+        }
+        for o in objects
+    ]
+    image = {"source": volume.source, "size_ijk": grid.size_ijk, "spacing_mm": grid.spacing_xyz_mm}
+    return {
+        "versions": versions,
+        "device": device,
+        "model": model_name,
+        "image": image,
+        "objects": table,
+    }
+
+
+def _prompt_in_report(prompt: Prompt) -> dict[str, Any]:
+    """A prompt with its positions; of a mask only its size."""
+    if isinstance(prompt, Mask):
+        return {"type": "mask", "voxels": 0 if isinstance(prompt.mask, str) else int(prompt.mask.inside().sum())}
+    return {"type": type(prompt).__name__.lower(), **dataclasses.asdict(prompt)}
