@@ -74,7 +74,7 @@ class Server:
     def resident_mb(self) -> float:
         """Its memory now."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:
-            found = re.search(r"^samed3d_resident_bytes (\S+)", answer.read().decode(), re.MULTILINE)
+            found = re.search(r"^process_resident_memory_bytes (\S+)", answer.read().decode(), re.MULTILINE)
         assert found is not None
         return float(found.group(1)) / 2**20
 

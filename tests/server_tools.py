@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from samed3d.apps.protocol import update_from_json
+from samed3d.apps.client import update_from_json
 from samed3d.geometry import Grid
 from samed3d.volume import Volume, write_volume
 from tests.brightness_model import BrightnessModel
@@ -45,8 +45,8 @@ def served(folder: Path, **options: Any) -> Iterator[TestClient]:
     """A client of an application in this process; ``folder`` holds the sessions and is the only root."""
     from fastapi.testclient import TestClient
 
-    from samed3d.apps.server import create_app
-    from samed3d.apps.service import ServerOptions
+    from samed3d.apps.server.app import create_app
+    from samed3d.apps.server.service import ServerOptions
 
     options = {"sessions": folder / "sessions", "roots": (folder,), **options}
     with TestClient(
@@ -85,9 +85,9 @@ def free_port() -> int:
 
 def run_tiny_server(folder: Path, port: int, limits: dict[str, float]) -> None:
     """The body of a ``ServerProcess``."""
-    from samed3d.apps.server import run_server
-    from samed3d.apps.service import ServerOptions
-    from samed3d.apps.sessions import Limits
+    from samed3d.apps.server.app import run_server
+    from samed3d.apps.server.service import ServerOptions
+    from samed3d.apps.server.sessions import Limits
 
     run_server(ServerOptions(folder / "sessions", (folder,), limits=Limits(**limits)), "127.0.0.1", port, tiny_model)  # type: ignore[arg-type]
 
@@ -108,7 +108,7 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{self.port}"
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
-            ["samed3d.apps.server", "uvicorn.lifespan.on", "uvicorn.protocols.http.auto", "tests.server_tools"]
+            ["samed3d.apps.server.app", "uvicorn.lifespan.on", "uvicorn.protocols.http.auto", "tests.server_tools"]
         )
         self.process = context.Process(target=run_tiny_server, args=(folder, self.port, limits), daemon=True)
         self.process.start()

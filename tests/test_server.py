@@ -182,7 +182,7 @@ def test_the_page_of_the_api_names_every_route(client):
 def test_metrics(client):
     client.post(f"/api/sessions/{opened(client)}/prompts", json=CLICK)
     text = client.get("/metrics").text
-    assert "samed3d_prediction_seconds_count 1" in text and "samed3d_sessions_awake 1" in text
+    assert "samed3d_prediction_seconds_count 1" in text and "samed3d_sessions_loaded 1" in text
     assert 'route="/api/sessions/{session_id}/prompts",status="200"} 1' in text
 
 
@@ -190,8 +190,8 @@ def test_a_real_scan(data_dir, tmp_path):
     """The default model on a real MR, as a client sees it."""
     from fastapi.testclient import TestClient
 
-    from samed3d.apps.server import create_app
-    from samed3d.apps.service import ServerOptions
+    from samed3d.apps.server.app import create_app
+    from samed3d.apps.server.service import ServerOptions
 
     images = data_dir / "msd_hippocampus" / "imagesTr"
     name = sorted(p.name for p in images.iterdir())[0]

@@ -12,9 +12,16 @@ import pytest
 pytest.importorskip("fastapi", reason="the server needs samed3d[serve]")
 pytest.importorskip("blosc2", reason="the server needs samed3d[serve]")
 
-from samed3d.apps.nninteractive_prompts import box_prompt, drawn_region, grid_of, lasso_prompts, scribble_prompts
-from samed3d.apps.nninteractive_wire import pack_array, unpack_array
-from samed3d.apps.security import Access
+from samed3d.apps.server.nninteractive_arrays import (
+    box_prompt,
+    drawn_region,
+    grid_of,
+    lasso_prompts,
+    pack_array,
+    scribble_prompts,
+    unpack_array,
+)
+from samed3d.apps.server.security import Access
 from samed3d.errors import InputError
 from samed3d.inference.model_prompts import to_model_prompts
 from samed3d.inference.session import Session
@@ -155,7 +162,7 @@ def test_a_lease_outlives_a_crash(remote, tmp_path, ball):
 def test_the_clients_errors(remote, tmp_path, ball):
     import httpx
 
-    with ServerProcess(tmp_path, awake=1, busy_seconds=1000) as server:
+    with ServerProcess(tmp_path, loaded=1, busy_seconds=1000) as server:
         session, target = begun(remote, server, ball)
         with pytest.raises(httpx.HTTPStatusError, match="400") as caught:
             session.add_point_interaction((99, 0, 0), include_interaction=True)

@@ -1,12 +1,13 @@
-"""Who is let in: addresses, tokens, other sites, sizes; the queue's fairness; files from strangers; counters."""
+"""Who is let in: addresses, tokens, other sites, sizes; files from strangers; counters."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import logging
-import threading
-import time
+import socket
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,11 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the server needs samed3d[serve]")
 
-from samed3d.apps.fair_queue import FairQueue
-from samed3d.apps.protocol import ApiError, inflate, update_from_json, update_to_json
-from samed3d.apps.security import Access, check_binding, confined
-from samed3d.apps.sessions import Limits, Registry
-from samed3d.apps.telemetry import Telemetry
-from samed3d.apps.uploads import safe_name
+from samed3d.apps.client import update_from_json
+from samed3d.apps.server.files import confined, safe_name
+from samed3d.apps.server.security import Access, ApiError, check_binding
+from samed3d.apps.server.service import Metrics, update_to_json
+from samed3d.apps.server.sessions import Limits, Registry
 from samed3d.cli import main
 from samed3d.errors import InputError
 from samed3d.geometry import Region
@@ -158,10 +158,10 @@ def test_listening_beyond_loopback_demands_a_token(monkeypatch, capsys):
 def test_confined_follows_no_loop(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(ApiError) as caught:
-        confined("loop", [tmp_path])
+        confined("loop", (tmp_path,), ReadLimits())
     assert caught.value.status in (403, 404)
     with pytest.raises(ApiError, match="no folder is open"):
-        confined("a", [])
+        confined("a", (), ReadLimits())
 
 
 @pytest.mark.parametrize(
@@ -178,68 +178,6 @@ def test_names_of_uploads(given, kept):
     assert safe_name(given) == kept
 
 
-def test_sessions_take_turns():
-    queue, order, gate = FairQueue(), [], threading.Event()
-    queue.submit("first", gate.wait)
-    time.sleep(0.05)
-    jobs = [queue.submit(line, lambda line=line, n=n: order.append((line, n))) for line in "aab" for n in [len(order)]]
-    jobs += [queue.submit("a", lambda: order.append(("a", 9))), queue.submit("c", lambda: order.append(("c", 0)))]
-    assert queue.depth() == 6 and queue.depth("a") == 3
-    gate.set()
-    for job in jobs:
-        job.result(5)
-    assert [line for line, _ in order] == ["a", "b", "c", "a", "a"]
-    queue.close()
-    with pytest.raises(ApiError, match="stopping"):
-        queue.submit("a", gate.wait)
-
-
-def test_a_client_that_is_gone_waits_no_longer():
-    queue, gate, done = FairQueue(), threading.Event(), []
-
-    async def gone() -> bool:
-        return True
-
-    async def scenario() -> None:
-        first = queue.submit("a", gate.wait)
-        with pytest.raises(ApiError, match="closed the connection"):
-            await queue.run("b", lambda: done.append(1), gone)
-        gate.set()
-        await asyncio.wrap_future(first)
-        await queue.run("b", lambda: done.append(2), gone)
-
-    asyncio.run(scenario())
-    assert done == [2]
-    queue.close()
-
-
-def test_a_line_has_an_end_and_a_failure_reaches_its_asker():
-    queue, gate = FairQueue(longest_line=2), threading.Event()
-    queue.submit("a", gate.wait)
-    time.sleep(0.05)
-    waiting = [queue.submit("a", lambda: 1 / 0) for _ in range(2)]
-    with pytest.raises(ApiError, match="already has 2"):
-        queue.submit("a", gate.wait)
-    queue.submit("b", gate.wait)
-    gate.set()
-    for job in waiting:
-        with pytest.raises(ZeroDivisionError):
-            job.result(5)
-    queue.close()
-
-
-def test_jobs_that_wait_when_the_server_stops_are_told():
-    queue, gate = FairQueue(), threading.Event()
-    running = queue.submit("a", gate.wait)
-    time.sleep(0.05)
-    waiting = queue.submit("b", gate.wait)
-    threading.Timer(0.1, gate.set).start()
-    queue.close()
-    assert running.result(1)
-    with pytest.raises(ApiError, match="was not carried out"):
-        waiting.result(1)
-
-
 def test_updates_round_trip_and_damage_is_refused(rng):
     mask = rng.random((5, 6, 7)) > 0.5
     region = Region((1, 2, 3), (6, 8, 10))
@@ -252,20 +190,12 @@ def test_updates_round_trip_and_damage_is_refused(rng):
         {**body, "bits": body["bits"][:-8]},
         {**body, "stop": [9, 8, 6]},
         {**body, "object_id": "4"},
+        {**body, "bits": base64.b64encode(base64.b64decode(body["bits"]) + b"x").decode()},
+        {**body, "bits": base64.b64encode(zlib.compress(bytes(50 * 2**20))).decode()},
     ]
     for entry in (*wrong, {**body, "start": [1.5, 2, 3]}, 7):
         with pytest.raises(InputError):
             update_from_json(entry, (10, 8, 6))
-
-
-def test_inflate_stops_at_its_limit():
-    import zlib
-
-    bomb = zlib.compress(bytes(50 * 2**20))
-    with pytest.raises(InputError, match="at most 1000 bytes"):
-        inflate(bomb, 1000, "bits")
-    with pytest.raises(InputError, match="trailing bytes"):
-        inflate(zlib.compress(b"a") + b"b", 10, "bits")
 
 
 def test_only_images_within_limits_are_read(tmp_path):
@@ -292,22 +222,25 @@ def test_the_registry_survives_a_damaged_session_file(tmp_path):
     (entry.folder / "session.json").write_text("{broken")
     registry.close()
     registry = Registry(tmp_path / "s", tiny_model, Limits())
-    assert registry.get(entry.id).about is None and registry.stored() == [entry.id]
+    assert registry.get(entry.id).info is None and registry.stored() == [entry.id]
     assert (tmp_path / "s").stat().st_mode & 0o077 == 0
     registry.close()
 
 
-def test_counters_as_prometheus_text():
-    counted = Telemetry()
-    counted.request("GET", "/x", 200)
-    counted.prediction(0.2)
-    counted.prediction(40.0)
-    lines = counted.text({"g": ("A gauge.", 1.5)}).splitlines()
-    assert (
-        'samed3d_prediction_seconds_bucket{le="0.25"} 1' in lines
-        and 'samed3d_prediction_seconds_bucket{le="+Inf"} 2' in lines
-    )
-    assert 'samed3d_requests_total{method="GET",route="/x",status="200"} 1' in lines and "samed3d_g 1.5" in lines
+def test_counters_as_prometheus_text(tmp_path):
+    registry = Registry(tmp_path / "s", tiny_model)
+    metrics = Metrics(registry)
+    metrics.requests.labels("GET", "/x", 200).inc()
+    metrics.predictions.observe(0.2)
+    metrics.predictions.observe(40.0)
+    registry.create()
+    lines = metrics.text().decode().splitlines()
+    assert 'samed3d_prediction_seconds_bucket{le="0.25"} 1.0' in lines
+    assert 'samed3d_prediction_seconds_bucket{le="+Inf"} 2.0' in lines
+    assert 'samed3d_requests_total{method="GET",route="/x",status="200"} 1.0' in lines
+    assert "samed3d_sessions_stored 1.0" in lines and "samed3d_sessions_loaded 0.0" in lines
+    assert next(float(line.split()[1]) for line in lines if line.startswith("process_resident_memory_bytes")) > 2**20
+    registry.close()
 
 
 def test_serve_says_what_is_wrong_before_it_listens(tmp_path: Path, monkeypatch, capsys):
@@ -322,14 +255,97 @@ def test_serve_says_what_is_wrong_before_it_listens(tmp_path: Path, monkeypatch,
         assert said in capsys.readouterr().err
 
 
-def test_a_port_in_use_is_one_line(tmp_path):
-    import socket
+@pytest.mark.parametrize("command", ["serve", "app"])
+def test_a_port_in_use_is_one_line_and_no_address_is_printed(tmp_path, monkeypatch, capsys, command):
+    import samed3d.apps
 
-    from samed3d.apps.server import run_server
-    from samed3d.apps.service import ServerOptions
-
+    monkeypatch.setattr("samed3d.cli.serve._check_models", lambda options: None)
+    monkeypatch.setattr(samed3d.apps, "__file__", str(tmp_path / "__init__.py"))  # a page with a viewer
+    (tmp_path / "viewer" / "vendor").mkdir(parents=True)
+    (tmp_path / "viewer" / "vendor" / "niivue.js").touch()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(InputError, match="choose another port"):
-            run_server(ServerOptions(tmp_path / "s"), "127.0.0.1", taken.getsockname()[1], tiny_model)
+        port = str(taken.getsockname()[1])
+        assert main([command, "--port", port, "--sessions", str(tmp_path / "s")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and f"cannot listen on port {port}" in printed.err and "--port" in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_a_second_server_on_the_same_sessions_prints_no_address(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("samed3d.cli.serve._check_models", lambda options: None)
+    with served(tmp_path):
+        assert main(["serve", "--port", "0", "--sessions", str(tmp_path / "sessions")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "another server uses the sessions" in printed.err
+
+
+def disconnecting(headers: dict[str, str], path: str, query: str = "") -> dict[str, object]:
+    """The ASGI scope of a request whose client will disconnect."""
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "query_string": query.encode(),
+        "headers": [(name.encode(), value.encode()) for name, value in {"host": "localhost", **headers}.items()],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 2),
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "kind"),
+    [
+        ("/api/sessions/upload", "name=x.nii", "application/octet-stream"),
+        ("/segment", "", "multipart/form-data; boundary=x"),
+        ("/segment", "", "application/json"),
+        ("/set_image", "", "application/octet-stream"),
+    ],
+)
+def test_a_client_that_disconnects_leaves_no_traceback_and_no_session(tmp_path, caplog, path, query, kind):
+    headers = {"content-type": kind, "content-length": "1000"}
+    with served(tmp_path) as client:
+        if path == "/set_image":
+            headers["x-lease-token"] = client.post("/claim").json()["lease_token"]
+        messages = [{"type": "http.request", "body": b"--x\r\n", "more_body": True}, {"type": "http.disconnect"}]
+        answers = []
+
+        async def receive() -> dict[str, object]:
+            return messages.pop(0) if len(messages) > 1 else messages[0]
+
+        async def send(message: dict[str, object]) -> None:
+            answers.append(message)
+
+        asyncio.run(client.app(disconnecting(headers, path, query), receive, send))  # raises what uvicorn would log
+        assert answers[0]["status"] in (400, 499)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    left = {p.name for p in (tmp_path / "sessions").iterdir()} - {"lock", headers.get("x-lease-token")}
+    assert left == set()
+
+
+def test_messages_name_no_folder_of_the_server(tmp_path):
+    write_ball(tmp_path / "ball.nii.gz")
+    damaged = (tmp_path / "ball.nii.gz").read_bytes()[:-500]
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "cut.nii.gz").write_bytes(damaged)
+    with served(tmp_path) as client:
+        answers = [
+            client.post("/api/sessions/upload", params={"name": "x.nii.gz"}, content=damaged),
+            client.post("/api/sessions", json={"path": "inside/cut.nii.gz"}),
+            client.post("/api/sessions", json={"path": "none.nii.gz"}),
+            client.post("/segment", json={"path": "inside/cut.nii.gz", "prompts": {}}),
+        ]
+        opened = client.post("/api/sessions", json={"path": "ball.nii.gz"}).json()["id"]
+        (tmp_path / "sessions" / opened / "journal.jsonl").write_text("damaged\n")
+        client.app.state.service.registry.get(opened).unload()
+        answers.append(client.get(f"/api/sessions/{opened}"))
+    details = [answer.json()["detail"] for answer in answers]
+    assert [answer.status_code for answer in answers] == [400, 400, 404, 400, 400], details
+    assert "cut.nii.gz" in details[1] and "journal.jsonl" in details[4]
+    assert not [detail for detail in details if str(tmp_path) in detail or "/sessions/" in detail]

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the server needs samed3d[serve]")
 
 from samed3d.apps.client import Client, RemoteError
-from samed3d.apps.sessions import Limits
+from samed3d.apps.server.sessions import Limits
 from samed3d.errors import InputError
 from samed3d.inference.session import Session
 from samed3d.prompts import Box, Mask, Point, Scribble
@@ -34,7 +34,7 @@ def client(tmp_path: Path, ball):
         yield running
 
 
-def test_a_sleeping_session_comes_back_with_its_masks(client):
+def test_an_unloaded_session_comes_back_with_its_masks(client):
     registry = client.app.state.service.registry
     session_id = opened(client)
     client.post(f"/api/sessions/{session_id}/prompts", json=CLICK)
@@ -42,25 +42,25 @@ def test_a_sleeping_session_comes_back_with_its_masks(client):
     registry.get(session_id).used -= 10_000
     assert registry.expire() == [session_id]
     for _ in range(100):
-        if not registry.awake():
+        if not registry.loaded():
             break
         time.sleep(0.02)
-    assert not registry.awake() and not client.get("/api/sessions").json()[0]["awake"]
+    assert not registry.loaded() and not client.get("/api/sessions").json()[0]["loaded"]
     assert client.get(f"/api/sessions/{session_id}").json() == before
     assert np.array_equal(masks_of(client, session_id)[1], mask)
 
 
 def test_sessions_in_memory_are_bounded_and_none_is_lost(tmp_path, ball):
-    with served(tmp_path, limits=Limits(awake=2, busy_seconds=0.0)) as client:
+    with served(tmp_path, limits=Limits(loaded=2, busy_seconds=0.0)) as client:
         ids = [opened(client) for _ in range(5)]
         for session_id in ids:
             assert client.post(f"/api/sessions/{session_id}/prompts", json=CLICK).status_code == 200
-        assert len(client.app.state.service.registry.awake()) == 2
+        assert len(client.app.state.service.registry.loaded()) == 2
         assert all(len(client.get(f"/api/sessions/{i}").json()["objects"][0]["prompts"]) == 1 for i in ids)
 
 
 def test_a_full_server_says_when_to_come_back(tmp_path, ball):
-    with served(tmp_path, limits=Limits(awake=1, stored=2, busy_seconds=1000.0)) as client:
+    with served(tmp_path, limits=Limits(loaded=1, stored=2, busy_seconds=1000.0)) as client:
         opened(client)
         answer = client.post("/api/sessions", json={"path": "ball.nii.gz"})
         assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
@@ -175,7 +175,7 @@ def test_only_one_server_may_use_a_folder(tmp_path):
 
 
 def test_reading_a_large_image_holds_nobody_up(client, monkeypatch):
-    import samed3d.apps.sessions as sessions
+    import samed3d.apps.server.sessions as sessions
 
     first, gate, reads = opened(client), threading.Event(), []
     real = sessions.read_volume

@@ -2,42 +2,57 @@
 
     from samed3d.apps.client import Client
     client = Client("http://127.0.0.1:1527")
-    with client.open("ct.nii.gz") as s:  # uploads it; client.open_path("ct.nii.gz") opens one that the server can see
+    with client.open("ct.nii.gz") as s:  # uploads it; client.open_path("ct.nii.gz") opens a file of the server
         s.add(Point((120, 88, 40)))
         s.mask_of(1)
         s.export("mask.nii.gz")
 
-The masks are kept here and patched with what each call changed. One thread at a time per client. What travels is in
-``protocol.py``.
+The client keeps the masks and updates them with what each call changed. Use a client from one thread at a time.
 """
 
 from __future__ import annotations
 
 import gzip
-import io
 import os
+import ssl
 import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from samed3d.apps.connection import Connection, RemoteError
-from samed3d.apps.protocol import update_from_json
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple, Region
-from samed3d.prompts import Mask, Point, Prompt, prompt_to_json
+from samed3d.output import replacing
+from samed3d.prompts import Mask, PackedMask, Point, Prompt, prompt_to_json
 
-__all__ = ["Client", "RemoteError", "RemoteObject", "RemoteSession", "RemoteUpdate"]
-
+IDLE_SECONDS = 2.0
+"""An unused connection is closed after this time. Servers close theirs after about five seconds, and an edit that is
+sent at that moment could not be repeated."""
 _NIFTI_HEADER = 352
+
+
+class RemoteError(RuntimeError):
+    """An answer other than success, or none.
+
+    Attributes:
+        status: HTTP status; 409 when another client changed the session, 401 for a wrong token, 503 when the server is
+            full, 0 when it does not answer.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass
 class RemoteUpdate:
-    """What one call changed, as ``MaskUpdate``: box (stored zyx), mask inside it, seconds on the server, object,
+    """What one call changed, as ``MaskUpdate``: box (stored zyx), mask inside it, seconds on the server, object and
     prompt.
     """
 
@@ -66,8 +81,35 @@ class RemoteObject:
     prompts: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Client(Connection):
-    """A connection to ``samed3d serve``; the arguments are those of ``Connection``."""
+class Client:
+    """A connection to ``samed3d serve``.
+
+    Args:
+        url: ``http://host:port`` or ``https://...``.
+        token: Where the server requires one; ``SAMED3D_TOKEN`` by default.
+        timeout: Seconds to wait for an answer.
+
+    Raises:
+        InputError: if the URL is not one.
+    """
+
+    def __init__(self, url: str = "http://127.0.0.1:1527", token: str | None = None, timeout: float = 120.0) -> None:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InputError(f"url must be http://HOST:PORT, got {url!r}")
+        token = os.environ.get("SAMED3D_TOKEN", "") if token is None else token
+        self._http = httpx.Client(
+            base_url=url,
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            timeout=timeout,
+            limits=httpx.Limits(keepalive_expiry=IDLE_SECONDS),
+            verify=ssl.create_default_context(),
+            trust_env=False,
+        )
+
+    def close(self) -> None:
+        """Close the connection; sessions stay on the server."""
+        self._http.close()
 
     def open(
         self, image: str | Path, model: str | None = None, channel: int | None = None, series: str | None = None
@@ -83,26 +125,24 @@ class Client(Connection):
             raise InputError(
                 f"image must be a file to upload, got {path}; a folder of the server is opened with open_path"
             )
-        query = urllib.parse.urlencode(_given(name=path.name, model=model, channel=channel, series=series))
+        query = _given(name=path.name, model=model, channel=channel, series=series)
         with path.open("rb") as file:
-            headers = {"Content-Type": "application/octet-stream", "Content-Length": str(path.stat().st_size)}
-            return RemoteSession(self, self.send("POST", f"/api/sessions/upload?{query}", file, headers))
+            return RemoteSession(self, self.call("POST", "/api/sessions/upload", params=query, content=file))
 
     def open_path(
         self, path: str, model: str | None = None, channel: int | None = None, series: str | None = None
     ) -> RemoteSession:
         """Open an image that lies in one of the server's folders."""
-        return RemoteSession(
-            self, self.call("POST", "/api/sessions", _given(path=path, model=model, channel=channel, series=series))
-        )
+        body = _given(path=path, model=model, channel=channel, series=series)
+        return RemoteSession(self, self.call("POST", "/api/sessions", json=body))
 
     def open_example(self, model: str | None = None) -> RemoteSession:
         """Open the server's example."""
-        return RemoteSession(self, self.call("POST", "/api/sessions", _given(example=True, model=model)))
+        return RemoteSession(self, self.call("POST", "/api/sessions", json=_given(example=True, model=model)))
 
     def resume(self, session_id: str) -> RemoteSession:
-        """Go on with a session, of this process or an earlier one."""
-        return RemoteSession(self, self.call("GET", f"/api/sessions/{urllib.parse.quote(session_id)}"))
+        """Open a session that the server keeps."""
+        return RemoteSession(self, self.call("GET", f"/api/sessions/{urllib.parse.quote(session_id, safe='')}"))
 
     def sessions(self) -> list[dict[str, Any]]:
         """The server's sessions, the newest first."""
@@ -112,19 +152,51 @@ class Client(Connection):
         """Models, formats and folders of the server."""
         return self.call("GET", "/api/about")
 
+    def call(self, method: str, path: str, **request: Any) -> Any:
+        """A request with a JSON answer; ``request`` goes to ``httpx.Client.request``.
+
+        Raises:
+            RemoteError: for an answer other than success, or none.
+        """
+        with self.answer(method, path, **request) as answer:
+            content = answer.read()
+            return answer.json() if content else None
+
+    @contextmanager
+    def answer(self, method: str, path: str, **request: Any) -> Iterator[httpx.Response]:
+        """The answer to a request, to be read inside the block; raises as ``call``."""
+        sent = self._http.build_request(method, path, **request)
+        try:
+            try:
+                answer = self._http.send(sent, stream=True)
+            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+                # The server may have closed a kept connection. Only a request that changes nothing is repeated.
+                if method != "GET":
+                    raise
+                answer = self._http.send(sent, stream=True)
+            try:
+                if answer.is_error:
+                    raise RemoteError(answer.status_code, _detail(answer))
+                yield answer
+            finally:
+                answer.close()
+        except httpx.HTTPError as error:
+            place = f"{sent.url.host}:{sent.url.port or sent.url.scheme}"
+            raise RemoteError(0, f"the server at {place} does not answer ({error})") from error
+
 
 class RemoteSession:
     """A session on a server.
 
     Attributes:
-        id: By which ``Client.resume`` finds it again.
+        id: ``Client.resume`` finds the session by it.
         size_ijk: Of the image.
         spacing_mm: Of the image, along i, j, k.
         affine_ras: 4x4 matrix from ijk to RAS millimetres.
     """
 
     def __init__(self, client: Client, state: dict[str, Any]) -> None:
-        """Use ``Client.open`` and its like."""
+        """Use ``Client.open``, ``open_path``, ``open_example`` or ``resume``."""
         self._client, self._state = client, state
         self.id: str = state["id"]
         i, j, k = state["size_ijk"]
@@ -132,8 +204,7 @@ class RemoteSession:
         self.spacing_mm = tuple(state["spacing_mm"])
         self.affine_ras = np.array(state["affine_ras"])
         self._masks: dict[int, NDArray[np.uint8]] = {}
-        for entry in client.call("GET", f"{self._path}/masks")["updates"]:
-            self._write(*update_from_json(entry, self.size_ijk))
+        self._read_masks()
 
     def __enter__(self) -> RemoteSession:
         return self
@@ -150,15 +221,15 @@ class RemoteSession:
         return self._edit("PUT", f"/prompts/{prompt_id}", {"prompt": _to_json(to)})
 
     def remove(self, prompt_id: int) -> RemoteUpdate:
-        """Take a prompt out."""
+        """Remove a prompt."""
         return self._edit("DELETE", f"/prompts/{prompt_id}")
 
     def undo(self) -> RemoteUpdate:
-        """Take back the last edit."""
+        """Undo the last edit."""
         return self._edit("POST", "/undo", {})
 
     def redo(self) -> RemoteUpdate:
-        """Do again what was undone last."""
+        """Redo the edit that was undone last."""
         return self._edit("POST", "/redo", {})
 
     def new_object(self, name: str | None = None) -> int:
@@ -171,7 +242,7 @@ class RemoteSession:
         self._edit("PATCH", f"/objects/{object_id}", _given(**changes))
 
     def remove_object(self, object_id: int) -> RemoteUpdate:
-        """Take an object out with all its prompts."""
+        """Remove an object with all its prompts."""
         return self._edit("DELETE", f"/objects/{object_id}")
 
     def objects(self) -> list[RemoteObject]:
@@ -185,64 +256,65 @@ class RemoteSession:
 
     @property
     def can_undo(self) -> bool:
-        """Whether there is an edit to take back."""
+        """Whether there is an edit to undo."""
         return self._state["can_undo"]
 
     @property
     def can_redo(self) -> bool:
-        """Whether there is an edit to do again."""
+        """Whether there is an edit to redo."""
         return self._state["can_redo"]
 
     @property
     def revision(self) -> int:
-        """Grows with every change of the session, by whomever."""
+        """Grows with every change of the session, by any client."""
         return self._state["revision"]
 
     def refresh(self) -> None:
-        """Read the session again, after a 409: somebody else changed it."""
+        """Read the session again, after a 409: another client changed it."""
         self._state = self._client.call("GET", self._path)
         self._masks.clear()
-        for entry in self._client.call("GET", f"{self._path}/masks")["updates"]:
-            self._write(*update_from_json(entry, self.size_ijk))
+        self._read_masks()
 
     def mask_of(self, object_id: int) -> NDArray[np.uint8]:
-        """An object's mask, uint8 (D, H, W) on the image's own grid; a copy."""
+        """An object's mask, uint8 (D, H, W) on the image's own grid; a copy.
+
+        Raises:
+            InputError: if there is no such object.
+        """
         if object_id not in self._masks and not any(o["id"] == object_id for o in self._state["objects"]):
             raise InputError(f"object {object_id} has no mask yet: add a prompt first")
         return self._mask(object_id).copy()
 
     def probability(self, object_id: int | None = None) -> NDArray[np.float32]:
         """An object's probability in steps of 1/255, float32 (D, H, W)."""
-        buffer = io.BytesIO()
-        self._client.fetch(f"{self._path}/objects/{object_id or self.current}/probability.nii.gz", buffer)
-        raw = gzip.decompress(buffer.getvalue())
-        return (np.frombuffer(raw, np.uint8, offset=_NIFTI_HEADER).reshape(self._shape) / np.float32(255.0)).astype(
-            np.float32
-        )
+        path = f"{self._path}/objects/{object_id or self.current}/probability.nii.gz"
+        with self._client.answer("GET", path) as answer:
+            raw = gzip.decompress(answer.read())
+        values = np.frombuffer(raw, np.uint8, offset=_NIFTI_HEADER).reshape(self._shape)
+        return values.astype(np.float32) / np.float32(255.0)
 
     def suggest_click(self, object_id: int | None = None) -> Point:
         """A click where the model is least certain."""
-        query = "" if object_id is None else f"?object_id={object_id}"
-        body = self._client.call("GET", f"{self._path}/suggest{query}")
+        body = self._client.call("GET", f"{self._path}/suggest", params=_given(object_id=object_id))
         return Point(tuple(body["at"]), body["positive"], body["space"])
 
     def export(self, path: str | Path, format: str = "nifti") -> None:
-        """Write the result to a file here, whole or not at all."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
+        """Write the result to a local file, completely or not at all.
+
+        Raises:
+            InputError: if the file cannot be written.
+        """
+        params = {"format": format}
+        with replacing(path) as partial, self._client.answer("GET", f"{self._path}/export", params=params) as answer:
             with partial.open("wb") as file:
-                self._client.fetch(f"{self._path}/export?{urllib.parse.urlencode({'format': format})}", file)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+                file.writelines(answer.iter_bytes())
 
     def delete(self) -> None:
         """Delete the session on the server, with its prompts."""
         self._client.call("DELETE", self._path)
 
     def close(self) -> None:
-        """Let go of the masks held here. The session stays on the server, and sleeps there when it is not used."""
+        """Free the masks that are kept here. The session stays on the server."""
         self._masks.clear()
 
     @property
@@ -254,35 +326,49 @@ class RemoteSession:
         return self.size_ijk[::-1]
 
     def _edit(self, method: str, path: str, body: dict[str, Any] | None = None) -> RemoteUpdate:
-        # What is held here is of this revision: an edit on top of somebody else's is refused, and refresh() shows
-        # theirs.
-        if body is None:
-            path += f"?revision={self.revision}"
-        else:
-            body = {**body, "revision": self.revision}
-        answer = self._client.call(method, self._path + path, body)
+        # The masks here are those of this revision: the server refuses an edit if another client made a newer one.
+        revision = {"revision": self.revision}
+        request = {"params": revision} if body is None else {"json": {**body, **revision}}
+        answer = self._client.call(method, self._path + path, **request)
         self._state = answer["session"]
         known = {entry["id"] for entry in self._state["objects"]}
-        for gone in set(self._masks) - known:
-            del self._masks[gone]
-        update = RemoteUpdate(
-            Region((0, 0, 0), (0, 0, 0)),
-            np.zeros((0, 0, 0), np.uint8),
-            answer["seconds"],
-            self.current,
-            answer["prompt_id"] or 0,
-        )
+        for removed in set(self._masks) - known:
+            del self._masks[removed]
+        nothing = Region((0, 0, 0), (0, 0, 0)), np.zeros((0, 0, 0), np.uint8)
+        update = RemoteUpdate(*nothing, answer["seconds"], self.current, answer["prompt_id"] or 0)
         for entry in answer["updates"]:
             update.object_id, update.region, update.mask = update_from_json(entry, self.size_ijk)
             if update.object_id in known:
-                self._write(update.object_id, update.region, update.mask)
+                self._mask(update.object_id)[update.region.slices] = update.mask
         return update
 
-    def _write(self, object_id: int, region: Region, mask: NDArray[np.uint8]) -> None:
-        self._mask(object_id)[region.slices] = mask
+    def _read_masks(self) -> None:
+        for entry in self._client.call("GET", f"{self._path}/masks")["updates"]:
+            object_id, region, mask = update_from_json(entry, self.size_ijk)
+            self._mask(object_id)[region.slices] = mask
 
     def _mask(self, object_id: int) -> NDArray[np.uint8]:
         return self._masks.setdefault(object_id, np.zeros(self._shape, np.uint8))
+
+
+def update_from_json(entry: Any, size_ijk: IntTriple) -> tuple[int, Region, NDArray[np.uint8]]:
+    """A mask update of the server: object, region (stored zyx) and the uint8 mask inside it.
+
+    Raises:
+        InputError: if the box leaves the volume, or the bits are damaged or not as many as the box has voxels.
+    """
+    if not isinstance(entry, dict) or type(entry.get("object_id")) is not int:
+        raise InputError("an update must be an object with object_id, start, stop and bits")
+    packed = PackedMask.from_json({**entry, "size": list(size_ijk)})
+    return entry["object_id"], packed.region, packed.inside().astype(np.uint8)
+
+
+def _detail(answer: httpx.Response) -> str:
+    answer.read()
+    try:
+        return str(answer.json()["detail"])
+    except (ValueError, KeyError, TypeError):
+        return f"{answer.status_code} {answer.reason_phrase}"
 
 
 def _to_json(prompt: Prompt) -> dict[str, Any]:

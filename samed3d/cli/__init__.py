@@ -16,7 +16,6 @@ from collections.abc import Sequence
 
 import typer
 
-from samed3d.cli import app as app_command
 from samed3d.cli import compare, doctor, evaluate, models, prepare, segment, serve, train
 from samed3d.errors import InputError
 
@@ -44,7 +43,7 @@ def commands() -> typer.Typer:
     )
     app.command()(segment.demo)
     app.command()(segment.segment)
-    app.command()(app_command.app)
+    app.command()(serve.app)
     app.command()(serve.serve)
     app.command()(prepare.prepare)
     app.command("prepare info", hidden=True)(prepare.prepare_info)

@@ -1,8 +1,10 @@
-"""``samed3d serve``: its options and how they become a server. The server is in ``apps/server.py``."""
+"""``samed3d serve`` and ``samed3d app``: their options and how they become a server. The server is in ``apps/server``."""
 
 from __future__ import annotations
 
 import os
+import threading
+import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,88 +14,156 @@ from samed3d.cli.options import Device, Model, Quiet, check_exists
 from samed3d.errors import InputError
 
 if TYPE_CHECKING:
-    from samed3d.apps.service import ServerOptions
+    from samed3d.apps.server.service import ServerOptions
 
 TOKEN_VARIABLE = "SAMED3D_TOKEN"
-DEFAULT_PORT = 1527
-"""The port that programs for nnInteractive's server suggest."""
+SERVE_PORT = 1527
+"""The port that nnInteractive's clients suggest."""
+APP_PORT = 1528
+
+Sessions = Annotated[
+    Path | None, typer.Option(help="Folder for sessions and their journals. [default: in the user's state]")
+]
+OtherModels = Annotated[
+    list[str] | None, typer.Option("--also-model", help="Another model that clients may choose; repeatable.")
+]
 
 
 def serve(
-    host: Annotated[str, typer.Option(help="Address to listen on. Any but loopback demands a token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = DEFAULT_PORT,
+    host: Annotated[str, typer.Option(help="Address to listen on. Any but loopback needs a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = SERVE_PORT,
     root: Annotated[
         list[Path] | None, typer.Option(help="Folder whose images clients may open by path; repeatable.")
     ] = None,
-    sessions: Annotated[
-        Path | None, typer.Option(help="Folder for sessions and their journals. [default: in the user's state]")
-    ] = None,
+    sessions: Sessions = None,
     token_file: Annotated[
         Path | None, typer.Option(help=f"File that holds the token; or set {TOKEN_VARIABLE}.")
     ] = None,
     allow_host: Annotated[
-        list[str] | None, typer.Option(help="Name that browsers reach this server by; repeatable.")
+        list[str] | None, typer.Option(help="Name under which browsers reach this server; repeatable.")
     ] = None,
     model: Model = "default",
-    also: Annotated[
-        list[str] | None, typer.Option("--also-model", help="Another model that clients may ask for; repeatable.")
-    ] = None,
+    also: OtherModels = None,
     device: Device = "auto",
-    max_sessions: Annotated[int, typer.Option(min=1, help="Sessions in memory at once; others sleep on disk.")] = 16,
+    max_sessions: Annotated[int, typer.Option(min=1, help="Sessions in memory at once; others stay on disk.")] = 16,
     idle_minutes: Annotated[
-        float, typer.Option(min=0.05, help="After so long without a request a session sleeps. Nothing is lost.")
+        float, typer.Option(min=0.05, help="A session is unloaded after so long without a request. Nothing is lost.")
     ] = 10,
     max_upload_mb: Annotated[int, typer.Option(min=1, help="Largest upload, in MiB.")] = 2048,
     max_voxels: Annotated[int, typer.Option(min=1, help="Largest image.")] = 2**29,
     quiet: Quiet = False,
 ) -> None:
     """Serve sessions over HTTP: a REST API, and nnInteractive's protocol for napari, 3D Slicer and others."""
-    check_installed()
-    from samed3d.apps.security import Access, check_binding
-    from samed3d.apps.server import run_server
-    from samed3d.apps.service import ServerOptions
-    from samed3d.apps.sessions import Limits
+    _check_installed()
+    from samed3d.apps.server.app import run_server
+    from samed3d.apps.server.security import Access, check_binding
+    from samed3d.apps.server.service import ServerOptions
+    from samed3d.apps.server.sessions import Limits
     from samed3d.volume.untrusted import ReadLimits
 
-    secret = read_token(token_file)
-    check_binding(host, secret)
+    token = _read_token(token_file)
+    check_binding(host, token)
     names = {host.lower(), *(name.lower() for name in allow_host or [])} - {"0.0.0.0", "::"}
     for folder in root or []:
         check_exists(folder, "--root")
     options = ServerOptions(
-        sessions=sessions or default_sessions(),
+        sessions=sessions or _default_sessions(),
         roots=tuple(folder.resolve() for folder in root or []),
         model=model,
         models=tuple(also or []),
         device=device,
-        access=Access(secret, frozenset(names), largest_upload=max_upload_mb * 2**20),
-        limits=Limits(awake=max_sessions, idle_seconds=60 * idle_minutes),
+        access=Access(token, frozenset(names), largest_upload=max_upload_mb * 2**20),
+        limits=Limits(loaded=max_sessions, idle_seconds=60 * idle_minutes),
         images=ReadLimits(max_voxels),
     )
-    check_models(options)
-    if not quiet:
-        shown = f"[{host}]" if ":" in host else host
-        typer.echo(
-            f"samed3d serves at http://{shown}:{port} (API: /docs, sessions in {options.sessions}); Ctrl+C stops it"
-        )
-    run_server(options, host, port)
+    _check_models(options)
+
+    def ready(address: str) -> None:
+        if not quiet:
+            place = f"API: /docs, sessions in {options.sessions}"
+            typer.echo(f"samed3d serves at {address} ({place}); Ctrl+C stops it")
+
+    run_server(options, host, port, ready=ready)
 
 
-def check_installed() -> None:
-    """Say what to install where the server's libraries are missing."""
+def app(
+    volume: Annotated[
+        Path | None, typer.Argument(help="Image or DICOM folder to open at once; others are opened in the page.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = APP_PORT,
+    root: Annotated[
+        list[Path] | None, typer.Option(help="Folder whose images the page may open; repeatable. [default: here]")
+    ] = None,
+    sessions: Sessions = None,
+    model: Model = "default",
+    also: OtherModels = None,
+    device: Device = "auto",
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")] = True,
+    quiet: Quiet = False,
+) -> None:
+    """Click on volumes in the browser: three planes and 3D, on this machine only. Work is kept across restarts."""
+    _check_installed()
+    import samed3d.apps
+    from samed3d.apps.server.app import run_server
+    from samed3d.apps.server.service import ServerOptions
+    from samed3d.volume import read_volume
+
+    page = Path(samed3d.apps.__file__).with_name("viewer")
+    if not (page / "vendor" / "niivue.js").is_file():
+        raise InputError("this installation lacks the web viewer; install node, then run: make viewer")
+    for folder in root or []:
+        check_exists(folder, "--root")
+    roots = [folder.resolve() for folder in root or [Path.cwd()]]
+    if volume is not None:
+        read_volume(volume)  # an image that cannot be opened is refused here, not in the page
+        roots.append(volume.resolve() if volume.is_dir() else volume.resolve().parent)
+    options = ServerOptions(
+        sessions=sessions or _default_sessions(),
+        roots=tuple(roots),
+        model=model,
+        models=tuple(also or []),
+        device=device,
+        page=page,
+    )
+    _check_models(options)
+
+    def ready(address: str) -> None:
+        if not quiet:
+            place = f"sessions in {options.sessions}"
+            typer.echo(f"samed3d is at {address} ({place}); Ctrl+C stops it, and nothing is lost")
+        threading.Thread(target=_open_page, args=(address, volume, browser, quiet), daemon=True).start()
+
+    run_server(options, "127.0.0.1", port, ready=ready)
+
+
+def _open_page(address: str, volume: Path | None, browser: bool, quiet: bool) -> None:
+    """Open the volume on the server, and the page on the volume."""
+    from samed3d.apps.client import Client, RemoteError
+
+    page = f"{address}/app/"
+    if volume is not None:
+        try:
+            page += f"#{Client(address).open_path(str(volume.resolve())).id}"
+            if not quiet:
+                typer.echo(f"{volume.name} is open at {page}")
+        except RemoteError as error:
+            typer.echo(f"samed3d: error: {error}", err=True)
+    if browser:
+        webbrowser.open(page)
+
+
+def _check_installed() -> None:
+    """Say what to install if the server's libraries are missing."""
     from importlib.util import find_spec
 
-    missing = [name for name in ("fastapi", "uvicorn", "python_multipart", "blosc2") if find_spec(name) is None]
+    needed = ("fastapi", "uvicorn", "python_multipart", "blosc2", "prometheus_client")
+    missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise InputError(f"the server needs {', '.join(missing)}: pip install 'samed3d[serve]'")
 
 
-def check_models(options: ServerOptions) -> None:
-    """Refuse at once what would only fail at the first click.
-
-    Raises:
-        InputError: for a model or device that is not there.
-    """
+def _check_models(options: ServerOptions) -> None:
+    """Refuse a missing model or device at the start instead of at the first click."""
     from samed3d.inference.session import pick_device
     from samed3d.models import load_promptable
 
@@ -102,7 +172,7 @@ def check_models(options: ServerOptions) -> None:
         load_promptable(name)
 
 
-def read_token(file: Path | None) -> str:
+def _read_token(file: Path | None) -> str:
     """The token of a file or of the environment; never of an option, which other users of the machine can read."""
     if file is None:
         return os.environ.get(TOKEN_VARIABLE, "").strip()
@@ -112,7 +182,6 @@ def read_token(file: Path | None) -> str:
         raise InputError(f"--token-file cannot be read: {file} ({error.strerror})") from error
 
 
-def default_sessions() -> Path:
-    """Where sessions are kept unless the user says otherwise."""
+def _default_sessions() -> Path:
     base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
     return Path(base) / "samed3d" / "sessions"

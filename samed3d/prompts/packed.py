@@ -105,7 +105,7 @@ class PackedMask:
             found = len(stream.decompress(bits, expected + 1))  # never more than the box can hold, whatever was sent
         except (zlib.error, binascii.Error, TypeError, ValueError) as error:
             raise InputError(f"mask bits are damaged ({error}); write the file again") from error
-        if found != expected or not stream.eof:
+        if found != expected or not stream.eof or stream.unused_data:
             raise InputError(
                 f"mask bits must hold {expected} bytes for its box, got {found if found <= expected else 'more'}"
             )

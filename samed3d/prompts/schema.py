@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from samed3d.prompts.kinds import SPACES, Box, Lasso, Mask, ObjectPrompts, Point
 from samed3d.prompts.packed import PackedMask
 
 SCHEMA_VERSION = 1
+PromptReader = Callable[[Any, str, str], Prompt]
+"""Reads a prompt from JSON; arguments as ``prompt_from_json``."""
 KINDS = ("point", "box", "scribble", "lasso", "mask")
 
 
@@ -67,20 +69,34 @@ def load_prompts(path: Path) -> list[ObjectPrompts]:
         raise InputError(f"prompt file cannot be read: {path} ({error.strerror})") from error
     except ValueError as error:
         raise InputError(f"prompt file is not JSON: {path} ({error})") from error
+    return objects_from_json(body, str(path), lambda *entry: _beside(prompt_from_json(*entry), path))
+
+
+def objects_from_json(body: Any, where: str, read: PromptReader | None = None) -> list[ObjectPrompts]:
+    """The objects of a prompt file's content.
+
+    Args:
+        body: The content, as JSON gives it.
+        where: What messages begin with.
+        read: Reads one prompt; ``prompt_from_json`` by default.
+
+    Raises:
+        InputError: if it breaks the schema.
+    """
     if not isinstance(body, dict) or body.get("version") != SCHEMA_VERSION:
-        raise InputError(f'prompt file must be an object with "version": {SCHEMA_VERSION}: {path}')
+        raise InputError(f'{where}: prompts must be an object with "version": {SCHEMA_VERSION}')
     space = body.get("space", "ijk")
     if space not in SPACES:
-        raise InputError(f"space must be one of {', '.join(SPACES)}, got {space!r}: {path}")
+        raise InputError(f"{where}: space must be one of {', '.join(SPACES)}, got {space!r}")
     objects: list[ObjectPrompts] = []
-    for number, entry in enumerate(_listed(body, "objects", str(path)), start=1):
-        where = f"{path}: object {number}"
-        prompts = [_beside(prompt_from_json(p, space, where), path) for p in _listed(entry, "prompts", where)]
+    for number, entry in enumerate(_listed(body, "objects", where), start=1):
+        place = f"{where}: object {number}"
+        prompts = [(read or prompt_from_json)(p, space, place) for p in _listed(entry, "prompts", place)]
         object_id = entry.get("id", number)
         if type(object_id) is not int or object_id < 1:
-            raise InputError(f"{where}: id must be a whole number > 0, got {object_id!r}")
+            raise InputError(f"{place}: id must be a whole number > 0, got {object_id!r}")
         if any(object_id == o.id for o in objects):
-            raise InputError(f"{where}: id must differ from those of the objects before it, got {object_id} again")
+            raise InputError(f"{place}: id must differ from those of the objects before it, got {object_id} again")
         objects.append(ObjectPrompts(id=object_id, name=str(entry.get("name", f"object {number}")), prompts=prompts))
     return objects
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from samed3d.apps.connection import RemoteError
+from samed3d.apps.client import RemoteError
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple, Region, Triple, as_triple, bounding_region
 from samed3d.prompts import Box, Lasso, Mask, PackedMask, Point, Prompt, Scribble, prompt_from_json

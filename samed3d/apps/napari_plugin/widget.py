@@ -29,7 +29,7 @@ from qtpy.QtWidgets import (
     QWidget,
 )
 
-from samed3d.apps.connection import RemoteError
+from samed3d.apps.client import RemoteError
 from samed3d.apps.napari_plugin.controller import Change, Controller
 from samed3d.apps.napari_plugin.frames import affine_for, volume_of
 from samed3d.apps.napari_plugin.layers import SessionLayers

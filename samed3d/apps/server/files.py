@@ -1,0 +1,188 @@
+"""Files from clients and for clients: paths inside the allowed folders, uploads, and exported results.
+
+An upload is one image, or a zip of a DICOM folder. It is written to disk as it arrives and checked before it is read.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from starlette.background import BackgroundTask
+from starlette.responses import FileResponse
+
+from samed3d.apps.server.security import ApiError
+from samed3d.errors import InputError
+from samed3d.volume import write_volume
+from samed3d.volume.untrusted import ReadLimits, check_untrusted
+
+IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha")
+"""Formats that are one file. MetaImage's .mhd keeps its voxels in a second one."""
+FORMATS = {
+    "nifti": (".nii.gz", "NIfTI label map"),
+    "nrrd": (".nrrd", "NRRD label map"),
+    "mha": (".mha", "MetaImage label map"),
+    "seg.nrrd": (".seg.nrrd", "3D Slicer segmentation (seg.nrrd)"),
+    "dicom-seg": (".dcm", "DICOM-SEG"),
+    "rtstruct": (".dcm", "DICOM RTSTRUCT"),
+}
+"""Export formats: suffix, and the name that the page shows."""
+EXAMPLE_SEED = 0
+_BLOCK = 1 << 20
+
+
+def confined(path: str, roots: tuple[Path, ...], limits: ReadLimits) -> Path:
+    """Resolve and check the path of an image, which must lie in an allowed folder; so must links inside a folder.
+
+    Raises:
+        ApiError: 403 if it lies elsewhere, whether or not it exists there; 404 if there is no such file.
+        InputError: if the image is larger than the limits, or not an image.
+    """
+    if not roots:
+        raise ApiError(403, "no folder is open to clients; start the server with --root FOLDER, or upload the file")
+    if "\0" in path or len(path) > 4096:
+        raise ApiError(400, "path must be a file name, got one with a zero byte or of more than 4096 characters")
+    real_roots = [root.resolve() for root in roots]
+
+    def is_allowed(real: Path | None) -> bool:
+        return real is not None and any(real.is_relative_to(root) for root in real_roots)
+
+    # An absolute path replaces the root that it is joined to.
+    inside = [real for root in real_roots if is_allowed(real := _resolved(root / path)) and real is not None]
+    if not inside:
+        raise ApiError(403, f"path must lie in a folder that the server was started with (--root), got {path}")
+    real = next((candidate for candidate in inside if candidate.exists()), None)
+    if real is None:
+        raise ApiError(404, f"there is no such file in the allowed folders: {path}")
+    if real.is_dir() and not all(is_allowed(_resolved(entry)) for entry in real.iterdir() if entry.is_symlink()):
+        raise ApiError(403, f"a link in this folder points out of the allowed folders: {path}")
+    check_untrusted(real, limits)
+    return real
+
+
+def safe_name(name: str) -> str:
+    """The last part of a client's file name, in characters that are safe in any file system.
+
+    Raises:
+        ApiError: 415 unless it ends like an image or a zip.
+    """
+    last = re.split(r"[\\/]", name)[-1]
+    cleaned = re.sub(r"[^\w.+-]", "_", last, flags=re.ASCII).lstrip(".")[-120:].lower()
+    if not cleaned.endswith((*IMAGE_SUFFIXES, ".zip")):
+        suffixes = " ".join(IMAGE_SUFFIXES)
+        raise ApiError(
+            415, f"the file name must end in one of {suffixes} or .zip (of a DICOM folder), got {last[:100]!r}"
+        )
+    return cleaned
+
+
+async def receive(stream: AsyncIterator[bytes], target: Path) -> None:
+    """Write a body to a file as it arrives; the caller removes the file if that fails.
+
+    Raises:
+        ApiError: 400 for an empty body, 413 (from the guard) for one that is too long.
+    """
+    with target.open("wb") as file:
+        async for block in stream:
+            file.write(block)
+        if not file.tell():
+            raise ApiError(400, "the request has no body; send the file's bytes")
+
+
+def accept(file: Path, limits: ReadLimits, largest_upload: int) -> Path:
+    """Check a received file; the caller removes its folder if the file is refused.
+
+    Args:
+        file: An image, or a zip, which is replaced by a folder with its files.
+        limits: Of the image.
+        largest_upload: Bytes of the largest upload; a zip may unpack to four times as many.
+
+    Returns:
+        The path to give to ``read_volume``.
+
+    Raises:
+        InputError: if the file is refused.
+    """
+    image = _unzipped(file, limits, 4 * largest_upload) if file.name.endswith(".zip") else file
+    check_untrusted(image, limits)
+    return image
+
+
+def _unzipped(file: Path, limits: ReadLimits, largest_bytes: int) -> Path:
+    """Unpack a zip into one flat folder under new names: a name inside a zip is never used as a path."""
+    folder = file.with_suffix("")
+    folder.mkdir()
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = [m for m in archive.infolist() if not m.is_dir()]
+            if len(members) > limits.files:
+                raise InputError(f"a zip must hold at most {limits.files} files, got {len(members)}")
+            left = largest_bytes
+            for number, member in enumerate(members):
+                left -= _extract(archive, member, folder / f"{number:05d}.dcm", left)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+        raise InputError(f"the zip is damaged or of a kind that cannot be read: {error}") from error
+    file.unlink()
+    return folder
+
+
+def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, left: int) -> int:
+    """Unpack one member block by block; the size that it declares may be false."""
+    written = 0
+    with archive.open(member) as source, target.open("wb") as out:
+        while block := source.read(_BLOCK):
+            written += len(block)
+            if written > left:
+                raise InputError("the zip unpacks to more bytes than are allowed; send a smaller series")
+            out.write(block)
+    return written
+
+
+def _resolved(path: Path) -> Path | None:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # a loop of links
+        return None
+
+
+def suffix_of(format: str) -> str:
+    """The suffix of an export format.
+
+    Raises:
+        ApiError: 400 for an unknown format.
+    """
+    if format not in FORMATS:
+        raise ApiError(400, f"format must be one of {', '.join(FORMATS)}, got {format[:40]!r}")
+    return FORMATS[format][0]
+
+
+@contextmanager
+def exporting(folder: Path) -> Iterator[Path]:
+    """A new folder inside ``folder``, which is deleted if the block fails; otherwise by ``exported``."""
+    made = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
+    try:
+        yield made
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def exported(file: Path, name: str) -> FileResponse:
+    """An answer with a file of ``exporting``, whose folder is deleted when the file is sent."""
+    deletion = BackgroundTask(shutil.rmtree, file.parent, ignore_errors=True)
+    return FileResponse(file, media_type="application/octet-stream", filename=name, background=deletion)
+
+
+def write_example(folder: Path) -> Path:
+    """Write the generated body of ``samed3d demo`` as an image file."""
+    from samed3d.data.phantom import anatomical_phantom
+
+    array, _, grid, _ = anatomical_phantom(np.random.default_rng(EXAMPLE_SEED))
+    write_volume(folder / "example.nii", array, grid)
+    return folder / "example.nii"

@@ -1,0 +1,400 @@
+"""The protocol of nnInteractive 2.x, so that programs written for its server work with this one by changing a URL.
+
+A lease is a session of ``sessions.py`` with a ``lease.json`` beside its journal, so it survives a pause and a restart
+of the server. Resetting the interactions begins a new object; the earlier ones stay in the session, where the REST API
+finds them. Arrays and prompts are translated in ``nninteractive_arrays.py``. Source: what ``nninteractive-client``
+2.6.0 sends and expects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, TypeVar
+
+import numpy as np
+from fastapi import APIRouter, Depends, Header, Request, Response
+from numpy.typing import NDArray
+
+from samed3d.apps.server import nninteractive_arrays as arrays
+from samed3d.apps.server.security import ApiError
+from samed3d.apps.server.service import Json, Service, SharedService, parse_json
+from samed3d.apps.server.sessions import ServerSession, SessionInfo
+from samed3d.errors import InputError
+from samed3d.geometry import IntTriple, Region
+from samed3d.inference.session import MaskUpdate, Session
+from samed3d.models.weights import licence_of
+from samed3d.output import write_json
+from samed3d.prompts import Prompt
+from samed3d.volume import write_volume
+
+T = TypeVar("T")
+PROTOCOL_VERSION = "2.6.0"
+_LONGEST_META = 16 * 1024
+_IMAGE = "image.nii"
+_STORED = {"bool": np.uint8, "float16": np.float32, "float64": np.float32, "int64": np.float32, "uint64": np.float32}
+
+LeaseToken = Annotated[str | None, Header(alias="X-Lease-Token")]
+nninteractive = APIRouter(tags=["nnInteractive"])
+"""The routes that nnInteractive's clients call."""
+
+
+@dataclass(frozen=True)
+class LeaseState:
+    """What a lease keeps in ``lease.json``.
+
+    Attributes:
+        object_id: The object that interactions prompt.
+        steps: For each interaction since the last reset, how many edits of the session it made.
+        shape: Of the image's array, or None.
+        target: Data type of the client's result array, or None if the client has none.
+    """
+
+    object_id: int = 1
+    steps: tuple[int, ...] = ()
+    shape: IntTriple | None = None
+    target: str | None = None
+
+
+class Lease:
+    """A client's lease: a session, its state, and the request that names it."""
+
+    def __init__(self, entry: ServerSession, service: Service, request: Request) -> None:
+        self.entry, self.service, self.request = entry, service, request
+
+    @property
+    def state(self) -> LeaseState:
+        """The state on disk."""
+        body = json.loads((self.entry.folder / "lease.json").read_text())
+        steps, shape = tuple(body.get("steps", ())), tuple(body.get("shape") or ()) or None
+        return LeaseState(body.get("object_id", 1), steps, shape, body.get("target"))
+
+    @state.setter
+    def state(self, state: LeaseState) -> None:
+        write_json(self.entry.folder / "lease.json", asdict(state))
+
+    @property
+    def remaining_seconds(self) -> float:
+        """Time until the session is unloaded."""
+        return max(0.0, self.service.options.limits.idle_seconds - (time.monotonic() - self.entry.used))
+
+    async def run(self, job: Callable[[Session], T]) -> T:
+        """Run a job on the session in its turn."""
+        return await self.service.registry.use(self.entry, job, self.request.is_disconnected)
+
+    async def interact(self, prompts: Callable[[IntTriple], list[Prompt]], predict: bool) -> Response:
+        """Add the prompts of one interaction in order, and predict once after the last."""
+        shape = self.state.shape
+        if shape is None:
+            raise ApiError(400, "there is no image yet; call set_image first")
+        added = await asyncio.to_thread(prompts, shape)
+
+        def job(session: Session) -> tuple[MaskUpdate | None, str | None]:
+            before, updates = self.state, []
+            try:
+                for number, prompt in enumerate(added, start=1):
+                    updates.append(session.add(prompt, before.object_id, predict=predict and number == len(added)))
+            except InputError:
+                for _ in updates:  # an interaction is added as a whole or not at all
+                    session.undo()
+                raise
+            self.state = replace(before, steps=(*before.steps, len(updates)))
+            if predict:
+                self.service.metrics.predictions.observe(sum(u.seconds for u in updates))
+            return (_combined(session, updates, before.object_id) if predict else None), before.target
+
+        return await self.answer(job)
+
+    async def answer(self, job: Callable[[Session], tuple[MaskUpdate | None, str | None]]) -> Response:
+        """Run a job that returns an update and the client's data type, and send the changed box of the client's array."""
+        update, target = await self.run(job)
+        meta: Json = {"ran_prediction": update is not None, "bbox": None}
+        body = b""
+        if update is not None and update.changed and target is not None:
+            part, region = update.mask.astype(target), update.region
+            meta["bbox"] = [list(ends) for ends in zip(region.start_zyx, region.stop_zyx, strict=True)]
+            meta |= {"dtype": target, "shape": list(part.shape)}
+            body = await asyncio.to_thread(arrays.pack_array, part)
+        headers = {"X-Meta": json.dumps(meta, separators=(",", ":"))}
+        return Response(body, media_type="application/octet-stream", headers=headers)
+
+
+def _combined(session: Session, updates: list[MaskUpdate], object_id: int) -> MaskUpdate | None:
+    """Several updates of one object as one: its mask now, in the box around all of them."""
+    if len(updates) == 1:
+        return updates[0]
+    region = Region((0, 0, 0), (0, 0, 0))
+    for update in updates:
+        region = region.union(update.region)
+    exists = any(o.id == object_id for o in session.objects())
+    mask = session.mask_of(object_id)[region.slices] if exists else np.zeros(region.shape_zyx, np.uint8)
+    return MaskUpdate(region, mask, sum(u.seconds for u in updates), object_id)
+
+
+async def _lease(request: Request, service: SharedService, token: LeaseToken = None) -> Lease:
+    try:
+        entry = service.registry.get(token or "")
+    except ApiError as error:
+        raise ApiError(410, "the lease is unknown; claim a new one") from error
+    if not (entry.folder / "lease.json").exists():
+        raise ApiError(410, "the lease is unknown; claim a new one")
+    return Lease(entry, service, request)
+
+
+OneLease = Annotated[Lease, Depends(_lease)]
+"""A route's parameter of this type receives the lease that the request names, or the answer is 410."""
+
+
+async def _meta(request: Request) -> Json:
+    text = request.headers.get("x-meta", "{}")
+    if len(text) > _LONGEST_META:
+        raise ApiError(431, f"the X-Meta header must have at most {_LONGEST_META} characters, got {len(text)}")
+    return _object(text, "the X-Meta header")
+
+
+async def _json(request: Request) -> Json:
+    return _object(await request.body(), "the body")
+
+
+def _object(text: str | bytes, what: str) -> Json:
+    body = parse_json(text, what)
+    if not isinstance(body, dict):
+        raise ApiError(400, f"{what} must be a JSON object, got {type(body).__name__}")
+    return body
+
+
+JsonBody = Annotated[Json, Depends(_json)]
+"""A route's parameter of this type receives the body, a JSON object."""
+MetaHeader = Annotated[Json, Depends(_meta)]
+"""A route's parameter of this type receives the X-Meta header, a JSON object."""
+
+
+# Leases
+
+
+@nninteractive.get("/capabilities")
+async def capabilities(service: SharedService) -> Json:
+    """Which prompts are understood."""
+    model = service.options.model
+    spec = await service.registry.queue.run("capabilities", lambda: service.registry.model(model).spec)
+    drawn = dict.fromkeys(("points", "bbox2d", "scribble", "lasso"), "point" in spec.prompts)
+    return {
+        "supported_interactions": {**drawn, "bbox3d": "box" in spec.prompts},
+        "channel_mapping": {},
+        "num_interaction_channels": 0,
+        "supports_initial_label": True,
+        "supports_zero_shot_label_refinement": True,
+        "preferred_scribble_thickness": [2, 2, 2],
+        "interaction_decay": None,
+        "patch_size": list(spec.input_shape_zyx),
+        "do_autozoom": True,
+        "inference_session_version": PROTOCOL_VERSION,
+        "license": licence_of(model),
+        "supports_undo": True,
+    }
+
+
+@nninteractive.post("/claim")
+async def claim(request: Request, service: SharedService) -> Json:
+    """Claim a lease."""
+    limits, entry = service.options.limits, service.registry.create()
+    Lease(entry, service, request).state = LeaseState()
+    return {
+        "lease_token": entry.id,
+        "idle_timeout_seconds": limits.idle_seconds,
+        "liveness_timeout_seconds": limits.liveness_seconds,
+        "max_sessions": limits.loaded,
+    }
+
+
+@nninteractive.post("/release")
+async def release(request: Request, service: SharedService, token: LeaseToken = None) -> dict[str, bool]:
+    """Return a lease; its session is kept until it is deleted through the REST API."""
+    try:
+        entry = (await _lease(request, service, token)).entry
+    except ApiError:
+        return {"released": True}
+    if entry.info is None:  # it was never used
+        await service.registry.delete(entry)
+    else:
+        await service.registry.queue.run(entry.id, entry.unload)
+    return {"released": True}
+
+
+@nninteractive.post("/heartbeat")
+async def heartbeat(lease: OneLease) -> dict[str, float]:
+    """The client is still there."""
+    lease.entry.seen = time.monotonic()
+    return {"remaining_seconds": lease.remaining_seconds}
+
+
+@nninteractive.get("/lease_status")
+async def lease_status(lease: OneLease) -> dict[str, float]:
+    """Seconds until the session is unloaded."""
+    idle = lease.service.options.limits.idle_seconds
+    return {"remaining_seconds": lease.remaining_seconds, "idle_timeout_seconds": idle}
+
+
+# The image, and the client's result
+
+
+@nninteractive.post("/set_image")
+async def set_image(request: Request, lease: OneLease, meta: MetaHeader) -> Json:
+    """The image, an array of one channel and three axes."""
+    service, image = lease.service, lease.entry.folder / _IMAGE
+    async with service.uploads:
+        array = await _array(request, service)
+        if array.ndim != 4 or array.shape[0] != 1:
+            raise ApiError(400, f"image must have one channel and three axes, (1, X, Y, Z), got {array.shape}")
+        shape: IntTriple = (array.shape[1], array.shape[2], array.shape[3])
+        stored = array[0].astype(_STORED.get(array.dtype.name, array.dtype), copy=False)
+        incoming = image.with_name("incoming.nii")  # the session may still read the earlier image
+        await asyncio.to_thread(write_volume, incoming, stored, arrays.grid_of(shape, meta.get("image_properties")))
+        del array, stored
+
+    def job() -> None:
+        incoming.replace(image)
+        info = SessionInfo(str(image), "array", service.options.model, kind="nninteractive")
+        service.registry.set_image(lease.entry, info)
+        lease.state = LeaseState(shape=shape)
+
+    await service.registry.queue.run(lease.entry.id, job, request.is_disconnected)
+    try:
+        await lease.run(lambda session: None)
+    except InputError:
+        lease.state = LeaseState()
+        raise
+    return {"original_image_shape": [1, *shape]}
+
+
+@nninteractive.post("/set_target_buffer")
+async def set_target_buffer(lease: OneLease, body: JsonBody) -> Json:
+    """Shape and type of the client's result array."""
+    state, dtype = lease.state, str(body.get("dtype"))
+    if state.shape is None or body.get("shape") != list(state.shape):
+        got = str(body.get("shape"))[:80]
+        raise ApiError(400, f"the target must have the image's shape {state.shape}, got {got}")
+    if dtype not in arrays.DTYPES or np.dtype(dtype).kind not in "biu":
+        raise ApiError(400, f"the target must be of bool or an integer type, got {dtype[:40]!r}")
+    lease.state = replace(state, target=dtype)
+    return {}
+
+
+@nninteractive.post("/set_do_autozoom")
+async def set_do_autozoom(lease: OneLease, body: JsonBody) -> dict[str, bool]:
+    """Accepted without effect: the model always follows the object."""
+    _flag(body, "do_autozoom")
+    return {"do_autozoom": True}
+
+
+@nninteractive.post("/reset_interactions")
+async def reset_interactions(lease: OneLease) -> Json:
+    """Begin a new object."""
+
+    def job() -> None:
+        state = lease.state
+        lease.state = replace(state, object_id=state.object_id + bool(state.steps), steps=())
+
+    await lease.service.registry.queue.run(lease.entry.id, job, lease.request.is_disconnected)
+    return {}
+
+
+# Interactions
+
+
+@nninteractive.post("/add_point_interaction")
+async def add_point(lease: OneLease, body: JsonBody) -> Response:
+    """A click."""
+    prompt = arrays.point_prompt(body.get("coordinates"), _flag(body, "include_interaction"))
+    return await lease.interact(lambda _: [prompt], _flag(body, "run_prediction", True))
+
+
+@nninteractive.post("/add_bbox_interaction")
+async def add_bbox(lease: OneLease, body: JsonBody) -> Response:
+    """A box."""
+    include, box = _flag(body, "include_interaction"), body.get("bbox_coords")
+    return await lease.interact(
+        lambda shape: [arrays.box_prompt(box, include, shape)], _flag(body, "run_prediction", True)
+    )
+
+
+@nninteractive.post("/add_scribble_interaction")
+async def add_scribble(request: Request, lease: OneLease, meta: MetaHeader) -> Response:
+    """A scribble, drawn into a mask."""
+    return await _add_drawn(request, lease, meta, arrays.scribble_prompts)
+
+
+@nninteractive.post("/add_lasso_interaction")
+async def add_lasso(request: Request, lease: OneLease, meta: MetaHeader) -> Response:
+    """A lasso, drawn into a mask."""
+    return await _add_drawn(request, lease, meta, arrays.lasso_prompts)
+
+
+async def _add_drawn(
+    request: Request, lease: Lease, meta: Json, translate: Callable[[NDArray[np.bool_], IntTriple, bool], list[Prompt]]
+) -> Response:
+    include, box = _flag(meta, "include_interaction"), meta.get("interaction_bbox")
+    mask = await _array(request, lease.service)
+    return await lease.interact(
+        lambda shape: translate(*arrays.drawn_region(mask, box, shape), include), _flag(meta, "run_prediction", True)
+    )
+
+
+@nninteractive.post("/add_initial_seg_interaction")
+async def add_initial_seg(request: Request, lease: OneLease, meta: MetaHeader) -> Response:
+    """A segmentation to start from; replaces earlier prompts."""
+    mask = await _array(request, lease.service)
+    return await lease.interact(lambda shape: [arrays.mask_prompt(mask, shape)], _flag(meta, "run_prediction", False))
+
+
+@nninteractive.post("/predict")
+async def predict(lease: OneLease) -> Response:
+    """Predict with the prompts that were added without a prediction."""
+
+    def job(session: Session) -> tuple[MaskUpdate | None, str | None]:
+        state = lease.state
+        if not state.steps:
+            return None, state.target
+        update = session.predict(state.object_id)
+        lease.state = replace(state, steps=(*state.steps[:-1], state.steps[-1] + 1))
+        lease.service.metrics.predictions.observe(update.seconds)
+        return update, state.target
+
+    return await lease.answer(job)
+
+
+@nninteractive.post("/undo")
+async def undo(lease: OneLease) -> Response:
+    """Undo the last interaction; repeatable until the first."""
+
+    def job(session: Session) -> tuple[MaskUpdate | None, str | None]:
+        state = lease.state
+        if not state.steps:
+            return None, state.target
+        updates = [u for u in (session.undo() for _ in range(state.steps[-1])) if u is not None]
+        lease.state = replace(state, steps=state.steps[:-1])
+        return _combined(session, updates, state.object_id), state.target
+
+    return await lease.answer(job)
+
+
+# What requests hold
+
+
+async def _array(request: Request, service: Service) -> NDArray:
+    body = await request.body()
+    array = await asyncio.to_thread(arrays.unpack_array, body, service.options.images.voxels)
+    if array.dtype.kind == "f" and not math.isfinite(float(array.sum(dtype=np.float64)) if array.size else 0.0):
+        raise InputError("the array holds NaN or infinite values; replace them with the background value")
+    return array
+
+
+def _flag(body: Json, key: str, default: bool | None = None) -> bool:
+    value = body.get(key, default)
+    if not isinstance(value, bool):
+        raise ApiError(400, f"{key} must be true or false, got {str(value)[:40]}")
+    return value

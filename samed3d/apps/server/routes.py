@@ -1,0 +1,367 @@
+"""The REST API under ``/api``. OpenAPI describes it at ``/docs``.
+
+The answer to every change holds what changed (``updates``, the masks inside the changed boxes) and the session as it is
+then. A request may name the ``revision`` that it has seen; if another client has changed the session since, the answer
+is 409 and nothing happens. Images from clients are checked in ``files.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import FileResponse
+
+from samed3d.apps.server.files import (
+    FORMATS,
+    accept,
+    confined,
+    exported,
+    exporting,
+    receive,
+    safe_name,
+    suffix_of,
+    write_example,
+)
+from samed3d.apps.server.security import ApiError
+from samed3d.apps.server.service import (
+    Json,
+    OneSession,
+    SessionWork,
+    SharedService,
+    prompt_from_client,
+    session_to_json,
+    update_to_json,
+    whole_mask_to_json,
+)
+from samed3d.apps.server.sessions import VIEWED, SessionInfo, read_info
+from samed3d.inference.session import MaskUpdate, Session
+from samed3d.volume import write_volume
+
+API_VERSION = 1
+_BINARY = "application/octet-stream"
+
+api = APIRouter(prefix="/api")
+_SESSION = "/sessions/{session_id}"
+_OBJECT = _SESSION + "/objects/{object_id}"
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class OpenBody(_Body):
+    """Which image to open: a path in one of the server's folders, or the example."""
+
+    path: str | None = None
+    example: bool = False
+    model: str | None = None
+    channel: int | None = Field(None, ge=0)
+    series: str | None = None
+
+
+class EditBody(_Body):
+    """Any change of a session; it may name the revision that the client has seen."""
+
+    revision: int | None = None
+
+
+class MoveBody(EditBody):
+    """The prompt that replaces another one."""
+
+    prompt: Json
+
+
+class PromptBody(MoveBody):
+    """A prompt as in a prompt file, with its space (ijk by default)."""
+
+    object_id: int = Field(1, ge=1, le=65535)
+    name: str | None = Field(None, max_length=200)
+
+
+class NewObjectBody(EditBody):
+    """A new object."""
+
+    name: str | None = Field(None, max_length=200)
+
+
+class ObjectBody(EditBody):
+    """The properties of an object that change."""
+
+    name: str | None = Field(None, min_length=1, max_length=200)
+    colour: str | None = Field(None, pattern="^#[0-9a-fA-F]{6}$")
+    visible: bool | None = None
+    locked: bool | None = None
+
+
+class RuleBody(EditBody):
+    """Whether other objects are background for a prediction."""
+
+    others_are_negative: bool
+
+
+# Sessions
+
+
+@api.get("/about", tags=["server"])
+async def about(service: SharedService) -> Json:
+    """Models, export formats and folders."""
+    from samed3d import __version__
+
+    return {
+        "api": API_VERSION,
+        "version": __version__,
+        "models": service.models,
+        "formats": [{"id": key, "name": name} for key, (_, name) in FORMATS.items()],
+        "roots": [str(root) for root in service.options.roots],
+        "example": True,
+    }
+
+
+@api.get("/sessions", tags=["sessions"])
+async def sessions(service: SharedService) -> list[Json]:
+    """All sessions, the newest first."""
+    registry = service.registry
+    loaded = {entry.id for entry in registry.loaded()}
+
+    def listed() -> list[Json]:
+        infos = ((session_id, read_info(registry.folder / session_id)) for session_id in registry.stored())
+        return [
+            {
+                "id": session_id,
+                **{key: getattr(info, key) for key in ("name", "model", "kind", "created")},
+                "loaded": session_id in loaded,
+            }
+            for session_id, info in infos
+            if info is not None
+        ]
+
+    return sorted(await asyncio.to_thread(listed), key=lambda s: str(s["created"]), reverse=True)
+
+
+@api.post("/sessions", tags=["sessions"], status_code=201)
+async def open_session(body: OpenBody, request: Request, service: SharedService) -> Json:
+    """Open an image by path, or the example."""
+    if (body.path is None) == (not body.example):
+        raise ApiError(400, "give either path or example: true")
+    model = service.model_name(body.model)
+    if body.path is not None:
+        image = await asyncio.to_thread(confined, body.path, service.options.roots, service.options.images)
+        entry = service.registry.create()
+        name = image.name[:200]
+    else:
+        entry = service.registry.create()
+        image = await asyncio.to_thread(write_example, entry.folder)
+        name = "example"
+    info = SessionInfo(str(image), name, model, body.channel, body.series)
+    return await service.open(entry, info, request, lambda session: session_to_json(entry, session))
+
+
+@api.post(
+    "/sessions/upload",
+    tags=["sessions"],
+    status_code=201,
+    openapi_extra={"requestBody": {"required": True, "content": {_BINARY: {"schema": {"format": "binary"}}}}},
+)
+async def upload(
+    request: Request,
+    service: SharedService,
+    name: Annotated[str, Query(max_length=500)],
+    model: str | None = None,
+    channel: Annotated[int | None, Query(ge=0)] = None,
+    series: str | None = None,
+) -> Json:
+    """Open an image that is the body of the request (.nii .nii.gz .nrrd .mha, or .zip of a DICOM folder)."""
+    model, options = service.model_name(model), service.options
+    file_name = f"upload_{safe_name(name)}"  # never the name of a file of the server
+    entry = service.registry.create()
+    try:
+        async with service.uploads:
+            file = entry.folder / file_name
+            await receive(request.stream(), file)
+            image = await asyncio.to_thread(accept, file, options.images, options.access.largest_upload)
+    except BaseException:
+        await service.registry.delete(entry)
+        raise
+    info = SessionInfo(str(image), name[:200], model, channel, series)
+    return await service.open(entry, info, request, lambda session: session_to_json(entry, session))
+
+
+@api.get(_SESSION, tags=["sessions"])
+async def read_session(work: OneSession) -> Json:
+    """A session, which is loaded if necessary."""
+    return await work.run(lambda s: session_to_json(work.entry, s))
+
+
+@api.delete(_SESSION, tags=["sessions"], status_code=204)
+async def delete_session(work: OneSession) -> Response:
+    """Delete a session with its prompts."""
+    await work.service.registry.delete(work.entry)
+    return Response(status_code=204)
+
+
+# Prompts and objects
+
+
+async def edited(
+    work: SessionWork, revision: int | None, change: Callable[[Session], object], timed: bool = True
+) -> Json:
+    """Change a session.
+
+    Args:
+        work: The session.
+        revision: The one that the client has seen, or None.
+        change: The change; where it returns a ``MaskUpdate``, the answer holds it.
+        timed: Whether the prediction's duration goes into the metrics.
+    """
+
+    def job(session: Session) -> Json:
+        update = change(session)
+        body: Json = {"seconds": 0.0, "prompt_id": None, "updates": []}
+        if isinstance(update, MaskUpdate):
+            body = {"seconds": round(update.seconds, 4), "prompt_id": update.prompt_id, "updates": []}
+            if update.changed:
+                body["updates"] = [update_to_json(update.object_id, update.region, update.mask)]
+            if timed:
+                work.service.metrics.predictions.observe(update.seconds)
+        return {**body, "session": session_to_json(work.entry, session)}
+
+    return await work.run(job, revision)
+
+
+@api.post(_SESSION + "/prompts", tags=["prompts"])
+async def add_prompt(work: OneSession, body: PromptBody) -> Json:
+    """Add a prompt to an object."""
+    prompt = prompt_from_client(body.prompt)
+    return await edited(work, body.revision, lambda s: s.add(prompt, body.object_id, body.name))
+
+
+_PROMPT = _SESSION + "/prompts/{prompt_id}"
+
+
+@api.put(_PROMPT, tags=["prompts"])
+async def move_prompt(work: OneSession, prompt_id: int, body: MoveBody) -> Json:
+    """Replace a prompt; the later ones are predicted again."""
+    prompt = prompt_from_client(body.prompt)
+    return await edited(work, body.revision, lambda s: s.move(prompt_id, prompt))
+
+
+@api.delete(_PROMPT, tags=["prompts"])
+async def remove_prompt(work: OneSession, prompt_id: int, revision: int | None = None) -> Json:
+    """Remove a prompt; the later ones are predicted again."""
+    return await edited(work, revision, lambda s: s.remove(prompt_id))
+
+
+@api.post(_SESSION + "/undo", tags=["prompts"])
+async def undo(work: OneSession, body: EditBody | None = None) -> Json:
+    """Undo the last change."""
+    return await edited(work, body.revision if body else None, lambda s: s.undo(), timed=False)
+
+
+@api.post(_SESSION + "/redo", tags=["prompts"])
+async def redo(work: OneSession, body: EditBody | None = None) -> Json:
+    """Redo the last change."""
+    return await edited(work, body.revision if body else None, lambda s: s.redo(), timed=False)
+
+
+@api.post(_SESSION + "/objects", tags=["objects"])
+async def new_object(work: OneSession, body: NewObjectBody | None = None) -> Json:
+    """A new, empty object."""
+    revision, name = (body.revision, body.name) if body else (None, None)
+    return await edited(work, revision, lambda s: s.new_object(name))
+
+
+@api.patch(_OBJECT, tags=["objects"])
+async def edit_object(work: OneSession, object_id: int, body: ObjectBody) -> Json:
+    """Name, colour, visibility, lock."""
+    changes = body.model_dump(exclude_none=True, exclude={"revision"})
+    if not changes:
+        raise ApiError(400, "give what changes: name, colour, visible or locked")
+    return await edited(work, body.revision, lambda s: s.edit_object(object_id, **changes))
+
+
+@api.delete(_OBJECT, tags=["objects"])
+async def remove_object(work: OneSession, object_id: int, revision: int | None = None) -> Json:
+    """Remove an object with its prompts (undo brings it back)."""
+    return await edited(work, revision, lambda s: s.remove_object(object_id))
+
+
+@api.put(_SESSION + "/rule", tags=["objects"])
+async def set_rule(work: OneSession, body: RuleBody) -> Json:
+    """Whether other objects are background for a prediction."""
+    return await edited(work, body.revision, lambda s: setattr(s, "others_are_negative", body.others_are_negative))
+
+
+# Results
+
+
+@api.get(_SESSION + "/masks", tags=["results"])
+async def masks(work: OneSession) -> Json:
+    """The masks of all objects, each in its box."""
+    return {
+        "updates": await work.run(
+            lambda s: [whole_mask_to_json(o.id, s.mask_of(o.id)) for o in s.objects() if o.voxels]
+        )
+    }
+
+
+@api.get(_OBJECT + "/mask", tags=["results"])
+async def mask(work: OneSession, object_id: int) -> Json:
+    """One object's mask, in its box."""
+    return await asyncio.to_thread(whole_mask_to_json, object_id, await work.run(lambda s: s.mask_of(object_id)))
+
+
+@api.get(_OBJECT + "/probability.nii.gz", tags=["results"])
+async def probability(work: OneSession, object_id: int) -> Response:
+    """Probability, 0 to 255, as NIfTI."""
+    found, grid = await work.run(lambda s: (s.probability(object_id), s.volume.grid))
+
+    def file() -> bytes:
+        with tempfile.TemporaryDirectory(dir=work.service.options.sessions) as folder:
+            write_volume(Path(folder) / "p.nii", np.rint(found * 255.0).astype(np.uint8), grid)
+            return gzip.compress((Path(folder) / "p.nii").read_bytes(), 1, mtime=0)
+
+    return Response(await asyncio.to_thread(file), media_type="application/gzip")
+
+
+@api.get(_SESSION + "/image.nii.gz", tags=["results"], response_class=FileResponse)
+async def image(work: OneSession) -> FileResponse:
+    """The image as NIfTI, on its own grid."""
+    volume = await work.run(lambda s: s.volume)
+    target = work.entry.folder / VIEWED
+    if not target.exists():
+        async with work.service.uploads:
+            await asyncio.to_thread(write_volume, target, volume.array, volume.grid)
+    return FileResponse(target, media_type="application/gzip", filename="image.nii.gz")
+
+
+@api.get(_SESSION + "/suggest", tags=["results"])
+async def suggest(work: OneSession, object_id: int | None = None) -> Json:
+    """Where the model is least certain."""
+    point = await work.run(lambda s: s.suggest_click(object_id))
+    return {"at": list(point.at), "positive": point.positive, "space": point.space}
+
+
+@api.get(_SESSION + "/report", tags=["results"])
+async def report(work: OneSession) -> Json:
+    """Versions, prompts, timings, voxels and volumes."""
+    return await work.run(lambda s: s.report())
+
+
+@api.get(_SESSION + "/export", tags=["results"], response_class=FileResponse)
+async def export(work: OneSession, format: str = "nifti") -> FileResponse:
+    """The result as a file."""
+    suffix = suffix_of(format)
+    name = Path(work.entry.info.name if work.entry.info else "image").name.split(".")[0]
+    stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:80] or "image"
+    with exporting(work.service.options.sessions) as folder:
+        target = folder / f"segmentation{suffix}"
+        await work.run(lambda s: s.export(target, format))
+        return exported(target, f"{stem}_segmentation{suffix}")
