@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from samed3d.clicks import next_click
 from samed3d.data.phantom import anatomical_phantom
+from samed3d.devices import pick_device
 from samed3d.drawing import write_preview
 from samed3d.errors import InputError
 from samed3d.geometry import zyx_to_ijk
-from samed3d.inference.session import Session, pick_device
+from samed3d.inference.session import Session
 from samed3d.metrics import dice
 from samed3d.models import load_promptable
 from samed3d.prompts import Point, dump_prompts

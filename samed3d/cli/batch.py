@@ -19,9 +19,9 @@ def segment_list(
     Raises:
         InputError: if the list cannot be used, or an image of it failed; the others are done all the same.
     """
+    from samed3d.devices import pick_device
     from samed3d.inference.batch import REPORT, read_jobs, run_jobs
     from samed3d.inference.mask_files import FORMATS
-    from samed3d.inference.session import pick_device
     from samed3d.models import load_promptable
 
     if format is not None and format not in FORMATS:

@@ -170,9 +170,9 @@ def _sessions() -> Iterator[Check]:
 
 
 def _ports() -> Iterator[Check]:
-    from samed3d.cli import app, serve
+    from samed3d.cli.serve import APP_PORT, SERVE_PORT
 
-    for command, port in (("app", app.DEFAULT_PORT), ("serve", serve.DEFAULT_PORT)):
+    for command, port in (("app", APP_PORT), ("serve", SERVE_PORT)):
         with socket.socket() as probe:
             used = probe.connect_ex(("127.0.0.1", port)) == 0
         remedy = f"another program, or another samed3d, listens there; use samed3d {command} --port N" if used else ""

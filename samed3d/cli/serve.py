@@ -67,7 +67,7 @@ def serve(
     for folder in root or []:
         check_exists(folder, "--root")
     options = ServerOptions(
-        sessions=sessions or _default_sessions(),
+        sessions=sessions or default_sessions(),
         roots=tuple(folder.resolve() for folder in root or []),
         model=model,
         models=tuple(also or []),
@@ -118,7 +118,7 @@ def app(
         read_volume(volume)  # an image that cannot be opened is refused here, not in the page
         roots.append(volume.resolve() if volume.is_dir() else volume.resolve().parent)
     options = ServerOptions(
-        sessions=sessions or _default_sessions(),
+        sessions=sessions or default_sessions(),
         roots=tuple(roots),
         model=model,
         models=tuple(also or []),
@@ -164,7 +164,7 @@ def _check_installed() -> None:
 
 def _check_models(options: ServerOptions) -> None:
     """Refuse a missing model or device at the start instead of at the first click."""
-    from samed3d.inference.session import pick_device
+    from samed3d.devices import pick_device
     from samed3d.models import load_promptable
 
     pick_device(options.device)
@@ -182,6 +182,7 @@ def _read_token(file: Path | None) -> str:
         raise InputError(f"--token-file cannot be read: {file} ({error.strerror})") from error
 
 
-def _default_sessions() -> Path:
+def default_sessions() -> Path:
+    """Where sessions are kept unless the user chooses another folder."""
     base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
     return Path(base) / "samed3d" / "sessions"
