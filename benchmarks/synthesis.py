@@ -15,8 +15,8 @@ from functools import partial
 
 import torch
 
-from samed3d.data.random_shapes import KINDS
-from samed3d.data.synthesis import random_labels, render, synthetic_case
+from samed3d.data.random_shapes import KINDS, random_labels
+from samed3d.data.synthesis import render, synthetic_case
 
 
 def seconds_each(make: Callable[[], object], repeats: int) -> float:

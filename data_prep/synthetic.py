@@ -1,7 +1,7 @@
 """Generated cases as a source like any other: listed by number, loaded by making them. Same seed, same corpus.
 
 So they are stored, resumed, spread over processes and shown like real ones. What is made:
-``samed3d/data/generated.py``.
+``samed3d/data/synthesis.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from data_prep.cases import LabelLayer, Problem, RawArrays, RawCase, Reader, SourceFacts
 from data_prep.readers import find_sources, load_case
 from data_prep.resample import resample_labels, target_shape
-from samed3d.data.generated import GENERATED_KINDS, generated_case
+from samed3d.data.synthesis import GENERATED_KINDS, generated_case
 from samed3d.errors import InputError
 from samed3d.geometry import CanonicalView, Grid, as_triple
 from samed3d.volume import Volume

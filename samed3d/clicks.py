@@ -88,8 +88,8 @@ def next_click(
         return None
     if rng is None and policy != "centre":
         raise InputError(f"click policy {policy!r} needs a random generator")
-    masks = (torch.from_numpy(np.ascontiguousarray(mask[region.slices]))[None] for mask in (pred, target))
-    candidates = click_candidates(*masks, torch.tensor([POLICIES.index(policy)]))
+    cut, wanted = (torch.from_numpy(np.ascontiguousarray(mask[region.slices]))[None] for mask in (pred, target))
+    candidates = click_candidates(cut, wanted, torch.tensor([POLICIES.index(policy)]))
     rank = 0 if rng is None or policy == "centre" else int(rng.integers(int(candidates.sum())))
     flat = int(_nth_voxel(candidates, torch.tensor([rank])))
     at = np.unravel_index(flat, region.shape_zyx)

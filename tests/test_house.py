@@ -242,7 +242,8 @@ def test_no_star_import_no_print_and_no_global_seed():
     seeds = dict.fromkeys(
         ["torch.cuda.manual_seed_all", "np.random.seed", "numpy.random.seed", "random.seed", "set_seed"], ()
     )
-    seeds["torch.manual_seed"] = ("samed3d.training.loop",)
+    # torchio draws from torch's own generator; the state is put back after each sample.
+    seeds["torch.manual_seed"] = ("samed3d.training.loop", "samed3d.data.transforms")
     for module, tree in TREES.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom):

@@ -228,8 +228,8 @@ def test_structures_of_two_layers_are_read_from_their_own(tmp_path):
     )
     dataset = CropDataset(config(store_corpus(tmp_path), fill=(0.9, 0.9), crop=(16, 16, 16)), 1, seed=0)
     for choice in dataset.real:
-        crop, _, target = dataset._cut(choice, np.random.default_rng(0))
-        brightness = float(crop[target].mean())
+        crop = dataset._cut(choice, np.random.default_rng(0))
+        brightness = float(crop.image[0][crop.target].mean())
         assert brightness > 110 if choice[2].name == "tumor" else brightness < 70
 
 

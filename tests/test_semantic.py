@@ -153,7 +153,7 @@ def test_what_no_case_holds_is_refused(corpus):
         InputError, match=r"in_channels must be the number of images per case, got 2; the corpus has \[1\]"
     ):
         dataset(corpus, channels=2)
-    with pytest.raises(InputError, match=r"data.corpus must hold labelled images for an automatic model"):
+    with pytest.raises(InputError, match=r"data.corpus must hold labelled images for a semantic segmentation model"):
         class_names(data(corpus, hold_out=["s"]))
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from samed3d.data.random_shapes import KINDS, MAX_STRUCTURES, noise_field
-from samed3d.data.synthesis import deform_labels, random_labels, render, synthetic_case
+from samed3d.data.random_shapes import KINDS, MAX_STRUCTURES, noise_field, random_labels
+from samed3d.data.synthesis import deform_labels, render, synthetic_case
 from samed3d.errors import InputError
 
 SHAPE = (20, 28, 24)

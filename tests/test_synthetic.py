@@ -10,7 +10,7 @@ from data_prep.pipeline import prepare
 from data_prep.synthetic import SyntheticReader
 from samed3d.cli import main
 from samed3d.data.corpus import Corpus
-from samed3d.data.generated import GENERATED_KINDS, generated_case
+from samed3d.data.synthesis import GENERATED_KINDS, generated_case
 from samed3d.errors import InputError
 from tests.corpus_sources import EVERYTHING, make_source, tree
 

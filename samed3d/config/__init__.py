@@ -1,9 +1,6 @@
-"""What a training run is told: frozen dataclasses, read from YAML, changed by dotted overrides.
+"""The training config: frozen dataclasses (``sections.py``), read from YAML with dotted overrides (``reading.py``)."""
 
-The keys are in ``config/sections.py``, the reading in ``config/reading.py``.
-"""
-
-from samed3d.config.reading import config_of, load_config, to_dict
+from samed3d.config.reading import config_of, load_config, nearest_name, to_dict
 from samed3d.config.sections import (
     ClickConfig,
     DataConfig,
@@ -26,5 +23,6 @@ __all__ = [
     "ValidationConfig",
     "config_of",
     "load_config",
+    "nearest_name",
     "to_dict",
 ]

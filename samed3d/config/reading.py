@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -50,6 +50,13 @@ def config_of(cls: type[T], tree: Mapping[str, Any]) -> T:
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as plain dicts and lists, ready for YAML or JSON; ``load_config`` reads it back to an equal object."""
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def nearest_name(name: object, known: Iterable[str], prefix: str = "") -> str:
+    """The remedy for an unknown name: the nearest known one, or all."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+    return f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
 
 
 def _plain(value: Any) -> Any:
@@ -113,13 +120,9 @@ def _build(cls: type[T], tree: Any, prefix: str) -> T:
     for key, value in tree.items():
         dotted = f"{prefix}.{key}" if prefix else str(key)
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
-            remedy = (
-                f"did you mean {f'{prefix}.' if prefix else ''}{near[0]}?"
-                if near
-                else f"known here: {', '.join(hints)}"
+            raise InputError(
+                f"unknown config key {dotted!r}; {nearest_name(key, hints, f'{prefix}.' if prefix else '')}"
             )
-            raise InputError(f"unknown config key {dotted!r}; {remedy}")
         values[key] = _coerce(value, hints[key], dotted)
     return cls(**values)
 

@@ -1,17 +1,18 @@
-"""Training samples: one crop and one target per index, the same for the same seed and index whatever the worker or the
-order.
+"""Training samples: one crop and one target per index, the same for the same seed and index in any worker and order.
 
-The crop follows the object: the object fills a drawn share of it, the crop's middle lies anywhere between the object's
-middle and a random voxel of it, so no centre prior can be learned. ``data.spacing_mm`` and ``data.placement`` give
-crops of one spacing, centred, as SAM-Med3D was trained. Generated samples come from ``synthesis.py``, from random
-shapes or from a corpus's label maps. Read ``training/loop.py`` next.
+The crop follows the object: the object fills a drawn share of it, and the crop's middle lies anywhere between the
+object's middle and a random voxel of it, so that no centre prior can be learned. ``data.spacing_mm`` and
+``data.placement`` give crops of one spacing, centred, as SAM-Med3D was trained. Generated samples come from
+``synthesis.py``, from random shapes or from a corpus's label maps. Read ``training/step.py`` next.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,14 @@ from samed3d.crops import normalise, sample_crop
 from samed3d.data.augment import augment_intensity, orient
 from samed3d.data.corpus import GROUP_SEPARATOR, CaseRecord, Corpus, LabelRecord, in_validation
 from samed3d.data.synthesis import synthetic_case
+from samed3d.data.transforms import SampleTransforms
 from samed3d.errors import InputError
-from samed3d.geometry import CropFrame, as_triple
+from samed3d.geometry import CropFrame, Triple, as_triple
 
 logger = logging.getLogger(__name__)
 
 MIN_TARGET_VOXELS = 20
-"""A target with fewer crop voxels is drawn again: a click would be all there is."""
+"""A target with fewer crop voxels is drawn again: one click would cover it."""
 ATTEMPTS = 20
 UNION_PROBABILITY = 0.1
 """Chance that a target is the union of several structures of the case (a whole organ of parts, a whole brain)."""
@@ -42,17 +44,17 @@ LABELMAP_SHARE = 0.5
 """Share of generated samples that paint a corpus's label map instead of random shapes, where the corpus has any."""
 
 Choice = tuple[Corpus, CaseRecord, LabelRecord]
+Sample = dict[str, Tensor | str | int]
 
 
 @dataclass(frozen=True)
 class Weighting:
-    """How often a structure is drawn, as powers: 1 is in proportion, 0 makes all alike, between tames the frequent.
+    """Exponents that set how often a structure is drawn: 1 is in proportion, 0 makes all alike.
 
     Attributes:
-        source: Of a source's number of structures, in the source's share.
-        category: Of a category's number of structures within its source, in the category's share.
-        size: Of a structure's number of voxels, among those of its category; above 0 prefers large ones, below small
-            ones.
+        source: For a source's number of structures.
+        category: For a category's number of structures within its source.
+        size: For a structure's volume within its category: above 0 prefers large ones, below 0 small ones.
     """
 
     source: float = 0.5
@@ -60,22 +62,135 @@ class Weighting:
     size: float = 0.0
 
 
-class CropDataset(Dataset[dict[str, Tensor | str | int]]):
-    """Index to sample: ``image`` (C, D, H, W) float32 normalised and ``target`` (1, D, H, W) bool, on the model's
-    tensor axes; ``case``, its id; ``index``, its number in the run; ``skipped``, the damaged cases met on the way to
-    it, one per line.
+@dataclass
+class RawCrop:
+    """A crop before augmentation and normalisation.
 
-    The sample depends on seed and index alone, so that ranks, workers and a resumed run draw the same. A case whose
-    file is damaged is reported once, kept in ``bad``, and another is drawn in its place.
+    Attributes:
+        image: (C, D, H, W) raw intensities.
+        inside: (D, H, W) bool, the voxels that belong to the volume.
+        target: (D, H, W) bool mask or class numbers.
+        spacing_zyx_mm: Of the crop's voxels.
+        case: None for a generated crop of random shapes.
+        painted: Whether the intensities are generated.
+    """
+
+    image: Tensor
+    inside: Tensor
+    target: Tensor
+    spacing_zyx_mm: Triple = (1.0, 1.0, 1.0)
+    case: CaseRecord | None = None
+    painted: bool = False
+
+
+Drawn = tuple[CaseRecord | None, Callable[[], RawCrop]]
+
+
+class SampleDataset(Dataset[Sample]):
+    """Base of the training datasets: index to sample, with augmentation and a replacement for damaged cases.
+
+    A sample has ``image`` (C, D, H, W) float32; ``target`` (1, D, H, W); ``case``, its id; ``index``, its number in the
+    run; ``skipped``, the damaged cases met on the way to it, one per line. It depends on seed and index alone, so that
+    processes, workers and a resumed run draw the same. A case whose file is damaged is reported once, kept in ``bad``,
+    and another is drawn in its place.
 
     Args:
-        config: What to draw. A corpus may carry a weight, ``folder=3``: it is drawn three times as often as it would
-            be.
-        length: Number of samples; indices from ``start`` on, so that a resumed run goes on where it stopped.
+        config: What to draw.
         seed: Of all randomness.
-        start: First index.
+        length: Number of samples.
+        start: Number of the first sample, so that a resumed run continues where it stopped.
+
+    Raises:
+        InputError: if ``data.transforms`` names no transform of torchio.
+    """
+
+    needs_target = False
+    """Whether a crop needs ``MIN_TARGET_VOXELS`` and its axes may be reordered."""
+
+    def __init__(self, config: DataConfig, seed: int, length: int, start: int = 0) -> None:
+        self.config, self.seed, self.length, self.start = config, seed, length, start
+        self.bad: dict[str, str] = {}
+        self.transforms = SampleTransforms(config.transforms) if config.transforms else None
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample of one index.
+
+        Raises:
+            InputError: if no usable target was found in many attempts.
+        """
+        number = self.start + index
+        rng = np.random.default_rng([self.seed, number])
+        skipped: list[str] = []
+        for _ in range(ATTEMPTS):
+            generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+            case, read = self._draw(rng, generator)
+            try:
+                crop = read()
+            # blosc2 and zlib report a damaged chunk in several ways
+            except (InputError, OSError, RuntimeError, ValueError) as error:
+                if case is None:
+                    raise
+                skipped.append(self._reported(case, error))
+                continue
+            image, target = self._tensors(self._augmented(crop, rng, generator))
+            if int(target.sum()) >= MIN_TARGET_VOXELS or not self.needs_target:
+                return {
+                    "image": image,
+                    "target": target[None],
+                    "case": crop.case.id if crop.case else "generated",
+                    "index": number,
+                    "skipped": "\n".join(skipped),
+                }
+        bad = f"; {len(self.bad)} cases are damaged, the last: {list(self.bad.values())[-1]}" if self.bad else ""
+        raise InputError(
+            f"no target of {MIN_TARGET_VOXELS} voxels in {ATTEMPTS} attempts at sample {number}; "
+            f"prepare the corpus with stricter rules, or use larger crops{bad}"
+        )
+
+    def _draw(self, rng: np.random.Generator, generator: torch.Generator) -> Drawn:
+        """The case that is drawn (None for random shapes), and a function that reads or makes its crop."""
+        raise NotImplementedError
+
+    def _tensors(self, crop: RawCrop) -> tuple[Tensor, Tensor]:
+        """Normalised image (C, D, H, W) and target (D, H, W)."""
+        raise NotImplementedError
+
+    def _augmented(self, crop: RawCrop, rng: np.random.Generator, generator: torch.Generator) -> RawCrop:
+        if self.transforms is not None:
+            image, (inside, target) = self.transforms(
+                crop.image, [crop.inside, crop.target], crop.spacing_zyx_mm, int(rng.integers(2**62))
+            )
+            crop.image, crop.inside, crop.target = image, inside, target
+        full = self.config.augment == "full"
+        *channels, inside, target = orient(
+            [*crop.image, crop.inside, crop.target], rng, reorder=full and self.needs_target
+        )
+        if full and not crop.painted:
+            blur = self.config.blur_probability
+            channels = [augment_intensity(channel, inside, generator, blur) for channel in channels]
+        crop.image, crop.inside, crop.target = torch.stack(channels), inside, target
+        return crop
+
+    def _reported(self, case: CaseRecord, error: Exception) -> str:
+        if case.id not in self.bad:
+            self.bad[case.id] = f"{case.id} ({error})"
+            logger.warning("skipping a damaged case: %s", self.bad[case.id])
+        return self.bad[case.id]
+
+
+class CropDataset(SampleDataset):
+    """Samples of one structure each for promptable models; ``target`` is bool, on the model's tensor axes.
+
+    Args:
+        config: What to draw. A corpus may carry a weight, ``folder=3``: it is drawn three times as often.
+        length: Number of samples.
+        seed: Of all randomness.
+        start: Number of the first sample.
         normalisation: As in the model's spec.
-        weighting: How often sources, categories and sizes come.
+        weighting: How often sources, categories and sizes are drawn.
         tensor_axes: As in the model's spec.
         ct_clamp_hu: As in the model's spec; for cases of modality CT.
 
@@ -83,6 +198,8 @@ class CropDataset(Dataset[dict[str, Tensor | str | int]]):
         InputError: if a corpus has no case left for training, or none with a structure large enough at
             ``data.spacing_mm``.
     """
+
+    needs_target = True
 
     def __init__(
         self,
@@ -95,134 +212,78 @@ class CropDataset(Dataset[dict[str, Tensor | str | int]]):
         tensor_axes: str = "zyx",
         ct_clamp_hu: tuple[float, float] | None = None,
     ) -> None:
-        self.config, self.length, self.seed, self.start, self.normalisation = config, length, seed, start, normalisation
-        self.tensor_axes, self.ct_clamp_hu = tensor_axes, ct_clamp_hu
-        self.bad: dict[str, str] = {}
+        super().__init__(config, seed, length, start)
+        self.normalisation, self.tensor_axes, self.ct_clamp_hu = normalisation, tensor_axes, ct_clamp_hu
         real: list[tuple[float, Choice]] = []
         maps: list[tuple[float, Choice]] = []
-        for entry in config.corpus:
-            folder, weight = split_weight(entry)
-            corpus = Corpus(Path(folder))
-            for case in corpus.cases:
-                chosen = [
-                    (weight, (corpus, case, label))
-                    for label in case.labels
-                    if has_enough_voxels(case, label, config.spacing_mm)
-                ]
-                if not is_held_out(case, config):
-                    (real if case.has_image else maps).extend(chosen)
+        for weight, corpus, case in training_cases(config):
+            for label in case.labels:
+                if has_enough_voxels(case, label, config.spacing_mm):
+                    (real if case.has_image else maps).append((weight, (corpus, case, label)))
         if config.corpus and not real and config.synthetic_share < 1:
+            size = f" and data.spacing_mm, at which a structure needs {MIN_TARGET_VOXELS} voxels"
             raise InputError(
-                f"no labelled image is left for training in {', '.join(config.corpus)}; check data.hold_out, data.validation_share"
-                + (
-                    f" and data.spacing_mm, at which a structure needs {MIN_TARGET_VOXELS} voxels"
-                    if config.spacing_mm
-                    else ""
-                )
+                f"no labelled image is left for training in {', '.join(config.corpus)}; "
+                f"check data.hold_out, data.validation_share{size if config.spacing_mm else ''}"
             )
         self.real, self.real_ends = _weighted(real, weighting or Weighting())
         self.maps, self.map_ends = _weighted(maps, weighting or Weighting())
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, Tensor | str | int]:
-        """The sample of one index.
-
-        Raises:
-            InputError: if no usable target was found in many attempts.
-        """
-        rng = np.random.default_rng([self.seed, self.start + index])
-        skipped: list[str] = []
-        for _ in range(ATTEMPTS):
-            drawn = self._draw(rng, skipped)
-            if drawn is not None and int(drawn[1].sum()) >= MIN_TARGET_VOXELS:
-                image, target, case = drawn
-                return {
-                    "image": image,
-                    "target": target[None],
-                    "case": case,
-                    "index": self.start + index,
-                    "skipped": "\n".join(skipped),
-                }
-        bad = f"; {len(self.bad)} cases are damaged, the last: {list(self.bad.values())[-1]}" if self.bad else ""
-        raise InputError(
-            f"no target of {MIN_TARGET_VOXELS} voxels in {ATTEMPTS} attempts at sample {self.start + index}; "
-            f"prepare the corpus with stricter rules, or use larger crops{bad}"
-        )
-
-    def _draw(self, rng: np.random.Generator, skipped: list[str]) -> tuple[Tensor, Tensor, str] | None:
-        """Image, target and case, or None for a damaged case, which is added to ``skipped``."""
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    def _draw(self, rng: np.random.Generator, generator: torch.Generator) -> Drawn:
         painted = rng.random() < self.config.synthetic_share
-        choice = None
-        if painted:
-            if self.maps and rng.random() < LABELMAP_SHARE:
-                choice = self.maps[int(np.searchsorted(self.map_ends, rng.random(), side="right"))]
-        else:
-            choice = self.real[int(np.searchsorted(self.real_ends, rng.random(), side="right"))]
-        try:
-            if choice is None:
-                image, inside, target = self._invented(rng, generator)
-            else:
-                image, inside, target = self._painted(choice, rng, generator) if painted else self._cut(choice, rng)
-        except (
-            InputError,
-            OSError,
-            RuntimeError,
-            ValueError,
-        ) as error:  # blosc2 and zlib report a damaged chunk in several ways
-            if choice is None:
-                raise
-            skipped.append(self._reported(choice[1], error))
-            return None
-        full = self.config.augment == "full"
-        image, inside, target = orient([image, inside, target], rng, reorder=full)
-        if full and not painted:
-            image = augment_intensity(image, inside, generator, self.config.blur_probability)
-        is_ct = choice is not None and choice[1].modality.upper().startswith("CT")
-        image = normalise(image, inside, self.normalisation, self.ct_clamp_hu if is_ct else None)
+        if painted and not (self.maps and rng.random() < LABELMAP_SHARE):
+            return None, partial(self._random_shapes, rng, generator)
+        choices, ends = (self.maps, self.map_ends) if painted else (self.real, self.real_ends)
+        choice = choices[int(np.searchsorted(ends, rng.random(), side="right"))]
+        read = partial(self._painted_labels, choice, rng, generator) if painted else partial(self._cut, choice, rng)
+        return choice[1], read
+
+    def _tensors(self, crop: RawCrop) -> tuple[Tensor, Tensor]:
+        is_ct = crop.case is not None and crop.case.modality.upper().startswith("CT")
+        image = normalise(crop.image[0], crop.inside, self.normalisation, self.ct_clamp_hu if is_ct else None)
         if self.tensor_axes == "xyz":
-            image, target = image.permute(0, 3, 2, 1).contiguous(), target.permute(2, 1, 0).contiguous()
-        return image, target, choice[1].id if choice else "generated"
+            return image.permute(0, 3, 2, 1).contiguous(), crop.target.permute(2, 1, 0).contiguous()
+        return image, crop.target
 
-    def _reported(self, case: CaseRecord, error: Exception) -> str:
-        if case.id not in self.bad:
-            self.bad[case.id] = f"{case.id} ({error})"
-            logger.warning("skipping a damaged case: %s", self.bad[case.id])
-        return self.bad[case.id]
-
-    def _invented(self, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """A sample of random shapes with its exact mask: image, inside, target."""
+    def _random_shapes(self, rng: np.random.Generator, generator: torch.Generator) -> RawCrop:
         image, labels = synthetic_case(self.config.crop, generator)
         values = np.unique(labels.numpy())
         value = int(rng.choice(values[values > 0])) if (values > 0).any() else 0
         target = labels == value if value else torch.zeros_like(labels, dtype=torch.bool)
-        return image, torch.ones_like(target), target
+        return RawCrop(image[None], torch.ones_like(target), target, painted=True)
 
-    def _painted(
-        self, choice: Choice, rng: np.random.Generator, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """A sample painted on a real label map: image, inside, target."""
+    def _painted_labels(self, choice: Choice, rng: np.random.Generator, generator: torch.Generator) -> RawCrop:
+        """A generated image of a real label map."""
         corpus, case, label = choice
         frame = object_frame(case, label, self.config, rng)
-        drawn = _nearest(corpus.labels(case, label.layer), frame)
-        image, labels = synthetic_case(
-            frame.shape_zyx, generator, torch.from_numpy(drawn.astype(np.int16)), deform=True
-        )
+        given = torch.from_numpy(sample_labels(corpus.labels(case, label.layer), frame).astype(np.int16))
+        image, labels = synthetic_case(frame.shape_zyx, generator, given, deform=True)
         target = labels == label.value
-        return image, torch.ones_like(target), target
+        return RawCrop(image[None], torch.ones_like(target), target, crop_spacing(case, frame), case, painted=True)
 
-    def _cut(self, choice: Choice, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """A crop of a labelled image: image, inside, target."""
+    def _cut(self, choice: Choice, rng: np.random.Generator) -> RawCrop:
+        """A crop of a labelled image."""
         corpus, case, label = choice
         frame = object_frame(case, label, self.config, rng)
         values = [label.value]
         if rng.random() < UNION_PROBABILITY and len(case.labels) > 1:
             values = [r.value for r in case.labels if r is label or (rng.random() < 0.5 and r.layer == label.layer)]
-        crop, inside = sample_crop(corpus.image(case), frame)
+        image, inside = sample_crop(corpus.image(case), frame)
         target = sample_mask(corpus.labels(case, label.layer), values, frame) & inside
-        return crop, inside, target
+        return RawCrop(image[None], inside, target, crop_spacing(case, frame), case)
+
+
+def crop_spacing(case: CaseRecord, frame: CropFrame) -> Triple:
+    """Spacing of a crop's voxels, zyx in mm."""
+    return as_triple([step * mm for step, mm in zip(frame.step_zyx_vox, case.spacing_zyx_mm, strict=True)])
+
+
+def training_cases(config: DataConfig) -> Iterator[tuple[float, Corpus, CaseRecord]]:
+    """Every case that may be trained on, with its corpus and the corpus's weight."""
+    for entry in config.corpus:
+        folder, weight = split_weight(entry)
+        corpus = Corpus(Path(folder))
+        yield from ((weight, corpus, case) for case in corpus.cases if not is_held_out(case, config))
 
 
 def is_held_out(case: CaseRecord, config: DataConfig) -> bool:
@@ -232,21 +293,18 @@ def is_held_out(case: CaseRecord, config: DataConfig) -> bool:
 
 def in_validation_part(case: CaseRecord, config: DataConfig) -> bool:
     """Whether a case's subject, or one that shares an image with it, is on the validation side of the split."""
-    # Any member of the group: evaluation, which reads the sources and not the corpus, knows each only by its own name.
+    # Any member of the group counts: evaluation reads the sources, not the corpus, and knows each by its own name only.
     names = {case.subject, *filter(None, case.split_group.split(GROUP_SEPARATOR))}
     return any(in_validation(name, config.validation_share, config.split_seed) for name in names)
 
 
 def has_enough_voxels(case: CaseRecord, label: LabelRecord, spacing_mm: float) -> bool:
-    """Whether a structure has voxels enough for a click at a fixed spacing; at spacing 0 the crop follows it, however
-    small it is.
-    """
+    """Whether a structure has enough voxels at a fixed spacing; with spacing 0 the crop follows it, however small."""
     return not spacing_mm or label.voxels * math.prod(case.spacing_zyx_mm) / spacing_mm**3 >= MIN_TARGET_VOXELS
 
 
 def split_weight(entry: str) -> tuple[str, float]:
-    """A corpus entry of the config as folder and weight: ``corpora/a=3`` is drawn three times as often; 1 where none is
-    given.
+    """A corpus entry of the config as folder and weight: ``corpora/a=3`` is drawn three times as often; 1 is the default.
 
     Raises:
         InputError: if the weight is not a number above 0.
@@ -266,8 +324,8 @@ def split_weight(entry: str) -> tuple[str, float]:
 def object_frame(case: CaseRecord, label: LabelRecord, config: DataConfig, rng: np.random.Generator) -> CropFrame:
     """A crop in which the object fills a drawn share (log-uniform in ``config.fill``) of the edge, placed with jitter.
 
-    With ``config.spacing_mm`` the crop's voxels have that size instead; ``config.placement: centred`` puts the middle
-    of the object's box into the crop's middle.
+    With ``config.spacing_mm`` the crop's voxels have that size instead; with ``config.placement: centred`` the crop is
+    centred on the object's box.
     """
     spacing = case.spacing_zyx_mm
     if config.spacing_mm:
@@ -302,14 +360,12 @@ def sample_mask(labels: NDArray, values: list[int], frame: CropFrame) -> Tensor:
     return sample_crop(mask, moved)[0] > 0.5
 
 
-def _nearest(labels: NDArray, frame: CropFrame) -> NDArray:
-    """The label map on a frame by nearest neighbour; outside the volume is background. Reads only what lies under the
-    frame.
-    """
+def sample_labels(labels: NDArray, frame: CropFrame) -> NDArray:
+    """A label map on a frame by nearest neighbour, 0 outside the volume; reads only what lies under the frame."""
     index, inside, part = [], [], []
     for axis, size in enumerate(labels.shape):
         at = frame.origin_zyx_vox[axis] + (np.arange(frame.shape_zyx[axis]) + 0.5) * frame.step_zyx_vox[axis] - 0.5
-        voxel = np.clip(np.round(at).astype(int), 0, size - 1)
+        voxel = np.clip(np.floor(at + 0.5).astype(int), 0, size - 1)
         part.append(slice(int(voxel[0]), int(voxel[-1]) + 1))
         index.append(voxel - voxel[0])
         inside.append((at >= -0.5) & (at < size - 0.5))
@@ -317,12 +373,11 @@ def _nearest(labels: NDArray, frame: CropFrame) -> NDArray:
 
 
 def _weighted(choices: list[tuple[float, Choice]], weighting: Weighting) -> tuple[list[Choice], NDArray[np.float64]]:
-    """The choices, and the ends of their stretches of 0..1."""
+    """The choices, and the cumulative probability up to and including each."""
     if not choices:
         return [], np.zeros(0)
-    places: dict[
-        tuple[str, str, str], tuple[int, int]
-    ] = {}  # (corpus, source, category) to numbers of source and category
+    # (corpus, source, category) to the numbers of source and category
+    places: dict[tuple[str, str, str], tuple[int, int]] = {}
     numbered: dict[tuple[str, str], int] = {}
     of_source, of_category, sizes = [], [], []
     for _, (corpus, case, label) in choices:

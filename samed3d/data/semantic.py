@@ -1,10 +1,9 @@
-"""Training samples with all classes at once: a crop of a labelled image and its map of class numbers, for automatic
-models.
+"""Training samples with all classes at once: a crop of a labelled image and its map of class numbers, for semantic
+segmentation.
 
-Unlike ``sampling.py``, crops have the model's own spacing and shape and lie anywhere in the image; a third of them is
-placed on a voxel of a class, as nnU-Net does. Intensities are scaled by the whole image's statistics, not the crop's,
-so that a crop of air stays air: the same functions serve ``inference/sliding_window.py``. Read ``training/semantic.py``
-next.
+Unlike those of ``sampling.py``, crops have the model's own spacing and shape and lie anywhere in the image; a third of
+them is placed on a voxel of a class, as nnU-Net does. Intensities are scaled by the whole image's statistics, so that a
+crop of air stays air; ``inference/sliding_window.py`` scales them by the same functions.
 
 A structure that a source does not label counts as background there, and so does one that preparation dropped: train one
 model on sources that label the same things, prepared with ``--rules lenient``.
@@ -15,19 +14,18 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from samed3d.config import DataConfig
 from samed3d.crops import sample_crop
-from samed3d.data.augment import augment_intensity
+from samed3d.data import sampling
 from samed3d.data.corpus import CaseRecord, Corpus, LabelRecord
-from samed3d.data.sampling import is_held_out, split_weight
+from samed3d.data.sampling import Drawn, RawCrop, SampleDataset, crop_spacing, sample_labels
 from samed3d.errors import InputError
 from samed3d.geometry import CropFrame, IntTriple, Triple, as_triple
 from samed3d.models.base import SemanticModel
@@ -41,7 +39,6 @@ SCALES = (0.7, 1.4)
 CUT_PERCENT = (0.5, 99.5)
 """Intensities beyond these percentiles of the image are cut."""
 STATISTICS_VOXELS = 2_000_000
-ATTEMPTS = 20
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,7 @@ class Intensities:
 
     @classmethod
     def of(cls, array: NDArray) -> Intensities:
-        """Of a (D, H, W) array, read slice by slice, of which about two million voxels on a regular grid are looked
-        at.
-        """
+        """Statistics of a (D, H, W) array, from about two million voxels on a regular grid, read slice by slice."""
         shape = array.shape
         step = max(1, math.ceil((math.prod(shape) / STATISTICS_VOXELS) ** (1 / 3)))
         rows = [
@@ -90,12 +85,9 @@ class SemanticCase:
 def training_cases(config: DataConfig) -> list[tuple[float, SemanticCase]]:
     """Weight and case for every labelled image that may be trained on, those of one case together."""
     found: dict[tuple[str, str], tuple[float, Corpus, list[CaseRecord]]] = {}
-    for entry in config.corpus:
-        folder, weight = split_weight(entry)
-        corpus = Corpus(Path(folder))
-        for case in corpus.cases:
-            if case.has_image and case.labels and not is_held_out(case, config):
-                found.setdefault((folder, case.case), (weight, corpus, []))[2].append(case)
+    for weight, corpus, case in sampling.training_cases(config):
+        if case.has_image and case.labels:
+            found.setdefault((str(corpus.folder), case.case), (weight, corpus, []))[2].append(case)
     return [
         (w, SemanticCase(corpus, tuple(sorted(images, key=lambda c: c.channel))))
         for w, corpus, images in found.values()
@@ -103,11 +95,10 @@ def training_cases(config: DataConfig) -> list[tuple[float, SemanticCase]]:
 
 
 def class_names(config: DataConfig) -> tuple[str, ...]:
-    """What is labelled in everything that may be trained on, sorted: a single source's own names, the categories of
-    several sources.
+    """Sorted names of the structures that may be trained on: a single source's own names, the categories of several.
 
     Raises:
-        InputError: if there is nothing.
+        InputError: if there is none.
     """
     cases = training_cases(config)
     one_source = len({case.about.source for _, case in cases}) == 1
@@ -115,18 +106,20 @@ def class_names(config: DataConfig) -> tuple[str, ...]:
         label.name if one_source else label.category or label.name for _, case in cases for label in case.about.labels
     }
     if not names:
-        raise InputError(f"data.corpus must hold labelled images for an automatic model, got {config.corpus or 'none'}")
+        raise InputError(
+            f"data.corpus must hold labelled images for a semantic segmentation model, got {config.corpus or 'none'}"
+        )
     return tuple(sorted(names))
 
 
 def median_spacing_mm(config: DataConfig) -> Triple:
-    """The middle of the cases' spacings, axis by axis (nnU-Net's rule for the spacing of its crops)."""
+    """The median of the cases' spacings, axis by axis (nnU-Net's rule for the spacing of its crops)."""
     spacings = [case.about.spacing_zyx_mm for _, case in training_cases(config)]
     return as_triple(np.median(np.array(spacings), axis=0).round(4))
 
 
 def target_spacing(model: SemanticModel) -> Triple | None:
-    """Spacing of the crops that a model is given, zyx in mm; None for each image's own."""
+    """Spacing of a model's crops, zyx in mm; None for each image's own."""
     if model.config.get("spacing_zyx_mm"):
         z, y, x = model.config["spacing_zyx_mm"]
         return (z, y, x)
@@ -139,22 +132,18 @@ def class_number(label: LabelRecord, numbers: dict[str, int]) -> int:
     return numbers.get(label.name) or numbers.get(label.category) or 0
 
 
-class SemanticDataset(Dataset[dict[str, Tensor | str | int]]):
-    """Index to sample: ``image`` (C, D, H, W) float32, ``target`` (1, D, H, W) uint8 class numbers; ``case``,
-    ``index``, ``skipped``.
-
-    The sample depends on seed and index alone. A damaged case is reported once, kept in ``bad``, and another is drawn
-    in its place.
+class SemanticDataset(SampleDataset):
+    """Samples with all classes; ``target`` holds uint8 class numbers.
 
     Args:
         config: Corpora, split and augmentation; ``crop``, ``fill`` and ``placement`` are not used.
-        classes: Names of classes 1, 2, ...; labels of other categories are background.
+        classes: Names of classes 1, 2, ...; other structures are background.
         shape_zyx: Crop in voxels.
         spacing_zyx_mm: Of the crops, or None for each image's own.
         channels: Images per case.
         seed: Of all randomness.
         length: Number of samples.
-        start: First index.
+        start: Number of the first sample.
 
     Raises:
         InputError: if no case holds any of the classes, or none has that many images.
@@ -171,9 +160,8 @@ class SemanticDataset(Dataset[dict[str, Tensor | str | int]]):
         length: int = 0,
         start: int = 0,
     ) -> None:
-        self.config, self.classes, self.shape_zyx, self.spacing_zyx_mm = config, classes, shape_zyx, spacing_zyx_mm
-        self.seed, self.length, self.start = seed, length, start
-        self.bad: dict[str, str] = {}
+        super().__init__(config, seed, length, start)
+        self.classes, self.shape_zyx, self.spacing_zyx_mm = classes, shape_zyx, spacing_zyx_mm
         self._statistics: dict[str, Intensities] = {}
         self._numbers = {name: number for number, name in enumerate(classes, start=1)}
         labelled = [
@@ -184,7 +172,8 @@ class SemanticDataset(Dataset[dict[str, Tensor | str | int]]):
         if not labelled:
             corpora = ", ".join(config.corpus) or "no corpus (data.corpus is empty)"
             raise InputError(
-                f"class_names must be categories of the training cases, got {', '.join(classes)}; {corpora} holds none of them"
+                f"class_names must be categories of the training cases, got {', '.join(classes)}; "
+                f"{corpora} holds none of them"
             )
         chosen = [(w, c) for w, c in labelled if len(c.images) == channels]
         if not chosen:
@@ -193,84 +182,47 @@ class SemanticDataset(Dataset[dict[str, Tensor | str | int]]):
                 f"in_channels must be the number of images per case, got {channels}; the corpus has {counts}"
             )
         self.real = [case for _, case in chosen]
+        self._by_first_image = {case.about.id: case for case in self.real}
         self._warn_of_dropped()
         self._ends = np.cumsum([w for w, _ in chosen]) / sum(w for w, _ in chosen)
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, Tensor | str | int]:
-        """The sample of one index.
-
-        Raises:
-            InputError: if only damaged cases came up in many attempts.
-        """
-        number = self.start + index
-        rng = np.random.default_rng([self.seed, number])
-        skipped: list[str] = []
-        for _ in range(ATTEMPTS):
-            at = min(int(np.searchsorted(self._ends, rng.random(), side="right")), len(self.real) - 1)
-            case = self.real[at]
-            try:
-                image, target = self._cut(case, rng)
-            except (
-                InputError,
-                OSError,
-                RuntimeError,
-                ValueError,
-            ) as error:  # blosc2 and zlib report a damaged chunk in several ways
-                skipped.append(self._reported(case.about, error))
-                continue
-            return {
-                "image": image,
-                "target": target[None],
-                "case": case.about.id,
-                "index": number,
-                "skipped": "\n".join(skipped),
-            }
-        raise InputError(f"no readable case in {ATTEMPTS} attempts at sample {number}; the last: {skipped[-1]}")
-
     def _warn_of_dropped(self) -> None:
-        """Say how many structures of these classes are missing from the label maps."""
+        """Log how many structures of these classes are missing from the label maps."""
         for corpus in {id(case.corpus): case.corpus for case in self.real}.values():
-            rows = corpus.label_table.where(
-                case=[case.about.case for case in self.real if case.corpus is corpus], kept="0"
-            )
+            cases = [case.about.case for case in self.real if case.corpus is corpus]
+            rows = corpus.label_table.where(case=cases, kept="0")
             dropped = sum(
                 name in self._numbers or group in self._numbers
                 for name, group in zip(rows["name"], rows["category"], strict=True)
             )
             if dropped:
-                rule = "count as background; prepare the corpus with --rules lenient"
                 logger.warning(
-                    "%d structures of these classes were dropped when %s was prepared and %s",
+                    "%d structures of these classes were dropped when %s was prepared and count as background; "
+                    "prepare the corpus with --rules lenient",
                     dropped,
                     corpus.folder,
-                    rule,
                 )
 
-    def _reported(self, case: CaseRecord, error: Exception) -> str:
-        if case.id not in self.bad:
-            self.bad[case.id] = f"{case.id} ({error})"
-            logger.warning("skipping a damaged case: %s", self.bad[case.id])
-        return self.bad[case.id]
+    def _draw(self, rng: np.random.Generator, generator: torch.Generator) -> Drawn:
+        at = min(int(np.searchsorted(self._ends, rng.random(), side="right")), len(self.real) - 1)
+        return self.real[at].about, partial(self._cut, self.real[at], rng)
 
-    def _cut(self, case: SemanticCase, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Augmented crop and class numbers."""
+    def _cut(self, case: SemanticCase, rng: np.random.Generator) -> RawCrop:
+        """A crop of all images of a case, with class numbers."""
         frame = self._frame(case, rng)
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        flips = [axis for axis in (-3, -2, -1) if rng.random() < 0.5]
-        target = torch.from_numpy(class_map(case, self._numbers, frame)).flip(flips)
-        channels = []
-        for image in case.images:
-            array = case.corpus.image(image)
+        arrays = [case.corpus.image(image) for image in case.images]
+        for image, array in zip(case.images, arrays, strict=True):
             if image.id not in self._statistics:
                 self._statistics[image.id] = Intensities.of(array)
-            crop, inside = sample_crop(array, frame)
-            if self.config.augment == "full":
-                crop = augment_intensity(crop, inside, generator, self.config.blur_probability)
-            channels.append(self._statistics[image.id].scale(crop, inside).flip(flips))
-        return torch.stack(channels), target
+        crops, insides = zip(*(sample_crop(array, frame) for array in arrays), strict=True)
+        target = torch.from_numpy(class_map(case, self._numbers, frame))
+        return RawCrop(torch.stack(crops), insides[0], target, crop_spacing(case.about, frame), case.about)
+
+    def _tensors(self, crop: RawCrop) -> tuple[Tensor, Tensor]:
+        assert crop.case is not None
+        known = [self._statistics[image.id] for image in self._by_first_image[crop.case.id].images]
+        scaled = [one.scale(channel, crop.inside) for one, channel in zip(known, crop.image, strict=True)]
+        return torch.stack(scaled), crop.target
 
     def _frame(self, case: SemanticCase, rng: np.random.Generator) -> CropFrame:
         """Where the crop lies: on a voxel of a class, or anywhere; inside the image where that is large enough."""
@@ -292,22 +244,14 @@ class SemanticDataset(Dataset[dict[str, Tensor | str | int]]):
 
 
 def class_map(case: SemanticCase, numbers: dict[str, int], frame: CropFrame) -> NDArray[np.uint8]:
-    """Class numbers on a frame by nearest neighbour; outside the volume, and where nothing in ``numbers`` is, 0.
+    """Class numbers on a frame by nearest neighbour; 0 outside the volume and for structures not in ``numbers``.
 
     Where structures overlap (further layers of the label map), the later layer counts.
     """
-    index, flags, part = [], [], []
-    for axis, size in enumerate(case.about.shape_zyx):
-        at = frame.origin_zyx_vox[axis] + (np.arange(frame.shape_zyx[axis]) + 0.5) * frame.step_zyx_vox[axis] - 0.5
-        voxel = np.clip(np.floor(at + 0.5).astype(int), 0, size - 1)
-        part.append(slice(int(voxel[0]), int(voxel[-1]) + 1))
-        index.append(voxel - voxel[0])
-        flags.append((at >= -0.5) & (at < size - 0.5))
-    inside = flags[0][:, None, None] & flags[1][:, None] & flags[2]
     result = np.zeros(frame.shape_zyx, np.uint8)
     for layer in sorted({label.layer for label in case.about.labels}):
-        values = np.asarray(case.corpus.labels(case.about, layer)[tuple(part)])[np.ix_(*index)]
+        values = sample_labels(case.corpus.labels(case.about, layer), frame)
         for label in case.about.labels:
             if label.layer == layer and (number := class_number(label, numbers)):
-                result[(values == label.value) & inside] = number
+                result[values == label.value] = number
     return result

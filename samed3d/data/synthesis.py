@@ -1,10 +1,9 @@
-"""Random images from label maps, in the manner of SynthSeg and anatomix: the anatomy is given, everything seen is
-drawn. Torch only.
+"""Generated images with random contrast from label maps, in the manner of SynthSeg and anatomix.
 
-A model that has seen every contrast, blur and noise must find objects by their borders. Everything costs a few passes
-over the volume: one look-up for the contrast, and one matrix per axis that joins blur, thick slices and resampling.
-Label maps without data come from
-``random_shapes.py``. Read ``training/step.py`` next.
+A model that has seen every contrast, blur and noise must find objects by their borders. Each effect costs a few passes
+over the volume: one look-up for the contrast, one matrix product per axis for blur, thick slices and resampling.
+``random_shapes.py`` makes label maps without data, ``sampling.py`` draws generated samples during training, and
+``generated_case`` makes whole cases for ``samed3d prepare synthetic``.
 
 Source: Billot et al. 2023 (SynthSeg) and Dey et al. 2025 (anatomix) for the idea of training on images with drawn
 contrast.
@@ -12,13 +11,18 @@ contrast.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Generator, Tensor
 
-from samed3d.data.random_shapes import integer, log_uniform, noise_field, random_labels, uniform
-from samed3d.geometry import IntTriple
+from samed3d.data.random_shapes import KINDS, integer, log_uniform, noise_field, random_labels, uniform
+from samed3d.errors import InputError
+from samed3d.geometry import Grid, IntTriple
 
-__all__ = ["deform_labels", "random_labels", "render", "synthetic_case"]
+GENERATED_KINDS = ("phantom", "shapes", *KINDS, "labelmaps")
+"""A torso, any random shapes, one kind of random shapes, or a real label map with generated intensities."""
+_TOP = 4000
 
 
 def synthetic_case(
@@ -42,6 +46,59 @@ def synthetic_case(
         labels = labels.to(device=generator.device, dtype=torch.int16)
         labels = deform_labels(labels, generator) if deform else labels
     return render(labels, generator), labels
+
+
+def generated_case(
+    kind: str, seed: list[int], shape_zyx: IntTriple, label_map: NDArray | None = None, device: str = "cpu"
+) -> tuple[NDArray[np.int16], NDArray, Grid, dict[int, str]]:
+    """One whole case, the same for the same kind, seed and shape on a CPU.
+
+    Args:
+        kind: One of ``GENERATED_KINDS``.
+        seed: Of all randomness.
+        shape_zyx: Voxels; a phantom keeps its own grid, a label map its own shape.
+        label_map: (D, H, W) labels in canonical axes that ``"labelmaps"`` bends and paints.
+        device: Where random shapes and label maps are made; the cases of one seed differ between devices.
+
+    Returns:
+        Image, labels (D, H, W), their grid (1 mm in axes R, A, S for all but phantoms), and the names of the labels
+        (empty for a label map: the caller knows them).
+
+    Raises:
+        InputError: for an unknown kind, or a label map that is missing or not wanted.
+    """
+    if kind not in GENERATED_KINDS:
+        raise InputError(f"--kind must be one of {', '.join(GENERATED_KINDS)}, got {kind!r}")
+    if (kind == "labelmaps") != (label_map is not None):
+        raise InputError(
+            f"a label map is needed for kind labelmaps and for no other, got kind {kind!r}; see --label-maps"
+        )
+    rng = np.random.default_rng(seed)
+    if kind == "phantom":
+        from samed3d.data.phantom import anatomical_phantom  # needs scipy, which a bare GPU machine may lack
+
+        return anatomical_phantom(rng)
+    generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
+    if label_map is not None:
+        given = torch.from_numpy(np.ascontiguousarray(label_map, dtype=np.int16))
+        image, labels = synthetic_case(shape_zyx, generator, given, deform=True)
+    elif kind == "shapes":
+        image, labels = synthetic_case(shape_zyx, generator)
+    else:
+        painted = torch.zeros(shape_zyx, dtype=torch.int16, device=device)
+        KINDS[kind](painted, generator)
+        image, labels = synthetic_case(shape_zyx, generator, painted)
+    array = labels.cpu().numpy()
+    shape = (array.shape[0], array.shape[1], array.shape[2])
+    grid = Grid(shape, direction_lps=(-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0))
+    names = {} if label_map is not None else {int(v): f"{kind} {v}" for v in np.unique(array) if v}
+    return _as_int16(image.cpu().numpy()), array, grid, names
+
+
+def _as_int16(image: NDArray) -> NDArray[np.int16]:
+    """Stretched to 0.._TOP: generated intensities have no unit, and integers compress."""
+    low, high = float(image.min()), float(image.max())
+    return np.round((image - low) * (_TOP / max(high - low, 1e-12))).astype(np.int16)
 
 
 def deform_labels(labels: Tensor, generator: Generator, *, strength: float = 0.12) -> Tensor:
