@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from data_prep.cases import RawArrays, RawCase, SourceFacts
 from data_prep.clean import Rules, Structure, clean_layer, compact_values, tidy_layer
 from data_prep.readers import load_case
-from data_prep.resample import resample_image, resample_labels, target_shape
 from samed3d.data.corpus import VERSION, image_path, labels_path
 from samed3d.data.storage import write_array
 from samed3d.errors import InputError
 from samed3d.geometry import CanonicalView, IntTriple, as_triple
 from samed3d.output import write_text
+from samed3d.resample import resize_image, resize_labels, target_shape
 from samed3d.volume.label_maps import grid_difference
 
 _NO_MORE_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -131,7 +131,7 @@ def store(task: Task, raw: RawArrays, notes: list[str]) -> None:
         channel, volume = raw.images.pop(0)  # freed as soon as it is written
         array = compact_image(view.to_canonical(volume.array))
         content = content_hash(array)
-        array = resample_image(array, shape)
+        array = resize_image(array, shape)
         suffix = f"_{number:04d}" if several else ""
         write_array(image_path(folder, key, suffix, settings.storage), array)
         images.append({"channel": suffix, "modality": channel, "dtype": str(array.dtype), "content_hash": content})
@@ -169,7 +169,7 @@ def _labels(
         layer = raw.layers[number]
         array, names = compact_values(tidy_layer(view.to_canonical(layer.array)), dict(layer.names))
         raw.layers[number].array = np.empty(0)  # the reader's copy is not needed any more
-        array = np.ascontiguousarray(resample_labels(array, shape))
+        array = np.ascontiguousarray(resize_labels(array, shape))
         instances = task.facts.label_kind == "instance"
         seed = f"{task.case.source}/{task.case.id}/{number}"
         rules = task.settings.rules

@@ -13,10 +13,10 @@ import numpy as np
 
 from data_prep.cases import LabelLayer, Problem, RawArrays, RawCase, Reader, SourceFacts
 from data_prep.readers import find_sources, load_case
-from data_prep.resample import resample_labels, target_shape
 from samed3d.data.synthesis import GENERATED_KINDS, generated_case
 from samed3d.errors import InputError
 from samed3d.geometry import CanonicalView, Grid, as_triple
+from samed3d.resample import resize_labels, target_shape
 from samed3d.volume import Volume
 
 NAME = "synthetic"
@@ -103,7 +103,7 @@ def _painted(name: str, real: RawArrays, seed: list[int], size: int) -> RawArray
     shape = target_shape(view.shape_zyx, view.spacing_zyx_mm, None, size)
     spacing = as_triple([s * n / m for s, n, m in zip(view.spacing_zyx_mm, view.shape_zyx, shape, strict=True)])
     layer = real.layers[0]
-    given = resample_labels(np.ascontiguousarray(view.to_canonical(layer.array)), shape)
+    given = resize_labels(np.ascontiguousarray(view.to_canonical(layer.array)), shape)
     values = np.unique(given[given > 0])  # as 1, 2, 3 ...: painting counts in 16 bits
     image, labels, unit, _ = generated_case(
         "labelmaps", seed, shape, np.searchsorted(values, given, side="left") + (given > 0)

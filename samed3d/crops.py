@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from samed3d.geometry import CropFrame, IntTriple, Region
+from samed3d.resample import axis_weights
 
 CLAMP_SIGMA = 4.0
 """Normalised intensities are cut at this many standard deviations: metal and bright vessels must not set the scale."""
@@ -23,14 +24,8 @@ BACKGROUND_LOGIT = -8.0
 """Logit of voxels that no crop has seen."""
 
 
-def _axis_matrix(positions: Tensor, size: int, step: float) -> Tensor:
-    """Weights (len(positions), size) that sample a line of ``size`` voxels at fractional ``positions``; beyond the ends
-    the last counts.
-    """
-    width = max(1.0, step)
-    inside = positions.clamp(0, size - 1)
-    weights = (1 - (torch.arange(size, dtype=torch.float32) - inside[:, None]).abs() / width).clamp(min=0)
-    return weights / weights.sum(dim=1, keepdim=True)
+def _axis_matrix(position: NDArray, size: int, step: float) -> Tensor:
+    return torch.from_numpy(axis_weights(position.astype(np.float32, copy=False), size, step))
 
 
 def _resample(block: Tensor, matrices: list[Tensor]) -> Tensor:
@@ -51,13 +46,13 @@ def sample_crop(array: NDArray, frame: CropFrame) -> tuple[Tensor, Tensor]:
     matrices, slices, flags = [], [], []
     for axis in range(3):
         step, count, size = frame.step_zyx_vox[axis], frame.shape_zyx[axis], array.shape[axis]
-        position = frame.origin_zyx_vox[axis] + (torch.arange(count, dtype=torch.float32) + 0.5) * step - 0.5
+        position = frame.origin_zyx_vox[axis] + (np.arange(count, dtype=np.float32) + 0.5) * step - 0.5
         reach = int(np.ceil(max(1.0, step))) + 1
         low = min(max(0, int(np.floor(float(position[0]))) - reach), size - 1)
         high = max(min(size, int(np.ceil(float(position[-1]))) + reach + 1), low + 1)
         matrices.append(_axis_matrix(position - low, high - low, step))
         slices.append(slice(low, high))
-        flags.append((position >= -0.5) & (position < size - 0.5))
+        flags.append(torch.from_numpy((position >= -0.5) & (position < size - 0.5)))
     block = torch.from_numpy(np.ascontiguousarray(array[tuple(slices)], dtype=np.float32))
     inside = flags[0][:, None, None] & flags[1][None, :, None] & flags[2][None, None, :]
     return _resample(block, matrices), inside
@@ -72,7 +67,7 @@ def paste_crop(crop: Tensor, frame: CropFrame, shape_zyx: IntTriple) -> tuple[Re
     region = frame.region().clip(shape_zyx)
     matrices = []
     for axis in range(3):
-        voxels = torch.arange(region.start_zyx[axis], region.stop_zyx[axis], dtype=torch.float32)
+        voxels = np.arange(region.start_zyx[axis], region.stop_zyx[axis], dtype=np.float32)
         step = frame.step_zyx_vox[axis]
         position = (voxels + 0.5 - frame.origin_zyx_vox[axis]) / step - 0.5
         matrices.append(_axis_matrix(position, frame.shape_zyx[axis], 1.0 / step))

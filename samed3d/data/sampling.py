@@ -29,6 +29,7 @@ from samed3d.data.synthesis import synthetic_case
 from samed3d.data.transforms import SampleTransforms
 from samed3d.errors import InputError
 from samed3d.geometry import CropFrame, Triple, as_triple
+from samed3d.resample import nearest_crop
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +257,7 @@ class CropDataset(SampleDataset):
         """A generated image of a real label map."""
         corpus, case, label = choice
         frame = object_frame(case, label, self.config, rng)
-        given = torch.from_numpy(sample_labels(corpus.labels(case, label.layer), frame).astype(np.int16))
+        given = torch.from_numpy(nearest_crop(corpus.labels(case, label.layer), frame).astype(np.int16))
         image, labels = synthetic_case(frame.shape_zyx, generator, given, deform=True)
         target = labels == label.value
         return RawCrop(image[None], torch.ones_like(target), target, crop_spacing(case, frame), case, painted=True)
@@ -358,18 +359,6 @@ def sample_mask(labels: NDArray, values: list[int], frame: CropFrame) -> Tensor:
     mask = np.isin(labels[part.slices], values)
     moved = frame.shifted(as_triple([-float(a) for a in part.start_zyx]))
     return sample_crop(mask, moved)[0] > 0.5
-
-
-def sample_labels(labels: NDArray, frame: CropFrame) -> NDArray:
-    """A label map on a frame by nearest neighbour, 0 outside the volume; reads only what lies under the frame."""
-    index, inside, part = [], [], []
-    for axis, size in enumerate(labels.shape):
-        at = frame.origin_zyx_vox[axis] + (np.arange(frame.shape_zyx[axis]) + 0.5) * frame.step_zyx_vox[axis] - 0.5
-        voxel = np.clip(np.floor(at + 0.5).astype(int), 0, size - 1)
-        part.append(slice(int(voxel[0]), int(voxel[-1]) + 1))
-        index.append(voxel - voxel[0])
-        inside.append((at >= -0.5) & (at < size - 0.5))
-    return labels[tuple(part)][np.ix_(*index)] * (inside[0][:, None, None] & inside[1][:, None] & inside[2])
 
 
 def _weighted(choices: list[tuple[float, Choice]], weighting: Weighting) -> tuple[list[Choice], NDArray[np.float64]]:

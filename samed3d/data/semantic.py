@@ -25,10 +25,11 @@ from samed3d.config import DataConfig
 from samed3d.crops import sample_crop
 from samed3d.data import sampling
 from samed3d.data.corpus import CaseRecord, Corpus, LabelRecord
-from samed3d.data.sampling import Drawn, RawCrop, SampleDataset, crop_spacing, sample_labels
+from samed3d.data.sampling import Drawn, RawCrop, SampleDataset, crop_spacing
 from samed3d.errors import InputError
 from samed3d.geometry import CropFrame, IntTriple, Triple, as_triple
 from samed3d.models.base import SemanticModel
+from samed3d.resample import nearest_crop
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +251,7 @@ def class_map(case: SemanticCase, numbers: dict[str, int], frame: CropFrame) -> 
     """
     result = np.zeros(frame.shape_zyx, np.uint8)
     for layer in sorted({label.layer for label in case.about.labels}):
-        values = sample_labels(case.corpus.labels(case.about, layer), frame)
+        values = nearest_crop(case.corpus.labels(case.about, layer), frame)
         for label in case.about.labels:
             if label.layer == layer and (number := class_number(label, numbers)):
                 result[values == label.value] = number

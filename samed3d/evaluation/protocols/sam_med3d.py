@@ -36,6 +36,7 @@ from samed3d.inference.crop_search import touched_faces
 from samed3d.inference.model_prompts import ModelPrompts
 from samed3d.inference.predictor import CropMask, CropPredictor
 from samed3d.prompts import MASK_LOGIT_THRESHOLD, Point
+from samed3d.resample import nearest_crop
 from samed3d.volume import Volume
 
 EDGE_MM, SPACING_MM, CUBE = 192.0, 1.5, (128, 128, 128)
@@ -175,7 +176,7 @@ class SamMed3dReleased(StructureProtocol):
         region = bounding_region(truth)
         middle = as_triple([(a + b - 1) / 2 for a, b in zip(region.start_zyx, region.stop_zyx, strict=True)])
         frame = CropFrame.centred(middle, as_triple([SPACING_MM / s for s in view.spacing_zyx_mm]), CUBE)
-        target = _nearest(truth, frame)
+        target = nearest_crop(truth, frame)
         if not target.any():
             return  # a structure thinner than the crop's voxels is gone, as in the script
         window = (
@@ -257,13 +258,3 @@ def _cube_frame(predictor: CropPredictor, middle: tuple[float, float, float]) ->
     shape = predictor.crop_shape
     steps = as_triple([EDGE_MM / n / s for n, s in zip(shape, predictor.spacing_zyx_mm, strict=True)])
     return CropFrame.centred(middle, steps, shape)
-
-
-def _nearest(mask: NDArray[np.bool_], frame: CropFrame) -> NDArray[np.bool_]:
-    """A canonical mask on a frame, nearest voxel; False outside."""
-    axes = []
-    for axis, size in enumerate(mask.shape):
-        at = frame.origin_zyx_vox[axis] + (np.arange(frame.shape_zyx[axis]) + 0.5) * frame.step_zyx_vox[axis] - 0.5
-        axes.append(np.floor(at + 0.5).astype(int))
-        axes[-1][(axes[-1] < 0) | (axes[-1] >= size)] = size  # one more plane of background
-    return np.pad(mask, [(0, 1)] * 3)[np.ix_(*axes)]
