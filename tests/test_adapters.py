@@ -81,7 +81,7 @@ def test_fact_of_rank_32_has_the_published_number_of_parameters(dim, depth, expe
 def test_lora_changes_queries_and_values_but_never_keys():
     torch.manual_seed(0)
     plain = nn.Linear(8, 24)
-    adapted = LoraLinear(copy.deepcopy(plain), 2, parts=(0, 2), of=3)
+    adapted = LoraLinear(copy.deepcopy(plain), 2)
     nn.init.normal_(adapted.lora_up)
     x = torch.randn(5, 8)
     change = (adapted(x) - plain(x)).detach()
@@ -93,7 +93,7 @@ def test_lora_changes_queries_and_values_but_never_keys():
 
 def test_merging_lora_into_a_linear_layer_is_equal_to_1e_6():
     torch.manual_seed(0)
-    adapted = LoraLinear(nn.Linear(16, 48), 4, parts=(0, 2), of=3)
+    adapted = LoraLinear(nn.Linear(16, 48), 4)
     nn.init.normal_(adapted.lora_up, std=0.1)
     x = torch.randn(10, 16)
     out = adapted(x).detach()
@@ -135,7 +135,7 @@ def test_dropout_acts_in_training_only_and_not_on_what_is_merged():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_adapters_of_full_precision_beside_half_weights_stay_finite_and_learn(dtype):
     torch.manual_seed(0)
-    adapted = LoraLinear(nn.Linear(8, 24).to(dtype), 2, parts=(0, 2), of=3)
+    adapted = LoraLinear(nn.Linear(8, 24).to(dtype), 2)
     out = adapted(100 * torch.randn(4, 8).to(dtype))
     out.float().square().mean().backward()
     assert out.dtype == dtype and adapted.lora_up.dtype == torch.float32
@@ -179,9 +179,9 @@ def test_adapters_are_not_put_on_twice_nor_on_nothing():
         add_adapters(nn.Sequential(nn.Linear(4, 4)), "lora", 2)
 
 
-def test_parts_that_do_not_fit_the_output_are_refused():
-    with pytest.raises(InputError, match="parts must be among 3 equal ones of 10 outputs"):
-        LoraLinear(nn.Linear(4, 10), 2, parts=(0,), of=3)
+def test_a_projection_without_three_equal_parts_is_refused():
+    with pytest.raises(InputError, match="queries, keys and values of equal width, got 10 outputs"):
+        LoraLinear(nn.Linear(4, 10), 2)
 
 
 def test_a_grouped_convolution_is_refused():

@@ -173,7 +173,7 @@ def test_wrong_requests_are_refused(tmp_path):
 
 def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
     _, path = on_disk(tmp_path, QUICK)
-    monkeypatch.setattr("samed3d.inference.export._write_about", lambda *_: 1 / 0)
+    monkeypatch.setattr("samed3d.inference.export.write_json", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export(path, "torchscript", tmp_path / "out")
     assert [f.name for f in tmp_path.iterdir()] == ["model.safetensors"]

@@ -1,15 +1,18 @@
 """FastSAM3D: its count, its features for distillation, its start from a teacher, and sparse attention against a plain
 form of it."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from samed3d.errors import InputError
-from samed3d.models import MODELS, create_model
+from samed3d.models import MODELS, create_model, load
 from samed3d.models.base import PromptBatch
-from samed3d.models.fast_sam3d import from_teacher
-from samed3d.nn.attention import GridAttention
-from samed3d.nn.dilated import DilatedAttention, token_groups
+from samed3d.models.sam_med3d import from_teacher
+from samed3d.models.weights import HEADER_KEY, read_header, save_weights
+from samed3d.nn.attention import DilatedAttention, GridAttention, token_groups
 
 TINY = MODELS["fast_sam3d"].tiny
 TINY_TEACHER = {**MODELS["sam_med3d_b"].tiny, "depth": 4, "global_blocks": (1, 3), "heads": 2}
@@ -110,6 +113,7 @@ def test_patterns_that_do_not_divide_are_refused(patterns):
     ("wrong", "message"),
     [
         ({"attention": "flash"}, r"attention must be full or dilated, got 'flash'"),
+        ({"attention": "dilated", "window": 2}, r"attention dilated needs window 0 .* got 2 and False; use fast_sam3d"),
         ({"plain_blocks": 9}, r"plain_blocks must be from 0 to the depth"),
         ({"input_shape": (16, 16, 17)}, r"multiples of the patch"),
     ],
@@ -117,6 +121,23 @@ def test_patterns_that_do_not_divide_are_refused(patterns):
 def test_wrong_numbers_are_refused(wrong, message):
     with pytest.raises(InputError, match=message):
         create_model("fast_sam3d", **{**TINY, **wrong})
+
+
+@torch.no_grad()
+def test_files_from_before_students_were_configured_as_sam_med3d_are_read(tmp_path):
+    numbers = {**TINY, "attention": "dilated", "patterns": ((2, 1), (4, 2))}
+    model, path = seeded(create_model("fast_sam3d", **numbers)).eval(), tmp_path / "old.safetensors"
+    save_weights(model, path, {})
+    header = read_header(path)
+    known = ["input_shape", "patch", "dim", "depth", "plain_blocks", "heads", "attention", "patterns"]
+    known += ["prompt_dim", "decoder_heads", "decoder_mlp_dim"]
+    header["config"] = {name: header["config"][name] for name in known}
+    save_file(load_file(path), path, metadata={HEADER_KEY: json.dumps(header)})
+    again = load(path)
+    assert again.config == model.config and again.spec == model.spec
+    image = torch.randn(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(1))
+    prompts = PromptBatch(torch.tensor([[[3.0, 4.0, 5.0]]]), torch.tensor([[1]]))
+    assert torch.equal(again(image, prompts).logits, model(image, prompts).logits)
 
 
 def test_a_student_starts_from_its_teacher():

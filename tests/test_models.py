@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from samed3d.crops import image_channels
 from samed3d.errors import InputError
 from samed3d.models import MODELS, create_model, list_models, load, load_promptable
 from samed3d.models.base import MaskOutput, PromptableModel, PromptBatch, SemanticModel
@@ -29,8 +28,7 @@ def make(name: str, **overrides) -> PromptableModel:
 
 
 def crops(model: PromptableModel, batch: int = 2) -> torch.Tensor:
-    channels = image_channels(model.spec.normalisation)
-    return torch.randn(batch, channels, *model.spec.input_shape_zyx, generator=torch.Generator().manual_seed(1))
+    return torch.randn(batch, *model.spec.image_shape, generator=torch.Generator().manual_seed(1))
 
 
 def click(positive: bool, at: tuple[float, float, float] = (4.0, 5.0, 6.0), batch: int = 2) -> PromptBatch:
@@ -169,12 +167,13 @@ def test_unknown_model_gives_nearest_names():
         create_model("sam_med3d_x")
 
 
-def test_who_prompts_is_told_that_a_model_is_automatic(tmp_path):
+def test_load_promptable_refuses_a_semantic_model(tmp_path):
     for name in ("sam3d", "samed3d_unet"):
         save_weights(create_model(name, **MODELS[name].tiny), tmp_path / f"{name}.safetensors", {})
     assert isinstance(load(tmp_path / "sam3d.safetensors"), SemanticModel)
     with pytest.raises(
-        InputError, match=r"model must take prompts, got '.*sam3d.safetensors', a 'sam3d', which is automatic"
+        InputError,
+        match=r"model must take prompts, got '.*sam3d.safetensors', a 'sam3d', which segments all classes without",
     ):
         load_promptable(tmp_path / "sam3d.safetensors")
     assert isinstance(load_promptable(tmp_path / "samed3d_unet.safetensors"), PromptableModel)

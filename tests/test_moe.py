@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from samed3d.config import ClickConfig, TrainConfig, load_config
-from samed3d.crops import image_channels
 from samed3d.errors import InputError
 from samed3d.models import MODELS, create_model, load
 from samed3d.models.base import PromptBatch
@@ -35,12 +34,7 @@ def base_and_experts(folder, name="samed3d_unet"):
 
 
 def crop(model) -> torch.Tensor:
-    return torch.randn(
-        2,
-        image_channels(model.spec.normalisation),
-        *model.spec.input_shape_zyx,
-        generator=torch.Generator().manual_seed(1),
-    )
+    return torch.randn(2, *model.spec.image_shape, generator=torch.Generator().manual_seed(1))
 
 
 def clicks() -> PromptBatch:

@@ -8,10 +8,10 @@ from padded_oracle import _bias, padded_attention, padded_encoder
 
 from samed3d.errors import InputError
 from samed3d.nn.attention import GridAttention
-from samed3d.nn.norm import LayerNorm3d
+from samed3d.nn.layers import LayerNorm3d, ResidualBlock
+from samed3d.nn.mask_decoder import TwoWayTransformer
+from samed3d.nn.prompt_batch import PromptBatch
 from samed3d.nn.prompt_encoder import PromptEncoder, RandomFourierPositions
-from samed3d.nn.two_way import TwoWayTransformer
-from samed3d.nn.unet import ResidualBlock
 from samed3d.nn.vit import ConvStem, ImageEncoder
 
 
@@ -180,10 +180,14 @@ def test_no_points_give_no_tokens(pad_point):
 def test_box_corners_are_voxel_edges_in_the_frame_of_points():
     encoder = make_prompt_encoder(pad_point=False)
     box = torch.tensor([[[2.0, 2.0, 2.0], [5.0, 6.0, 7.0]]])
-    corners, valid = encoder.embed_boxes(box, None)
+    corners = encoder.embed_boxes(box)
     low = encoder.pe_layer((torch.tensor([1.5, 1.5, 1.5]) + 0.5) / 8) + encoder.point_embeddings[2].weight[0]
     torch.testing.assert_close(corners[0, 0], low)
-    assert valid.all()
+    prompts = PromptBatch(torch.zeros(1, 2, 3), torch.tensor([[1, -1]]), box)
+    sparse, valid, _ = encoder(prompts)
+    assert torch.equal(sparse[:, 2:], corners) and valid.tolist() == [[True, False, True, True]]
+    prompts.box_valid = torch.tensor([False])
+    assert encoder(prompts)[1].tolist() == [[True, False, False, False]]
 
 
 def test_masked_tokens_change_nothing():

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from samed3d.errors import InputError
 from samed3d.models import MODELS, create_model
 from samed3d.models.base import PromptableModel, PromptBatch
-from samed3d.nn.norm import LayerNorm3d
+from samed3d.nn.layers import LayerNorm3d, ResidualBlock, depth_to_space, space_to_depth
 from samed3d.nn.prompt_maps import (
     MAP_CHANNELS,
     SIGMAS,
@@ -24,7 +24,6 @@ from samed3d.nn.prompt_maps import (
     prompt_maps,
     sample_at,
 )
-from samed3d.nn.unet import ResidualBlock, depth_to_space, space_to_depth
 
 WIDE, NARROW = SIGMAS.index(max(SIGMAS)), SIGMAS.index(min(SIGMAS))
 

@@ -10,7 +10,6 @@ from samed3d.models import MODELS, create_model
 from samed3d.models.base import PromptBatch
 from samed3d.models.sam_med3d import variant_of
 from samed3d.models.weights import load_state_strict
-from samed3d.nn.released_decode import newest_click
 
 STATE_DICT_LIST = Path(__file__).parent / "data" / "sam_med3d_state_dict.txt"
 TINY = MODELS["sam_med3d_b"].tiny
@@ -111,9 +110,9 @@ def test_quirk_newest_click_is_the_only_one_seen():
 
 def test_newest_click_skips_padding():
     points = torch.arange(12.0).reshape(2, 2, 3)
-    kept, labels = newest_click(points, torch.tensor([[1, -1], [0, 1]]))
-    assert kept.tolist() == [[[0.0, 1.0, 2.0]], [[9.0, 10.0, 11.0]]]
-    assert labels.tolist() == [[1], [1]]
+    kept = PromptBatch(points, torch.tensor([[1, -1], [0, 1]])).newest_click()
+    assert kept.points.tolist() == [[[0.0, 1.0, 2.0]], [[9.0, 10.0, 11.0]]]
+    assert kept.point_labels.tolist() == [[1], [1]]
 
 
 def test_points_are_in_tensor_axis_order():

@@ -6,9 +6,8 @@ import torch.nn.functional as F
 
 from samed3d.errors import InputError
 from samed3d.models import MODELS, create_model
-from samed3d.models.base import PromptBatch
-from samed3d.models.samu import own_overlap
-from samed3d.nn.prompt_attention import PromptAttention, projected_positions
+from samed3d.models.base import PromptBatch, own_overlap
+from samed3d.models.samu import PromptAttention, projected_positions
 from samed3d.nn.prompt_encoder import RandomFourierPositions
 
 TINY = MODELS["samu"].tiny

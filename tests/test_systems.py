@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from samed3d.crops import image_channels
 from samed3d.models import MODELS, create_model, list_models
 from samed3d.models.base import ModelSpec, PromptableModel, PromptBatch, SemanticModel
 from samed3d.models.inventory import count_flops, take_inventory
@@ -35,8 +34,7 @@ def tiny(name: str):
 def answer(model) -> torch.Tensor:
     """Logits of a seeded crop, with one click where clicks are understood."""
     spec = model.spec
-    channels = image_channels(spec.normalisation) if isinstance(model, PromptableModel) else spec.in_channels
-    image = torch.randn(1, channels, *spec.input_shape_zyx, generator=torch.Generator().manual_seed(1))
+    image = torch.randn(1, *spec.image_shape, generator=torch.Generator().manual_seed(1))
     if isinstance(model, PromptableModel):
         return model(image, PromptBatch(torch.tensor([[[3.0, 4.0, 5.0]]]), torch.tensor([[1]]))).logits
     return model(image)
@@ -81,9 +79,9 @@ def run_all(model) -> tuple[int, int]:
     model.requires_grad_(False)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         if not isinstance(model, PromptableModel):
-            model(torch.empty(1, spec.in_channels, *spec.input_shape_zyx))
+            model(torch.empty(1, *spec.image_shape))
             return counter.get_total_flops(), 0
-        features = model.encode(torch.empty(1, image_channels(spec.normalisation), *spec.input_shape_zyx))
+        features = model.encode(torch.empty(1, *spec.image_shape))
         encode = counter.get_total_flops()
         model.decode(features, PromptBatch(torch.empty(1, 1, 3), torch.empty(1, 1, dtype=torch.int64)))
         return encode, counter.get_total_flops() - encode

@@ -1,14 +1,10 @@
-"""``samed3d models``, ``import-weights`` and ``export``: what there is, how foreign weights come in, how ours go out.
-
-Counts are made in ``models/inventory.py``, graphs in ``inference/export.py``.
-"""
+"""``samed3d models``, ``import-weights`` and ``export``: the architectures, published weights, models for other programs."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -50,13 +46,10 @@ def import_weights(
     model: Annotated[str, typer.Option(help="The architecture it belongs to.")] = "sam_med3d_b",
     quiet: Quiet = False,
 ) -> None:
-    """Convert a published checkpoint to our format: SAM-Med3D and its variants, SAM's 2D encoders, or a teacher as a
-    student's start.
-    """
+    """Convert a published checkpoint: SAM-Med3D and its variants, SAM's 2D encoders, or a teacher as a student's start."""
     from samed3d.models import create_model
-    from samed3d.models.fast_sam3d import from_teacher
     from samed3d.models.sam_backbone import import_sam
-    from samed3d.models.sam_med3d import variant_of
+    from samed3d.models.sam_med3d import from_teacher, variant_of
     from samed3d.models.weights import import_upstream, load_state_strict, save_weights
     from samed3d.output import check_output
 
@@ -107,41 +100,30 @@ def _table() -> Table:
     from samed3d.models import list_models
     from samed3d.models.inventory import take_inventory
 
-    headings = (
-        "architecture",
-        "parameters",
-        "trained",
-        "encoder",
-        "prompts",
-        "decoder",
-        "GFLOP encode",
-        "GFLOP decode",
-    )
-    table = Table(*headings, "crop (zyx)", "spacing", "understands", "clicks", "source", box=None)
-    for column in table.columns[1:8]:
-        column.justify = "right"
-    for name in track(
-        list_models(), "counting", console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
-    ):
+    numbers = ("parameters", "trained", "encoder", "prompts", "decoder", "GFLOP encode", "GFLOP decode")
+    table = Table("architecture", box=None)
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    for heading in ("crop (zyx)", "spacing", "understands", "clicks", "source"):
+        table.add_column(heading)
+    quiet = not sys.stderr.isatty()
+    for name in track(list_models(), "counting", console=Console(stderr=True), transient=True, disable=quiet):
         model = _on_meta(name)
         counts = take_inventory(model)
-        numbers = [f"{n:,}" for n in (counts.total, counts.trained, counts.encoder, counts.prompts, counts.decoder)]
-        decode = f"{counts.decode_flops / 1e9:,.1f}" if counts.decode_flops else "-"
-        table.add_row(name, *numbers, f"{counts.encode_flops / 1e9:,.1f}", decode, *_input(model), model.spec.source)
+        row = [f"{n:,}" for n in (counts.total, counts.trained, counts.encoder, counts.prompts, counts.decoder)]
+        row += [f"{flops / 1e9:,.1f}" if flops else "-" for flops in (counts.encode_flops, counts.decode_flops)]
+        table.add_row(name, *row, *_input(model), model.spec.source)
     return table
 
 
 def _input(model: AnyModel) -> tuple[str, str, str, str]:
     """Crop, spacing, prompts and memory of clicks, as shown."""
     spec = model.spec
+    crop = "x".join(str(n) for n in spec.input_shape_zyx)
     spacing = "any" if spec.spacing_mm is None else f"{spec.spacing_mm:g} mm"
-    understands = f"nothing: {spec.classes} classes" if spec.classes else ", ".join(sorted(spec.prompts))
-    return (
-        "x".join(str(n) for n in spec.input_shape_zyx),
-        spacing,
-        understands,
-        "-" if spec.classes else spec.click_memory,
-    )
+    if spec.classes:
+        return crop, spacing, f"nothing: {spec.classes} classes", "-"
+    return crop, spacing, ", ".join(sorted(spec.prompts)), spec.click_memory
 
 
 def _facts(model: AnyModel) -> Table:
@@ -151,22 +133,18 @@ def _facts(model: AnyModel) -> Table:
 
     counts, spec = take_inventory(model), model.spec
     crop, spacing, understands, clicks = _input(model)
-    lines: list[tuple[str, Any]] = [
-        ("source", spec.source),
-        (
-            "parameters",
-            f"{counts.total:,} (encoder {counts.encoder:,}, prompts {counts.prompts:,}, decoder {counts.decoder:,})",
-        ),
-        ("trained", f"{counts.trained:,}"),
-        (
-            "operations",
-            f"{counts.encode_flops / 1e9:,.2f} GFLOP to encode a crop, {counts.decode_flops / 1e9:,.2f} to decode a click",
-        ),
-        ("input", f"{crop} voxels of {spacing}, {spec.normalisation}"),
-        ("understands", f"{understands}; clicks kept: {clicks}"),
-    ]
+    parts = f"encoder {counts.encoder:,}, prompts {counts.prompts:,}, decoder {counts.decoder:,}"
+    encode, decode = counts.encode_flops / 1e9, counts.decode_flops / 1e9
+    lines = {
+        "source": spec.source,
+        "parameters": f"{counts.total:,} ({parts})",
+        "trained": f"{counts.trained:,}",
+        "operations": f"{encode:,.2f} GFLOP to encode a crop, {decode:,.2f} to decode a click",
+        "input": f"{crop} voxels of {spacing}, {spec.normalisation}",
+        "understands": f"{understands}; clicks kept: {clicks}",
+    }
     table = Table.grid(padding=(0, 2))
-    for line in lines:
+    for line in lines.items():
         table.add_row(*line)
     return table
 
@@ -182,21 +160,16 @@ def _tree(module: nn.Module, label: str, size: int) -> Tree:
     return tree
 
 
-def _runs(module: nn.Module) -> Iterator[tuple[str, str, nn.Module, int]]:
+def _runs(module: nn.Module) -> list[tuple[str, str, nn.Module, int]]:
     """Children that hold parameters: first and last name of each run of equal ones, one of them, its size."""
-    run: tuple[str, str, nn.Module, int] | None = None
+    runs: list[tuple[str, str, nn.Module, int]] = []
     for name, child in module.named_children():
         size = _size(child)
-        if not size:
-            continue
-        if run and (type(run[2]), run[3]) == (type(child), size):
-            run = (run[0], name, run[2], size)
-            continue
-        if run:
-            yield run
-        run = (name, name, child, size)
-    if run:
-        yield run
+        if size and runs and (type(runs[-1][2]), runs[-1][3]) == (type(child), size):
+            runs[-1] = (runs[-1][0], name, child, size)
+        elif size:
+            runs.append((name, name, child, size))
+    return runs
 
 
 def _size(module: nn.Module) -> int:

@@ -1,19 +1,22 @@
-"""The contracts that models keep: promptable ones encode once and decode per prompt, semantic ones give all classes at
-once.
+"""The contract of all models: ``PromptableModel`` and ``SemanticModel``, what they take, and what they answer.
 
-A model sees one crop, already resampled and normalised as its ``ModelSpec`` says; it never sees a file, a spacing or a
-user. Builders are listed in ``models/__init__.py``; weights are read and written by ``models/weights.py``. Read
-``models/sam_med3d.py`` next.
+A model sees one crop, already resampled and normalised as its ``ModelSpec`` says. A promptable model works in two
+steps, ``features = encode(image)`` once per crop and ``decode(features, prompts)`` once per prompt; a semantic model
+segments all classes at once, without prompts. Models read no files: ``models/weights.py`` does, ``models/__init__.py``
+lists them by name, and ``inference/predictor.py`` makes their crops.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from samed3d.crops import image_channels
+from samed3d.errors import InputError
 from samed3d.geometry import IntTriple
 from samed3d.nn.prompt_batch import PromptBatch
 from samed3d.prompts import MASK_LOGIT_THRESHOLD
@@ -21,17 +24,15 @@ from samed3d.prompts import MASK_LOGIT_THRESHOLD
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a caller must know to use a model rightly.
+    """What a caller must know of a model.
 
     Attributes:
         name: Registry name.
         input_shape_zyx: Crop shape that the weights were trained on, in voxels.
-        spacing_mm: Isotropic crop spacing in mm, or None for a model of relative scale (any spacing; the crop follows
-            the object).
+        spacing_mm: Isotropic crop spacing in mm, or None for any spacing: the crop follows the object's size.
         normalisation: A method of ``crops.normalise``; it sets how many channels the image has. ``"zscore_volume"`` for
-            a
-            ``SemanticModel``, whose crops are scaled by their whole volume (``data.semantic.Intensities``).
-        ct_clamp_hu: Clamp for CT before normalising, or None.
+            a ``SemanticModel``, whose crops are scaled by their whole volume (``data.semantic.Intensities``).
+        ct_clamp_hu: Limits to which CT is cut before normalising, in HU, or None.
         tensor_axes: ``"zyx"``, or ``"xyz"`` for weights trained on x-first tensors (SAM-Med3D through torchio).
         prompts: What the model understands, of ``"point" "box" "mask"``.
         click_memory: ``"all"`` clicks are given at each decode, or only the ``"newest"`` plus the previous
@@ -62,14 +63,40 @@ class ModelSpec:
     classes: int = 0
     in_channels: int = 1
 
+    @property
+    def image_shape(self) -> tuple[int, int, int, int]:
+        """(C, D, H, W) of a crop."""
+        channels = self.in_channels if self.classes else image_channels(self.normalisation)
+        return (channels, *self.input_shape_zyx)
+
+    def check_image(self, image: Tensor) -> None:
+        """Refuse a batch of crops of another shape than (B, *image_shape).
+
+        Raises:
+            InputError: that names the shape.
+        """
+        if tuple(image.shape[1:]) != self.image_shape:
+            shape = ", ".join(str(n) for n in self.image_shape)
+            raise InputError(f"image must be (B, {shape}) for {self.name}, got {tuple(image.shape)}; resample the crop")
+
+    def check_prompts(self, prompts: PromptBatch) -> None:
+        """Refuse boxes where the model does not understand them.
+
+        Raises:
+            InputError: that names what it understands.
+        """
+        if prompts.boxes is not None and "box" not in self.prompts:
+            known = " or ".join(f"{kind}s" for kind in ("point", "mask") if kind in self.prompts)
+            raise InputError(f"prompts must be {known} for {self.name}, got a box; use a samed3d_* model for boxes")
+
 
 @dataclass
 class MaskOutput:
-    """What a decode returns.
+    """What ``decode`` returns.
 
     Attributes:
         logits: (B, M, D, H, W) unbounded, at the crop's resolution.
-        iou: (B, M) predicted overlap with the true mask, in [0, 1] where the head is trained.
+        iou: (B, M) predicted IoU of the mask, in [0, 1] where the head is trained.
         lowres_logits: (B, 1, d, h, w) what ``PromptBatch.mask_logits`` takes back for the next prompt.
     """
 
@@ -80,14 +107,13 @@ class MaskOutput:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What an adapted model says of itself, and its weights file of it: the file holds only what was trained, beside a
-    base.
+    """Which adapters a model has, and on which weights; a weights file of it holds only what was trained beside those.
 
     Attributes:
         kind: ``"lora"`` or ``"fact"``.
         rank: Of every adapter.
-        base: Name or file of the weights that it was put on.
-        base_sha256: Of their tensors (``weights.tensors_sha256``); another base is refused.
+        base: Name or file of the weights that the adapters were put on.
+        base_sha256: Hash of their tensors (``weights.tensors_sha256``); another base is refused.
     """
 
     kind: str
@@ -97,16 +123,19 @@ class Adaptation:
 
 
 Features = dict[str, Tensor]
-"""What ``encode`` returns: named tensors, batch first, to be kept by the caller and given to ``decode`` any number of
-times."""
+"""What ``encode`` returns: named tensors, batch first, which callers keep and give to ``decode`` any number of times."""
 
 
 class PromptableModel(nn.Module, ABC):
-    """Base of all promptable models. ``config`` holds the keyword arguments that rebuild it.
+    """Base of all promptable models.
 
-    ``encoder_parts`` names the submodules, dotted, that hold every parameter that ``encode`` uses: what "frozen image
-    encoder" means, and where adapters go; ``prompt_parts`` those that read prompts. ``adaptation`` is set while
-    adapters are on.
+    Attributes:
+        spec: What a caller must know.
+        config: Keyword arguments that rebuild the model.
+        encoder_parts: Submodules, dotted, with every parameter that ``encode`` uses: what "frozen image encoder" means,
+            and where adapters go.
+        prompt_parts: Submodules that read prompts.
+        adaptation: Set while adapters are on.
     """
 
     spec: ModelSpec
@@ -129,8 +158,11 @@ class PromptableModel(nn.Module, ABC):
 
 
 class SemanticModel(nn.Module, ABC):
-    """Base of all automatic models: every class of a crop at once, no prompt. ``config`` holds the keyword arguments
-    that rebuild it.
+    """Base of all semantic segmentation models: every class of a crop at once, no prompt.
+
+    Attributes:
+        spec: What a caller must know.
+        config: Keyword arguments that rebuild the model.
     """
 
     spec: ModelSpec
@@ -141,9 +173,7 @@ class SemanticModel(nn.Module, ABC):
         """Logits (B, K, D, H, W) of a (B, C, D, H, W) crop, normalised as the spec says; channel 0 is background."""
 
     def forward_supervised(self, image: Tensor) -> list[tuple[float, Tensor]]:
-        """What training compares with the truth: (weight, logits) per output, the finest first; coarser ones only with
-        deep supervision.
-        """
+        """(weight, logits) of each output that training compares with the truth, the finest first."""
         return [(1.0, self(image))]
 
 
@@ -151,8 +181,43 @@ AnyModel = PromptableModel | SemanticModel
 
 
 @dataclass(frozen=True)
+class ArchitectureConfig:
+    """Base of the numbers and switches of an architecture. Lists, as JSON and YAML have them, become tuples."""
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            object.__setattr__(self, entry.name, _as_tuples(getattr(self, entry.name)))
+
+
+@dataclass(frozen=True)
 class ModelEntry:
     """A line of the registry: the builder, and the overrides that make a tiny instance for tests."""
 
-    build: Any
+    build: Callable[..., AnyModel]
     tiny: dict[str, Any] = field(default_factory=dict)
+
+
+def family(network: Callable[..., AnyModel], configs: dict[str, Any], tiny: dict[str, Any]) -> dict[str, ModelEntry]:
+    """Registry entries of one network in several sizes.
+
+    Args:
+        network: Called with the registry name and the config.
+        configs: An ``ArchitectureConfig`` per registry name.
+        tiny: Overrides that make a tiny instance of any of them.
+    """
+
+    def builder(name: str) -> Callable[..., AnyModel]:
+        return lambda **overrides: network(name, replace(configs[name], **overrides))
+
+    return {name: ModelEntry(builder(name), tiny) for name in configs}
+
+
+def own_overlap(logits: Tensor) -> Tensor:
+    """(B, 1) IoU of a probability map with its own mask, for models without an IoU head: near 1 where they are sure."""
+    prob = logits.float().sigmoid().flatten(1)
+    mask = (prob > 0.5).to(prob.dtype)
+    return ((prob * mask).sum(1) / prob.maximum(mask).sum(1).clamp(min=1e-6))[:, None]
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value

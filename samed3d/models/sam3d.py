@@ -1,30 +1,27 @@
-"""SAM3D: a frozen 2D encoder looks at every slice, a light 3D decoder turns the stack of features into classes.
-Automatic, no prompts.
+"""SAM3D: a frozen 2D encoder sees every slice, a light 3D decoder segments all classes. No prompts.
 
 The encoder is built once, outside the state dict; slices are folded into its batch, a few at a time. Its features can
-be kept on disk, which pays where the same crops come again (no augmentation). Sliding windows are in
-``inference/sliding_window.py``; read
-``training/semantic.py`` next.
+be kept on disk, which pays where the same crops come again (no augmentation).
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import repeat
 from torch import Tensor, nn
 
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple, Triple
-from samed3d.models.base import ModelSpec, SemanticModel
-from samed3d.models.weights import read_state, tensors_sha256
-from samed3d.nn.frozen import FrozenParts, open_encoder
+from samed3d.models.base import ModelEntry, ModelSpec, SemanticModel
+from samed3d.models.sam_backbone import BackboneConfig, FrozenParts
+from samed3d.output import replacing
 
 SOURCE = "SAM3D (Bui et al., ISBI 2024, arXiv:2309.03493), code of UARK-AICV/SAM3D"
 DECODER_STRIDE = 16
@@ -33,43 +30,31 @@ SUPERVISION = (4 / 7, 2 / 7, 1 / 7)
 
 
 @dataclass(frozen=True)
-class Sam3DConfig:
-    """Numbers of a SAM3D.
+class Sam3DConfig(BackboneConfig):
+    """Numbers of a SAM3D, beside those of ``BackboneConfig``; the backbone may be any.
 
     Attributes:
-        class_names: What is segmented, background not listed.
+        input_shape: Crop (D, H, W) in voxels; D is free, H and W multiples of 16 and of the encoder's patch.
         in_channels: Image modalities; each is encoded alone.
-        input_shape: Crop (D, H, W); D is free, H and W multiples of 16 and of the encoder's patch.
         spacing_zyx_mm: Spacing of the crops, or None for each image's own.
         widths: Channels of the four decoder blocks.
-        backbone: 2D encoder: ``sam_vit_b|l|h`` or ``timm:NAME``.
-        backbone_weights: Its file, or ``""`` for random weights.
-        backbone_sha256: Hash of its tensors; filled in when the model is built.
         chunk: Slices encoded at once; bounds memory.
     """
 
     class_names: tuple[str, ...] = tuple(f"class {i}" for i in range(1, 14))
-    in_channels: int = 1
     input_shape: IntTriple = (64, 176, 176)
+    in_channels: int = 1
     spacing_zyx_mm: Triple | None = None
     widths: tuple[int, int, int, int] = (128, 64, 32, 16)
-    backbone: str = "sam_vit_b"
-    backbone_weights: str = ""
-    backbone_sha256: str = ""
     chunk: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("class_names", "input_shape", "spacing_zyx_mm", "widths"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not self.class_names:
-            raise InputError("class_names must name at least one class, got none")
+        super().__post_init__()
         if self.chunk < 1:
             raise InputError(f"chunk must be at least 1 slice, got {self.chunk}")
         if any(n % DECODER_STRIDE for n in self.input_shape[1:]):
-            raise InputError(
-                f"input_shape must have H and W that are multiples of {DECODER_STRIDE}, got {self.input_shape}"
-            )
+            rule = f"have H and W that are multiples of {DECODER_STRIDE}"
+            raise InputError(f"input_shape must {rule}, got {self.input_shape}")
 
 
 class ResidualUp(nn.Module):
@@ -114,9 +99,7 @@ class Sam3D(FrozenParts, SemanticModel):
     def __init__(self, config: Sam3DConfig, feature_cache: str | Path | None = None) -> None:
         super().__init__()
         c = config
-        encoder, sha256, _ = open_encoder(c.backbone, c.backbone_weights, c.backbone_sha256, read_state, tensors_sha256)
-        self.numbers = replace(c, backbone_sha256=sha256)
-        self.config = asdict(self.numbers)
+        encoder, _ = self.open_backbone(c, any_encoder=True)
         self.spec = ModelSpec(
             name="sam3d",
             input_shape_zyx=c.input_shape,
@@ -181,7 +164,7 @@ class Sam3D(FrozenParts, SemanticModel):
         if path is not None and path.exists():
             return torch.from_numpy(np.load(path)).to(volume)
         parts = []
-        for slices in volume[:, None].expand(-1, 3, -1, -1).split(self.numbers.chunk):
+        for slices in repeat(volume, "d h w -> d 3 h w").split(self.numbers.chunk):
             part = self.image_encoder(slices)
             size = [n // DECODER_STRIDE for n in slices.shape[2:]]
             if list(part.shape[2:]) != size:  # a timm encoder of another patch
@@ -189,9 +172,8 @@ class Sam3D(FrozenParts, SemanticModel):
             parts.append(part)
         features = torch.cat(parts).transpose(0, 1)
         if path is not None:
-            partial = path.with_name(f".{path.name}.{os.getpid()}.part.npy")
-            np.save(partial, features.float().cpu().numpy())
-            os.replace(partial, path)
+            with replacing(path) as partial:
+                np.save(partial, features.float().cpu().numpy())
         return features
 
     def _cache_path(self, volume: Tensor) -> Path | None:
@@ -203,8 +185,13 @@ class Sam3D(FrozenParts, SemanticModel):
         return self.feature_cache / f"{digest.hexdigest()}.npy"
 
 
-def sam3d(feature_cache: str | None = None, **overrides: Any) -> Sam3D:
-    """SAM3D as published for 13 organs (Synapse): ViT-B, 1,880,258 trained parameters. ``feature_cache`` is not stored
-    with the model.
-    """
-    return Sam3D(replace(Sam3DConfig(), **overrides), feature_cache)
+def _build(feature_cache: str | None = None, **overrides: Any) -> Sam3D:
+    return Sam3D(replace(Sam3DConfig(), **overrides), feature_cache)  # the cache is not stored with the model
+
+
+MODELS = {  # as published for 13 organs (Synapse)
+    "sam3d": ModelEntry(
+        _build,
+        {"input_shape": (6, 32, 32), "class_names": ("a", "b"), "backbone": "sam_vit_tiny", "widths": (8, 8, 8, 8)},
+    )
+}

@@ -1,78 +1,68 @@
-"""3DSAM-adapter: SAM's 2D transformer made 3D (depth convolution, depth positions, shifted 3D windows, spatial
-adapters), with clicks.
+"""3DSAM-adapter: SAM's 2D transformer made 3D, with clicks (``sam3d_adapter``) or semantic (``sam3d_adapter_auto``).
 
-Promptable (``sam3d_adapter``) and automatic (``sam3d_adapter_auto``). The encoder is in ``nn/vit2d_to_3d.py``. Clicks
-are understood as the paper has them: the features under positive clicks, without position or sign; a negative click is
-left out. Written from the paper's and the code's facts. Read ``nn/adapters3d.py`` next.
+The encoder is in ``nn/vit2d_to_3d.py``. Clicks are understood as the paper has them: the features under positive
+clicks, without position or sign; a negative click is left out. Written from the paper and a description of the code.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple
-from samed3d.models.base import Features, MaskOutput, ModelSpec, PromptableModel, PromptBatch, SemanticModel
-from samed3d.models.weights import read_state, tensors_sha256
-from samed3d.nn.frozen import FrozenParts, open_encoder
-from samed3d.nn.two_way import TokenAttention
-from samed3d.nn.vit import Mlp
-from samed3d.nn.vit2d import SamEncoder2d
+from samed3d.models.base import (
+    Features,
+    MaskOutput,
+    ModelSpec,
+    PromptableModel,
+    PromptBatch,
+    SemanticModel,
+    family,
+    own_overlap,
+)
+from samed3d.models.sam_backbone import BackboneConfig, FrozenParts
+from samed3d.nn.mask_decoder import TwoWayBlock
+from samed3d.nn.prompt_batch import POSITIVE
 from samed3d.nn.vit2d_to_3d import LiftedEncoder
 
 SOURCE = "3DSAM-adapter (Gong et al., Medical Image Analysis 2024, arXiv:2306.13465)"
 QUERIES = 10
-POSITIVE = 1
 
 
 @dataclass(frozen=True)
-class Sam3DAdapterConfig:
-    """Numbers and switches of a 3DSAM-adapter.
+class Sam3DAdapterConfig(BackboneConfig):
+    """Numbers and switches of a 3DSAM-adapter, beside those of ``BackboneConfig``.
 
     Attributes:
-        class_names: What the automatic variant segments, background not listed; unused by the promptable one.
-        input_shape: Crop (D, H, W); after upsampling by ``upsample`` a multiple of the window's extent (8 tokens of 16
-            voxels).
+        class_names: What the semantic variant segments, background not listed; unused by the promptable one.
+        input_shape: Crop (D, H, W) in voxels; ``upsample`` times that is a multiple of a window (8 tokens of 16 voxels).
         spacing_mm: Isotropic spacing of the crops, or None for any.
-        upsample: How many times finer the encoder sees the crop: 4 for 128^3, 2 for 256^3 (automatic).
+        upsample: How many times finer the encoder sees the crop: 4 for 128^3, 2 for 256^3 (semantic).
         window: Window edge of attention in tokens; every second block is shifted by half of it.
         taps: After which blocks features are taken (1-based), the last one being prompted.
         channels: Channels inside the decoder.
-        backbone: 2D encoder: ``sam_vit_b`` as published.
-        backbone_weights: SAM's checkpoint, or ``""`` for random weights.
-        backbone_sha256: Hash of the encoder's tensors; filled in when the model is built.
         zero_adapters: Start the spatial adapters at (almost) no change; the released code starts them at random.
         token_attention: Use the attention from tokens to image, which the released code builds, counts and never calls.
     """
 
-    class_names: tuple[str, ...] = ("object",)
-    input_shape: IntTriple = (128, 128, 128)
     spacing_mm: float | None = 1.0
     upsample: int = 4
     window: int = 8
     taps: tuple[int, ...] = (3, 6, 9, 12)
     channels: int = 128
-    backbone: str = "sam_vit_b"
-    backbone_weights: str = ""
-    backbone_sha256: str = ""
     zero_adapters: bool = False
     token_attention: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("class_names", "input_shape", "taps"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        super().__post_init__()
         if any(n * self.upsample % (16 * self.window) for n in self.input_shape):
-            edge = 16 * self.window // self.upsample
-            raise InputError(
-                f"input_shape must hold multiples of {edge} voxels (a window of tokens), got {self.input_shape}"
-            )
-        if not self.class_names:
-            raise InputError("class_names must name at least one class, got none")
+            rule = f"hold multiples of {16 * self.window // self.upsample} voxels (a window of tokens)"
+            raise InputError(f"input_shape must {rule}, got {self.input_shape}")
 
     @property
     def grid(self) -> IntTriple:
@@ -81,8 +71,10 @@ class Sam3DAdapterConfig:
         return (d, h, w)
 
 
-class SamplerBlock(nn.Module):
+class SamplerBlock(TwoWayBlock):
     """Sampled features and learned queries attend to each other, then the map attends to the queries.
+
+    The layers are those of ``TwoWayBlock``, whose forward differs: nothing has positions, only the queries go on.
 
     Args:
         dim: Channels.
@@ -92,19 +84,11 @@ class SamplerBlock(nn.Module):
     """
 
     def __init__(self, dim: int, heads: int, mlp_dim: int, token_attention: bool) -> None:
-        super().__init__()
+        super().__init__(dim, heads, mlp_dim)
         self.queries = nn.Parameter(0.1 * torch.randn(QUERIES, dim))
-        self.self_attn = TokenAttention(dim, heads)
-        self.norm1 = nn.LayerNorm(dim)
-        self.cross_attn_token_to_image = TokenAttention(dim, heads, downsample=2)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, mlp_dim, nn.ReLU)
-        self.norm3 = nn.LayerNorm(dim)
-        self.cross_attn_image_to_token = TokenAttention(dim, heads, downsample=2)
-        self.norm4 = nn.LayerNorm(dim)
         self.token_attention = token_attention
 
-    def forward(self, image: Tensor, points: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, image: Tensor, points: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Map (B, N, C) and point tokens (B, P, C), of which ``valid`` (B, P) count; both, updated."""
         own = self.queries[None].expand(image.shape[0], -1, -1)
         tokens = torch.cat([own, points], 1)
@@ -124,12 +108,20 @@ class VisualSampler(nn.Module):
         self.blocks = nn.ModuleList(SamplerBlock(dim, heads, mlp_dim, token_attention) for _ in range(2))
 
     def forward(self, image: Tensor, unit: Tensor, valid: Tensor) -> Tensor:
-        """Map (B, C, d, h, w), points (B, P, 3) as zyx in [0, 1] between the crop's faces, ``valid`` (B, P) bool; the
-        map, updated.
+        """Update a map.
+
+        Args:
+            image: (B, C, d, h, w).
+            unit: (B, P, 3) points as zyx in [0, 1] between the crop's faces.
+            valid: (B, P) bool, which points count.
+
+        Returns:
+            (B, C, d, h, w).
         """
         at = (2 * unit - 1).flip(-1)[:, :, None, None].to(image.dtype)  # grid_sample takes xyz
-        points = F.grid_sample(image, at, padding_mode="zeros", align_corners=False).flatten(2).transpose(1, 2)
-        flat = image.flatten(2).transpose(1, 2)
+        sampled = F.grid_sample(image, at, padding_mode="zeros", align_corners=False)
+        points = rearrange(sampled, "b c p 1 1 -> b p c")
+        flat = rearrange(image, "b c d h w -> b (d h w) c")
         for block in self.blocks:
             flat, points = block(flat, points, valid)
         return flat.transpose(1, 2).unflatten(2, image.shape[2:])
@@ -168,25 +160,14 @@ def _conv(before: int, after: int) -> list[nn.Module]:
 
 
 class _Lifted(FrozenParts):
-    """What both variants share: the lifted encoder, of which SAM's own tensors are frozen and not stored, and the
-    decoder.
-    """
+    """What both variants share: the lifted encoder, whose tensors of SAM are frozen and not stored, and the decoder."""
 
     def _build(self, config: Sam3DAdapterConfig, classes: int) -> None:
         c = config
-        encoder, sha256, _ = open_encoder(c.backbone, c.backbone_weights, c.backbone_sha256, read_state, tensors_sha256)
-        if not isinstance(encoder, SamEncoder2d):
-            raise InputError(f"backbone must be one of SAM's encoders, got {c.backbone!r}; use sam_vit_b")
-        self.numbers = replace(c, backbone_sha256=sha256)
-        self.config = asdict(self.numbers)
+        encoder, _ = self.open_backbone(c)
         self.image_encoder = LiftedEncoder(encoder, c.grid, c.upsample, c.window, c.taps, c.zero_adapters)
         self.freeze(f"image_encoder.{name}" for name in self.image_encoder.frozen_names())
         self.decoder = AggregationDecoder(len(c.taps), encoder.out_dim, c.channels, classes)
-
-    def _check(self, image: Tensor, name: str) -> None:
-        if tuple(image.shape[1:]) != (1, *self.numbers.input_shape):
-            shape = ", ".join(str(n) for n in self.numbers.input_shape)
-            raise InputError(f"image must be (B, 1, {shape}) for {name}, got {tuple(image.shape)}; resample the crop")
 
 
 class Sam3DAdapter(_Lifted, PromptableModel):
@@ -198,14 +179,13 @@ class Sam3DAdapter(_Lifted, PromptableModel):
     Source: section 3 of the paper; where the released code differs from it, as in the code.
     """
 
-    def __init__(self, config: Sam3DAdapterConfig) -> None:
+    def __init__(self, name: str, config: Sam3DAdapterConfig) -> None:
         super().__init__()
         self._build(config, classes=2)
         self.spec = ModelSpec(
-            name="sam3d_adapter",
+            name=name,
             input_shape_zyx=config.input_shape,
             spacing_mm=config.spacing_mm,
-            normalisation="zscore",
             prompts=frozenset({"point"}),
             source=SOURCE,
         )
@@ -218,21 +198,17 @@ class Sam3DAdapter(_Lifted, PromptableModel):
         Raises:
             InputError: if the crop has another shape.
         """
-        self._check(image, self.spec.name)
+        self.spec.check_image(image)
         maps = self.image_encoder(image)
         return {"image": image, **{f"tap{i}": m for i, m in enumerate(maps)}}
 
     def decode(self, features: Features, prompts: PromptBatch) -> MaskOutput:
-        """One mask (B, 1, D, H, W) from the positive clicks; only the last tap is prompted.
-
-        ``iou`` is no head: it is the overlap that the mask's own probabilities promise, sum of p inside over the mask's
-        voxels and the p outside it.
+        """One mask (B, 1, D, H, W) from the positive clicks; only the last tap is prompted. ``iou`` is ``own_overlap``.
 
         Raises:
             InputError: if the prompts hold a box, which this model cannot understand.
         """
-        if prompts.boxes is not None:
-            raise InputError(f"prompts must be points for {self.spec.name}, got a box; use a samed3d_* model for boxes")
+        self.spec.check_prompts(prompts)
         image = features["image"]
         maps = [features[f"tap{i}"] for i in range(len(self.numbers.taps))]
         unit = (prompts.points + 0.5) / prompts.points.new_tensor(self.numbers.input_shape)
@@ -240,13 +216,7 @@ class Sam3DAdapter(_Lifted, PromptableModel):
         two = self.decoder(maps, image)
         lowres = two[:, 1:] - two[:, :1]  # the logit of the softmax's second class
         logits = F.interpolate(lowres, size=image.shape[2:], mode="trilinear")
-        return MaskOutput(logits, _promised_overlap(logits), lowres)
-
-
-def _promised_overlap(logits: Tensor) -> Tensor:
-    prob = logits.float().sigmoid().flatten(1)
-    inside = prob > 0.5
-    return ((prob * inside).sum(1) / (inside.sum(1) + (prob * ~inside).sum(1)).clamp(min=1e-6))[:, None]
+        return MaskOutput(logits, own_overlap(logits), lowres)
 
 
 class Sam3DAdapterAuto(_Lifted, SemanticModel):
@@ -258,12 +228,12 @@ class Sam3DAdapterAuto(_Lifted, SemanticModel):
 
     encoder_parts = ("image_encoder",)
 
-    def __init__(self, config: Sam3DAdapterConfig) -> None:
+    def __init__(self, name: str, config: Sam3DAdapterConfig) -> None:
         super().__init__()
         classes = len(config.class_names) + 1
         self._build(config, classes)
         self.spec = ModelSpec(
-            name="sam3d_adapter_auto",
+            name=name,
             input_shape_zyx=config.input_shape,
             spacing_mm=config.spacing_mm,
             normalisation="zscore_volume",
@@ -278,15 +248,16 @@ class Sam3DAdapterAuto(_Lifted, SemanticModel):
         Raises:
             InputError: if the crop has another shape.
         """
-        self._check(image, self.spec.name)
+        self.spec.check_image(image)
         return F.interpolate(self.decoder(self.image_encoder(image), image), size=image.shape[2:], mode="trilinear")
 
 
-def sam3d_adapter(**overrides: Any) -> Sam3DAdapter:
-    """3DSAM-adapter as published: ViT-B, 128^3 crops at 1 mm seen as 512^3."""
-    return Sam3DAdapter(replace(Sam3DAdapterConfig(), **overrides))
+_TINY = {"input_shape": (16, 16, 16), "backbone": "sam_vit_tiny", "window": 2, "taps": (2, 4), "channels": 8}
 
-
-def sam3d_adapter_auto(**overrides: Any) -> Sam3DAdapterAuto:
-    """Its automatic variant: 256^3 crops at 1 mm seen as 512^3."""
-    return Sam3DAdapterAuto(replace(Sam3DAdapterConfig(input_shape=(256, 256, 256), upsample=2), **overrides))
+MODELS = family(  # as published: 128^3 crops at 1 mm, seen as 512^3
+    Sam3DAdapter, {"sam3d_adapter": Sam3DAdapterConfig()}, tiny=_TINY
+) | family(
+    Sam3DAdapterAuto,
+    {"sam3d_adapter_auto": Sam3DAdapterConfig(input_shape=(256, 256, 256), upsample=2)},
+    tiny={**_TINY, "upsample": 4, "class_names": ("a", "b")},
+)

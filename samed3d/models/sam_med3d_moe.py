@@ -1,16 +1,15 @@
-"""SAM-Med3D-MoE: several decoders on one frozen image encoder, and a small gate that says whose mask to take. Nothing
-is forgotten.
+"""SAM-Med3D-MoE: several decoders on one frozen image encoder, and a small gate that chooses whose mask is taken.
 
 The general model stays as it is. An expert is what a fine-tune of its decoder changed, nothing else, so each costs only
-its own tensors and the features of a crop serve all of them. The gate reads image and prompts; below its threshold the
-general decoder answers, bit for bit as it would alone. Any promptable model can be the base. Not here: which tensors an
-expert brings and how the gate learns, that is
-``training/moe.py``.
+its own tensors and the features of a crop serve all of them. The gate sees image and prompts; below its threshold the
+general decoder answers, bit for bit as it would alone. Any promptable model can be the base. ``training/moe.py`` makes
+experts from checkpoints and trains the gate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from samed3d.errors import InputError
-from samed3d.models.base import Features, MaskOutput, ModelSpec, PromptableModel, PromptBatch
+from samed3d.models.base import Features, MaskOutput, PromptableModel, PromptBatch
+from samed3d.nn.prompt_batch import NEGATIVE, PADDING, POSITIVE
 from samed3d.nn.prompt_maps import sample_at
 
 SOURCE = "SAM-Med3D-MoE (Wang et al., 2024, arXiv:2407.04938)"
@@ -62,17 +62,16 @@ class Gate(nn.Module):
         image = image.float()
         size = torch.tensor(self.crop, device=image.device, dtype=torch.float32)
         points, labels = prompts.points.float(), prompts.point_labels
-        batch = image.shape[0]
-        corners = image.new_zeros(batch, 2, 3)
+        corners = image.new_zeros(image.shape[0], 2, 3)
         if prompts.boxes is not None:
-            given = labels.new_ones(batch, dtype=torch.bool) if prompts.box_valid is None else prompts.box_valid
-            corners = torch.where(given[:, None, None], prompts.boxes.float() / size, corners)
-            points = torch.cat([points, prompts.boxes.float().mean(dim=1, keepdim=True) - 0.5], dim=1)
-            labels = torch.cat([labels, torch.where(given, 1, -1)[:, None].to(labels.dtype)], dim=1)
+            given, boxes = prompts.has_box(), prompts.boxes.float()
+            corners = torch.where(given[:, None, None], boxes / size, corners)
+            points = torch.cat([points, boxes.mean(dim=1, keepdim=True) - 0.5], dim=1)
+            labels = torch.cat([labels, torch.where(given, POSITIVE, PADDING)[:, None].to(labels.dtype)], dim=1)
         under = sample_at(image, points, self.crop[0] / image.shape[2])
         flat = image.flatten(2)
         seen, where = [flat.mean(2), flat.std(2)], [corners.flatten(1)]
-        for label in (1, 0):
+        for label in (POSITIVE, NEGATIVE):
             there = (labels == label).float()[..., None]
             count = there.sum(1).clamp(min=1)
             seen.append((under * there).sum(1) / count)
@@ -110,12 +109,11 @@ class MixtureOfExperts(PromptableModel):
             raise InputError("experts must name at least one expert, got none; the base model alone needs no mixture")
         own = general.state_dict()
         if unknown := sorted({n for names in experts.values() for n in names} - set(own)):
-            raise InputError(
-                f"experts must bring tensors of the base model, got {', '.join(unknown[:3])}; take experts of the same base"
-            )
+            found, remedy = ", ".join(unknown[:3]), "take experts of the same base"
+            raise InputError(f"experts must bring tensors of the base model, got {found}; {remedy}")
         self.config, self.feature, self.threshold = config, feature, threshold
         base = general.spec
-        self.spec = ModelSpec(**{**vars(base), "name": "sam_med3d_moe", "source": f"{SOURCE}; base {base.name}"})
+        self.spec = replace(base, name="sam_med3d_moe", source=f"{SOURCE}; base {base.name}")
         self.encoder_parts = tuple(f"general.model.{part}" for part in general.encoder_parts)
         self.names = tuple(experts)
         self.general = Decoder(general).requires_grad_(False)
@@ -123,9 +121,8 @@ class MixtureOfExperts(PromptableModel):
         for names in experts.values():
             tensors = nn.Module()
             for name in names:  # a parameter's name may hold no dot
-                tensors.register_parameter(
-                    name.replace(".", "/"), nn.Parameter(own[name].detach().clone(), requires_grad=False)
-                )
+                tensor = nn.Parameter(own[name].detach().clone(), requires_grad=False)
+                tensors.register_parameter(name.replace(".", "/"), tensor)
             self.experts.append(tensors)
         self.gate = Gate(channels, 1 + len(experts), hidden, base.input_shape_zyx)
 
@@ -138,18 +135,17 @@ class MixtureOfExperts(PromptableModel):
         chosen = self.choose(features, prompts)
         if chosen.is_meta:  # shapes without numbers: one decoder runs, whichever it is
             return self.decode_by(0, features, prompts)
-        present = sorted(set(chosen.tolist()))
-        outputs = {index: self.decode_by(index, features, prompts) for index in present}
-        first = outputs[present[0]]
-        for index in present[1:]:
-            mine = chosen == index
-            other = outputs[index]
-            first = MaskOutput(
-                torch.where(mine[:, None, None, None, None], other.logits, first.logits),
-                torch.where(mine[:, None], other.iou, first.iou),
-                torch.where(mine[:, None, None, None, None], other.lowres_logits, first.lowres_logits),
+        first, *others = sorted(set(chosen.tolist()))
+        out = self.decode_by(first, features, prompts)
+        for index in others:
+            mine, other = chosen == index, self.decode_by(index, features, prompts)
+            volume = mine[:, None, None, None, None]
+            out = MaskOutput(
+                torch.where(volume, other.logits, out.logits),
+                torch.where(mine[:, None], other.iou, out.iou),
+                torch.where(volume, other.lowres_logits, out.lowres_logits),
             )
-        return first
+        return out
 
     def choose(self, features: Features, prompts: PromptBatch) -> Tensor:
         """(B,) whose mask is taken: 0 the general decoder, i the i-th expert."""
@@ -169,12 +165,14 @@ class MixtureOfExperts(PromptableModel):
         return functional_call(self.general, tensors, (features, prompts))
 
 
-def coarsest_feature(model: PromptableModel, image_channels: int) -> tuple[str, int]:
-    """Name and channels of the features with the fewest voxels (then the most channels), from a model on the meta
-    device.
+def coarsest_feature(model: PromptableModel) -> tuple[str, int]:
+    """Name and channels of the features with the fewest voxels, then the most channels.
+
+    Args:
+        model: On the meta device.
     """
     with torch.device("meta"), torch.no_grad():
-        features = model.encode(torch.empty(1, image_channels, *model.spec.input_shape_zyx))
+        features = model.encode(torch.empty(1, *model.spec.image_shape))
     maps = {name: tensor for name, tensor in features.items() if tensor.ndim == 5}
     name = min(maps, key=lambda key: (maps[key][0, 0].numel(), -maps[key].shape[1]))
     return name, maps[name].shape[1]

@@ -1,29 +1,63 @@
-"""``samed3d_unet``: a promptable U-Net with a cached image encoder, small enough for a laptop without a GPU.
+"""``samed3d_unet``: our promptable U-Net, small enough for a laptop without a GPU; ``default`` is one.
 
 The encoder sees only the image and runs once per crop. The decoder runs per prompt: at each resolution it adds dense
-prompt maps and the learned similarity to the clicked voxels, reasons globally on the coarsest grid together with prompt
-tokens, and ends on the full grid without ever computing on it (each half-resolution voxel predicts its eight). It is
-not a SAM-style ViT: that is ``samed3d_vit.py``. Read ``training/step.py`` next.
+prompt maps and the learned similarity to the clicked voxels, on the coarsest grid voxels and prompt tokens attend to
+each other, and each half-resolution voxel predicts its eight, so that nothing is computed on the full grid.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from samed3d.crops import image_channels
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple
-from samed3d.models.base import Features, MaskOutput, ModelSpec, PromptableModel, PromptBatch
-from samed3d.nn.norm import LayerNorm3d
+from samed3d.models.base import (
+    ArchitectureConfig,
+    Features,
+    MaskOutput,
+    ModelSpec,
+    PromptableModel,
+    PromptBatch,
+    family,
+)
+from samed3d.nn.layers import LayerNorm3d, ResidualBlock, depth_to_space, space_to_depth
 from samed3d.nn.prompt_maps import MAP_CHANNELS, ClickSimilarity, positions_at, prompt_maps, sample_at
-from samed3d.nn.unet import ResidualBlock, depth_to_space, space_to_depth, upsample
 
 STRIDES = (2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class SamedUNetConfig(ArchitectureConfig):
+    """Numbers of a ``SamedUNet``.
+
+    Attributes:
+        input_shape: Crop shape the weights are for (any multiple of 16 per axis works at run time).
+        widths: Encoder channels at strides 2, 4, 8, 16.
+        decoder_widths: Decoder channels at strides 2, 4, 8, 16.
+        encoder_blocks: Residual blocks per encoder stage.
+        joint_blocks: Transformer blocks on the coarsest grid.
+        similarity_heads: Heads of the click similarity per stride 2, 4, 8; 0 leaves it out there.
+        mask_stride: 1 predicts the eight voxels of each half-resolution voxel; 2 predicts one value there and
+            interpolates.
+        spacing_mm: Spacing of the crops, for weights trained with ``data.spacing_mm``; None follows the object's size.
+        click_memory: As in ``ModelSpec``.
+    """
+
+    input_shape: IntTriple = (64, 64, 64)
+    widths: tuple[int, ...] = (32, 64, 128, 192)
+    decoder_widths: tuple[int, ...] = (32, 64, 96, 128)
+    encoder_blocks: tuple[int, ...] = (1, 2, 2, 1)
+    joint_blocks: int = 2
+    similarity_heads: tuple[int, ...] = (0, 8, 8)
+    mask_stride: int = 1
+    spacing_mm: float | None = None
+    click_memory: str = "all"
 
 
 class JointBlock(nn.Module):
@@ -37,19 +71,16 @@ class JointBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
-        """``tokens`` (B, T, dim); ``visible`` (B, T) bool, False for padding that nobody may attend to."""
-        batch, count, dim = tokens.shape
-        qkv = self.qkv(self.norm1(tokens)).view(batch, count, 3, self.heads, dim // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        """``tokens`` (B, T, dim); ``visible`` (B, T) bool, False for padding, which no token attends to."""
+        qkv = self.qkv(self.norm1(tokens))
+        q, k, v = rearrange(qkv, "b n (three heads e) -> three b heads n e", three=3, heads=self.heads)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None, None, :])
-        tokens = tokens + self.proj(mixed.transpose(1, 2).reshape(batch, count, dim))
+        tokens = tokens + self.proj(rearrange(mixed, "b heads n e -> b n (heads e)"))
         return tokens + self.mlp(self.norm2(tokens))
 
 
 class PromptTokens(nn.Module):
-    """Clicks and box corners as tokens: where (Fourier features in the crop's own frame), what (type) and what lies
-    under a click.
-    """
+    """Clicks and box corners as tokens: position in the crop (Fourier features), type, and the features under a click."""
 
     def __init__(self, dim: int, feature_dim: int) -> None:
         super().__init__()
@@ -67,7 +98,7 @@ class PromptTokens(nn.Module):
     def grid(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Fourier features of every voxel centre of a coarse grid, (d*h*w, dim): the same frame as the clicks'."""
         axes = [(torch.arange(n, device=device) + 0.5) / n for n in shape]
-        return self.fourier(torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3))
+        return self.fourier(torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2))
 
     def forward(self, prompts: PromptBatch, features: Tensor, stride: int) -> tuple[Tensor, Tensor]:
         """Tokens (B, N + 2, dim) and which of them are real (B, N + 2)."""
@@ -78,90 +109,58 @@ class PromptTokens(nn.Module):
         batch = labels.shape[0]
         boxes = clicks.new_zeros(batch, 2, 3) if prompts.boxes is None else prompts.boxes.float()
         corners = self.fourier(boxes / stride / size) + self.types.weight[2:]
-        given = torch.zeros(batch, dtype=torch.bool, device=labels.device)
-        if prompts.boxes is not None:
-            given = torch.ones_like(given) if prompts.box_valid is None else prompts.box_valid
-        return torch.cat([clicks, corners], dim=1), torch.cat([labels >= 0, given[:, None].expand(batch, 2)], dim=1)
+        given = prompts.has_box()[:, None].expand(batch, 2)
+        return torch.cat([clicks, corners], dim=1), torch.cat([labels >= 0, given], dim=1)
 
 
 class SamedUNet(PromptableModel):
     """See the file's docstring.
 
     Args:
-        input_shape: Crop shape the weights are for (any multiple of 16 per axis works at run time).
-        widths: Encoder channels at strides 2, 4, 8, 16.
-        decoder_widths: Decoder channels at strides 2, 4, 8, 16.
-        encoder_blocks: Residual blocks per encoder stage.
-        joint_blocks: Transformer blocks on the coarsest grid.
-        similarity_heads: Heads of the click similarity per stride 2, 4, 8; 0 leaves it out there.
-        mask_stride: 1 predicts the eight voxels of each half-resolution voxel; 2 predicts one value there and
-            interpolates.
-        spacing_mm: Spacing of the crops, for weights trained with ``data.spacing_mm``; None follows the object's size.
-        click_memory: As in ``ModelSpec``.
+        name: Registry name.
+        config: Its numbers.
     """
 
     encoder_parts = ("stem", "downs", "stages", "skips")
     prompt_parts = ("tokens", "map_in", "similarities")
 
-    def __init__(
-        self,
-        input_shape: IntTriple = (64, 64, 64),
-        widths: tuple[int, ...] = (32, 64, 128, 192),
-        decoder_widths: tuple[int, ...] = (32, 64, 96, 128),
-        encoder_blocks: tuple[int, ...] = (1, 2, 2, 1),
-        joint_blocks: int = 2,
-        similarity_heads: tuple[int, ...] = (0, 8, 8),
-        mask_stride: int = 1,
-        spacing_mm: float | None = None,
-        click_memory: str = "all",
-    ) -> None:
+    def __init__(self, name: str, config: SamedUNetConfig) -> None:
         super().__init__()
-        self.config: dict[str, Any] = {
-            "input_shape": input_shape,
-            "widths": widths,
-            "decoder_widths": decoder_widths,
-            "encoder_blocks": encoder_blocks,
-            "joint_blocks": joint_blocks,
-            "similarity_heads": similarity_heads,
-            "mask_stride": mask_stride,
-            "spacing_mm": spacing_mm,
-            "click_memory": click_memory,
-        }
-        shape = (int(input_shape[0]), int(input_shape[1]), int(input_shape[2]))
+        self.config = asdict(config)
         self.spec = ModelSpec(
-            "samed3d_unet",
-            shape,
-            spacing_mm,
+            name,
+            config.input_shape,
+            config.spacing_mm,
             normalisation="zscore_rank",
-            click_memory=click_memory,
+            click_memory=config.click_memory,
             bf16=True,
             source="samed3d (this project)",
         )
-        self.stem = nn.Conv3d(8 * image_channels(self.spec.normalisation), widths[0], 3, padding=1)
+        widths, decoder_widths = config.widths, config.decoder_widths
+        self.stem = nn.Conv3d(8 * self.spec.image_shape[0], widths[0], 3, padding=1)
         self.downs = nn.ModuleList(nn.Conv3d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:], strict=False))
         self.stages = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(w) for _ in range(n)), LayerNorm3d(w, eps=1e-5))
-            for w, n in zip(widths, encoder_blocks, strict=True)
+            for w, n in zip(widths, config.encoder_blocks, strict=True)
         )
         self.skips = nn.ModuleList(nn.Conv3d(a, b, 1) for a, b in zip(widths, decoder_widths, strict=True))
         self.similarities = nn.ModuleList(
             ClickSimilarity(w, heads) if heads else nn.Identity()
-            for w, heads in zip(widths, similarity_heads, strict=False)
+            for w, heads in zip(widths, config.similarity_heads, strict=False)
         )
-        extra = [MAP_CHANNELS + 2 * h for h in (*similarity_heads, 0)]
+        extra = [MAP_CHANNELS + 2 * h for h in (*config.similarity_heads, 0)]
         self.map_in = nn.ModuleList(nn.Linear(e, w) for e, w in zip(extra, decoder_widths, strict=True))
         top = decoder_widths[-1]
         self.tokens = PromptTokens(top, widths[-1])
         self.iou_token = nn.Parameter(torch.randn(1, 1, top) * 0.02)
-        self.joint = nn.ModuleList(JointBlock(top, max(1, top // 32)) for _ in range(joint_blocks))
+        self.joint = nn.ModuleList(JointBlock(top, max(1, top // 32)) for _ in range(config.joint_blocks))
         self.ups = nn.ModuleList(nn.Conv3d(b, a, 1) for a, b in zip(decoder_widths, decoder_widths[1:], strict=False))
-        # On the finest grid one convolution is enough: the image is already in the skip, the prompts were understood
-        # below.
+        # On the finest grid one convolution is enough: the skip holds the image, coarser levels combined the prompts.
         self.blocks = nn.ModuleList(
             ResidualBlock(w, convs=1 if i == 0 else 2) for i, w in enumerate(decoder_widths[:-1])
         )
         self.out_norm = LayerNorm3d(decoder_widths[0], eps=1e-5)
-        self.out = nn.Conv3d(decoder_widths[0], 8 if mask_stride == 1 else 1, 3, padding=1)
+        self.out = nn.Conv3d(decoder_widths[0], 8 if config.mask_stride == 1 else 1, 3, padding=1)
         with torch.no_grad():
             self.out.bias.fill_(-2.0)  # type: ignore[union-attr]  # most voxels are background
         self.iou_head = nn.Sequential(nn.Linear(top, top), nn.ReLU(), nn.Linear(top, 1))
@@ -190,7 +189,8 @@ class SamedUNet(PromptableModel):
         x, iou = self._coarse(features, prompts)
         for level in range(len(self.blocks) - 1, -1, -1):
             skip = features[f"skip{STRIDES[level]}"]
-            x = upsample(self.ups[level](x), skip).add_(skip).add_(self._prompt_input(level, features, prompts))
+            x = F.interpolate(self.ups[level](x), size=skip.shape[2:], mode="nearest")  # the blocks after it smooth
+            x = x.add_(skip).add_(self._prompt_input(level, features, prompts))
             x = self.blocks[level](x)
         fine = self.out(F.relu(self.out_norm(x), inplace=True)).float()
         lowres = fine.mean(dim=1, keepdim=True)
@@ -207,29 +207,34 @@ class SamedUNet(PromptableModel):
         similarity = self.similarities[level] if level < len(self.similarities) else None
         if isinstance(similarity, ClickSimilarity):
             maps = torch.cat([maps, similarity(features[f"image{stride}"], prompts, stride).to(maps.dtype)], dim=-1)
-        return self.map_in[level](maps).permute(0, 4, 1, 2, 3)
+        return rearrange(self.map_in[level](maps), "b d h w c -> b c d h w")
 
     def _coarse(self, features: Features, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
-        """Global reasoning on the coarsest grid; its map and the predicted IoU (B, 1)."""
+        """Attention between all voxels of the coarsest grid and the prompt tokens; its map and the predicted IoU."""
         stride, image = STRIDES[-1], features[f"image{STRIDES[-1]}"]
         x = features[f"skip{stride}"] + self._prompt_input(len(STRIDES) - 1, features, prompts)
-        batch, dim, *shape = x.shape
-        voxels = x.flatten(2).transpose(1, 2) + self.tokens.grid(tuple(shape), x.device).to(x.dtype)
+        batch, _, d, h, w = x.shape
+        voxels = rearrange(x, "b c d h w -> b (d h w) c") + self.tokens.grid((d, h, w), x.device).to(x.dtype)
         extra, there = self.tokens(prompts, image, stride)
         tokens = torch.cat([voxels, self.iou_token.expand(batch, -1, -1).to(x.dtype), extra.to(x.dtype)], dim=1)
-        seen = torch.cat([there.new_ones(batch, voxels.shape[1] + 1), there], dim=1)
+        count = voxels.shape[1]
+        seen = torch.cat([there.new_ones(batch, count + 1), there], dim=1)
         for block in self.joint:
             tokens = block(tokens, seen)
-        count = voxels.shape[1]
-        grid = (
-            tokens[:, :count]
-            .transpose(1, 2)
-            .reshape(batch, dim, *shape)
-            .contiguous(memory_format=torch.channels_last_3d)
-        )
+        grid = rearrange(tokens[:, :count], "b (d h w) c -> b c d h w", d=d, h=h, w=w)
+        grid = grid.contiguous(memory_format=torch.channels_last_3d)
         return grid, self.iou_head(tokens[:, count]).float().sigmoid()
 
 
-def samed3d_unet(**overrides: Any) -> SamedUNet:
-    """The default architecture; every number is a default of ``SamedUNet``."""
-    return SamedUNet(**overrides)
+MODELS = family(
+    SamedUNet,
+    {"samed3d_unet": SamedUNetConfig()},
+    tiny={
+        "input_shape": (32, 32, 32),
+        "widths": (8, 8, 16, 16),
+        "decoder_widths": (8, 8, 16, 16),
+        "encoder_blocks": (1, 1, 1, 1),
+        "joint_blocks": 1,
+        "similarity_heads": (2, 2, 2),
+    },
+)

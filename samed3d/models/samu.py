@@ -1,45 +1,52 @@
-"""SAMU: a 3D U-Net that is told by prompts at every level of its decoder.
+"""SAMU: a 3D U-Net whose decoder sees the prompts at every level.
 
 The paper gives the idea, the number of parameters ("12M") and the results, not the widths; these are ours, chosen to
 meet that number. Its encoder sees only the image, so it runs once per crop. ``samu`` is the paper's form: one click, no
-earlier mask, no box, no learned overlap.
-``samu_extended`` adds what the paper leaves open: several clicks, clicks off the object, boxes and the earlier mask.
-The controls of its ablation are ``prompt_levels``. Read ``nn/prompt_attention.py`` next.
+earlier mask, no box, no IoU head. ``samu_extended`` adds what the paper leaves open: several clicks, clicks off the
+object, boxes and the earlier mask. The controls of its ablation are ``prompt_levels``.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+import math
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple
-from samed3d.models.base import Features, MaskOutput, ModelSpec, PromptableModel, PromptBatch
-from samed3d.nn.prompt_attention import PromptAttention
+from samed3d.models.base import (
+    ArchitectureConfig,
+    Features,
+    MaskOutput,
+    ModelSpec,
+    PromptableModel,
+    PromptBatch,
+    family,
+    own_overlap,
+)
+from samed3d.nn.layers import CoarseConv3d, Mlp
+from samed3d.nn.mask_decoder import TokenAttention
 from samed3d.nn.prompt_encoder import RandomFourierPositions
-from samed3d.nn.prompt_maps import mask_map
-from samed3d.nn.released_decode import newest_click
-from samed3d.nn.unet import CoarseConv3d
+from samed3d.nn.prompt_maps import MASK_CHANNELS, mask_map
 
 SOURCE = "SAMU (MedAGI 2024, LNCS 15184); widths and blocks are ours, the paper gives none"
 PROMPT_LEVELS = ("all", "decoder", "bottom", "none")
 LOWRES_STRIDE = 4
-MASK_CHANNELS = 3
 
 
 @dataclass(frozen=True)
-class SamuConfig:
+class SamuConfig(ArchitectureConfig):
     """Numbers and switches of a SAMU.
 
     Attributes:
         input_shape: Crop shape the weights are for; any multiple of ``stride`` works at run time.
         widths: Channels from the full resolution down, each level half of the one before.
         token_dim: Channels of the prompt tokens.
-        learned_tokens: Tokens beside the prompts'; at least 1 (see ``nn.prompt_attention``).
+        learned_tokens: Tokens beside the prompts'; at least 1 (see ``PromptAttention``).
         prompt_levels: Where prompts enter: ``"all"`` levels, the ``"decoder"``'s without the coarsest, only the
             ``"bottom"``, or ``"none"`` (a control that sees the crop alone).
         click_memory: ``"newest"`` click (the paper's single one) or ``"all"``.
@@ -59,22 +66,91 @@ class SamuConfig:
     spacing_mm: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.prompt_levels not in PROMPT_LEVELS:
             raise InputError(f"prompt_levels must be one of {', '.join(PROMPT_LEVELS)}, got {self.prompt_levels!r}")
         if self.click_memory not in ("newest", "all"):
             raise InputError(f"click_memory must be newest or all, got {self.click_memory!r}")
-        shape = tuple(int(n) for n in self.input_shape)
+        shape, rule = self.input_shape, f"three multiples of {self.stride} for {len(self.widths)} levels"
         if len(shape) != 3 or any(n <= 0 or n % self.stride for n in shape):
-            raise InputError(
-                f"input_shape must be three multiples of {self.stride} for {len(self.widths)} levels, got {shape}"
-            )
-        object.__setattr__(self, "input_shape", shape)
-        object.__setattr__(self, "widths", tuple(self.widths))
+            raise InputError(f"input_shape must be {rule}, got {shape}")
 
     @property
     def stride(self) -> int:
         """Voxels per edge of the coarsest level's voxel."""
         return int(2 ** (len(self.widths) - 1))
+
+
+class PromptAttention(nn.Module):
+    """Prompt tokens and a feature map of one decoder level attend to each other; the change is added to the map.
+
+    Tokens attend to each other and to the map, then the map to the tokens. With one token alone, attention from map to
+    tokens would be the same at every voxel (a softmax over one key), so the tokens are several.
+
+    Args:
+        channels: Of the map.
+        token_dim: Channels of the prompt tokens and of the positions.
+    """
+
+    def __init__(self, channels: int, token_dim: int) -> None:
+        super().__init__()
+        heads = 8 if channels >= 64 else max(1, channels // 8)
+        self.token_in = nn.Conv1d(token_dim, channels, kernel_size=1)
+        self.position_in = nn.Linear(token_dim, channels, bias=False)
+        self.self_attn = TokenAttention(channels, heads)
+        self.token_to_image = TokenAttention(channels, heads, downsample=2)
+        self.mlp = Mlp(channels, 2 * channels)
+        self.image_to_token = TokenAttention(channels, heads, downsample=2)
+        self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(4))
+        self.norm_image = nn.LayerNorm(channels)
+        self.scale = nn.Parameter(torch.ones(()))  # starts open: from scratch there is no earlier state to protect
+
+    def forward(self, image: Tensor, tokens: Tensor, valid: Tensor, positions: RandomFourierPositions) -> Tensor:
+        """The map after the prompts.
+
+        Args:
+            image: (B, C, d, h, w).
+            tokens: (B, T, token_dim).
+            valid: (B, T) bool, tokens that may be attended to.
+            positions: Of the clicks, so that map and tokens share one frame.
+
+        Returns:
+            (B, C, d, h, w).
+        """
+        grid = (image.shape[2], image.shape[3], image.shape[4])
+        x = self.token_in(tokens.transpose(1, 2)).transpose(1, 2)
+        at = self.norms[0](x)
+        x = x + self.self_attn(at, at, at, valid)
+        flat = self.norm_image(rearrange(image, "b c d h w -> b (d h w) c"))
+        key = flat + projected_positions(positions, grid, self.position_in.weight)
+        x = x + self.token_to_image(self.norms[1](x), key, flat)
+        x = x + self.mlp(self.norms[2](x))
+        at = self.norms[3](x)
+        change = self.image_to_token(key, at, at, valid)
+        return image + self.scale * change.transpose(1, 2).unflatten(2, grid)
+
+
+def projected_positions(positions: RandomFourierPositions, grid: tuple[int, int, int], weight: Tensor) -> Tensor:
+    """``linear(positions.dense(grid), weight)`` as (d*h*w, C), without the dense features (2 GiB on a 128^3 map).
+
+    Sine and cosine of a sum of angles split into those of (z, y) and of x, so that the whole is one matrix product.
+
+    Args:
+        positions: Sine and cosine features, no swapped axes.
+        grid: (d, h, w).
+        weight: (C, dim).
+    """
+    matrix = positions.positional_encoding_gaussian_matrix
+    z, y, x = (
+        2 * math.pi * ((2 * (torch.arange(n, device=matrix.device) + 0.5) / n - 1)[:, None] * row)
+        for n, row in zip(grid, matrix, strict=True)
+    )
+    plane = (z[:, None] + y[None]).flatten(0, 1)
+    by_sine, by_cosine = weight.chunk(2, dim=1)
+    sine, cosine = x.sin()[:, None], x.cos()[:, None]
+    line = torch.cat([by_sine * cosine - by_cosine * sine, by_sine * sine + by_cosine * cosine], dim=2)
+    out = torch.cat([plane.sin(), plane.cos()], dim=1) @ line.flatten(0, 1).T
+    return out.view(-1, weight.shape[0])
 
 
 class DoubleConv(nn.Sequential):
@@ -123,7 +199,7 @@ class Samu(PromptableModel):
         self.attentions = nn.ModuleDict(
             {str(level): PromptAttention(c.widths[level], c.token_dim) for level in prompted}
         )
-        self.positions = RandomFourierPositions(c.token_dim, sin_cos_sin=False, swap_axes=False)
+        self.positions = RandomFourierPositions(c.token_dim)
         if prompted:
             self.kinds = nn.Embedding(4 if c.boxes else 2, c.token_dim)  # off, on, low corner, high corner
             self.tokens = nn.Parameter(torch.randn(c.learned_tokens, c.token_dim) * 0.02)
@@ -146,60 +222,46 @@ class Samu(PromptableModel):
         return features
 
     def decode(self, features: Features, prompts: PromptBatch) -> MaskOutput:
-        """One mask (B, 1, D, H, W). ``iou`` is not learned: it is the overlap of the probabilities with their own
-        mask.
-        """
+        """One mask (B, 1, D, H, W); ``iou`` is not learned (see ``own_overlap``)."""
         tokens, valid = self._tokens(prompts, features["level0"].shape) if len(self.attentions) else (None, None)
         top = len(self.numbers.widths) - 1
-        x = self._told(top, features[f"level{top}"], tokens, valid)
+        x = self._with_prompts(top, features[f"level{top}"], tokens, valid)
         for level in range(top - 1, -1, -1):
             skip = features[f"level{level}"]
-            x = self._told(level, self.ups[level](x), tokens, valid)
+            x = self._with_prompts(level, self.ups[level](x), tokens, valid)
             if self.mask_in is not None:
                 seen = mask_map(prompts, (skip.shape[2], skip.shape[3], skip.shape[4])).to(x.dtype)
                 # The third channel says that there is a mask: without one nothing is added, not even the bias.
-                x = x + (self.mask_in[level](seen) * seen[..., 2:]).permute(0, 4, 1, 2, 3)
+                x = x + (self.mask_in[level](seen) * seen[..., 2:]).movedim(-1, 1)
             x = self.decoder[level](torch.cat([skip, x], dim=1))
         logits = self.head(x).float()
-        return MaskOutput(logits, own_overlap(logits), F.avg_pool3d(logits, LOWRES_STRIDE))
+        return MaskOutput(logits, own_overlap(logits.detach()), F.avg_pool3d(logits, LOWRES_STRIDE))
 
-    def _told(self, level: int, x: Tensor, tokens: Tensor | None, valid: Tensor | None) -> Tensor:
+    def _with_prompts(self, level: int, x: Tensor, tokens: Tensor | None, valid: Tensor | None) -> Tensor:
         if tokens is None or valid is None or str(level) not in self.attentions:
             return x
         return self.attentions.get_submodule(str(level))(x, tokens, valid, self.positions)
 
     def _tokens(self, prompts: PromptBatch, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Prompt and learned tokens (B, T, token_dim), and which count (B, T) bool."""
-        points, labels = prompts.points, prompts.point_labels
         if self.spec.click_memory == "newest":
-            points, labels = newest_click(points, labels)
+            prompts = prompts.newest_click()
+        points, labels = prompts.points, prompts.point_labels
         size = points.new_tensor(list(shape[2:]))
         clicks = self.positions((points + 0.5) / size) + self.kinds(labels.clamp(min=0))
         learned = self.tokens.expand(points.shape[0], -1, -1)
         tokens, valid = [learned, clicks], [labels.new_ones(learned.shape[:2], dtype=torch.bool), labels >= 0]
         if self.numbers.boxes and prompts.boxes is not None:
             tokens.append(self.positions(prompts.boxes / size) + self.kinds.weight[2:])
-            there = (
-                labels.new_ones(points.shape[0], dtype=torch.bool) if prompts.box_valid is None else prompts.box_valid
-            )
-            valid.append(there[:, None].expand(-1, 2))
+            valid.append(prompts.has_box()[:, None].expand(-1, 2))
         return torch.cat(tokens, dim=1), torch.cat(valid, dim=1)
 
 
-def own_overlap(logits: Tensor) -> Tensor:
-    """(B, 1) overlap of a probability map with its own thresholded mask: near 1 where the network is sure, lower where
-    it is not.
-    """
-    prob = logits.detach().sigmoid().flatten(1)
-    mask = (prob > 0.5).to(prob.dtype)
-    return ((prob * mask).sum(1) / torch.maximum(prob, mask).sum(1).clamp(min=1e-6))[:, None]
-
-
-def samu(**overrides: Any) -> Samu:
-    """The paper's form: one click, 128^3 crops, 12,034,342 parameters."""
-    return Samu("samu", replace(SamuConfig(), **overrides))
-
-
-def samu_extended(**overrides: Any) -> Samu:
-    """All clicks, on and off the object, boxes and the earlier mask."""
-    return Samu("samu_extended", replace(SamuConfig(click_memory="all", boxes=True, mask_prior=True), **overrides))
+MODELS = family(
+    Samu,
+    {
+        "samu": SamuConfig(),  # the paper's form
+        "samu_extended": SamuConfig(click_memory="all", boxes=True, mask_prior=True),
+    },
+    tiny={"input_shape": (16, 16, 16), "widths": (8, 8, 16, 16), "token_dim": 16},
+)

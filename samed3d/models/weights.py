@@ -1,8 +1,7 @@
-"""Weights on disk: one ``.safetensors`` file whose JSON header says which model it is, how to build it and where it
-comes from.
+"""Weights on disk: one ``.safetensors`` file whose JSON header names the model, its numbers and where they come from.
 
-Also reads upstream training checkpoints (``.pth``) without running what they contain, and finds shipped checkpoints by
-name. Building a model from a file is ``samed3d.models.load``.
+Also reads upstream training checkpoints (``.pth``) without running what they contain, puts adapters on their base, and
+finds shipped checkpoints by name. Building a model from a file is ``samed3d.models.load``.
 """
 
 from __future__ import annotations
@@ -25,12 +24,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from samed3d.errors import InputError
-from samed3d.models.base import AnyModel, ModelSpec
+from samed3d.models.base import Adaptation, AnyModel, ModelSpec, PromptableModel
+from samed3d.nn.adapters import add_adapters
+from samed3d.output import replacing, write_json
 
 HEADER_KEY = "samed3d"
 HEADER_VERSION = 1
+OWN_KEYS = ("version", "model", "config", "spec")
+"""Header fields that every file has."""
 ADAPTER_KEY = "adapter"
-"""Of the header of a file that holds what was trained beside a base, and not a whole model."""
+"""Header field of a file that holds what was trained beside a base, and not a whole model."""
 CHECKPOINT_FOLDER_VARIABLE = "SAMED3D_CHECKPOINTS"
 _MAX_LISTED = 12
 
@@ -40,9 +43,8 @@ def save_weights(
 ) -> None:
     """Write a model to one ``.safetensors`` file, whole or not at all.
 
-    A model with adapters (``model.adaptation``) is written as what was trained alone, with the name and hash of its
-    base in the header;
-    ``models/adapter_weights.py`` puts the two together again.
+    Of a model with adapters (``model.adaptation``) only what was trained is written, with the name and hash of its base
+    in the header; ``put_on_base`` makes it whole again.
 
     Args:
         model: Its ``spec`` and ``config`` go to the header.
@@ -53,13 +55,7 @@ def save_weights(
     Raises:
         InputError: if the file cannot be written or ``metadata`` uses a key of the header.
     """
-    path = Path(path)
-    header = {
-        "version": HEADER_VERSION,
-        "model": model.spec.name,
-        "config": model.config,
-        "spec": spec_to_json(model.spec),
-    }
+    header = header_of(model.spec, model.config)
     state = model.state_dict()
     if adaptation := getattr(model, "adaptation", None):
         header[ADAPTER_KEY] = asdict(adaptation)
@@ -67,22 +63,28 @@ def save_weights(
         state = {name: tensor for name, tensor in state.items() if name in trained}
     if taken := sorted(set(header) & set(metadata)):
         raise InputError(f"metadata must not use the header's own keys, got {', '.join(taken)}; rename them")
-    text = json.dumps({**header, **metadata})
-    _write_tensors({name: _to_stored(tensor, dtype) for name, tensor in state.items()}, path, text)
+    write_tensors({name: _to_stored(tensor, dtype) for name, tensor in state.items()}, path, {**header, **metadata})
 
 
-def _write_tensors(tensors: dict[str, Tensor], path: Path, header: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+def header_of(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The header fields that make a file loadable."""
+    return {"version": HEADER_VERSION, "model": spec.name, "config": config, "spec": spec_to_json(spec)}
+
+
+def write_tensors(tensors: dict[str, Tensor], path: str | Path, header: Mapping[str, Any]) -> None:
+    """Write CPU tensors and a header (see ``header_of``) to a ``.safetensors`` file, whole or not at all.
+
+    Raises:
+        InputError: if the file cannot be written.
+    """
+    with replacing(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode  # safetensors makes files that only their owner may read
-        save_file(tensors, partial, metadata={HEADER_KEY: header})
+        try:
+            save_file(tensors, partial, metadata={HEADER_KEY: json.dumps(header)})
+        except SafetensorError as error:
+            raise InputError(f"cannot write {path}: {error}") from error
         partial.chmod(mode)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"weights cannot be written to {path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -114,19 +116,18 @@ def read_header(path: str | Path) -> dict[str, Any]:
         with safe_open(path, framework="pt", device="cpu") as file:
             text = (file.metadata() or {}).get(HEADER_KEY)
     except (OSError, SafetensorError) as error:
+        rule = "checkpoint must be a .safetensors file written by samed3d"
         remedy = "convert an upstream checkpoint with: samed3d import-weights"
-        raise InputError(
-            f"checkpoint must be a .safetensors file written by samed3d, got {path} ({error}); {remedy}"
-        ) from error
+        raise InputError(f"{rule}, got {path} ({error}); {remedy}") from error
     if text is None:
         raise InputError(f"checkpoint has no samed3d header, so its architecture is unknown: {path}")
     header = json.loads(text)
-    if header.get("version") == HEADER_VERSION and not {"model", "config", "spec"} <= header.keys():
+    version = header.get("version")
+    if version != HEADER_VERSION:
+        rule = f"checkpoint header must have version {HEADER_VERSION}"
+        raise InputError(f"{rule}, got {version!r} in {path}; update samed3d")
+    if not set(OWN_KEYS) <= header.keys():
         raise InputError(f"checkpoint header must name model, config and spec, got {', '.join(header)} in {path}")
-    if header.get("version") != HEADER_VERSION:
-        raise InputError(
-            f"checkpoint header must have version {HEADER_VERSION}, got {header.get('version')!r} in {path}; update samed3d"
-        )
     return header
 
 
@@ -146,35 +147,88 @@ def amend_header(path: str | Path, facts: Mapping[str, Any]) -> None:
     Raises:
         InputError: as ``read_weights``, or if a fact would replace what makes the file loadable.
     """
-    if taken := sorted({"version", "model", "config", "spec", ADAPTER_KEY} & set(facts)):
+    if taken := sorted({*OWN_KEYS, ADAPTER_KEY} & set(facts)):
         raise InputError(f"facts must not use the header's own keys, got {', '.join(taken)}; rename them")
     header = {**read_header(path), **facts}
     with safe_open(path, framework="pt", device="cpu") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    _write_tensors(tensors, Path(path), json.dumps(header))
+    write_tensors(tensors, path, header)
+
+
+def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Refuse a state dict that has not exactly the names and shapes of another.
+
+    Args:
+        own: What is needed; may be on the meta device.
+        state: What is there.
+
+    Raises:
+        InputError: that lists missing, unexpected and mis-shaped keys.
+    """
+    problems = {
+        "missing": [name for name in own if name not in state],
+        "unexpected": [name for name in state if name not in own],
+        "mis-shaped": [
+            f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in own
+            if name in state and state[name].shape != own[name].shape
+        ],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{kind} ({len(names)}): {_shorten(names)}" for kind, names in problems.items() if names)
+        raise InputError(f"weights do not fit the model; {listed}")
 
 
 def load_state_strict(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy a state dict into a model; every key and shape must agree, otherwise nothing is copied.
 
     Raises:
-        InputError: that lists missing, unexpected and mis-shaped keys.
+        InputError: as ``check_state``.
     """
-    own = model.state_dict()
-    wrong_shape = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    problems = {
-        "missing": [name for name in own if name not in state],
-        "unexpected": [name for name in state if name not in own],
-        "mis-shaped": wrong_shape,
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{kind} ({len(names)}): {_shorten(names)}" for kind, names in problems.items() if names)
-        raise InputError(f"weights do not fit the model; {listed}")
+    check_state(model.state_dict(), state)
     model.load_state_dict(dict(state), strict=True)
+
+
+def put_on_base(
+    model: PromptableModel, trained: Mapping[str, Tensor], header: Mapping[str, Any], path: Path
+) -> dict[str, Tensor]:
+    """Add the adapters of a file to a freshly built model, and find the rest of its tensors in the base.
+
+    Args:
+        model: Built from the header; everything that the file does not hold is frozen.
+        trained: Tensors of the file.
+        header: Of the file.
+        path: The file; its base may lie beside it.
+
+    Returns:
+        The whole state dict, to be loaded strictly.
+
+    Raises:
+        InputError: if the base is not found or is not the one that the adapters were trained on.
+    """
+    try:
+        adaptation = Adaptation(**header[ADAPTER_KEY])
+    except TypeError as error:
+        rule = f"header of {path} must name kind, rank, base and base_sha256 of its adapter"
+        raise InputError(f"{rule} ({error}); update samed3d") from error
+    found = find_checkpoint(adaptation.base) or find_checkpoint(path.with_name(Path(adaptation.base).name))
+    if found is None:
+        raise InputError(f"{path} is an adapter of {adaptation.base!r}, which is not there; put that file beside it")
+    base, base_header = read_weights(found)
+    if ADAPTER_KEY in base_header:
+        remedy = "merge that one into its base first"
+        raise InputError(f"{path} is an adapter of {found}, which is an adapter itself; {remedy}")
+    actual, expected = tensors_sha256(base), adaptation.base_sha256
+    if actual != expected:
+        remedy = "find the weights that it was trained on, or train the adapter again"
+        raise InputError(
+            f"{path} was trained on weights with tensors {expected[:12]}, {found} has {actual[:12]}; {remedy}"
+        )
+    add_adapters(model, adaptation.kind, adaptation.rank)
+    model.adaptation = adaptation
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return {**base, **trained}
 
 
 def import_upstream(path: str | Path) -> dict[str, Tensor]:
@@ -182,8 +236,7 @@ def import_upstream(path: str | Path) -> dict[str, Tensor]:
 
     Takes a training checkpoint (``model_state_dict`` beside optimiser state and an ``argparse.Namespace``) or a bare
     state dict, with or without ``module.`` before the keys. Nothing in the file is executed: apart from tensors and
-    plain containers, exactly
-    ``argparse.Namespace`` is allowed.
+    plain containers, only ``argparse.Namespace`` is allowed.
 
     Raises:
         InputError: if the file is missing, damaged, holds any other Python object, or holds no state dict.
@@ -199,9 +252,8 @@ def import_upstream(path: str | Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         held = f"the Python object {refused.group(1)}" if refused else "something other than tensors"
-        raise InputError(
-            f"checkpoint must hold only tensors and argparse.Namespace, but {path} holds {held}; it was not opened"
-        ) from error
+        rule = "checkpoint must hold only tensors and argparse.Namespace"
+        raise InputError(f"{rule}, but {path} holds {held}; it was not opened") from error
     except Exception as error:  # torch.load raises many types for a damaged archive
         raise InputError(f"checkpoint is not a readable PyTorch file: {path} ({str(error).splitlines()[0]})") from error
     state = body.get("model_state_dict", body) if isinstance(body, dict) else None
@@ -211,8 +263,7 @@ def import_upstream(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of any weights file: ours (``.safetensors``) or a foreign one (``.pth``, read as ``import_upstream``
-    does).
+    """The tensors of any weights file: ours (``.safetensors``) or a foreign one (``.pth``, see ``import_upstream``).
 
     A file that is not at ``path`` is looked for under its name in the folder of ``SAMED3D_CHECKPOINTS``.
 
@@ -240,9 +291,8 @@ def find_checkpoint(name_or_path: str | Path) -> Path | None:
     folder, entry = found
     path = folder / entry["file"]
     if not path.is_file():
-        raise InputError(
-            f"checkpoint {str(name_or_path)!r} is in {folder / 'manifest.json'} but its file is missing: {path}"
-        )
+        listed = folder / "manifest.json"
+        raise InputError(f"checkpoint {str(name_or_path)!r} is in {listed} but its file is missing: {path}")
     actual = _sha256(path)
     if actual != entry["sha256"]:
         raise InputError(f"checkpoint {path} must have sha256 {entry['sha256']}, got {actual}; fetch it again")
@@ -268,15 +318,13 @@ def publish(weights: str | Path, name: str, folder: str | Path, facts: Mapping[s
     state, header = read_weights(weights)
     path = folder / f"{name}.safetensors"
     tensors = {key: _to_stored(tensor, torch.float16) for key, tensor in state.items()}
-    _write_tensors(tensors, path, json.dumps(header))
+    write_tensors(tensors, path, header)
     manifest = folder / "manifest.json"
     body = json.loads(manifest.read_text()) if manifest.is_file() else {"checkpoints": {}}
     parameters = sum(tensor.numel() for tensor in state.values())
     entry = {"file": path.name, "sha256": _sha256(path), "model": header["model"], "parameters": parameters, **facts}
     body["checkpoints"][name] = entry
-    partial = manifest.with_name(f".{manifest.name}.{os.getpid()}.part")
-    partial.write_text(json.dumps(body, indent=1) + "\n")
-    os.replace(partial, manifest)
+    write_json(manifest, body)
     return path
 
 
@@ -311,7 +359,7 @@ def spec_from_json(body: Mapping[str, Any]) -> ModelSpec:
 
 
 def _manifest_entries() -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Name to (folder, entry) over all checkpoint folders; the first folder that knows a name wins."""
+    """Name to (folder, entry) over all checkpoint folders; of folders with the same name the first counts."""
     folders = [
         Path(__file__).resolve().parents[2] / "checkpoints",
         Path(sys.prefix) / "share" / "samed3d" / "checkpoints",
@@ -326,9 +374,8 @@ def _manifest_entries() -> dict[str, tuple[Path, dict[str, Any]]]:
         try:
             listed = json.loads(manifest.read_text())["checkpoints"]
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"checkpoint manifest must be JSON with a 'checkpoints' object: {manifest} ({error})"
-            ) from error
+            rule = "checkpoint manifest must be JSON with a 'checkpoints' object"
+            raise InputError(f"{rule}: {manifest} ({error})") from error
         for name, entry in listed.items():
             entries.setdefault(name, (folder, entry))
     return entries

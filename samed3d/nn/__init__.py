@@ -1,1 +1,1 @@
-"""Blocks that models are made of; they know no model and no file."""
+"""Blocks that models are made of; they depend on no model and read no file."""

@@ -1,11 +1,9 @@
-"""Low-rank adapters on the layers of a trained encoder: LoRA and FacT, for projections of attention and for 3D
-convolutions.
+"""Low-rank adapters on the layers of a trained encoder: LoRA and FacT, for attention and for 3D convolutions.
 
 An adapted layer *is* the plain layer (same class, same parameters under the same names) with a few parameters beside
 them, so that a state dict of the plain model loads into the adapted one but for the adapters' own keys. Adapters start
-at zero: the adapted model equals the plain one bit for bit until it is trained. Not here: what is frozen
-(``training/trainable.py``), files (``models/adapter_weights.py``), adapters with layers of their own between blocks
-(``nn/adapters3d.py``). Read ``training/trainable.py`` next.
+at zero: the adapted model equals the plain one bit for bit until it is trained. ``training/trainable.py`` chooses what
+is frozen, ``models/weights.py`` stores adapters.
 
 Source: LoRA, Hu et al. 2021 (arXiv 2106.09685); FacT in its tensor-train form, Jie and Deng 2023 (arXiv 2212.03145), as
 MA-SAM uses it on queries and values (arXiv 2309.08842). For convolutions our own forms, each the same idea with the
@@ -24,37 +22,37 @@ from samed3d.errors import InputError
 
 ADAPTER_KINDS = ("lora", "fact")
 QUERY_AND_VALUE = (0, 2)
-"""Of the three parts of a fused query-key-value projection."""
+"""The adapted ones of the three equal parts of a fused query-key-value projection."""
 
 
 class AdaptedLinear(nn.Linear):
-    """A linear layer that takes over another's parameters and adds something to some equal parts of its output.
+    """A fused query-key-value projection with something added to its queries and values.
 
     Args:
         linear: The trained layer; its parameters are used, not copied.
-        parts: Which parts of the output are changed: 0 and 2 of 3 for queries and values of a fused projection.
-        of: Number of parts.
 
     Raises:
-        InputError: if the output cannot be cut into that many parts.
+        InputError: if the output does not have three equal parts.
     """
 
-    def __init__(self, linear: nn.Linear, parts: tuple[int, ...], of: int) -> None:
-        if linear.out_features % of or not parts or not all(0 <= p < of for p in parts):
-            raise InputError(f"parts must be among {of} equal ones of {linear.out_features} outputs, got {parts}")
+    def __init__(self, linear: nn.Linear) -> None:
+        if linear.out_features % 3:
+            raise InputError(
+                f"an adapter needs a projection to queries, keys and values of equal width, got {linear.out_features} outputs"
+            )
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.parts, self.width = parts, linear.out_features // of
+        self.width = linear.out_features // 3
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
         out = F.linear(x, self.weight, self.bias)
-        for part, change in zip(self.parts, self.changes(x), strict=True):
+        for part, change in zip(QUERY_AND_VALUE, self.changes(x), strict=True):
             out.narrow(-1, part * self.width, self.width).add_(change.to(out.dtype))
         return out
 
     def changes(self, x: Tensor) -> list[Tensor]:
-        """What is added to each part, (..., out / of)."""
+        """What is added to queries and to values, (..., out / 3) each."""
         raise NotImplementedError
 
     def merged(self) -> nn.Linear:
@@ -64,37 +62,28 @@ class AdaptedLinear(nn.Linear):
         self.eval()  # no dropout in what is merged
         unit = torch.eye(self.in_features, device=weight.device)
         with torch.no_grad():
-            for part, change in zip(self.parts, self.changes(unit), strict=True):
+            for part, change in zip(QUERY_AND_VALUE, self.changes(unit), strict=True):
                 weight.narrow(0, part * self.width, self.width).add_(change.T.to(weight.dtype))
         plain.weight, plain.bias = nn.Parameter(weight), self.bias
         return plain
 
 
 class LoraLinear(AdaptedLinear):
-    """W + scale * up @ down on each of ``parts``; ``up`` starts at zero. Arguments as ``AdaptedLinear``, and the
-    rank.
-    """
+    """W + up @ down for queries and for values; ``up`` starts at zero."""
 
-    def __init__(
-        self, linear: nn.Linear, rank: int, parts: tuple[int, ...] = (0,), of: int = 1, scale: float = 1.0
-    ) -> None:
-        super().__init__(linear, parts, of)
-        self.scale = scale
-        self.lora_down = nn.Parameter(_uniform((len(parts), rank, self.in_features), self.in_features, linear.weight))
-        self.lora_up = nn.Parameter(linear.weight.new_zeros(len(parts), self.width, rank, dtype=torch.float32))
+    def __init__(self, linear: nn.Linear, rank: int) -> None:
+        super().__init__(linear)
+        self.lora_down = nn.Parameter(_uniform((2, rank, self.in_features), self.in_features, linear.weight))
+        self.lora_up = nn.Parameter(linear.weight.new_zeros(2, self.width, rank, dtype=torch.float32))
 
     def changes(self, x: Tensor) -> list[Tensor]:
         """See ``AdaptedLinear``; computed in the adapter's own precision unless autocast says otherwise."""
         x = x.to(self.lora_down.dtype)
-        return [
-            F.linear(F.linear(x, down), up) * self.scale for down, up in zip(self.lora_down, self.lora_up, strict=True)
-        ]
+        return [F.linear(F.linear(x, down), up) for down, up in zip(self.lora_down, self.lora_up, strict=True)]
 
 
 class FactShared(nn.Module):
-    """The outer factors that all layers of one width share: ``u`` (in, rank) and ``v`` (rank, out), which starts at
-    zero.
-    """
+    """The outer factors that all layers of one width share: ``u`` (in, rank), and ``v`` (rank, out) that starts at 0."""
 
     def __init__(self, dim_in: int, rank: int, dim_out: int | None = None) -> None:
         super().__init__()
@@ -103,42 +92,34 @@ class FactShared(nn.Module):
 
 
 class FactLinear(AdaptedLinear):
-    """W + scale * (u core v)^T on each of ``parts``, with a rank x rank core per part and u, v of ``shared``.
+    """W + (u core v)^T for queries and for values, with a rank x rank core each and u, v of ``shared``.
 
     Args:
         linear: As ``AdaptedLinear``.
         shared: Outer factors; the caller registers them once (they are not a submodule of this layer, so that no state
-            dict holds them twice). Its ``v`` has the width of a part.
-        parts: As ``AdaptedLinear``.
-        of: As ``AdaptedLinear``.
-        scale: Factor of the change.
+            dict holds them twice). Its ``v`` has the width of the queries.
         dropout: After the core (MA-SAM: 0.1).
     """
 
-    def __init__(
-        self,
-        linear: nn.Linear,
-        shared: FactShared,
-        parts: tuple[int, ...] = QUERY_AND_VALUE,
-        of: int = 3,
-        scale: float = 1.0,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__(linear, parts, of)
+    def __init__(self, linear: nn.Linear, shared: FactShared, dropout: float = 0.0) -> None:
+        super().__init__(linear)
         rank = shared.u.shape[1]
-        self.scale, self.dropout, self._shared = scale, dropout, (shared,)  # the tuple keeps it from being a submodule
-        self.fact_cores = nn.Parameter(_uniform((len(parts), rank, rank), rank, linear.weight))
+        self.dropout, self._shared = dropout, (shared,)  # the tuple keeps it from being a submodule
+        self.fact_cores = nn.Parameter(_uniform((2, rank, rank), rank, linear.weight))
 
     def changes(self, x: Tensor) -> list[Tensor]:
         """See ``AdaptedLinear``."""
         shared = self._shared[0]
         low = F.linear(x.to(shared.u.dtype), shared.u.T)
         mixed = [F.dropout(F.linear(low, core), self.dropout, self.training) for core in self.fact_cores]
-        return [F.linear(m, shared.v.T) * self.scale for m in mixed]
+        return [F.linear(m, shared.v.T) for m in mixed]
 
 
 class AdaptedConv3d(nn.Conv3d):
-    """A convolution that takes over another's parameters and adds a low-rank one of the same reach.
+    """A convolution with a low-rank one of the same reach added to it.
+
+    Args:
+        conv: The trained layer; its parameters are used, not copied.
 
     Raises:
         InputError: for grouped or non-zero-padded convolutions.
@@ -147,9 +128,7 @@ class AdaptedConv3d(nn.Conv3d):
     def __init__(self, conv: nn.Conv3d) -> None:
         if conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             raise InputError(f"an adapter needs an ungrouped convolution padded with a number of zeros, got {conv}")
-        size: tuple[int, int, int] = (conv.kernel_size[0], conv.kernel_size[1], conv.kernel_size[2])
-        bias = conv.bias is not None
-        super().__init__(conv.in_channels, conv.out_channels, size, bias=bias, device="meta")
+        super().__init__(conv.in_channels, conv.out_channels, _size(conv), bias=conv.bias is not None, device="meta")
         self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
         self.weight, self.bias = conv.weight, conv.bias
 
@@ -168,8 +147,7 @@ class AdaptedConv3d(nn.Conv3d):
 
     def merged(self) -> nn.Conv3d:
         """A plain convolution with the change in its weight."""
-        size = (self.kernel_size[0], self.kernel_size[1], self.kernel_size[2])
-        plain = nn.Conv3d(self.in_channels, self.out_channels, size, bias=self.bias is not None, device="meta")
+        plain = nn.Conv3d(self.in_channels, self.out_channels, _size(self), bias=self.bias is not None, device="meta")
         plain.stride, plain.padding, plain.dilation = self.stride, self.padding, self.dilation
         plain.weight = nn.Parameter(self.weight.detach() + self.change_of_weight().detach().to(self.weight.dtype))
         plain.bias = self.bias
@@ -182,9 +160,8 @@ class AdaptedConv3d(nn.Conv3d):
 class LoraConv3d(AdaptedConv3d):
     """A convolution to ``rank`` channels, then 1x1x1 to the output; the second starts at zero."""
 
-    def __init__(self, conv: nn.Conv3d, rank: int, scale: float = 1.0) -> None:
+    def __init__(self, conv: nn.Conv3d, rank: int) -> None:
         super().__init__(conv)
-        self.scale = scale
         fan_in = conv.in_channels * math.prod(conv.kernel_size)
         self.lora_down = nn.Parameter(_uniform((rank, conv.in_channels, *conv.kernel_size), fan_in, conv.weight))
         self.lora_up = nn.Parameter(conv.weight.new_zeros(conv.out_channels, rank, dtype=torch.float32))
@@ -192,36 +169,32 @@ class LoraConv3d(AdaptedConv3d):
     def change(self, x: Tensor) -> Tensor:
         """See ``AdaptedConv3d``."""
         low = self._over(x.to(self.lora_down.dtype), self.lora_down)
-        return F.conv3d(low, self.lora_up[:, :, None, None, None]) * self.scale
+        return F.conv3d(low, self.lora_up[:, :, None, None, None])
 
     def change_of_weight(self) -> Tensor:
         """See ``AdaptedConv3d``."""
-        return torch.einsum("or,ridhw->oidhw", self.lora_up, self.lora_down) * self.scale
+        return torch.einsum("or,ridhw->oidhw", self.lora_up, self.lora_down)
 
 
 class FactConv3d(AdaptedConv3d):
-    """1x1x1 to ``rank`` channels by the shared ``u``, a rank x rank kernel of this layer, 1x1x1 to the output by the
-    shared ``v``.
-    """
+    """1x1x1 to ``rank`` channels by the shared u, a rank x rank kernel of this layer, 1x1x1 by the shared v."""
 
-    def __init__(self, conv: nn.Conv3d, shared: FactShared, scale: float = 1.0) -> None:
+    def __init__(self, conv: nn.Conv3d, shared: FactShared) -> None:
         super().__init__(conv)
-        rank = shared.u.shape[1]
-        self.scale, self._shared = scale, (shared,)
-        self.fact_core = nn.Parameter(
-            _uniform((rank, rank, *conv.kernel_size), rank * math.prod(conv.kernel_size), conv.weight)
-        )
+        rank, size = shared.u.shape[1], _size(conv)
+        self._shared = (shared,)
+        self.fact_core = nn.Parameter(_uniform((rank, rank, *size), rank * math.prod(size), conv.weight))
 
     def change(self, x: Tensor) -> Tensor:
         """See ``AdaptedConv3d``."""
         shared = self._shared[0]
         low = F.conv3d(x.to(shared.u.dtype), shared.u.T[:, :, None, None, None])
-        return F.conv3d(self._over(low, self.fact_core), shared.v.T[:, :, None, None, None]) * self.scale
+        return F.conv3d(self._over(low, self.fact_core), shared.v.T[:, :, None, None, None])
 
     def change_of_weight(self) -> Tensor:
         """See ``AdaptedConv3d``."""
         shared = self._shared[0]
-        return torch.einsum("so,srdhw,ir->oidhw", shared.v, self.fact_core, shared.u) * self.scale
+        return torch.einsum("so,srdhw,ir->oidhw", shared.v, self.fact_core, shared.u)
 
 
 def add_adapters(model: nn.Module, kind: str, rank: int) -> int:
@@ -250,9 +223,8 @@ def add_adapters(model: nn.Module, kind: str, rank: int) -> int:
         raise InputError("model has adapters already; merge them first (samed3d.nn.adapters.merge_adapters)")
     places = _places(model)
     if not places:
-        raise InputError(
-            f"no adapter fits the image encoder of {type(model).__name__}: it has neither qkv projections nor convolutions"
-        )
+        lacks = "it has neither qkv projections nor convolutions; train the decoder alone"
+        raise InputError(f"no adapter fits the image encoder of {type(model).__name__}: {lacks}")
     shared = nn.ModuleDict()
     for parent, name, layer in places:
         setattr(parent, name, _lora(layer, rank) if kind == "lora" else _fact(layer, rank, shared))
@@ -269,7 +241,7 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Put every adapter into the weights it stands beside, in place: a plain model again, without its cost."""
+    """Add every adapter to the weights beside it, in place: a plain model again, as fast as before."""
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, AdaptedLinear | AdaptedConv3d):
@@ -279,7 +251,7 @@ def merge_adapters(model: nn.Module) -> None:
 
 
 def _lora(layer: nn.Linear | nn.Conv3d, rank: int) -> nn.Module:
-    return LoraLinear(layer, rank, QUERY_AND_VALUE, 3) if isinstance(layer, nn.Linear) else LoraConv3d(layer, rank)
+    return LoraLinear(layer, rank) if isinstance(layer, nn.Linear) else LoraConv3d(layer, rank)
 
 
 def _fact(layer: nn.Linear | nn.Conv3d, rank: int, shared: nn.ModuleDict) -> nn.Module:
@@ -290,7 +262,7 @@ def _fact(layer: nn.Linear | nn.Conv3d, rank: int, shared: nn.ModuleDict) -> nn.
         dims = (layer.in_channels, layer.out_channels)
     key = f"{dims[0]}to{dims[1]}"
     if key not in shared:
-        shared[key] = FactShared(dims[0], rank, dims[1]).to(next(layer.parameters()).device)
+        shared[key] = FactShared(dims[0], rank, dims[1]).to(layer.weight.device)
     outer = shared[key]
     assert isinstance(outer, FactShared)
     return FactLinear(layer, outer) if isinstance(layer, nn.Linear) else FactConv3d(layer, outer)
@@ -298,22 +270,24 @@ def _fact(layer: nn.Linear | nn.Conv3d, rank: int, shared: nn.ModuleDict) -> nn.
 
 def _places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear | nn.Conv3d]]:
     """(parent, name, layer) of all that is adapted."""
-    inside = tuple(getattr(model, "encoder_parts", ("",)))
-    layers = [
-        (name, layer)
-        for name, layer in model.named_modules()
-        if any(p in ("", name) or name.startswith(f"{p}.") for p in inside)
-    ]
-    fused = [
-        (n, m)
-        for n, m in layers
-        if n.split(".")[-1] == "qkv" and isinstance(m, nn.Linear) and m.out_features == 3 * m.in_features
-    ]
-    convolutions = [
-        (n, m) for n, m in layers if type(m) is nn.Conv3d and m.groups == 1 and math.prod(m.kernel_size) > 1
-    ]
-    chosen: list[tuple[str, nn.Linear | nn.Conv3d]] = [*fused] or [*convolutions]
-    return [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer) for name, layer in chosen]
+    fused: dict[str, nn.Linear | nn.Conv3d] = {}
+    convolutions: dict[str, nn.Linear | nn.Conv3d] = {}
+    for name, layer in model.named_modules():
+        if not any(
+            part in ("", name) or name.startswith(f"{part}.") for part in getattr(model, "encoder_parts", ("",))
+        ):
+            continue
+        is_linear = isinstance(layer, nn.Linear) and layer.out_features == 3 * layer.in_features
+        if is_linear and name.split(".")[-1] == "qkv":
+            fused[name] = layer
+        if type(layer) is nn.Conv3d and layer.groups == 1 and math.prod(layer.kernel_size) > 1:
+            convolutions[name] = layer
+    split = [(*name.rpartition(".")[::2], layer) for name, layer in (fused or convolutions).items()]
+    return [(model.get_submodule(parent), name, layer) for parent, name, layer in split]
+
+
+def _size(conv: nn.Conv3d) -> tuple[int, int, int]:
+    return (conv.kernel_size[0], conv.kernel_size[1], conv.kernel_size[2])
 
 
 def _uniform(shape: tuple[int, ...], fan_in: int, like: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Self-attention on a 3D token grid with decomposed relative positions, global or in windows.
+"""Self-attention on a 3D token grid with decomposed relative positions: global, in windows, or dilated.
 
 Windowed attention here never computes a padding token, yet equals attention over zero-padded, unmasked windows
 (SAM-Med3D) exactly. After the normalisation that precedes it, a padding token is zero, so its query, key and value are
@@ -7,16 +7,18 @@ add up to that of a single key, the *sink*, whose logit is the log-sum-exp over 
 bias of a key is a sum of terms of one key axis each (or, as released, of one axis and the last), so that this
 log-sum-exp factorises per axis and the padding keys are never listed.
 
-Not here: the transformer block around it (``vit.py``), attention between tokens and image (``two_way.py``).
+The transformer block around the attention is in ``vit.py``, attention between tokens and image in ``mask_decoder.py``.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from samed3d.errors import InputError
@@ -46,12 +48,11 @@ class GridAttention(nn.Module):
         grid: Token grid.
         window: Window edge in tokens, or 0 for global attention. The grid is covered from its low corner; windows at
             the high faces may hold fewer tokens.
-        misbroadcast_relpos: Add the relative position bias as SAM-Med3D's released code does: with keys (x, y, z) and
-            queries (a, b, c),
-            ``q[a,b,c].Rd[a-z] + q[a,b,x].Rh[b-z] + q[a,b,y].Rw[y-z]`` instead of ``q[a,b,c].(Rd[a-x] + Rh[b-y] +
-            Rw[c-z])``. Its weights were trained with it. Needs a cubic grid.
-        pad_sink: Let the padding of partly filled windows take part as unmasked keys (SAM-Med3D). False leaves them
-            out.
+        misbroadcast_relpos: Add the relative position bias as SAM-Med3D's released code does, with which its weights
+            were trained: for keys (x, y, z) and queries (a, b, c),
+            ``q[a,b,c].Rd[a-z] + q[a,b,x].Rh[b-z] + q[a,b,y].Rw[y-z]`` instead of
+            ``q[a,b,c].(Rd[a-x] + Rh[b-y] + Rw[c-z])``. Needs a cubic grid.
+        pad_sink: The padding of partly filled windows takes part as unmasked keys (SAM-Med3D); False leaves it out.
 
     Raises:
         InputError: if ``misbroadcast_relpos`` meets a grid that is not cubic.
@@ -82,13 +83,12 @@ class GridAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, H, W, C) to the same shape."""
-        batch, *grid, dim = x.shape
-        q, k, v = self.qkv(x).reshape(batch, *grid, 3, self.heads, dim // self.heads).permute(4, 0, 5, 1, 2, 3, 6)
-        rows = [
-            [slice(start, start + edge) for start in range(0, n, edge)]
-            for n, edge in zip(grid, self.extent, strict=True)
+        q, k, v = rearrange(self.qkv(x), "b d h w (three heads e) -> three b heads d h w e", three=3, heads=self.heads)
+        starts = (range(0, n, edge) for n, edge in zip(x.shape[1:4], self.extent, strict=True))
+        windows = [
+            tuple(slice(a, a + edge) for a, edge in zip(corner, self.extent, strict=True))
+            for corner in itertools.product(*starts)
         ]
-        windows = list(itertools.product(*rows))
         if len(windows) == 1:
             return self.proj(self._attend(q, k, v))
         out = v.new_empty(x.shape)
@@ -97,58 +97,67 @@ class GridAttention(nn.Module):
         return self.proj(out)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention within one window; (B, heads, d, h, w, head_dim) each, the window's real tokens only; returns (B,
-        d, h, w, C).
-        """
-        batch, heads, *real, head_dim = q.shape
+        """Attention between the real tokens of one window; (B, heads, d, h, w, e) each to (B, d, h, w, C)."""
+        batch, heads, *real, _ = q.shape
         terms = self._released_terms(q) if self.misbroadcast_relpos else self._correct_terms(q)
-        keys, values = k.flatten(2, 4), v.flatten(2, 4)
+        queries, keys, values = (rearrange(t, "b heads d h w e -> b heads (d h w) e") for t in (q, k, v))
         sink = None
         if self.pad_sink and tuple(real) != self.extent:
-            _, k_pad, v_pad = self.qkv.bias.reshape(3, 1, heads, 1, head_dim).expand(3, batch, heads, 1, head_dim)
+            _, k_pad, v_pad = repeat(
+                self.qkv.bias, "(three heads e) -> three b heads 1 e", three=3, heads=heads, b=batch
+            )
             keys, values = torch.cat([keys, k_pad], 2), torch.cat([values, v_pad], 2)
             sink = _released_sink(terms, real) if self.misbroadcast_relpos else _correct_sink(terms, real)
         bias = _logit_bias(terms, sink, real, self.misbroadcast_relpos).unflatten(0, (batch, heads))
-        out = F.scaled_dot_product_attention(q.flatten(2, 4), keys, values, attn_mask=bias, scale=self.scale)
-        return out.transpose(1, 2).reshape(batch, *real, heads * head_dim)
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=self.scale)
+        d, h, w = real
+        return rearrange(out, "b heads (d h w) e -> b d h w (heads e)", d=d, h=h, w=w)
 
     def _released_terms(self, q: Tensor) -> _Terms:
         d, h, w = q.shape[2:5]
         edge = self.extent[2]
         q = q.flatten(0, 1)
-        # The second and third terms read queries along the whole window edge, beyond the real tokens the constant one
-        # of a padding token.
+        # The second and third terms read queries along the whole window edge; beyond the real tokens those of padding.
         pad_query = self.qkv.bias.unflatten(0, (3, self.heads, -1))[0].repeat(q.shape[0] // self.heads, 1)
         pad_queries = pad_query[:, None, None, None].expand(-1, d, h, edge - w, -1)
         line = torch.cat([q, pad_queries], 3) if w < edge else q
         return _Terms(
-            first=torch.einsum("nabce,aze->nabcz", q, _by_offset(self.rel_pos_d, d)),
-            second=torch.einsum("nabxe,bze->nabxz", line, _by_offset(self.rel_pos_h, h)),
-            third=torch.einsum("nabye,yze->nabyz", line, _by_offset(self.rel_pos_w, edge)),
+            first=torch.einsum("nabce,aze->nabcz", q, relative_table(self.rel_pos_d, edge)[:d]),
+            second=torch.einsum("nabxe,bze->nabxz", line, relative_table(self.rel_pos_h, edge)[:h]),
+            third=torch.einsum("nabye,yze->nabyz", line, relative_table(self.rel_pos_w, edge)),
         )
 
     def _correct_terms(self, q: Tensor) -> _Terms:
-        return _Terms(*relative_terms(q.flatten(0, 1), (self.rel_pos_d, self.rel_pos_h, self.rel_pos_w)))
+        """Per query the bias of each key position along z, y and x."""
+        q = q.flatten(0, 1)
+        d, h, w = (
+            relative_table(table, edge)[:n]
+            for table, edge, n in zip(
+                (self.rel_pos_d, self.rel_pos_h, self.rel_pos_w), self.extent, q.shape[1:4], strict=True
+            )
+        )
+        return _Terms(
+            first=torch.einsum("nabce,axe->nabcx", q, d),
+            second=torch.einsum("nabce,bye->nabcy", q, h),
+            third=torch.einsum("nabce,cze->nabcz", q, w),
+        )
 
 
-def relative_terms(q: Tensor, tables: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Decomposed relative positions: per query (n, d, h, w, e) the bias of each key position along z, y and x, (n, d,
-    h, w, K) each.
+def relative_table(table: Tensor, edge: int) -> Tensor:
+    """Relative positions by query and key.
+
+    Args:
+        table: (R, e) by offset; interpolated to 2 ``edge`` - 1 rows if R differs.
+        edge: Tokens of the axis.
+
+    Returns:
+        (edge, edge, e), entry [q, k] for the offset q - k.
     """
-    d, h, w = q.shape[1:4]
-    return (
-        torch.einsum("nabce,axe->nabcx", q, _by_offset(tables[0], d)),
-        torch.einsum("nabce,bye->nabcy", q, _by_offset(tables[1], h)),
-        torch.einsum("nabce,cze->nabcz", q, _by_offset(tables[2], w)),
-    )
-
-
-def _by_offset(table: Tensor, queries: int) -> Tensor:
-    """(2K-1, e) relative positions as (queries, K, e), entry [q, k] for the offset q - k."""
-    edge = (table.shape[0] + 1) // 2
-    query = torch.arange(queries, device=table.device)
-    key = torch.arange(edge, device=table.device)
-    return table[query[:, None] - key + edge - 1]
+    rows = 2 * edge - 1
+    if table.shape[0] != rows:
+        table = F.interpolate(table.T[None], size=rows, mode="linear", align_corners=False)[0].T
+    at = torch.arange(edge, device=table.device)
+    return table[at[:, None] - at + edge - 1]
 
 
 def _logit_bias(terms: _Terms, sink: Tensor | None, real: list[int], released: bool) -> Tensor:
@@ -174,9 +183,7 @@ def _logit_bias(terms: _Terms, sink: Tensor | None, real: list[int], released: b
 
 
 def _released_sink(terms: _Terms, real: list[int]) -> Tensor:
-    """(n, a, b, c) log-sum-exp over the padding keys, as the disjoint sets x padded; y padded; z padded (x, y, z: key
-    axes).
-    """
+    """(n, a, b, c) log-sum-exp over the padding keys: the disjoint sets of padded x, padded y and padded z."""
     d, h, w = real
     first, second, third = terms.first, terms.second, terms.third
     x_real, y_real = second[:, :, :, :d].logsumexp(3), third[:, :, :, :h].logsumexp(3)
@@ -201,3 +208,62 @@ def _correct_sink(terms: _Terms, real: list[int]) -> Tensor:
     if w < third.shape[-1]:
         parts.append(x_real + y_real + third[..., w:].logsumexp(-1))
     return torch.stack(parts, -1).logsumexp(-1)
+
+
+class DilatedAttention(GridAttention):
+    """``GridAttention`` in which each token attends to a few others: near ones densely, far ones sparsely.
+
+    The tokens of the grid are one sequence (x fastest). A pattern (segment, dilation) cuts it into segments and takes
+    every dilation-th token of a segment as one group, at every offset, so that each token is in exactly one group per
+    pattern. A token's weights over the groups of all patterns add up to one. The state dict is that of global
+    attention, which one pattern of one whole segment equals.
+
+    Args:
+        dim: Channels; a multiple of ``heads``.
+        heads: Attention heads.
+        grid: Token grid.
+        patterns: (segment, dilation) pairs; a segment divides the number of tokens, a dilation its segment.
+
+    Raises:
+        InputError: if there is no pattern or one does not divide.
+
+    Source: dilated attention of LongNet, in FastSAM3D for image tokens. The released FastSAM3D concatenates its groups
+    without putting the tokens back in their order and drops the positions; here both are kept.
+    """
+
+    def __init__(self, dim: int, heads: int, grid: IntTriple, patterns: tuple[tuple[int, int], ...]) -> None:
+        super().__init__(dim, heads, grid, 0, misbroadcast_relpos=False, pad_sink=False)
+        count = math.prod(grid)
+        for segment, dilation in patterns:
+            if segment < 1 or dilation < 1 or count % segment or segment % dilation:
+                rule = f"a segment must divide the {count} tokens and a dilation its segment"
+                raise InputError(f"patterns: {rule}, got ({segment}, {dilation}); choose other numbers")
+        if not patterns:
+            raise InputError("patterns must hold at least one (segment, dilation), got none")
+        self.patterns = patterns
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, heads, d, h, w, e) each; returns (B, d, h, w, C)."""
+        heads, (d, h, w) = q.shape[1], q.shape[2:5]
+        terms = self._correct_terms(q)
+        q, k, v = (rearrange(t, "b heads d h w e -> (b heads) (d h w) e") for t in (q, k, v))
+        at = torch.cartesian_prod(*(torch.arange(n, device=q.device) for n in (d, h, w)))
+        logits, values = [], []
+        for segment, dilation in self.patterns:
+            group = token_groups(q.shape[1], segment, dilation, q.device)
+            scores = torch.einsum("ngqe,ngke->ngqk", q[:, group] * self.scale, k[:, group])
+            for term, axis in zip((terms.first, terms.second, terms.third), at.T, strict=True):
+                by_key = term.flatten(1, 3)[:, group]
+                scores = scores + by_key.gather(-1, axis[group][None, :, None, :].expand_as(scores))
+            back = group.flatten().argsort()
+            logits.append(scores.flatten(1, 2)[:, back])
+            values.append(repeat(v[:, group], "n g k e -> n (g q) k e", q=group.shape[1])[:, back])
+        weights = torch.cat(logits, -1).softmax(-1)
+        out = torch.einsum("ntk,ntke->nte", weights, torch.cat(values, 2))
+        return rearrange(out, "(b heads) (d h w) e -> b d h w (heads e)", heads=heads, d=d, h=h, w=w)
+
+
+def token_groups(count: int, segment: int, dilation: int, device: torch.device) -> Tensor:
+    """(groups, segment / dilation) token numbers; each of ``count`` tokens is in exactly one group."""
+    order = torch.arange(count, device=device)
+    return rearrange(order, "(s k step) -> (s step) k", s=count // segment, step=dilation)

@@ -1,50 +1,53 @@
-"""Points, boxes and an earlier mask as tokens and features, with random Fourier positions (SAM's prompt encoder in
-3D).
-"""
+"""SAM's prompt encoder in 3D and in 2D: points, boxes and an earlier mask become tokens and a feature grid."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from samed3d.geometry import IntTriple
-from samed3d.nn.norm import LayerNorm3d
+from samed3d.nn.layers import LayerNorm3d
+from samed3d.nn.prompt_batch import PADDING, POSITIVE, PromptBatch
 
-POSITIVE, NEGATIVE, PADDING = 1, 0, -1
+MASK_VOXELS_PER_TOKEN = 4
+"""Along each axis."""
 
 
 class RandomFourierPositions(nn.Module):
-    """Positions in [0, 1]^3 as sines and cosines of fixed random directions.
+    """Positions in [0, 1] along each axis as sines and cosines of fixed random directions.
 
     Args:
         dim: Channels; a multiple of 3 with ``sin_cos_sin``, else of 2.
         sin_cos_sin: Concatenate sine, cosine and the same sine again (SAM-Med3D, as released) instead of sine and
             cosine.
-        swap_axes: Dense positions take axis 0 for axis 1 and the reverse, while points do not (SAM-Med3D, as released).
+        swap_axes: Dense positions take axis 0 for axis 1 and the reverse, while points do not (SAM-Med3D, as released;
+            in 2D as SAM, whose points are (x, y)).
+        axes: 3 or 2.
     """
 
     positional_encoding_gaussian_matrix: Tensor
 
-    def __init__(self, dim: int, sin_cos_sin: bool, swap_axes: bool) -> None:
+    def __init__(self, dim: int, sin_cos_sin: bool = False, swap_axes: bool = False, axes: int = 3) -> None:
         super().__init__()
         self.sin_cos_sin, self.swap_axes = sin_cos_sin, swap_axes
-        self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(3, dim // (3 if sin_cos_sin else 2)))
+        self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(axes, dim // (3 if sin_cos_sin else 2)))
 
     def forward(self, unit: Tensor) -> Tensor:
-        """(..., 3) positions, 0 and 1 at the crop's faces, to (..., dim)."""
+        """(..., axes) positions, 0 and 1 at the crop's faces, to (..., dim)."""
         angles = 2 * math.pi * ((2 * unit - 1) @ self.positional_encoding_gaussian_matrix)
         sine, cosine = angles.sin(), angles.cos()
         return torch.cat([sine, cosine, sine] if self.sin_cos_sin else [sine, cosine], -1)
 
-    def dense(self, grid: IntTriple) -> Tensor:
-        """(1, dim, d, h, w): the position of every token centre."""
+    def dense(self, grid: tuple[int, ...]) -> Tensor:
+        """(1, dim, *grid): the position of every token centre."""
         device = self.positional_encoding_gaussian_matrix.device
-        axes = [(torch.arange(n, device=device) + 0.5) / n for n in grid]
-        first, second, third = torch.meshgrid(*axes, indexing="ij")
-        unit = torch.stack([second, first, third] if self.swap_axes else [first, second, third], -1)
-        return self(unit).movedim(-1, 0)[None]
+        axes = list(torch.meshgrid(*((torch.arange(n, device=device) + 0.5) / n for n in grid), indexing="ij"))
+        if self.swap_axes:
+            axes[0], axes[1] = axes[1], axes[0]
+        return self(torch.stack(axes, -1)).movedim(-1, 0)[None]
 
 
 class PromptEncoder(nn.Module):
@@ -59,7 +62,8 @@ class PromptEncoder(nn.Module):
         swap_pe_axes: See ``RandomFourierPositions``.
         pad_point: Append a padding token to the points, and let padding tokens take part in attention (SAM-Med3D, as
             released: N clicks give N + 1 tokens). False adds none and masks padding out, so that a sample does not
-                depend on its batch mates.
+            depend on its batch mates.
+        zero_first_mask: "No mask yet" is a mask of zero logits (SAM-Med3D, as released) instead of a trained embedding.
 
     Source: Segment Anything, section 3; switches as in SAM-Med3D's released code.
     """
@@ -69,26 +73,27 @@ class PromptEncoder(nn.Module):
         dim: int,
         grid: IntTriple,
         input_shape: IntTriple,
-        boxes: bool,
-        sin_cos_sin: bool,
-        swap_pe_axes: bool,
-        pad_point: bool,
+        boxes: bool = True,
+        sin_cos_sin: bool = False,
+        swap_pe_axes: bool = False,
+        pad_point: bool = False,
+        zero_first_mask: bool = False,
     ) -> None:
         super().__init__()
-        self.grid, self.input_shape = grid, input_shape
+        self.grid, self.input_shape, self.zero_first_mask = grid, input_shape, zero_first_mask
         self.pe_layer = RandomFourierPositions(dim, sin_cos_sin, swap_pe_axes)
         self.point_embeddings = nn.ModuleList(nn.Embedding(1, dim) for _ in range(4 if boxes else 2))
         self.not_a_point_embed = nn.Embedding(1, dim) if pad_point else None
-        self.mask_downscaling = nn.Sequential(
-            nn.Conv3d(1, 4, kernel_size=2, stride=2),
-            LayerNorm3d(4),
-            nn.GELU(),
-            nn.Conv3d(4, 16, kernel_size=2, stride=2),
-            LayerNorm3d(16),
-            nn.GELU(),
-            nn.Conv3d(16, dim, kernel_size=1),
-        )
+        self.mask_downscaling = _mask_downscaling(nn.Conv3d, dim)
         self.no_mask_embed = nn.Embedding(1, dim)
+
+    def forward(self, prompts: PromptBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, T, C), which of them count (B, T) bool, and mask features (B, C, d, h, w)."""
+        tokens, valid = self.embed_points(prompts.points, prompts.point_labels)
+        if prompts.boxes is not None:
+            tokens = torch.cat([tokens, self.embed_boxes(prompts.boxes)], 1)
+            valid = torch.cat([valid, prompts.has_box()[:, None].expand(-1, 2)], 1)
+        return tokens, valid, self.embed_mask(prompts.mask_logits, tokens.shape[0], prompts.mask_valid)
 
     def embed_points(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Clicks as tokens.
@@ -105,35 +110,89 @@ class PromptEncoder(nn.Module):
             labels = torch.cat([labels, labels.new_full((labels.shape[0], 1), PADDING)], 1)
         position = self.pe_layer((points + 0.5) / points.new_tensor(self.input_shape))
         kinds = labels[..., None]
-        tokens = position + torch.where(kinds == POSITIVE, self._kind(1), self._kind(0))
+        background, on_object = (_weight(self.point_embeddings, index) for index in (0, 1))
+        tokens = position + torch.where(kinds == POSITIVE, on_object, background)
         if self.not_a_point_embed is None:
             return tokens, labels != PADDING
-        return torch.where(kinds == PADDING, self.not_a_point_embed.weight, tokens), torch.ones_like(
-            labels, dtype=torch.bool
-        )
+        tokens = torch.where(kinds == PADDING, self.not_a_point_embed.weight, tokens)
+        return tokens, torch.ones_like(labels, dtype=torch.bool)
 
-    def embed_boxes(self, boxes: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, 2, 3) low and high corners (half-open, voxel edges) as two tokens (B, 2, C); which count (B, 2) bool."""
-        corners = torch.cat([self._kind(2), self._kind(3)])
-        tokens = self.pe_layer(boxes / boxes.new_tensor(self.input_shape)) + corners
-        if valid is None:
-            valid = torch.ones(boxes.shape[0], dtype=torch.bool, device=boxes.device)
-        return tokens, valid[:, None].expand(-1, 2)
+    def embed_boxes(self, boxes: Tensor) -> Tensor:
+        """(B, 2, 3) low and high corners (half-open, voxel edges) as two tokens (B, 2, C)."""
+        corners = torch.cat([_weight(self.point_embeddings, index) for index in (2, 3)])
+        return self.pe_layer(boxes / boxes.new_tensor(self.input_shape)) + corners
 
     def embed_mask(self, mask_logits: Tensor | None, batch: int, valid: Tensor | None = None) -> Tensor:
-        """(B, 1, 4d, 4h, 4w) logits, or None for no mask yet, as features (B, C, d, h, w); ``valid`` (B,) bool says
-        whose are there.
+        """An earlier mask as features.
+
+        Args:
+            mask_logits: (B, 1, 4d, 4h, 4w), or None for no mask yet.
+            batch: B.
+            valid: (B,) bool, which samples have a mask; None means all.
+
+        Returns:
+            (B, C, d, h, w).
         """
-        none = self.no_mask_embed.weight.reshape(1, -1, 1, 1, 1)
+        none = rearrange(self.no_mask_embed.weight, "1 c -> 1 c 1 1 1")
+        given = None if valid is None else valid[:, None, None, None, None]
+        if self.zero_first_mask:
+            if mask_logits is None:
+                mask_logits = none.new_zeros(batch, 1, *(MASK_VOXELS_PER_TOKEN * n for n in self.grid))
+            elif given is not None:
+                mask_logits, given = torch.where(given, mask_logits, 0.0), None
         if mask_logits is None:
             return none.expand(batch, -1, *self.grid)
         features = self.mask_downscaling(mask_logits)
-        return features if valid is None else torch.where(valid[:, None, None, None, None], features, none)
+        return features if given is None else torch.where(given, features, none)
 
     def dense_positions(self) -> Tensor:
         """(1, C, d, h, w) positions of the token grid."""
         return self.pe_layer.dense(self.grid)
 
-    def _kind(self, index: int) -> Tensor:
-        """(1, C) embedding: 0 background click, 1 object click, 2 low corner, 3 high corner."""
-        return self.point_embeddings.get_submodule(str(index)).get_parameter("weight")
+
+class PromptEncoder2d(nn.Module):
+    """SAM's prompt encoder on slices, with SAM's state-dict names; only boxes and "no mask" are used here."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.pe_layer = RandomFourierPositions(dim, swap_axes=True, axes=2)
+        self.point_embeddings = nn.ModuleList(nn.Embedding(1, dim) for _ in range(4))
+        self.not_a_point_embed = nn.Embedding(1, dim)
+        self.mask_downscaling = _mask_downscaling(nn.Conv2d, dim)
+        self.no_mask_embed = nn.Embedding(1, dim)
+
+    def embed_boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+        """Boxes as two tokens each.
+
+        Args:
+            boxes: (B, 2, 2) low and high (y, x) corners, voxel edges.
+            size: (H, W) of the slices.
+
+        Returns:
+            (B, 2, dim).
+        """
+        centres = boxes + boxes.new_tensor([[0.5], [-0.5]])  # of the box's first and last pixel, as SAM takes its boxes
+        unit = centres.flip(-1) / boxes.new_tensor([size[1], size[0]])
+        return self.pe_layer(unit) + torch.cat([_weight(self.point_embeddings, index) for index in (2, 3)])
+
+    def no_mask(self, batch: int, height: int, width: int) -> Tensor:
+        """(B, dim, height, width): what stands for no mask prompt."""
+        return rearrange(self.no_mask_embed.weight, "1 c -> 1 c 1 1").expand(batch, -1, height, width)
+
+
+def _mask_downscaling(conv: type[nn.Conv2d] | type[nn.Conv3d], dim: int) -> nn.Sequential:
+    """From mask logits to features on a grid a quarter as fine; state-dict names as in SAM."""
+    return nn.Sequential(
+        conv(1, 4, kernel_size=2, stride=2),
+        LayerNorm3d(4),
+        nn.GELU(),
+        conv(4, 16, kernel_size=2, stride=2),
+        LayerNorm3d(16),
+        nn.GELU(),
+        conv(16, dim, kernel_size=1),
+    )
+
+
+def _weight(embeddings: nn.ModuleList, index: int) -> Tensor:
+    """(1, C): 0 background click, 1 object click, 2 low corner, 3 high corner."""
+    return embeddings.get_submodule(str(index)).get_parameter("weight")

@@ -1,22 +1,33 @@
-"""The 3D vision transformer that turns a crop into a token grid: patch or convolutional stem, blocks, neck.
-
-Not here: attention itself (``attention.py``). Read ``prompt_encoder.py`` and ``mask_decoder.py`` next.
-"""
+"""The 3D vision transformer that turns a crop into a token grid: patches or a convolutional stem, blocks, neck."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from samed3d.errors import InputError
 from samed3d.geometry import IntTriple
-from samed3d.nn.attention import GridAttention
-from samed3d.nn.norm import LayerNorm3d
+from samed3d.nn.attention import DilatedAttention, GridAttention
+from samed3d.nn.layers import LayerNorm3d, Mlp, neck
+
+
+def token_grid(input_shape: tuple[int, ...], patch: int) -> IntTriple:
+    """Tokens along each axis of a crop.
+
+    Raises:
+        InputError: if the shape is not three multiples of the patch.
+    """
+    if len(input_shape) != 3 or any(n <= 0 or n % patch for n in input_shape):
+        raise InputError(f"input_shape must be three multiples of the patch ({patch}), got {input_shape}")
+    d, h, w = (n // patch for n in input_shape)
+    return (d, h, w)
 
 
 class PatchEmbed(nn.Module):
-    """Cuts a (B, 1, D, H, W) crop into cubes of ``patch`` voxels and projects each; returns (B, d, h, w, C)."""
+    """Cuts a crop into cubes of ``patch`` voxels and projects each to ``dim`` channels."""
 
     def __init__(self, patch: int, dim: int) -> None:
         super().__init__()
@@ -24,53 +35,32 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(1, dim, kernel_size=patch, stride=patch)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 1, D, H, W) to (B, D/patch, H/patch, W/patch, C), the convolution as the matrix product that it is
-        (faster on a CPU).
-        """
-        patches = image[:, 0]
-        for axis in (1, 2, 3):
-            patches = patches.unfold(axis, self.patch, self.patch)
-        return F.linear(patches.flatten(4), self.proj.weight.flatten(1), self.proj.bias)
-
-
-class Mlp(nn.Module):
-    """Two linear layers with an activation between; state-dict names as in SAM."""
-
-    def __init__(self, dim: int, hidden: int, activation: type[nn.Module] = nn.GELU) -> None:
-        super().__init__()
-        self.lin1 = nn.Linear(dim, hidden)
-        self.lin2 = nn.Linear(hidden, dim)
-        self.act = activation()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) to (..., dim)."""
-        return self.lin2(self.act(self.lin1(x)))
+        """(B, 1, D, H, W) to (B, D/patch, H/patch, W/patch, dim)."""
+        p = self.patch  # the convolution as the matrix product that it is: faster on a CPU
+        patches = rearrange(image, "b 1 (d p) (h q) (w r) -> b d h w (p q r)", p=p, q=p, r=p)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block on a (B, D, H, W, C) grid; the arguments after ``mlp_ratio`` are those of
-    ``GridAttention``.
+    """Pre-norm transformer block on channels-last tokens (B, ..., dim).
+
+    Args:
+        dim: Channels.
+        attention: Self-attention from (B, ..., dim) to the same shape; None for a block that is its MLP alone.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        grid: IntTriple,
-        window: int,
-        misbroadcast_relpos: bool,
-        pad_sink: bool,
-        mlp_ratio: float = 4.0,
-    ) -> None:
+    def __init__(self, dim: int, attention: nn.Module | None) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = GridAttention(dim, heads, grid, window, misbroadcast_relpos, pad_sink)
+        if attention is not None:
+            self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = attention
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, 4 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as ``x``."""
-        x = x + self.attn(self.norm1(x))
+        if self.attn is not None:
+            x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
@@ -88,10 +78,11 @@ class ImageEncoder(nn.Module):
         out_dim: Channels of the neck's output.
         misbroadcast_relpos: See ``GridAttention``.
         pad_sink: See ``GridAttention``.
+        plain_blocks: How many of the first blocks have no attention (FastSAM3D).
+        patterns: Dilated instead of global attention in all others (see ``DilatedAttention``), or None.
 
     Attributes:
-        checkpoint_blocks: Forget each block's activations and compute them again in the backward: less memory, the same
-            gradients.
+        checkpoint_blocks: Recompute each block's activations in the backward pass: less memory, the same gradients.
 
     Source: ViT with windowed and global blocks as in SAM (ViTDet), in 3D as in SAM-Med3D.
     """
@@ -106,26 +97,37 @@ class ImageEncoder(nn.Module):
         window: int,
         global_blocks: tuple[int, ...],
         out_dim: int,
-        misbroadcast_relpos: bool,
-        pad_sink: bool,
+        misbroadcast_relpos: bool = False,
+        pad_sink: bool = False,
+        plain_blocks: int = 0,
+        patterns: tuple[tuple[int, int], ...] | None = None,
     ) -> None:
         super().__init__()
         self.patch_embed = patch_embed
         self.checkpoint_blocks = False
         self.pos_embed = nn.Parameter(torch.zeros(1, *grid, dim))
-        self.blocks = nn.ModuleList(
-            Block(dim, heads, grid, 0 if index in global_blocks else window, misbroadcast_relpos, pad_sink)
-            for index in range(depth)
-        )
-        self.neck = nn.Sequential(
-            nn.Conv3d(dim, out_dim, kernel_size=1, bias=False),
-            LayerNorm3d(out_dim),
-            nn.Conv3d(out_dim, out_dim, kernel_size=3, padding=1, bias=False),
-            LayerNorm3d(out_dim),
-        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """A (B, 1, D, H, W) crop, or (B, d, h, w, dim) tokens without a ``patch_embed``, to (B, out_dim, d, h, w)."""
+        def attention(index: int) -> nn.Module | None:
+            if index < plain_blocks:
+                return None
+            if patterns is not None:
+                return DilatedAttention(dim, heads, grid, patterns)
+            edge = 0 if index in global_blocks else window
+            return GridAttention(dim, heads, grid, edge, misbroadcast_relpos, pad_sink)
+
+        self.blocks = nn.ModuleList(Block(dim, attention(index)) for index in range(depth))
+        self.neck = neck(nn.Conv3d, dim, out_dim)
+
+    def forward(self, x: Tensor, layers: list[Tensor] | None = None) -> Tensor:
+        """Encode a crop.
+
+        Args:
+            x: (B, 1, D, H, W), or (B, d, h, w, dim) tokens without a ``patch_embed``.
+            layers: Receives each block's output, (B, d, h, w, dim).
+
+        Returns:
+            (B, out_dim, d, h, w).
+        """
         if self.patch_embed is not None:
             x = self.patch_embed(x)
         x = x + self.pos_embed
@@ -134,27 +136,18 @@ class ImageEncoder(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
+            if layers is not None:
+                layers.append(x)
         x = x.movedim(-1, 1)
         for layer in self.neck:
-            x = layer(
-                x.contiguous()
-            )  # a channels-last input would have the convolution reorder its weights at every call
+            x = layer(x.contiguous())  # from channels-last, the convolution would reorder its weights at every call
         return x
 
     def layer_features(self, x: Tensor) -> list[Tensor]:
-        """What ``forward`` computes on its way: (B, d, h, w, dim) after each block, then the neck's output as (B, d, h,
-        w, out_dim).
-        """
-        features: list[Tensor] = []
-        hooks = [
-            block.register_forward_hook(lambda _module, _inputs, out: features.append(out)) for block in self.blocks
-        ]
-        try:
-            out = self(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return [*features, out.movedim(1, -1)]
+        """Each block's output (B, d, h, w, dim), then the neck's as (B, d, h, w, out_dim)."""
+        layers: list[Tensor] = []
+        out = self(x, layers)
+        return [*layers, out.movedim(1, -1)]
 
 
 class ConvStem(nn.Module):

@@ -1,28 +1,27 @@
-"""The image encoder of Segment Anything (2D): a vision transformer with windowed attention, relative positions and a
-convolutional neck.
+"""The image encoder of Segment Anything (2D): a vision transformer with windowed attention and relative positions.
 
 State-dict names and shapes are those of ``image_encoder.*`` in ``sam_vit_{b,l,h}_*.pth``. Any image size that is a
 multiple of the patch works: the position table is resampled, relative positions are interpolated. As in
 ``attention.py``, padding tokens of a partly filled window are never computed, yet the result equals SAM's, where they
-take part in the softmax. This is the one file that imports timm.
-
-Not here: reading a checkpoint (``models/weights.py``), freezing it (``frozen.py``), adapting it to 3D
-(``adapters3d.py``).
+take part in the softmax. This is the one file that imports timm. ``models/sam_backbone.py`` reads and freezes these
+encoders.
 """
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from samed3d.errors import InputError
-from samed3d.nn.norm import LayerNorm3d
-from samed3d.nn.vit import Mlp
+from samed3d.nn.attention import relative_table
+from samed3d.nn.layers import neck
+from samed3d.nn.vit import Block
 
 SAM_SIZES: dict[str, dict[str, Any]] = {
     "sam_vit_b": {"dim": 768, "depth": 12, "heads": 12, "global_blocks": (2, 5, 8, 11)},
@@ -58,18 +57,20 @@ class Attention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
-        batch, height, width, dim = x.shape
-        q, k, v = self.qkv(x).reshape(batch, height, width, 3, self.heads, dim // self.heads).permute(3, 0, 4, 1, 2, 5)
+        height, width = x.shape[1:3]
+        q, k, v = rearrange(self.qkv(x), "b h w (three heads e) -> three b heads h w e", three=3, heads=self.heads)
         if not self.window or (height == self.window and width == self.window):
             return self.proj(self._attend(q, k, v))
-        out = v.new_empty(batch, height, width, dim)
-        for rows in _spans(height, self.window):
-            for columns in _spans(width, self.window):
-                part = [_windows(t[:, :, rows[0] : rows[1], columns[0] : columns[1]], self.window) for t in (q, k, v)]
-                answer = self._attend(*part)
-                out[:, rows[0] : rows[1], columns[0] : columns[1]] = _from_windows(
-                    answer, batch, rows, columns, self.window
-                )
+        out = v.new_empty(x.shape)
+        for rows, columns in itertools.product(_spans(height, self.window), _spans(width, self.window)):
+            high, wide = rows.stop - rows.start, columns.stop - columns.start
+            h, w = min(self.window, high), min(self.window, wide)
+            part = (
+                rearrange(t[:, :, rows, columns], "b heads (i h) (j w) e -> (b i j) heads h w e", h=h, w=w)
+                for t in (q, k, v)
+            )
+            answer = self._attend(*part)
+            out[:, rows, columns] = rearrange(answer, "(b i j) h w c -> b (i h) (j w) c", i=high // h, j=wide // w)
         return self.proj(out)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -78,35 +79,20 @@ class Attention2d(nn.Module):
         edges = (self.window or h, self.window or w)
         row = torch.einsum("bnhwe,hke->bnhwk", q, relative_table(self.rel_pos_h, edges[0])[:h].to(q.dtype))
         column = torch.einsum("bnhwe,wke->bnhwk", q, relative_table(self.rel_pos_w, edges[1])[:w].to(q.dtype))
-        keys, values = k.flatten(2, 3), v.flatten(2, 3)
+        queries, keys, values = (rearrange(t, "b heads h w e -> b heads (h w) e") for t in (q, k, v))
         bias = (row[..., :h, None] + column[..., None, :w]).flatten(4)
         if (h, w) != edges:
-            # All padding keys share one key and one value, those of a zero token: their softmax weights add up to that
-            # of a single key.
-            pad = self.qkv(q.new_zeros(1, heads * e)).reshape(3, 1, heads, 1, e).expand(-1, batch, -1, -1, -1)
-            keys, values = torch.cat([keys, pad[1]], 2), torch.cat([values, pad[2]], 2)
+            # All padding keys share one key and one value, those of a zero token (see ``attention.py``).
+            pad = self.qkv(q.new_zeros(1, heads * e))
+            _, k_pad, v_pad = repeat(pad, "1 (three heads e) -> three b heads 1 e", three=3, heads=heads, b=batch)
+            keys, values = torch.cat([keys, k_pad], 2), torch.cat([values, v_pad], 2)
             bias = torch.cat([bias, _sink(row.float(), column.float(), h, w).to(bias.dtype)[..., None]], -1)
-        out = F.scaled_dot_product_attention(
-            q.flatten(2, 3), keys, values, attn_mask=bias.flatten(2, 3), scale=self.scale
-        )
-        return out.transpose(1, 2).reshape(batch, h, w, heads * e)
-
-
-def relative_table(table: Tensor, edge: int) -> Tensor:
-    """(R, e) relative positions as (edge, edge, e), entry [q, k] for the offset q - k; interpolated where R is not 2
-    edge - 1.
-    """
-    rows = 2 * edge - 1
-    if table.shape[0] != rows:
-        table = F.interpolate(table.T[None], size=rows, mode="linear", align_corners=False)[0].T
-    at = torch.arange(edge, device=table.device)
-    return table[at[:, None] - at + edge - 1]
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias.flatten(2, 3), scale=self.scale)
+        return rearrange(out, "b heads (h w) e -> b h w (heads e)", h=h, w=w)
 
 
 def _sink(row: Tensor, column: Tensor, h: int, w: int) -> Tensor:
-    """Log-sum-exp of the relative position bias over the padding keys of a window: rows below h, and columns beyond w
-    in real rows.
-    """
+    """Log-sum-exp of the bias over a window's padding keys: rows below h, and columns beyond w in real rows."""
     parts = []
     if h < row.shape[-1]:
         parts.append(row[..., h:].logsumexp(-1) + column.logsumexp(-1))
@@ -115,46 +101,10 @@ def _sink(row: Tensor, column: Tensor, h: int, w: int) -> Tensor:
     return torch.stack(parts, -1).logsumexp(-1)
 
 
-def _spans(size: int, window: int) -> list[tuple[int, int]]:
+def _spans(size: int, window: int) -> list[slice]:
     """The stretch covered by full windows, and the rest."""
     full = size // window * window
-    return [(a, b) for a, b in ((0, full), (full, size)) if b > a]
-
-
-def _windows(x: Tensor, window: int) -> Tensor:
-    """(B, heads, H, W, e), each edge below ``window`` or a multiple of it, to (B * windows, heads, h, w, e)."""
-    batch, heads, height, width, e = x.shape
-    h, w = min(window, height), min(window, width)
-    return (
-        x.reshape(batch, heads, height // h, h, width // w, w, e)
-        .permute(0, 2, 4, 1, 3, 5, 6)
-        .reshape(-1, heads, h, w, e)
-    )
-
-
-def _from_windows(x: Tensor, batch: int, rows: tuple[int, int], columns: tuple[int, int], window: int) -> Tensor:
-    """Inverse of ``_windows`` on (B * windows, h, w, C)."""
-    height, width = rows[1] - rows[0], columns[1] - columns[0]
-    h, w = min(window, height), min(window, width)
-    return (
-        x.reshape(batch, height // h, width // w, h, w, -1).permute(0, 1, 3, 2, 4, 5).reshape(batch, height, width, -1)
-    )
-
-
-class Block2d(nn.Module):
-    """Pre-norm transformer block on a (B, H, W, C) grid."""
-
-    def __init__(self, dim: int, heads: int, grid: int, window: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention2d(dim, heads, grid, window)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, 4 * dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape as ``x``."""
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    return [slice(a, b) for a, b in ((0, full), (full, size)) if b > a]
 
 
 class SamEncoder2d(nn.Module):
@@ -187,14 +137,9 @@ class SamEncoder2d(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, kernel_size=patch, stride=patch)})
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, dim))
         self.blocks = nn.ModuleList(
-            Block2d(dim, heads, grid, 0 if i in global_blocks else window) for i in range(depth)
+            Block(dim, Attention2d(dim, heads, grid, 0 if i in global_blocks else window)) for i in range(depth)
         )
-        self.neck = nn.Sequential(
-            nn.Conv2d(dim, out_dim, kernel_size=1, bias=False),
-            LayerNorm3d(out_dim),  # it normalises the channels of images just as well
-            nn.Conv2d(out_dim, out_dim, kernel_size=3, padding=1, bias=False),
-            LayerNorm3d(out_dim),
-        )
+        self.neck = neck(nn.Conv2d, dim, out_dim)
 
     def tokens(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) pixels to (B, H / patch, W / patch, dim) tokens with their positions.
@@ -203,10 +148,9 @@ class SamEncoder2d(nn.Module):
             InputError: if an edge is no multiple of the patch.
         """
         if any(n % self.stride for n in image.shape[2:]):
-            raise InputError(
-                f"image edges must be multiples of {self.stride} pixels, got {tuple(image.shape[2:])}; pad or resample the slices"
-            )
-        x = self.patch_embed["proj"](image).permute(0, 2, 3, 1)
+            rule, remedy = f"multiples of {self.stride} pixels", "pad or resample the slices"
+            raise InputError(f"image edges must be {rule}, got {tuple(image.shape[2:])}; {remedy}")
+        x = rearrange(self.patch_embed["proj"](image), "b c h w -> b h w c")
         return x + resampled_positions(self.pos_embed, x.shape[1], x.shape[2])
 
     def forward(self, image: Tensor) -> Tensor:
@@ -214,15 +158,16 @@ class SamEncoder2d(nn.Module):
         x = self.tokens(image)
         for block in self.blocks:
             x = block(x)
-        return self.neck(x.permute(0, 3, 1, 2))
+        return self.neck(rearrange(x, "b h w c -> b c h w"))
 
 
 def resampled_positions(table: Tensor, height: int, width: int) -> Tensor:
     """(1, G, G, C) positions for another grid, bilinearly as SAM3D and MA-SAM do; (1, height, width, C)."""
     if tuple(table.shape[1:3]) == (height, width):
         return table
-    size = (height, width)
-    return F.interpolate(table.permute(0, 3, 1, 2), size=size, mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+    channels_first = rearrange(table, "1 h w c -> 1 c h w")
+    resampled = F.interpolate(channels_first, size=(height, width), mode="bilinear", align_corners=False)
+    return rearrange(resampled, "1 c h w -> 1 h w c")
 
 
 class TimmEncoder2d(nn.Module):
@@ -237,23 +182,19 @@ class TimmEncoder2d(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
+        what = f"backbone {TIMM_PREFIX}{name}"
         try:
             import timm
         except ImportError as error:
-            raise InputError(
-                f"backbone {TIMM_PREFIX}{name} needs timm: pip install 'samed3d[timm]' ({error})"
-            ) from error
+            raise InputError(f"{what} needs timm: pip install 'samed3d[timm]' ({error})") from error
         except RuntimeError as error:  # torchvision of another build than torch
-            raise InputError(
-                f"backbone {TIMM_PREFIX}{name} needs timm, which cannot be imported ({error}); install matching torchvision"
-            ) from error
+            remedy = "install a torchvision that matches torch"
+            raise InputError(f"{what} needs timm, which cannot be imported ({error}); {remedy}") from error
         sized: dict[str, Any] = {} if name.startswith("samvit") else {"dynamic_img_size": True}
         try:
             network: Any = timm.create_model(name, pretrained=False, num_classes=0, **sized)
         except (RuntimeError, TypeError) as error:
-            raise InputError(
-                f"backbone {TIMM_PREFIX}{name} cannot be built: {error}; name one of timm's ViTs"
-            ) from error
+            raise InputError(f"{what} cannot be built: {error}; name one of timm's ViTs") from error
         self.network = network
         has_neck = name.startswith("samvit") and isinstance(getattr(network, "neck", None), nn.Sequential)
         self.out_dim = int(network.neck[0].out_channels) if has_neck else int(network.num_features)
@@ -265,8 +206,8 @@ class TimmEncoder2d(nn.Module):
         x = network.forward_features(image)
         if x.ndim == 4:
             return x
-        grid = (image.shape[2] // self.stride, image.shape[3] // self.stride)
-        return x[:, -math.prod(grid) :].transpose(1, 2).unflatten(2, grid)  # class and register tokens come first
+        h, w = image.shape[2] // self.stride, image.shape[3] // self.stride
+        return rearrange(x[:, -h * w :], "b (h w) c -> b c h w", h=h, w=w)  # class and register tokens come first
 
 
 def build_encoder(name: str, seed: int = 0) -> SamEncoder2d | TimmEncoder2d:

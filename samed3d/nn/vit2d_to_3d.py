@@ -1,10 +1,8 @@
-"""SAM's 2D transformer lifted to volumes, as 3DSAM-adapter does: the frozen weights of ``vit2d.py`` inside 3D
-attention.
+"""SAM's 2D transformer lifted to volumes, as 3DSAM-adapter does: the frozen weights of ``vit2d.py`` in 3D attention.
 
 Each slice of the upsampled crop goes through SAM's patch convolution, a depthwise convolution along depth gathers
 slices into tokens, every block attends in 3D windows, every second one shifted by half a window, and a
-``SpatialAdapter`` stands in front of each. Read
-``models/sam3d_adapter.py`` next.
+``SpatialAdapter`` stands in front of each.
 """
 
 from __future__ import annotations
@@ -14,22 +12,52 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple
-from samed3d.nn.adapters3d import SpatialAdapter
-from samed3d.nn.norm import LayerNorm3d
-from samed3d.nn.vit2d import Attention2d, Block2d, SamEncoder2d, relative_table, resampled_positions
+from samed3d.nn.attention import relative_table
+from samed3d.nn.layers import neck
+from samed3d.nn.vit import Block
+from samed3d.nn.vit2d import Attention2d, SamEncoder2d, resampled_positions
 
 FAR = -100.0
 """Logit of token pairs that only a shift made neighbours; far enough for softmax, and safe in half precision."""
 
 
+class SpatialAdapter(nn.Module):
+    """x + ReLU(up(ReLU(depthwise 3x3x3(ReLU(down(x)))))) on a (B, D, H, W, C) grid.
+
+    As released, the last ReLU lets the adapter only add, and it changes the encoder from the start.
+
+    Args:
+        dim: Token channels.
+        zero: Start ``up`` at zero, with a bias just above it so that the ReLU passes a gradient.
+
+    Source: 3DSAM-adapter (Gong et al., MedIA 2024), section 3.1; the place in front of the block's first norm as in the
+    code.
+    """
+
+    def __init__(self, dim: int, zero: bool = False) -> None:
+        super().__init__()
+        half = dim // 2
+        self.down = nn.Linear(dim, half)
+        self.conv = nn.Conv3d(half, half, kernel_size=3, padding=1, groups=half)
+        self.up = nn.Linear(half, dim)
+        if zero:
+            nn.init.zeros_(self.up.weight)
+            nn.init.constant_(self.up.bias, 1e-4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape as ``x``."""
+        low = F.relu(self.down(x)).movedim(-1, 1)
+        return x + F.relu(self.up(F.relu(self.conv(low)).movedim(1, -1)))
+
+
 class DepthPatchEmbed(nn.Module):
-    """(B, 1, D, H, W) to (B, d, h, w, C): SAM's frozen patch convolution on slices, then a trained one along depth, per
-    channel.
+    """SAM's frozen patch convolution on slices, then a trained depthwise one along depth.
 
     The crop is upsampled on the way, a token's thickness of slices at a time; the slices' embeddings are recomputed in
     the backward pass, as all of them together take 1.6 GB for a crop of 512^3.
@@ -46,30 +74,27 @@ class DepthPatchEmbed(nn.Module):
         self.depth = nn.Conv3d(dim, dim, kernel_size=(self.patch, 1, 1), groups=dim)
 
     def forward(self, image: Tensor) -> Tensor:
-        """See the class."""
-        batch, _, *shape = image.shape
+        """(B, 1, D, H, W) to (B, d, h, w, C)."""
+        shape = image.shape[2:]
         size = [n * self.upsample for n in shape]
         # Trilinear interpolation is one matrix along depth, then bilinear slices; so no fine volume is ever held.
-        along = F.interpolate(
-            torch.eye(shape[0], device=image.device)[None], size=size[0], mode="linear", align_corners=False
-        )[0].T
+        unit = torch.eye(shape[0], device=image.device)[None]
+        along = F.interpolate(unit, size=size[0], mode="linear", align_corners=False)[0].T
         tokens = []
         for rows in along.split(self.patch):
             args = (image[:, 0], rows.to(image.dtype), size[1:])
-            tokens.append(
-                checkpoint(self._layer, *args, use_reentrant=False) if torch.is_grad_enabled() else self._layer(*args)
-            )
+            recompute = torch.is_grad_enabled()
+            tokens.append(checkpoint(self._layer, *args, use_reentrant=False) if recompute else self._layer(*args))
         return torch.stack(tokens, 1)
 
     def _layer(self, image: Tensor, rows: Tensor, size: list[int]) -> Tensor:
         """One token's thickness: (B, D, H, W) and interpolation weights (patch, D) to (B, h, w, C)."""
-        slices = torch.einsum("sd,bdhw->bshw", rows, image).flatten(0, 1)[:, None]
+        slices = rearrange(torch.einsum("sd,bdhw->bshw", rows, image), "b s h w -> (b s) 1 h w")
         fine = F.interpolate(slices, size=size, mode="bilinear", align_corners=False)
         with torch.no_grad():  # three equal channels: the kernel summed over them
-            embedded = F.conv2d(
-                fine, self.proj.weight.sum(1, keepdim=True).to(fine.dtype), self.proj.bias, stride=self.patch
-            )
-        weight = self.depth.weight[:, 0, :, 0, 0].to(embedded.dtype)
+            kernel = self.proj.weight.sum(1, keepdim=True).to(fine.dtype)
+            embedded = F.conv2d(fine, kernel, self.proj.bias, stride=self.patch)
+        weight = rearrange(self.depth.weight, "c 1 s 1 1 -> c s").to(embedded.dtype)
         gathered = torch.einsum("bschw,cs->bhwc", embedded.unflatten(0, (image.shape[0], -1)), weight)
         return gathered if self.depth.bias is None else gathered + self.depth.bias
 
@@ -96,58 +121,49 @@ class WindowAttention3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, H, W, C) to the same shape."""
-        batch, *grid, dim = x.shape
-        n, axes = self.window, (1, 2, 3)
+        batch, n, axes = x.shape[0], self.window, (1, 2, 3)
+        d, h, w = (size // n for size in x.shape[1:4])
         if self.shift:
             x = x.roll((-self.shift,) * 3, axes)
-        counts = [size // n for size in grid]
-        x = (
-            x.reshape(batch, counts[0], n, counts[1], n, counts[2], n, dim)
-            .permute(0, 1, 3, 5, 2, 4, 6, 7)
-            .reshape(-1, n, n, n, dim)
-        )
+        x = rearrange(x, "b (d i) (h j) (w k) c -> (b d h w) i j k c", i=n, j=n, k=n)
         x = self.proj(self._attend(x, batch))
-        x = x.reshape(batch, *counts, n, n, n, dim).permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(batch, *grid, dim)
+        x = rearrange(x, "(b d h w) i j k c -> b (d i) (h j) (w k) c", d=d, h=h, w=w)
         return x.roll((self.shift,) * 3, axes) if self.shift else x
 
     def _attend(self, x: Tensor, batch: int) -> Tensor:
         """(B * windows, n, n, n, C) to the same shape."""
         n = self.window
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(4, 0, 5, 1, 2, 3, 6)
+        q, k, v = rearrange(self.qkv(x), "b x y z (three heads e) -> three b heads x y z e", three=3, heads=self.heads)
         d, h, w = (relative_table(t, n).to(q.dtype) for t in (self.rel_pos_d, self.rel_pos_h, self.rel_pos_w))
         along_d = torch.einsum("bsxyze,xke->bsxyzk", q, d)[..., :, None, None]
         along_h = torch.einsum("bsxyze,yke->bsxyzk", q, h)[..., None, :, None]
         along_w = torch.einsum("bsxyze,zke->bsxyzk", q, w)[..., None, None, :]
-        bias = (along_d + along_h + along_w).reshape(*q.shape[:2], n**3, n**3)
+        bias = rearrange(along_d + along_h + along_w, "b heads x y z i j k -> b heads (x y z) (i j k)")
         if self.shift:
             apart = (self.part[:, :, None] != self.part[:, None])[None, :, None]
             bias = bias.unflatten(0, (batch, -1)).masked_fill(apart, FAR).flatten(0, 1)
-        out = F.scaled_dot_product_attention(
-            q.flatten(2, 4), k.flatten(2, 4), v.flatten(2, 4), attn_mask=bias, scale=self.scale
-        )
-        return out.transpose(1, 2).reshape(x.shape)
+        queries, keys, values = (rearrange(t, "b heads x y z e -> b heads (x y z) e") for t in (q, k, v))
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=self.scale)
+        return rearrange(out, "b heads (x y z) e -> b x y z (heads e)", x=n, y=n)
 
 
 def _parts(grid: IntTriple, window: int, shift: int) -> Tensor:
-    """(windows, n^3) a number per token of each shifted window; those of unequal numbers were no neighbours before the
-    shift.
-    """
+    """(windows, n^3) a number per token of each shifted window: tokens of unequal numbers were no neighbours before."""
     region = torch.zeros(grid, dtype=torch.uint8)
     cuts = [(slice(0, size - window), slice(size - window, size - shift), slice(size - shift, size)) for size in grid]
     for number, (a, b, c) in enumerate(itertools.product(*cuts)):
         region[a, b, c] = number
-    d, h, w = (size // window for size in grid)
-    return region.reshape(d, window, h, window, w, window).permute(0, 2, 4, 1, 3, 5).reshape(d * h * w, -1)
+    return rearrange(region, "(d i) (h j) (w k) -> (d h w) (i j k)", i=window, j=window, k=window)
 
 
 class LiftedBlock(nn.Module):
     """A frozen block in 3D with an adapter before it; its two norms are trained."""
 
-    def __init__(self, block: Block2d, dim: int, grid: IntTriple, window: int, shift: int, zero: bool) -> None:
+    def __init__(self, block: Block, dim: int, grid: IntTriple, window: int, shift: int, zero: bool) -> None:
         super().__init__()
         self.adapter = SpatialAdapter(dim, zero)
         self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, block.mlp
-        self.attn = WindowAttention3d(block.attn, grid, window, shift)
+        self.attn = WindowAttention3d(cast(Attention2d, block.attn), grid, window, shift)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, H, W, C) to the same shape."""
@@ -157,7 +173,7 @@ class LiftedBlock(nn.Module):
 
 
 class LiftedEncoder(nn.Module):
-    """3DSAM-adapter's image encoder: (B, 1, D, H, W) to one (B, out_dim, d, h, w) map per tap.
+    """3DSAM-adapter's image encoder.
 
     Args:
         encoder: SAM's encoder; its tensors are taken over, its neck is not used.
@@ -185,26 +201,12 @@ class LiftedEncoder(nn.Module):
         self.patch_embed = DepthPatchEmbed(cast(nn.Conv2d, encoder.patch_embed["proj"]), upsample)
         self.pos_embed = nn.Parameter(_pooled(encoder.pos_embed.detach(), grid[1], grid[2]))
         self.depth_embed = nn.Parameter(torch.ones(1, grid[0], dim))
+        shifts = [window // 2 if index % 2 == 0 and min(grid) > window else 0 for index in range(len(encoder.blocks))]
         self.blocks = nn.ModuleList(
-            LiftedBlock(
-                cast(Block2d, block),
-                dim,
-                grid,
-                window,
-                window // 2 if index % 2 == 0 and min(grid) > window else 0,
-                zero,
-            )
-            for index, block in enumerate(encoder.blocks)
+            LiftedBlock(cast(Block, block), dim, grid, window, shift, zero)
+            for block, shift in zip(encoder.blocks, shifts, strict=True)
         )
-        self.necks = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv3d(dim, self.out_dim, kernel_size=1, bias=False),
-                LayerNorm3d(self.out_dim),
-                nn.Conv3d(self.out_dim, self.out_dim, kernel_size=3, padding=1, bias=False),
-                LayerNorm3d(self.out_dim),
-            )
-            for _ in taps
-        )
+        self.necks = nn.ModuleList(neck(nn.Conv3d, dim, self.out_dim) for _ in taps)
 
     def frozen_names(self) -> list[str]:
         """Parameters that are SAM's and stay so."""
@@ -212,16 +214,13 @@ class LiftedEncoder(nn.Module):
         return [name for name, _ in self.named_parameters() if not any(part in name for part in trained)]
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """See the class."""
+        """(B, 1, D, H, W) to one (B, out_dim, d, h, w) map per tap."""
         x = self.patch_embed(image)
         x = x + self.pos_embed[:, None] + self.depth_embed[:, :, None, None]
         maps: list[Any] = []
         for number, block in enumerate(self.blocks, start=1):
-            x = (
-                checkpoint(block, x, use_reentrant=False)
-                if self.checkpoint_blocks and torch.is_grad_enabled()
-                else block(x)
-            )
+            recompute = self.checkpoint_blocks and torch.is_grad_enabled()
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
             if number in self.taps:
                 maps.append(self.necks[self.taps.index(number)](x.movedim(-1, 1).contiguous()))
         return maps
@@ -229,12 +228,8 @@ class LiftedEncoder(nn.Module):
 
 def _pooled(table: Tensor, height: int, width: int) -> Tensor:
     """(1, G, G, C) positions averaged down to (1, height, width, C) where the sizes divide, else resampled."""
-    factors = (table.shape[1] // max(1, height), table.shape[2] // max(1, width))
-    if (
-        factors[0] >= 1
-        and factors[1] >= 1
-        and table.shape[1] == factors[0] * height
-        and table.shape[2] == factors[1] * width
-    ):
-        return F.avg_pool2d(table.permute(0, 3, 1, 2), factors).permute(0, 2, 3, 1).contiguous()
+    rows, columns = table.shape[1:3]
+    if min(height, width) >= 1 and rows % height == 0 and columns % width == 0:
+        pooled = F.avg_pool2d(rearrange(table, "1 h w c -> 1 c h w"), (rows // height, columns // width))
+        return rearrange(pooled, "1 c h w -> 1 h w c").contiguous()
     return resampled_positions(table, height, width).contiguous()
