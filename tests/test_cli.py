@@ -237,7 +237,7 @@ def test_models_lists_every_architecture(capsys, monkeypatch):
 def test_models_shows_one_models_modules(capsys):
     assert main(["models", "fast_sam3d"]) == 0
     out = capsys.readouterr().out
-    assert "0 to 1, each PlainBlock 4,723,968" in out and "image_encoder ImageEncoder 45,639,936" in out
+    assert "0 to 1, each Block 4,723,968" in out and "image_encoder ImageEncoder 45,639,936" in out
     assert main(["models", "fast_sam"]) == 2
     assert "unknown model 'fast_sam'; nearest: fast_sam3d" in capsys.readouterr().err
 
