@@ -19,7 +19,7 @@ TORCH_INDEX ?=
 
 NEEDED_CORE := samed3d torch numpy scipy SimpleITK einops safetensors edt cc3d typer rich yaml PIL httpx
 NEEDED_SERVE := $(NEEDED_CORE) fastapi uvicorn multipart blosc2 prometheus_client
-NEEDED_DEV := $(NEEDED_SERVE) accelerate torchio pydicom highdicom joblib distributed timm onnx onnxscript onnxruntime huggingface_hub skimage pytest xdist pytest_timeout hypothesis ruff mypy
+NEEDED_DEV := $(NEEDED_SERVE) jinja2 matplotlib accelerate torchio pydicom highdicom joblib distributed timm onnx onnxscript onnxruntime huggingface_hub skimage pytest xdist pytest_timeout hypothesis ruff mypy
 # True where an environment that already existed holds all of these packages (-I: do not count this folder itself).
 HAS = $(PY) -I -c "import sys; from importlib.util import find_spec; sys.exit(any(find_spec(n) is None for n in sys.argv[1:]))"
 

@@ -74,7 +74,7 @@ def pictures(page: str) -> list[np.ndarray]:
 def test_the_page_shows_every_category_from_different_sources(folder):
     assert write_page(Corpus(folder), folder / "overview.html", examples=2) == 1
     page = (folder / "overview.html").read_text()
-    assert page.count("<div class=card>") == 1 and "4 masks" in page and "<b>s1</b>" in page
+    assert page.count('<div class="category">') == 1 and "4 masks" in page and "<b>s1</b>" in page
     shown = re.findall(r'title="([^:"]+)\.', page)
     assert len(set(shown)) == 2, "two examples, two sources"
     assert "maps<b>" not in page and "maps&lt;b&gt;" in page, "names from files are text, never markup"

@@ -69,8 +69,12 @@ def evaluate(
     ]
     if _evaluate_automatic(folders, methods, output, split, limit, tolerance, device, quiet):
         return
+    from samed3d.evaluation.report import PACKAGES
     from samed3d.evaluation.run import evaluate as run
+    from samed3d.pages import check_installed
 
+    if report:
+        check_installed("a report (or give --no-report)", *PACKAGES)
     run(
         folders,
         methods or ["default"],

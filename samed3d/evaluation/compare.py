@@ -1,26 +1,30 @@
 """Saved runs side by side: one table, and a paired test wherever two runs hold the same structures, seeds and clicks.
 
-Runs that were clicked under other prompt strategies, or kept from other subjects, do not compare; putting them into one table needs a
-word from the user, and the table says so. Nothing is measured here. Read ``summaries.py`` for the numbers,
-``report.py`` for one run alone.
+Runs under different prompt strategies, or with different subjects held out, do not compare: putting them into one table
+needs a word from the user, and the table says so.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 from samed3d.errors import InputError
-from samed3d.evaluation import figures
-from samed3d.evaluation.page import page, paragraph, table, write_page
+from samed3d.evaluation.report import (
+    PACKAGES,
+    click_head,
+    curve_chart,
+    difference_chart,
+    difference_table,
+    estimate_cell,
+    p_text,
+    some_clicks,
+)
 from samed3d.evaluation.results import (
     PromptStrategy,
     Row,
     SavedRun,
-    clicks_of,
     group_by,
     read_run,
     structure_key,
@@ -28,14 +32,14 @@ from samed3d.evaluation.results import (
 )
 from samed3d.evaluation.statistics import (
     Compared,
-    Headline,
     PairedDifference,
     click_curve,
     compare_rows,
     corrected,
     headline,
 )
-from samed3d.evaluation.tables import cell, difference_figure, difference_table, p_text
+from samed3d.output import write_text
+from samed3d.pages import Cell, Table, check_installed, interval_text, render, seconds_text
 
 COMPARE_HTML = "compare.html"
 _SHOWN_CLICKS = 3
@@ -89,7 +93,8 @@ def compare_runs(folders: Sequence[Path], *, anyway: bool = False) -> Comparison
     unlike = differences_of_settings(runs)
     if unlike and not anyway:
         raise InputError(
-            f"these runs do not compare: {'; '.join(unlike)}; measure them alike, or say --anyway to see them side by side"
+            f"these runs do not compare: {'; '.join(unlike)}; measure them alike, or give --anyway to see them side by "
+            "side"
         )
     models = [model for run in runs.values() for model in run.models]
     entries = [
@@ -127,13 +132,13 @@ def comparison_text(comparison: Comparison) -> str:
     parts = [f"Not alike: {told}" for told in comparison.unlike]
     for strategy in dict.fromkeys(e.strategy for e in comparison.entries):
         entries = [e for e in comparison.entries if e.strategy == strategy]
-        clicks = _some_clicks(entries)
-        lines = [["", "subjects", "measured", *(_click(c) for c in clicks), "area", "first", "later"]]
+        clicks = some_clicks([row for e in entries for row in e.rows], _SHOWN_CLICKS)
+        lines = [["", "subjects", "measured", *map(click_head, clicks), "area", "first", "later"]]
         for entry in entries:
             curve, h = click_curve(entry.rows), headline(entry.rows, entry.model)
             last = curve[max(curve)]
             scores = [f"{curve[c].mean:.3f}" if c in curve else "" for c in clicks]
-            times = [figures.seconds_text(s) if not math.isnan(s) else "" for s in (h.first_seconds, h.later_seconds)]
+            times = [seconds_text(h.first_seconds), seconds_text(h.later_seconds)]
             lines.append(
                 [entry.name, str(last.subjects), str(last.measurements), *scores, f"{h.area.mean:.3f}", *times]
             )
@@ -142,7 +147,7 @@ def comparison_text(comparison: Comparison) -> str:
         lines = [["difference of Dice", "", "mean", "95 % interval", "p Wilcoxon", "corrected", "subjects"]]
         for c in found:
             d = c.result.difference
-            ends = figures.interval_text(d.low, d.high).strip()
+            ends = interval_text(d.low, d.high)
             ps = [p_text(p) or "none" for p in (c.result.p_wilcoxon, c.corrected)]
             lines.append([f"{c.first} - {c.second}", c.what, f"{d.mean:+.3f}", ends, *ps, str(d.subjects)])
         parts += [f"Paired, {strategy}", _aligned(lines, left=2)]
@@ -155,31 +160,30 @@ def write_comparison(comparison: Comparison, path: Path) -> Path:
     """Write the comparison as a page that needs no other file.
 
     Raises:
-        InputError: if it cannot be written.
+        InputError: if it cannot be written, or a package of ``samed3d[evaluate]`` is missing.
     """
+    check_installed("a page", *PACKAGES)
     runs = ", ".join(dict.fromkeys(e.run for e in comparison.entries))
-    parts = [f"<h1>Comparison: {escape(runs)}</h1>"]
-    parts += [
-        paragraph(f"Not alike: {told}. Numbers that differ in this do not compare.", "warn")
-        for told in comparison.unlike
-    ]
     tested = dict(comparison.differences)
-    for strategy in dict.fromkeys(e.strategy for e in comparison.entries):
-        entries = [e for e in comparison.entries if e.strategy == strategy]
-        parts.append(f"<h2>{escape(str(strategy))}</h2>" + _curves(entries) + _score_table(entries))
-        if strategy in tested:
-            parts.append(f"<h3>Paired differences</h3>{paragraph(_PAIRED_NOTE, 'faint')}")
-            parts.append(difference_figure(tested[strategy]) + difference_table(tested[strategy]))
-        else:
-            parts.append(
-                paragraph("No paired test: there are no two with a structure, seed and click in common.", "faint")
-            )
-    write_page(path, page(f"Comparison: {runs}", "\n".join(parts)))
+    sections = []
+    for strategy, entries in group_by(comparison.entries, lambda e: e.strategy).items():
+        curves = {e.name: click_curve(e.rows) for e in entries}
+        found = tested.get(strategy, [])
+        sections.append(
+            {
+                "name": str(strategy),
+                "chart": curve_chart(curves, list(curves), "Dice by click"),
+                "table": _score_table(entries),
+                "difference_chart": difference_chart(found),
+                "difference_table": difference_table(found) if found else None,
+            }
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page = render(
+        "comparison.html", title=f"Comparison: {runs}", runs=runs, unlike=comparison.unlike, sections=sections
+    )
+    write_text(path, page)
     return path
-
-
-_PAIRED_NOTE = """Dice of the first minus Dice of the second on the same structure, seed and click. Intervals and tests take subjects as the
-unit; the corrected p is Wilcoxon's after Holm for all tests of this comparison."""
 
 
 def _tested(entries: Sequence[Entry], runs: Sequence[str]) -> list[tuple[PromptStrategy, list[Compared]]]:
@@ -199,44 +203,18 @@ def _tested(entries: Sequence[Entry], runs: Sequence[str]) -> list[tuple[PromptS
     return [(strategy, [line for _, line in found]) for strategy, found in grouped.items()]
 
 
-def _curves(entries: Sequence[Entry]) -> str:
-    series = []
-    for number, entry in enumerate(entries):
-        curve = click_curve(entry.rows)
-        es = list(curve.values())
-        ends = ([e.mean for e in es], [e.low for e in es], [e.high for e in es])
-        series.append(figures.Series(entry.name, list(curve), *ends, style=number))
-    return f"<figure>{figures.click_chart(series, 'Dice by click', bands=len(series) <= 3)}</figure>"
-
-
-def _score_table(entries: Sequence[Entry]) -> str:
-    clicks = _some_clicks(entries)
-    lines = []
+def _score_table(entries: Sequence[Entry]) -> Table:
+    clicks = some_clicks([row for e in entries for row in e.rows], _SHOWN_CLICKS)
+    lines: list[list[Cell]] = []
     for entry in entries:
-        h: Headline = headline(entry.rows, entry.model)
+        h = headline(entry.rows, entry.model)
         last = h.dice[max(h.dice)]
-        times = [figures.seconds_text(s) if not math.isnan(s) else "" for s in (h.first_seconds, h.later_seconds)]
-        who = [escape(entry.name), f"{last.subjects}<small>{last.measurements} measured</small>"]
-        lines.append(
-            [
-                *who,
-                *(cell(h.dice.get(c), 3) for c in clicks),
-                cell(h.area, 3),
-                cell(h.nsd, 3),
-                cell(h.hd95_mm, 1),
-                *times,
-            ]
-        )
-    head = ["run and model", "subjects", *(_click(c) for c in clicks), "area", "NSD", "HD95, mm", "first", "later"]
-    return table(head, lines)
-
-
-def _some_clicks(entries: Sequence[Entry]) -> list[int]:
-    """First, last and what lies between, of all clicks that occur."""
-    clicks = clicks_of([r for e in entries for r in e.rows])
-    if len(clicks) <= _SHOWN_CLICKS:
-        return clicks
-    return sorted({clicks[round(i * (len(clicks) - 1) / (_SHOWN_CLICKS - 1))] for i in range(_SHOWN_CLICKS)})
+        scores = [*(estimate_cell(h.dice.get(c), 3) for c in clicks), estimate_cell(h.area, 3), estimate_cell(h.nsd, 3)]
+        times = [seconds_text(h.first_seconds), seconds_text(h.later_seconds)]
+        who: list[Cell] = [entry.name, (str(last.subjects), f"{last.measurements} measured")]
+        lines.append([*who, *scores, estimate_cell(h.hd95_mm, 1), *times])
+    head = ["run and model", "subjects", *map(click_head, clicks), "area", "NSD", "HD95, mm", "first", "later"]
+    return Table(head, lines)
 
 
 def _kept(run: SavedRun) -> str:
@@ -257,10 +235,6 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [str(f) for f in folders]
-
-
-def _click(click: int) -> str:
-    return "first prompt" if click == 0 else f"{click} click{'' if click == 1 else 's'}"
 
 
 def _aligned(lines: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -1,27 +1,27 @@
-"""``report.html``: a results folder as a page that a person wants to read, in one file that opens without a network.
+"""``report.html``: the results of one run as a page, with tables, charts and pictures of cases.
 
-Everything on it comes from ``cases.csv``, ``results.json`` and, for the pictures, ``prompts.jsonl`` with the images
-themselves. Numbers are made in ``summaries.py``, charts in ``figures.py``, pictures in ``pictures.py``, the page's look
-in ``page.py``; here is the order and the words. Not here: two runs side by side (``compare.py``).
+The numbers come from ``cases.csv`` and ``results.json``; for the pictures, the model gets the prompts of
+``prompts.jsonl`` again (``pictures.py``). The words and their order are in ``samed3d/templates/report.html``. The
+tables and charts also serve ``compare.py``, which shows several runs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from html import escape
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from samed3d.evaluation import figures
-from samed3d.evaluation.page import folded, page, pairs, paragraph, table, write_page
+from samed3d.evaluation.pictures import CasePictures, case_pictures
 from samed3d.evaluation.results import (
     TRAINED_ON,
     PromptStrategy,
     Row,
     SavedRun,
+    by_model,
+    clicks_of,
     grouped,
     modality_class,
     read_run,
@@ -30,282 +30,358 @@ from samed3d.evaluation.results import (
     size_order,
     untrained,
 )
-from samed3d.evaluation.statistics import Curves, Estimate, click_curve, differences, model_curves
-from samed3d.evaluation.tables import curve_table, difference_figure, difference_table, own_scores, score_tables
+from samed3d.evaluation.statistics import Compared, Curves, Estimate, differences, headline, model_curves
+from samed3d.output import write_text
+from samed3d.pages import (
+    FAINT,
+    SERIES_COLOURS,
+    TEXT,
+    Cell,
+    Table,
+    chart,
+    check_installed,
+    count,
+    interval_text,
+    render,
+    seconds_text,
+    svg_in_page,
+)
 
 REPORT_HTML = "report.html"
 PICTURE_SECONDS = 120.0
-_FEW_LINES, _FEW_SMALL_LINES = 5, 3
+PACKAGES = ("jinja2", "matplotlib")
+_SHOWN_CLICKS = 6
+_FEW_LINES, _FEW_SMALL_LINES = 5, 3  # up to so many lines of a chart have bands
 _IN_THE_TABLES = ("area", "clicks to", "failures at", "monotone")
+_MARKERS, _DASHES = "os^D", ("-", "--", ":", "-.")
 _PERCENTILES = (5, 25, 50, 75, 95)
-_NAVIGATION = """<nav><a href="#scores">Scores</a><a href="#curves">Click curves</a><a href="#differences">Differences</a>
-<a href="#cases">Cases</a><a href="#time">Time</a><a href="#how">How this was measured</a></nav>"""
-_SCORES_NOTE = """Dice after each number of clicks: mean over structures, below it the 95 % bootstrap interval over subjects (none for a
-single subject). The score after n clicks is the score after n clicks, never the best so far. Area: under the click curve, divided by
-its width. NSD and HD95 after the last click; a missing mask has the image's diagonal as its HD95. Clicks to 0.80: mean, structures that
-never get there counted with one click more than were given, and their share. Obeyed: the clicked voxel has the click's sign. Lowered:
-clicks after which Dice fell by more than 0.01. First and later: median time per prompt."""
-_TESTS_NOTE = """Dice of the first model minus Dice of the second on the same structure, seed and number of clicks. Intervals and both
-tests take subjects, not structures, as the unit: a bootstrap over subjects, and a Wilcoxon signed-rank test on the subjects' mean
-differences, corrected after Holm for all tests in the table. Fewer than six subjects cannot give a Wilcoxon p under 0.05."""
-_TIME_NOTE = """From giving the prompt to having the mask, on the machine and under the load of this run: to be compared within this
-page only. Line: 5 % to 95 %, bar: quartiles."""
-_TRAINED_ON_ALL = """Every subject here was trained on by the first checkpoint: these numbers say how well it remembers, not how
-accurate it is."""
-_TRAINED_ON_SOME = """rows are of subjects that the first checkpoint was trained on. They have lines of their own in the tables of
-scores and are left out of everything else."""
-_UNEVEN = "the models were not measured on the same number of structures and clicks; only the paired differences compare like with like. Rows"
-_FOOT = """Rows: cases.csv, one per model, structure, seed and click. Prompts: prompts.jsonl. This page is made from them by samed3d
-evaluate report."""
 
 
 def write_report(folder: Path, *, picture_seconds: float = PICTURE_SECONDS) -> Path:
     """Write ``report.html`` beside the results.
 
     Args:
-        folder: What ``samed3d evaluate`` wrote.
-        picture_seconds: How long pictures of cases may take to be made, by giving the model the saved prompts again; 0
-            makes none.
+        folder: A results folder of ``samed3d evaluate``.
+        picture_seconds: No picture of a case is begun after this time; 0 makes none.
 
     Returns:
         The page's path.
 
     Raises:
-        InputError: if the folder holds no results, or cannot be written to.
+        InputError: if the folder holds no results or cannot be written to, or a package of ``samed3d[evaluate]`` is
+            missing.
     """
+    check_installed("a report", *PACKAGES)
     run = read_run(folder)
-    pictures = ""
-    if picture_seconds > 0:
-        from samed3d.evaluation.pictures import picture_section
-
-        pictures = picture_section(run, picture_seconds)
     path = folder / REPORT_HTML
-    write_page(path, page("samed3d evaluation", report_body(run, pictures)))
+    write_text(path, report_page(run, case_pictures(run, picture_seconds) if picture_seconds > 0 else None))
     return path
 
 
-def report_body(run: SavedRun, pictures: str = "") -> str:
-    """The page's content; ``pictures`` is a section that is ready."""
-    strategies = run.strategies
-    parts = [_title(run), *(paragraph(w, "warn") for w in _warnings(run)), *_in_short(run, strategies[0])]
-    parts.append(_NAVIGATION)
-    scores = [
-        _about(run, strategy) + score_tables(run.of(strategy)) + own_scores(_own(run, strategy))
-        for strategy in strategies
-    ]
-    parts.append(
-        '<h2 id="scores">Scores</h2>' + paragraph(_SCORES_NOTE, "faint") + _first_open("Scores", strategies, scores)
+def report_page(run: SavedRun, pictures: CasePictures | None = None) -> str:
+    """The text of ``report.html``."""
+    results = run.results
+    command = results.get("command", "")
+    about = [("revision", str(results["revision"]))] if results.get("revision") else []
+    rows = untrained(run.of(run.strategies[0]))
+    return render(
+        "report.html",
+        title="samed3d evaluation",
+        models=run.models,
+        strategies=[_strategy(run, strategy) for strategy in run.strategies],
+        counts=_counts(run.rows),
+        warnings=_warnings(run),
+        in_short=[
+            (model, min(curve), curve[min(curve)], max(curve), curve[max(curve)])
+            for model, curve in model_curves(rows).items()
+        ],
+        pictures=pictures,
+        latency=latency_figure(run),
+        command=" ".join(map(str, command)) if isinstance(command, list) else command,
+        settings=about + flattened(run.settings),
+        environment=flattened(results.get("environment", {})),
+        count=count,
+        estimate=lambda e: f"{e.mean:.2f} {interval_text(e.low, e.high, '.2f')}".strip(),
     )
-    parts.append(
-        '<h2 id="curves">Click curves</h2>'
-        + _first_open("Click curves", strategies, [_curves(run, strategy) for strategy in strategies])
-    )
-    parts.append('<h2 id="differences">Differences between models</h2>' + _differences(run, strategies))
-    parts.append('<h2 id="cases">Cases</h2>' + (pictures or paragraph("Pictures were not asked for.", "faint")))
-    parts.append('<h2 id="time">Time per prompt</h2>' + _latency(run))
-    parts.append('<h2 id="how">How this was measured</h2>' + _how(run))
-    return "\n".join(parts)
 
 
-def _title(run: SavedRun) -> str:
-    cases = {(r["source"], r["case"]) for r in run.rows}
-    subjects = {(r["source"], r["subject"]) for r in run.rows}
-    structures = {(r["source"], r["case"], r["label"]) for r in run.rows}
-    sources = {r["source"] for r in run.rows}
-    shown = ", ".join(run.models[:3]) + (f" and {len(run.models) - 3} more" if len(run.models) > 3 else "")
-    more = len(run.strategies) - 3
-    names = "; ".join(map(str, run.strategies[:3])) + (f"; and {more} more" if more > 0 else "")
-    told = (
-        f"{_count(len(structures), 'structure')} in {_count(len(cases), 'image')} of {_count(len(subjects), 'subject')} "
-        f"from {_count(len(sources), 'data set')}; {_count(len({r['seed'] for r in run.rows}), 'seed')}"
+def _strategy(run: SavedRun, strategy: PromptStrategy) -> dict[str, Any]:
+    """What the page shows of one prompt strategy."""
+    everything = run.of(strategy)
+    rows, about = untrained(everything), run.results.get("protocols", {}).get(strategy.protocol, {})
+    dice = model_curves(rows)
+    charts = [curve_chart(dice, run.models, "All structures")]
+    if any(not math.isnan(score(r, "nsd")) for r in rows):
+        charts.append(curve_chart(model_curves(rows, "nsd"), run.models, "All structures", "NSD"))
+    parts: tuple[tuple[str, Callable[[Row], str], Callable[[str], Any] | None], ...] = (
+        ("By data set", lambda r: r["source"], None),
+        ("By modality", modality_class, None),
+        ("By size of the structure", size_class, size_order),
     )
-    return f"<h1>Evaluation: {escape(shown)}</h1>" + paragraph(f"{names}. {told}.", "faint")
+    splits = []
+    for title, name_of, order in parts:
+        split = grouped(rows, name_of, order)
+        curves = {name: model_curves(mine) for name, mine in split.items()}
+        subjects = {name: len({(r["source"], r["subject"]) for r in mine}) for name, mine in split.items()}
+        small = [curve_chart(c, run.models, f"{name} ({subjects[name]})", small=True) for name, c in curves.items()]
+        splits.append((title, small, curve_table(curves)))
+    compared = differences(rows, list(dice)) if len(dice) > 1 else []
+    return {
+        "name": str(strategy),
+        "protocol": strategy.protocol,
+        "title": about.get("title", ""),
+        "bias": about.get("optimistic_bias") or about.get("flattering", ""),
+        "tables": [*score_tables(everything), *own_scores(run, strategy)],
+        "charts": charts,
+        "curve_table": curve_table({"all": dice}),
+        "legend": [(model, run.models.index(model) % len(SERIES_COLOURS)) for model in dice],
+        "bands": (len(dice) <= _FEW_LINES, len(dice) <= _FEW_SMALL_LINES),
+        "splits": splits,
+        "difference_chart": difference_chart(compared),
+        "difference_table": difference_table(compared) if compared else None,
+    }
+
+
+def _counts(rows: Sequence[Row]) -> str:
+    keys = {"structure": ("source", "case", "label"), "image": ("source", "case"), "subject": ("source", "subject")}
+    found = {noun: count(len({tuple(r[k] for k in names) for r in rows}), noun) for noun, names in keys.items()}
+    sources, seeds = (count(len({r[k] for r in rows}), noun) for k, noun in (("source", "data set"), ("seed", "seed")))
+    return f"{found['structure']} in {found['image']} of {found['subject']} from {sources}; {seeds}"
 
 
 def _warnings(run: SavedRun) -> list[str]:
     """What a reader must know before any number."""
-    found = [str(w) for w in run.results.get("warnings", [])]
+    found = [str(warning) for warning in run.results.get("warnings", [])]
     trained = sum(r["group"] == TRAINED_ON for r in run.rows)
     if trained == len(run.rows):
-        found.append(_TRAINED_ON_ALL)
+        found.append(
+            "The first checkpoint was trained on every subject of this run: these numbers say how well it remembers, "
+            "not how accurate it is."
+        )
     elif trained:
-        found.append(f"{trained} of {len(run.rows)} {_TRAINED_ON_SOME}")
+        found.append(
+            f"{trained} of {len(run.rows)} rows are of subjects that the first checkpoint was trained on. The tables "
+            "of scores list them on lines of their own; everything else leaves them out."
+        )
     for strategy in run.strategies:
-        counts = {m: sum(r["model"] == m for r in run.of(strategy)) for m in run.models}
-        if len({n for n in counts.values() if n}) > 1:
-            found.append(f"{strategy}: {_UNEVEN}: {', '.join(f'{m} {n}' for m, n in counts.items() if n)}.")
+        counts = {model: len(rows) for model, rows in by_model(run.of(strategy)).items()}
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{model} {n}" for model, n in counts.items())
+            found.append(
+                f"{strategy}: the models were not measured on the same number of structures and clicks; only the "
+                f"paired differences compare like with like. Rows: {listed}."
+            )
     return found
-
-
-def _in_short(run: SavedRun, strategy: PromptStrategy) -> list[str]:
-    lines = []
-    rows = untrained(run.of(strategy))
-    for model in run.models:
-        mine = [r for r in rows if r["model"] == model]
-        if mine:
-            curve = click_curve(mine)
-            first, last = min(curve), max(curve)
-            end = f" and <b>{_plain(curve[last])}</b> after {last}" if last > first else ""
-            begin = "the first prompt" if first == 0 else _count(first, "click")
-            lines.append(f"<li><b>{escape(model)}</b>: Dice <b>{_plain(curve[first])}</b> after {begin}{end}, "
-                         f"{_count(curve[last].measurements, 'measurement')}, {_count(curve[last].subjects, 'subject')}</li>")  # fmt: skip
-    return ["<ul>", *lines, "</ul>"]
-
-
-def _curves(run: SavedRun, strategy: PromptStrategy) -> str:
-    rows = untrained(run.of(strategy))
-    dice = model_curves(rows)
-    parts = ['<figure><div class="charts">', _chart(run, dice, "All structures", "Dice")]
-    if any(not math.isnan(score(r, "nsd")) for r in rows):
-        parts.append(_chart(run, model_curves(rows, "nsd"), "All structures", "NSD"))
-    bands = (
-        "bands are 95 % bootstrap intervals over subjects" if len(dice) <= _FEW_LINES else "the table has the intervals"
-    )
-    caption = f"Mean over structures; {bands}. Point at a mark for its numbers."
-    parts.append(
-        f"</div><figcaption>{caption}</figcaption></figure>"
-        + folded("These numbers as a table", curve_table({"all": dice}))
-    )
-    splits: tuple[tuple[str, Callable[[Row], str], Callable[[str], object] | None], ...] = (
-        ("By dataset", lambda r: r["source"], None),
-        ("By modality", modality_class, None),
-        ("By size of the structure", size_class, size_order),
-    )
-    for title, name_of, order in splits:
-        split = grouped(rows, name_of, order)
-        curves = {name: model_curves(of_one) for name, of_one in split.items()}
-        charts = [
-            _chart(run, curves[name], f"{name} ({_people(of_one)})", "Dice", small=True)
-            for name, of_one in split.items()
-        ]
-        parts.append(f"<h3>{title}</h3>" + figures.legend_of([(m, run.models.index(m)) for m in dice]))
-        bands = (
-            ""
-            if len(dice) <= _FEW_SMALL_LINES
-            else " Bands are left out of charts with many lines; the table has the intervals."
-        )
-        caption = f"<figcaption>In brackets the number of subjects.{bands}</figcaption>"
-        parts.append(f'<figure><div class="charts">{"".join(charts)}</div>{caption}</figure>')
-        parts.append(folded("These numbers as a table", curve_table(curves)))
-    return "".join(parts)
-
-
-def _chart(run: SavedRun, curves: Curves, title: str, y_label: str, small: bool = False) -> str:
-    series = []
-    for model, curve in curves.items():
-        known = {c: e for c, e in curve.items() if e.measurements}
-        if known:
-            es = list(known.values())
-            notes = [f"{_count(e.subjects, 'subject')}, {_count(e.measurements, 'measurement')}" for e in es]
-            ends = ([e.mean for e in es], [e.low for e in es], [e.high for e in es])
-            series.append(figures.Series(model, list(known), *ends, style=run.models.index(model), notes=notes))
-    bands = len(series) <= (_FEW_SMALL_LINES if small else _FEW_LINES)
-    return figures.click_chart(series, title, y_label, small=small, bands=bands) if series else ""
-
-
-def _differences(run: SavedRun, strategies: Sequence[PromptStrategy]) -> str:
-    if len(run.models) < 2:
-        return paragraph("One model was measured: there is nothing to compare.", "faint")
-    parts = [paragraph(_TESTS_NOTE, "faint")]
-    for strategy in strategies:
-        found = differences(
-            untrained(run.of(strategy)), [m for m in run.models if any(r["model"] == m for r in run.of(strategy))]
-        )
-        if found:
-            parts.append(_strategy_heading(strategy, strategies) + difference_figure(found) + difference_table(found))
-    return "".join(parts)
-
-
-def _latency(run: SavedRun) -> str:
-    lines, rows_of_table = [], []
-    for model in run.models:
-        mine = [r for r in run.rows if r["model"] == model and score(r, "seconds") > 0]
-        begins = min((r["click"] for r in mine), default=0)
-        first, later = [r for r in mine if r["click"] == begins], [r for r in mine if r["click"] != begins]
-        for what, chosen in (("first prompt", first), ("later clicks", later)):
-            if not chosen:
-                continue
-            a, b, c, d, e = (max(1e-4, float(v)) for v in np.percentile([r["seconds"] for r in chosen], _PERCENTILES))
-            lines.append(figures.Spread(f"{model}, {what}", (a, b, c, d, e), run.models.index(model)))
-            encode = [v for r in chosen if not math.isnan(v := score(r, "encode_seconds"))]
-            memory = [v for r in chosen if not math.isnan(v := score(r, "peak_mib"))]
-            cells = [escape(model), what, str(len(chosen)), *map(figures.seconds_text, (a, b, c, d, e))]
-            cells += [
-                figures.seconds_text(float(np.median(encode))) if encode else "",
-                f"{max(memory):,.0f} MiB" if memory else "",
-            ]
-            rows_of_table.append(cells)
-    if not lines:
-        return paragraph("No times were recorded.", "faint")
-    head = ["model", "", "prompts", "5 %", "25 %", "median", "75 %", "95 %", "encoding, median", "peak memory"]
-    chart = figures.spread_chart(lines, "Time per prompt", "seconds, logarithmic")
-    numbers = folded("These numbers as a table", table(head, rows_of_table, left=2))
-    return paragraph(_TIME_NOTE, "faint") + f"<figure>{chart}</figure>" + numbers
-
-
-def _how(run: SavedRun) -> str:
-    results = run.results
-    command = results.get("command")
-    command = " ".join(map(str, command)) if isinstance(command, list) else command
-    parts = [f"<pre>{escape(str(command))}</pre>" if command else paragraph("The command was not recorded.", "faint")]
-    about = [("revision", str(results["revision"]))] if results.get("revision") else []
-    parts.append(pairs(about + flattened(run.settings)))
-    parts.append("<h3>Environment</h3>" + pairs(flattened(results.get("environment", {}))))
-    parts.append(paragraph(_FOOT, "faint"))
-    return "".join(parts)
 
 
 def flattened(entry: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Nested settings as lines ``outer inner``: value; what was not set is left out."""
     if isinstance(entry, dict):
-        return [
-            line
-            for key, value in entry.items()
-            for line in flattened(value, f"{prefix} {key}".strip().replace("_", " "))
-        ]
+        lines = (flattened(value, f"{prefix} {key}".strip().replace("_", " ")) for key, value in entry.items())
+        return [line for found in lines for line in found]
     if entry is None or entry == []:
         return []
     return [(prefix, ", ".join(map(str, entry)) if isinstance(entry, list | tuple) else str(entry))]
 
 
-def _first_open(what: str, strategies: Sequence[PromptStrategy], contents: Sequence[str]) -> str:
-    """The first prompt strategy in full, the others to open."""
-    others = "".join(
-        folded(f"{what}: {strategy}", content) for strategy, content in zip(strategies[1:], contents[1:], strict=True)
-    )
-    return (f"<h3>{escape(str(strategies[0]))}</h3>" if others else "") + contents[0] + others
+# Tables
 
 
-def _about(run: SavedRun, strategy: PromptStrategy) -> str:
-    """What the protocol is, and what flatters in it."""
-    about = run.results.get("protocols", {}).get(strategy.protocol, {})
-    title, flattering = about.get("title", ""), about.get("flattering", "")
-    warned = paragraph(f"These scores flatter: {flattering}.", "warn") if flattering else ""
-    return (paragraph(f"{strategy.protocol}: {title}.", "faint") if title else "") + warned
+def estimate_cell(e: Estimate | None, digits: int = 2, sign: bool = False) -> Cell:
+    """A mean with its interval below; empty where there is none."""
+    if e is None or math.isnan(e.mean):
+        return ""
+    form = f"{'+' if sign else ''}.{digits}f"
+    return f"{e.mean:{form}}", interval_text(e.low, e.high, form)
 
 
-def _own(run: SavedRun, strategy: PromptStrategy) -> list[dict[str, Any]]:
-    """The protocol's own figures, which only ``results.json`` has."""
-    return [
-        line
-        for line in run.results.get("scores", [])
-        if (line.get("protocol"), line.get("policy"), line.get("prompt"))
-        == (strategy.protocol, strategy.policy, strategy.prompt)
-        and not line.get("score", "").startswith(_IN_THE_TABLES)
-    ]
+def p_text(p: float) -> str:
+    """A p value to two digits; empty for nan."""
+    return "" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
-def _strategy_heading(strategy: PromptStrategy, strategies: Sequence[PromptStrategy]) -> str:
-    return f"<h3>{escape(str(strategy))}</h3>" if len(strategies) > 1 else ""
+def click_head(click: int) -> str:
+    """Column head of a number of clicks."""
+    return "first prompt" if click == 0 else count(click, "click")
 
 
-def _plain(e: Estimate) -> str:
-    return f"{e.mean:.2f}</b>{figures.interval_text(e.low, e.high, '.2f')}<b>"
+def some_clicks(rows: Sequence[Row], most: int) -> list[int]:
+    """Up to so many of the click numbers, the first and the last among them, evenly spread."""
+    clicks = clicks_of(rows)
+    if len(clicks) <= most:
+        return clicks
+    return sorted({clicks[round(i * (len(clicks) - 1) / (most - 1))] for i in range(most)})
 
 
-def _people(rows: Sequence[Row]) -> str:
-    return str(len({(r["source"], r["subject"]) for r in rows}))
+def score_tables(rows: Sequence[Row]) -> list[Table]:
+    """Dice by click, then surface scores, clicks needed and behaviour, of every model by group."""
+    clicks = some_clicks(rows, _SHOWN_CLICKS)
+    has = {metric: any(not math.isnan(score(r, metric)) for r in rows) for metric in ("nsd", "hd95_mm", "obeyed")}
+    scores, efforts = [], []
+    for group, of_group in grouped(rows, lambda r: r["group"], lambda g: (g == TRAINED_ON, g)).items():
+        for n, (model, mine) in enumerate(by_model(of_group).items()):
+            h = headline(mine, model)
+            last, who = h.dice[max(h.dice)], [group if n == 0 else "", model]
+            dice = [estimate_cell(h.dice.get(c)) for c in clicks]
+            scores.append([*who, str(last.subjects), str(last.measurements), *dice, estimate_cell(h.area)])
+            surfaces = [estimate_cell(h.nsd)] * has["nsd"] + [estimate_cell(h.hd95_mm, 1)] * has["hd95_mm"]
+            needed: list[Cell] = [
+                (f"{e.clicks.mean:.1f}", f"{_percent(e.failed)} never") if e.clicks.measurements else ""
+                for e in h.efforts
+            ]
+            behaviour = [*[_percent(h.obeyed)] * has["obeyed"], _percent(h.lowered)]
+            times = [seconds_text(h.first_seconds), seconds_text(h.later_seconds)]
+            efforts.append([*who, *surfaces, *needed, *behaviour, *times])
+    head = ["group", "model", "subjects", "measured", *map(click_head, clicks), "area"]
+    more = ["group", "model", *["NSD"] * has["nsd"], *["HD95, mm"] * has["hd95_mm"]]
+    more += ["clicks to 0.80", "to 0.85", "to 0.90", *["obeyed"] * has["obeyed"], "lowered", "first", "later"]
+    return [Table(head, scores, left=2), Table(more, efforts, left=2)]
 
 
-def _count(n: int, what: str) -> str:
-    return f"{n:,} {what}" + ("" if n == 1 else "s")
+def own_scores(run: SavedRun, strategy: PromptStrategy) -> list[Table]:
+    """The protocol's own scores, which only ``results.json`` has, one per column; no table where it has none."""
+    rows: dict[tuple[str, str], dict[str, Cell]] = {}
+    names: dict[str, None] = {}
+    for line in run.results.get("scores", []):
+        of_strategy = tuple(line.get(k) for k in ("protocol", "policy", "prompt"))
+        if of_strategy != (strategy.protocol, strategy.policy, strategy.prompt):
+            continue
+        if line.get("score", "").startswith(_IN_THE_TABLES):
+            continue
+        low, high = line.get("interval") or (math.nan, math.nan)
+        value = math.nan if line.get("value") is None else float(line["value"])
+        e = Estimate(value, low, high, int(line.get("subjects", 0)), int(line.get("measurements", 0)))
+        rows.setdefault((str(line.get("group", "")), str(line["model"])), {})[line["score"]] = estimate_cell(e, 3)
+        names[line["score"]] = None
+    cells = [[group, model, *(found.get(n, "") for n in names)] for (group, model), found in rows.items()]
+    return [Table(["group", "model", *names], cells, left=2)] if cells else []
+
+
+def curve_table(split: Mapping[str, Curves]) -> Table:
+    """Dice after each click of each model, for each part of the rows."""
+    clicks = sorted({click for curves in split.values() for curve in curves.values() for click in curve})
+    lines = []
+    for name, curves in split.items():
+        for n, (model, curve) in enumerate(curves.items()):
+            last = curve[max(curve)]
+            who = [name if n == 0 else "", model, str(last.subjects), str(last.measurements)]
+            lines.append([*who, *(estimate_cell(curve.get(c), 3) for c in clicks)])
+    return Table(["", "model", "subjects", "measured", *map(click_head, clicks)], lines, left=2)
+
+
+def difference_table(found: Sequence[Compared]) -> Table:
+    """All differences with both tests."""
+    head = ["first", "second", "score", "difference", "p bootstrap", "p Wilcoxon", "p corrected"]
+    lines = []
+    for c in found:
+        r, d = c.result, c.result.difference
+        ps = [p_text(p) for p in (r.p_bootstrap, r.p_wilcoxon, c.corrected)]
+        pairs = f"{r.better} / {r.equal} / {r.worse}"
+        lines.append([c.first, c.second, c.what, estimate_cell(d, 3, sign=True), *ps, pairs, str(d.subjects)])
+    return Table([*head, "better / equal / worse", "subjects"], lines, left=3)
+
+
+def _percent(share: float) -> str:
+    return "" if math.isnan(share) else f"{100 * share:.0f} %"
+
+
+# Charts
+
+
+def curve_chart(curves: Curves, models: Sequence[str], title: str, y_label: str = "Dice", small: bool = False) -> Any:
+    """Scores in [0, 1] over clicks, one line per model, with 95 % intervals as bands where there are few lines.
+
+    Args:
+        curves: By model.
+        models: All models of the page, by whose order a model has its colour, marker and dash in every chart.
+        title: Above the chart.
+        y_label: Name of the score.
+        small: For a grid of charts, without a legend.
+    """
+    known = {model: {c: e for c, e in curve.items() if e.measurements} for model, curve in curves.items()}
+    known = {model: curve for model, curve in known.items() if curve}
+    if not known:
+        return ""
+    legend = 60 + 7 * min(34, max(map(len, known)))
+    width, height, right = (264, 196, 12) if small else (396 + legend, 310, legend)
+    with chart(width, height, left=46, right=right) as (figure, axes):
+        for model, curve in known.items():
+            n = models.index(model)
+            clicks, colour = list(curve), SERIES_COLOURS[n % len(SERIES_COLOURS)]
+            look: dict[str, Any] = {
+                "marker": _MARKERS[n % 4],
+                "linestyle": _DASHES[(n // 2 + n // 8) % 4],
+                "color": colour,
+            }
+            axes.plot(
+                clicks, [e.mean for e in curve.values()], label=model[:34], markersize=3.5 if small else 5, **look
+            )
+            ends = [(c, e.low, e.high) for c, e in curve.items() if not math.isnan(e.low)]
+            if ends and len(known) <= (_FEW_SMALL_LINES if small else _FEW_LINES):
+                at, low, high = zip(*ends, strict=True)
+                axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+                axes.vlines(at, low, high, color=colour, linewidth=0.8 if len(at) > 1 else 2)
+        ticks = sorted({click for curve in known.values() for click in curve})
+        ticks = ticks if len(ticks) <= 12 else ticks[::2]
+        axes.set_xticks(ticks, ["prompt" if click == 0 else str(click) for click in ticks])
+        axes.set(title=title, xlabel="clicks", ylabel=y_label, ylim=(0, 1))
+        if not small:
+            axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        return svg_in_page(figure, title)
+
+
+def difference_chart(found: Sequence[Compared]) -> Any:
+    """Differences of Dice after the last compared click, with their intervals, around a line at zero."""
+    last = next((c.what for c in reversed(found) if c.what.startswith("after")), None)
+    chosen = [c for c in found if c.what == last][::-1]
+    if not chosen:
+        return ""
+    title = f"Difference of Dice {last}, 95 % interval over subjects"
+    labels = [f"{c.first} \u2212 {c.second}"[:60] for c in chosen]
+    left = 20 + 7 * max(map(len, labels))
+    with chart(left + 460, 70 + 26 * len(chosen), left=left, right=70) as (figure, axes):
+        for y, c in enumerate(chosen):
+            d = c.result.difference
+            if not math.isnan(d.low):
+                axes.hlines(y, d.low, d.high, color=SERIES_COLOURS[0], linewidth=2)
+            axes.plot([d.mean], [y], "o", color=SERIES_COLOURS[0])
+            axes.text(1.01, y, f"{d.mean:+.3f}", transform=axes.get_yaxis_transform(), va="center")
+        axes.axvline(0, color=FAINT, linewidth=1)
+        axes.set_yticks(range(len(chosen)), labels)
+        reach = 1.1 * max(0.05, *(abs(v) for v in axes.dataLim.intervalx))
+        axes.set(title=title, xlabel="difference of Dice", xlim=(-reach, reach), ylim=(-0.6, len(chosen) - 0.4))
+        return svg_in_page(figure, title)
+
+
+def latency_figure(run: SavedRun) -> tuple[Any, Table] | None:
+    """Chart and table of the seconds per prompt of each model; None where no times were recorded."""
+    lines, rows = [], []
+    for model, of_model in by_model(r for r in run.rows if score(r, "seconds") > 0).items():
+        first = min(clicks_of(of_model))
+        for what, is_first in (("first prompt", True), ("later clicks", False)):
+            chosen = [r for r in of_model if (r["click"] == first) == is_first]
+            if not chosen:
+                continue
+            spread = [max(1e-4, float(v)) for v in np.percentile([r["seconds"] for r in chosen], _PERCENTILES)]
+            lines.append((f"{model}, {what}", run.models.index(model), spread))
+            encode = [v for r in chosen if not math.isnan(v := score(r, "encode_seconds"))]
+            memory = [v for r in chosen if not math.isnan(v := score(r, "peak_mib"))]
+            encoding = seconds_text(float(np.median(encode))) if encode else ""
+            peak = f"{max(memory):,.0f} MiB" if memory else ""
+            rows.append([model, what, str(len(chosen)), *map(seconds_text, spread), encoding, peak])
+    if not lines:
+        return None
+    labels = [label[:60] for label, *_ in lines[::-1]]
+    left = 20 + 7 * max(map(len, labels))
+    with chart(left + 460, 70 + 26 * len(lines), left=left, right=70) as (figure, axes):
+        for y, (_, style, (p5, p25, median, p75, p95)) in enumerate(lines[::-1]):
+            colour = SERIES_COLOURS[style % len(SERIES_COLOURS)]
+            axes.hlines(y, p5, p95, color=colour, linewidth=2)
+            axes.barh(y, p75 - p25, left=p25, height=0.5, color=colour, alpha=0.35)
+            axes.plot([median], [y], "|", color=TEXT, markersize=14, markeredgewidth=2)
+            axes.text(1.01, y, seconds_text(median), transform=axes.get_yaxis_transform(), va="center")
+        axes.set_xscale("log")
+        axes.set_yticks(range(len(lines)), labels)
+        axes.set(title="Time per prompt", xlabel="seconds, logarithmic", ylim=(-0.6, len(lines) - 0.4))
+        head = ["model", "", "prompts", "5 %", "25 %", "median", "75 %", "95 %", "encoding, median", "peak memory"]
+        return svg_in_page(figure, "Time per prompt"), Table(head, rows, left=2)
