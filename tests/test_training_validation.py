@@ -130,7 +130,7 @@ def test_the_best_is_chosen_by_the_last_click_and_pictures_are_written(corpus, t
     assert (header["step"], header["validation_dice"]) == (2, 0.6)
     assert torch.load(folder / "last.pt", weights_only=True)["best"] == 0.6
     assert read_header(folder / "model.safetensors")["step"] == 4
-    assert "Dice on held-back volumes" in (folder / "curves.svg").read_text()
+    assert "Dice on held-out volumes" in (folder / "curves.svg").read_text()
 
 
 def test_a_whole_run_measures_the_running_mean_and_training_does_not_notice(corpus, tmp_path):
