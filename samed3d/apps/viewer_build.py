@@ -1,8 +1,9 @@
-"""Puts the published build of the volume viewer (NiiVue, pinned in ``viewer/package-lock.json``) into the package.
+"""Puts the volume viewer (NiiVue, pinned in ``viewer/package-lock.json``) and the shipped checkpoints into the package.
 
-Runs when the package is built: by ``make``, and by pip and wheel builds through ``BuildWithViewer``. It needs npm and a
-network once; at run time nothing of node is used. Where npm is missing the package is built without it, and ``samed3d
-app`` says what to do. This file imports nothing of the project, because a build loads it alone.
+Runs when the package is built: by ``make`` for the viewer, and by pip and wheel builds through ``BuildPackage``. The
+viewer needs npm and a network once; at run time nothing of node is used. Where npm is missing the package is built
+without the viewer, and ``samed3d app`` says what to do. This file imports nothing of the project, because a build loads
+it alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from setuptools.command.build_py import build_py
 
 VIEWER = Path(__file__).resolve().parent / "viewer"
+CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
 BUILT = Path("vendor") / "niivue.js"
 PUBLISHED = Path("node_modules/@niivue/niivue/dist/index.js")
 NOTICE = """NiiVue {version}, https://github.com/niivue/niivue; licence in ../LICENSE.niivue; sha256 of niivue.js:
@@ -78,16 +80,18 @@ def _version(package: str) -> str:
     return str(json.loads(package)["dependencies"]["@niivue/niivue"])
 
 
-class BuildWithViewer(build_py):
-    """``build_py`` that also brings the viewer in, and goes on without it where npm is missing."""
+class BuildPackage(build_py):
+    """``build_py`` that adds the viewer, where npm is installed, and the checkpoints of the source tree."""
 
     def run(self) -> None:
-        """Build, then copy the viewer's files."""
+        """Build, then add the viewer's files and the checkpoints."""
         try:
             fetch()
         except ViewerError as error:
             logger.warning("building without the web viewer: %s", error)
         super().run()
+        if not self.editable_mode:  # an editable installation uses the source tree's own checkpoints
+            shutil.copytree(CHECKPOINTS, Path(self.build_lib) / "samed3d" / "checkpoints", dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

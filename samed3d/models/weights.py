@@ -12,7 +12,6 @@ import json
 import os
 import pickle
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -361,8 +360,8 @@ def spec_from_json(body: Mapping[str, Any]) -> ModelSpec:
 def _manifest_entries() -> dict[str, tuple[Path, dict[str, Any]]]:
     """Name to (folder, entry) over all checkpoint folders; of folders with the same name the first counts."""
     folders = [
-        Path(__file__).resolve().parents[2] / "checkpoints",
-        Path(sys.prefix) / "share" / "samed3d" / "checkpoints",
+        Path(__file__).resolve().parents[1] / "checkpoints",  # an installed package
+        Path(__file__).resolve().parents[2] / "checkpoints",  # the source tree
     ]
     if chosen := os.environ.get(CHECKPOINT_FOLDER_VARIABLE):
         folders.insert(0, Path(chosen))
