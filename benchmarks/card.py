@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from result_tables import Body, table, with_interval  # noqa: E402
 
 from samed3d.evaluation.pictures import case_png  # noqa: E402
-from samed3d.evaluation.replay import Answers, replay  # noqa: E402
+from samed3d.evaluation.replay import ReplayCache, replay  # noqa: E402
 from samed3d.evaluation.results import (  # noqa: E402
     Row,
     SavedRun,
@@ -312,7 +312,7 @@ def _sheet(chosen: Sequence[Row], lines: dict[tuple[Any, ...], Body]) -> bytes:
     """One row per structure: three planes after 1 click, three after 5, with names and Dice."""
     from PIL import Image, ImageDraw
 
-    answers, rows = Answers(), []
+    answers, rows = ReplayCache(), []
     for row in chosen:
         line = lines[prompt_key(row)]
         for clicks in (1, 5):

@@ -19,6 +19,8 @@ IntTriple = tuple[int, int, int]
 
 # A voxel's physical position in ITK is LPS; users and NIfTI say RAS. The first two axes change sign.
 _LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0])
+RAS_DIRECTION = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
+"""Direction cosines, in LPS, of a grid whose i, j, k axes point right, anterior and superior."""
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from samed3d.evaluation.cases import LabelledCase, Loaded
-from samed3d.evaluation.measuring import Ask, Part, measure
+from samed3d.evaluation.cases import LabelledCase, LoadedCase
+from samed3d.evaluation.measuring import CaseResults, measure
 from samed3d.evaluation.methods import Method, MethodSession
 from samed3d.evaluation.protocols import protocol_of
+from samed3d.evaluation.protocols.base import EvaluationSettings
 from samed3d.prompts import Prompt
 from samed3d.volume import Volume
 
@@ -44,10 +45,10 @@ class Fake(Method):
 
 def measured(
     method: Method, volume: Volume, labels: np.ndarray, protocol: str = "samed3d", clicks: int = 3, **ask: object
-) -> Part:
+) -> CaseResults:
     """One case in memory through a protocol."""
     from pathlib import Path
 
     case = LabelledCase("set", "case", "subject", "CT", "unseen subject", Path("image"), Path("labels"), {1: "one"})
     ask = {"min_voxels": 1} | ask
-    return measure(case, method, protocol_of(protocol), Ask(clicks, **ask), Loaded(volume, labels))  # type: ignore[arg-type]
+    return measure(case, method, protocol_of(protocol), EvaluationSettings(clicks, **ask), LoadedCase(volume, labels))  # type: ignore[arg-type]

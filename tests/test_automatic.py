@@ -79,7 +79,8 @@ def test_evaluate_measures_its_classes(tmp_path, weights, source, capsys):
         main(["evaluate", str(source), "--model", str(weights), "-o", str(out), "--split", "all", "--limit", "2"]) == 0
     )
     summary = json.loads((out / "results.json").read_text())["summary"]
-    assert {line["name"] for line in summary} == {"liver", "kidney"}
+    assert {line["value"] for line in summary if line["by"] == "name"} == {"liver", "kidney"}
+    assert (out / "report.html").exists()
     both = ["--model", str(weights), "--model", "region_growing"]
     assert main(["evaluate", str(source), *both, "-o", str(tmp_path / "both")]) == 2
-    assert "an automatic model is measured alone, got 2 models" in capsys.readouterr().err
+    assert "semantic segmentation models are measured apart from others" in capsys.readouterr().err

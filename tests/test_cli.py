@@ -215,7 +215,7 @@ def test_evaluate_passes_its_options(monkeypatch, tmp_path, capsys):
     assert seen["values"] == ([tmp_path], ["a", "b"], tmp_path / "out")
     assert (seen["clicks"], seen["seeds"], seen["split"], seen["limit"], seen["progress"]) == (
         (1, 2),
-        1,
+        None,
         "val",
         None,
         False,

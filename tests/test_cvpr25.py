@@ -12,22 +12,22 @@ import pytest
 
 from samed3d.data.challenge_npz import read_array, read_boxes, read_objects, write_answer, write_input
 from samed3d.errors import InputError
-from samed3d.evaluation.cases import Split, find_cases
-from samed3d.evaluation.measuring import Ask, measure
+from samed3d.evaluation.cases import TrainingSplit, find_cases
+from samed3d.evaluation.measuring import measure
 from samed3d.evaluation.methods import BaselineMethod
 from samed3d.evaluation.protocols import protocol_of
+from samed3d.evaluation.protocols.base import EvaluationSettings
 from samed3d.evaluation.protocols.cvpr25 import (
     Cvpr25,
     as_prompt,
     challenge_click,
     challenge_nsd,
     joined,
-    round_inputs,
     simulated_boxes,
 )
 from samed3d.metrics import dice, nsd_subvoxel
 from samed3d.prompts import Box, Point
-from tests.known_methods import Fake, Scripted
+from tests.known_methods import Fake
 
 SPACING = (0.5, 1.0, 3.0)
 
@@ -71,8 +71,8 @@ class EachRound:
 
 
 def measured_case(path: Path, method):
-    (case,) = find_cases([path.parent], Split(), "all")
-    return case, measure(case, method, protocol_of("cvpr25"), Ask(3, min_voxels=1))
+    (case,) = find_cases([path.parent], TrainingSplit(), "all")
+    return case, measure(case, method, protocol_of("cvpr25"), EvaluationSettings(3, min_voxels=1))
 
 
 # Boxes and clicks
@@ -207,10 +207,9 @@ def test_one_object_too_many_for_the_boxes_of_the_file_is_no_box(tmp_path):
 def test_what_a_program_is_given_round_trips(tmp_path):
     labels = truth()
     boxes = simulated_boxes(np.where(labels == 2, 1, 0), 1, np.random.RandomState(0))
-    volume = Fake(lambda *_: Scripted(labels))
-    given = round_inputs(type("V", (), {"array": labels})(), boxes, [[((1, 2, 3), True)], [((4, 5, 6), False)], [None]])
-    write_input(tmp_path / "in.npz", spacing=SPACING, prev_pred=labels, **given)
-    assert read_boxes(tmp_path / "in.npz") == boxes and volume.opened == []
+    clicks, order = [{"fg": [[1, 2, 3]], "bg": [[4, 5, 6]]}], [["fg", "bg", None]]
+    write_input(tmp_path / "in.npz", labels, SPACING, boxes, clicks, order, labels)
+    assert read_boxes(tmp_path / "in.npz") == boxes
     assert read_objects(tmp_path / "in.npz", "clicks") == [{"fg": [[1, 2, 3]], "bg": [[4, 5, 6]]}]
     assert [list(order) for order in read_objects(tmp_path / "in.npz", "clicks_order")] == [["fg", "bg", None]]
     assert np.array_equal(read_array(tmp_path / "in.npz", "prev_pred"), labels)
@@ -237,20 +236,21 @@ def test_a_file_that_would_run_something_is_refused(tmp_path):
 def test_bad_files_are_named(tmp_path):
     labels = truth()
     path = write_case(tmp_path / "CT_a.npz", labels)
-    (case,) = find_cases([tmp_path], Split(), "all")
-    volume, found = case.read()
+    (case,) = find_cases([tmp_path], TrainingSplit(), "all")
+    loaded = case.loaded()
+    volume, found = loaded.volume, loaded.labels
     assert np.array_equal(found, labels) and volume.grid.spacing_xyz_mm == SPACING
     np.savez_compressed(path, imgs=labels, spacing=[1, 1])
     with pytest.raises(InputError, match="npz must hold gts, or have it in .*gts.CT_a.npz"):
-        find_cases([tmp_path], Split(), "all")[0].read()
+        find_cases([tmp_path], TrainingSplit(), "all")[0].loaded()
     np.savez_compressed(path, imgs=labels, gts=labels, spacing=[1, 0, 1])
     with pytest.raises(InputError, match=r"spacing must be three numbers > 0, got \[1.0, 0.0, 1.0\]"):
-        find_cases([tmp_path], Split(), "all")[0].read()
+        find_cases([tmp_path], TrainingSplit(), "all")[0].loaded()
     np.savez_compressed(path, imgs=labels, gts=labels[1:], spacing=[1, 1, 1])
     with pytest.raises(InputError, match="image and label must share one grid: imgs is"):
-        find_cases([tmp_path], Split(), "all")[0].read()
+        find_cases([tmp_path], TrainingSplit(), "all")[0].loaded()
     listed = np.empty(1, object)
     listed[0] = {"z_min": 1}
     np.savez_compressed(path, imgs=labels, gts=labels, spacing=[1, 1, 1], boxes=listed)
     with pytest.raises(InputError, match="boxes must be dicts with z_min z_max z_mid"):
-        find_cases([tmp_path], Split(), "all")[0].read()
+        find_cases([tmp_path], TrainingSplit(), "all")[0].loaded()

@@ -13,9 +13,8 @@ import torch
 
 from samed3d.data.corpus import in_validation
 from samed3d.errors import InputError
-from samed3d.evaluation import run
 from samed3d.evaluation.baselines import RegionGrowing
-from samed3d.evaluation.cases import Split, find_cases
+from samed3d.evaluation.cases import TrainingSplit, find_cases
 from samed3d.evaluation.methods import method_of
 from samed3d.evaluation.results import FIELDS
 from samed3d.evaluation.run import evaluate
@@ -161,7 +160,7 @@ def test_region_growing_finds_a_bright_cuboid_and_ignores_negative_clicks():
 
 
 def test_groups_of_a_split():
-    split = Split(0.2, 0, ("held",))
+    split = TrainingSplit(0.2, 0, ("held",))
     assert [split.group("held", SEEN), split.group("free", SEEN), split.group("free", UNSEEN)] == [
         "held-out source",
         "trained on",
@@ -171,7 +170,7 @@ def test_groups_of_a_split():
 
 def test_sides_of_the_split(tmp_path):
     folder = two_sets(tmp_path / "data")
-    split = Split(0.2, 0, ("two",))
+    split = TrainingSplit(0.2, 0, ("two",))
     sides = {
         which: [(c.source, c.case, c.group) for c in find_cases([folder], split, which)]
         for which in ("val", "train", "all")
@@ -182,22 +181,23 @@ def test_sides_of_the_split(tmp_path):
     assert [c.case for c in find_cases([folder / "one", folder / "two"], split, "all", limit=1)] == ["a", "c"]
     case = find_cases([folder / "one"], split, "val")[0]
     assert (case.subject, case.modality, case.names) == (UNSEEN, "CT", {0: "background", 1: "bright", 2: "dark"})
-    volume, labels = case.read()
+    loaded = case.loaded()
+    volume, labels = loaded.volume, loaded.labels
     assert np.array_equal(volume.array, scene(0)[0]) and np.array_equal(labels, scene(0)[1])
 
 
 def test_bad_sides_empty_sides_and_other_grids_are_named(tmp_path):
     folder = two_sets(tmp_path / "data")
     with pytest.raises(InputError, match="split must be one of val, train, all, got 'test'"):
-        find_cases([folder], Split(), "test")
+        find_cases([folder], TrainingSplit(), "test")
     with pytest.raises(InputError, match="no labelled case on side 'val' of the split in .*two"):
-        find_cases([folder / "two"], Split(), "val")
+        find_cases([folder / "two"], TrainingSplit(), "val")
     image = folder / "two" / "imagesTr" / "c_0000.nii.gz"
     write_volume(image, scene(2)[0], Grid(RAS.shape_zyx, (1.0, 1.5, 3.0), RAS.origin_lps_mm, RAS.direction_lps))
     with pytest.raises(
         InputError, match=r"share one grid \(.* differ by up to 19 mm\): .*c_0000.nii.gz and .*c.nii.gz"
     ):
-        find_cases([folder / "two"], Split(), "all")[0].read()
+        find_cases([folder / "two"], TrainingSplit(), "all")[0].loaded()
 
 
 # Whole runs
@@ -327,5 +327,5 @@ def test_intervals_are_over_subjects_not_over_structures():
 def test_the_split_of_the_first_trained_checkpoint_counts(tmp_path):
     first = tiny_checkpoint(tmp_path / "a.safetensors", validation_share=0.4, split_seed=7, hold_out=["z"])
     second = tiny_checkpoint(tmp_path / "b.safetensors")
-    assert run._split_of(["region_growing", str(first), str(second)]) == Split(0.4, 7, ("z",))
-    assert run._split_of(["region_growing"]) == Split()
+    assert TrainingSplit.of_models(["region_growing", str(first), str(second)]) == TrainingSplit(0.4, 7, ("z",))
+    assert TrainingSplit.of_models(["region_growing"]) == TrainingSplit()

@@ -15,7 +15,7 @@ import pytest
 
 from samed3d.cli import main
 from samed3d.errors import InputError
-from samed3d.evaluation.cases import LabelledCase, Loaded
+from samed3d.evaluation.cases import LabelledCase, LoadedCase
 from samed3d.evaluation.methods import ModelMethod
 from samed3d.evaluation.results import FIELDS, curves, read_lines, read_rows
 from samed3d.evaluation.run import QUICK_CASES, _smallest, evaluate
@@ -68,10 +68,10 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
 
 
 def test_a_run_that_broke_off_goes_on(tmp_path, monkeypatch):
-    import samed3d.evaluation.workers as workers
+    import samed3d.evaluation.run as run
 
     write_set(tmp_path / "set", {"a": 0, "b": 1, "c": 2})
-    calls, measure, ask = [], workers.measure, {"clicks": (1,), "split": "all"}
+    calls, measure, ask = [], run.measure, {"clicks": (1,), "split": "all"}
 
     def breaking(case, *rest):
         calls.append(case.case)
@@ -79,7 +79,7 @@ def test_a_run_that_broke_off_goes_on(tmp_path, monkeypatch):
             raise InputError("no memory left")
         return measure(case, *rest)
 
-    monkeypatch.setattr(workers, "measure", breaking)
+    monkeypatch.setattr(run, "measure", breaking)
     with pytest.raises(InputError, match="no memory left"):
         evaluate([tmp_path / "set"], ["dilated_ball"], tmp_path / "out", **ask)
     assert sorted(p.name[0] for p in (tmp_path / "out" / "parts").glob("*.json")) == ["0", "0", "s"], (
@@ -295,10 +295,10 @@ def test_a_quick_run_takes_what_covers_least_of_each_source(tmp_path):
         path.write_bytes(bytes(size))
         grid = Grid((4, 4, 4), (spacing,) * 3, (0.0, 0.0, 0.0), RAS.direction_lps)
 
-        def load() -> Loaded:
+        def load() -> LoadedCase:
             if empty:
                 raise EmptyLabelError("nothing labelled")
-            return Loaded(Volume(np.zeros((4, 4, 4), np.int16), grid, "memory"), np.ones((4, 4, 4), np.uint8))
+            return LoadedCase(Volume(np.zeros((4, 4, 4), np.int16), grid, "memory"), np.ones((4, 4, 4), np.uint8))
 
         return LabelledCase(source, name, name, "CT", "unseen subject", path, path, {}, load)
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from samed3d.errors import InputError
-from samed3d.evaluation.measuring import Ask, measurable, usable_strategies
+from samed3d.evaluation.measuring import measurable
 from samed3d.evaluation.methods import ModelMethod, method_of
 from samed3d.evaluation.protocols import PROTOCOLS, protocol_of
+from samed3d.evaluation.protocols.base import EvaluationSettings
 from samed3d.evaluation.protocols.radioactive import Radioactive3d
 from samed3d.evaluation.protocols.sam_med3d import SamMed3dReleased
 from samed3d.evaluation.protocols.vista3d import first_click, further_click
@@ -32,7 +33,7 @@ def scene(shape: tuple[int, int, int] = (12, 14, 16), spacing: float = 2.0) -> t
 # All
 
 
-@pytest.mark.parametrize("name", PROTOCOLS)
+@pytest.mark.parametrize("name", [name for name in PROTOCOLS if name != "automatic"])
 def test_every_protocol_clicks_a_perfect_subject_once_and_repeats(name):
     volume, labels = scene()
     method = Fake(lambda _, truth: Scripted(truth))
@@ -43,7 +44,7 @@ def test_every_protocol_clicks_a_perfect_subject_once_and_repeats(name):
         assert len(method.opened[0].prompts) == 1 and [row["dice"] for row in rows] == [1.0] * len(rows)
 
 
-@pytest.mark.parametrize("name", PROTOCOLS)
+@pytest.mark.parametrize("name", [name for name in PROTOCOLS if name != "automatic"])
 def test_every_protocol_measures_a_network_the_same_twice(name):
     volume, labels = scene()
     rows = [measured(ModelMethod("m", BrightnessModel((16, 16, 16))), volume, labels, name).rows for _ in range(2)]
@@ -70,9 +71,9 @@ def test_a_model_that_needs_what_the_protocol_does_not_give_is_refused():
     with pytest.raises(
         InputError, match="model 'threshold_in_box' needs a box first; protocol 'vista3d-points' gives it only: point"
     ):
-        usable_strategies(boxes_only, protocol_of("vista3d-points"), Ask(3))
-    ask = Ask(3, policies=("centre",), prompts=("click", "box"))
-    assert [way.prompt for way in usable_strategies(boxes_only, protocol_of("samed3d"), ask)] == ["box"]
+        protocol_of("vista3d-points").usable_strategies(boxes_only, EvaluationSettings(3))
+    ask = EvaluationSettings(3, policies=("centre",), prompts=("click", "box"))
+    assert [way.prompt for way in protocol_of("samed3d").usable_strategies(boxes_only, ask)] == ["box"]
     pairs = measurable([boxes_only], [protocol_of("samed3d"), protocol_of("vista3d-points")], ask)
     assert pairs == {("threshold_in_box", "samed3d")}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,15 @@ from samed3d.data.semantic import (
     training_cases,
 )
 from samed3d.errors import InputError
-from samed3d.evaluation.cases import LabelledCase, Split, find_cases
-from samed3d.evaluation.results import read_rows
-from samed3d.evaluation.semantic import automatic_rows, class_values, evaluate_automatic, summarise_classes
+from samed3d.evaluation.cases import LabelledCase, TrainingSplit, find_cases
+from samed3d.evaluation.measuring import measure
+from samed3d.evaluation.methods import SemanticMethod
+from samed3d.evaluation.protocols.base import EvaluationSettings
+from samed3d.evaluation.protocols.semantic import SemanticProtocol, class_values
+from samed3d.evaluation.report import write_report
+from samed3d.evaluation.results import FIELDS, TEXT, Row, read_rows
+from samed3d.evaluation.run import evaluate
+from samed3d.evaluation.statistics import summarise
 from samed3d.geometry import CropFrame
 from samed3d.models import MODELS, create_model, load
 from samed3d.models.base import ModelSpec, SemanticModel
@@ -316,9 +323,14 @@ def test_an_automatic_model_needs_a_corpus(tmp_path, corpus):
 # Evaluation
 
 
+def measured(corpus: Path, model: SemanticModel, **settings: object) -> list[Row]:
+    case = find_cases([corpus], TrainingSplit(), "all")[0]
+    method = SemanticMethod("bright", model)
+    return measure(case, method, SemanticProtocol(), EvaluationSettings(5, **settings)).rows
+
+
 def test_rows_say_how_good_each_class_is(corpus):
-    case = find_cases([corpus], Split(), "all")[0]
-    rows = automatic_rows(case, Bright(), "bright")
+    rows = measured(corpus, Bright())
     assert [(r["name"], r["label"], r["protocol"], r["click"]) for r in rows] == [
         ("s1", 1, "automatic", 0),
         ("s2", 2, "automatic", 0),
@@ -326,39 +338,61 @@ def test_rows_say_how_good_each_class_is(corpus):
     assert all(
         r["dice"] > 0.99 and r["nsd"] > 0.99 and r["hd95_mm"] < 1 and abs(r["volume_error"]) < 0.02 for r in rows
     )
-    wrong = automatic_rows(case, Bright(names=("s2", "s1")), "bright")
+    assert rows[0]["seconds"] == rows[1]["seconds"] > 0 and (rows[0]["policy"], rows[0]["prompt"]) == ("none", "none")
+    wrong = measured(corpus, Bright(names=("s2", "s1")))
     assert [r["dice"] for r in wrong] == [0.0, 0.0] and wrong[0]["hd95_mm"] > 1
+    (one,) = measured(corpus, Bright(), labels_per_case=1, surfaces=False)
+    assert one["dice"] > 0.99 and "nsd" not in one
 
 
 def test_classes_are_found_by_name_or_category(corpus):
-    case = find_cases([corpus], Split(), "all")[0]
+    case = find_cases([corpus], TrainingSplit(), "all")[0]
     assert class_values(case, ("s2", "S1")) == {2: [1], 1: [2]}
-    named = LabelledCase("set", "c", "c", "CT", "", corpus, corpus, {1: "Left_Kidney", 2: "air", 0: "background"})
+    names = {1: "Left_Kidney", 2: "air", 0: "background"}
+    named = LabelledCase("set", "c", "c", "CT", "", corpus, corpus, names)
     category = categorise("Left_Kidney", "set").name
     assert class_values(named, (category,)) == {}
-    assert class_values(named, (category,), lambda name, source: categorise(name, source).name) == {1: [1]}
-    assert automatic_rows(case, Bright(names=("liver", "spleen")), "bright") == []
+    categories = {value: categorise(name, "set").name for value, name in names.items()}
+    assert class_values(replace(named, categories=categories), (category,)) == {1: [1]}
+    assert measured(corpus, Bright(names=("liver", "spleen"))) == []
 
 
 def test_a_weights_file_is_measured_on_the_side_it_was_kept_from(tmp_path, corpus):
     folder = train(run_config(tmp_path / "run", corpus), quiet=True)
-    out = evaluate_automatic([corpus], str(folder / "model.safetensors"), tmp_path / "out")
+    weights = str(folder / "model.safetensors")
+    out = evaluate([corpus], [weights], tmp_path / "out", processes=2)
     rows = read_rows(out / "cases.csv")
-    held = {case.subject for case in find_cases([corpus], Split(0.3, 1), "val")}
+    held = {case.subject for case in find_cases([corpus], TrainingSplit(0.3, 1), "val")}
     assert held and {row["subject"] for row in rows} == held and {row["group"] for row in rows} == {"unseen subject"}
-    summary = json.loads((out / "results.json").read_text())["summary"]
-    assert [line["name"] for line in summary] == ["s1", "s2"] and all(0 <= line["dice"] <= 1 for line in summary)
-    with pytest.raises(InputError, match=r"output folder already holds results"):
-        evaluate_automatic([corpus], str(folder / "model.safetensors"), out)
+    body = json.loads((out / "results.json").read_text())
+    by_class = [line for line in body["summary"] if line["by"] == "name"]
+    assert [line["value"] for line in by_class] == ["s1", "s2"] and all(0 <= line["dice"] <= 1 for line in by_class)
+    assert body["scores"] == [] and "Evaluation" in write_report(out).read_text()
+    (out / "cases.csv").unlink()
+    evaluate([corpus], [weights], out)  # finished: nothing is measured again
+    assert not (out / "cases.csv").exists()
+    with pytest.raises(InputError, match=r"output folder already holds results of another configuration"):
+        evaluate([corpus], [weights], out, split="all")
 
 
-def test_means_are_per_class_and_leave_out_what_is_in_neither_mask():
-    row = {"model": "m", "source": "s", "nsd": 1.0, "hd95_mm": 0.0}
-    rows = [row | {"name": "a", "subject": str(n), "dice": d} for n, d in enumerate((0.2, 0.4, float("nan")))]
-    (line,) = summarise_classes(rows)
-    assert line["dice"] == 0.3 and line["dice_interval"][0] >= 0.2 and line["hd95_mm"] == 0.0
+def test_a_class_in_neither_mask_is_in_no_mean():
+    row = (
+        dict.fromkeys(FIELDS)
+        | dict.fromkeys(TEXT, "")
+        | {"protocol": "automatic", "click": 0, "seconds": 1.0, "nsd": 1.0, "hd95_mm": 0.0}
+    )
+    rows = [row | {"name": "a", "subject": str(n), "dice": d} for n, d in enumerate((0.2, 0.4, None))]
+    line = next(line for line in summarise(rows, (1,)) if line["by"] == "name")
+    assert line["dice"] == 0.3 and line["interval"][0] >= 0.2 and line["hd95_mm"] == 0.0 and line["measurements"] == 2
 
 
-def test_a_model_that_needs_clicks_is_refused(tmp_path, corpus):
-    with pytest.raises(InputError, match=r"must be an automatic one for the protocol automatic, got 'default'"):
-        evaluate_automatic([corpus], "default", tmp_path / "out")
+def test_prompts_and_semantic_models_do_not_mix(tmp_path, corpus, monkeypatch):
+    with pytest.raises(InputError, match=r"model 'default' needs a .*point.* first; .* by protocol 'automatic'"):
+        evaluate([corpus], ["default"], tmp_path / "out", protocols=["automatic"])
+    method = SemanticMethod("bright", Bright())
+    with pytest.raises(InputError, match="--protocol, --seeds cannot be used with bright: .* take no prompts"):
+        evaluate([corpus], [method], tmp_path / "out", protocols=["samed3d"], seeds=2)
+    with pytest.raises(InputError, match="measured apart from others, got bright with dilated_ball"):
+        evaluate([corpus], [method, "dilated_ball"], tmp_path / "out")
+    evaluate([corpus], [method], tmp_path / "out", protocols=["automatic"], quick=True, split="all")
+    assert len(read_rows(tmp_path / "out" / "cases.csv")) == 1

@@ -12,7 +12,7 @@ from pathlib import Path
 SCRIPT = """
 import multiprocessing, os, time
 from concurrent.futures import ProcessPoolExecutor
-from samed3d.evaluation.workers import end_with_parent
+from samed3d.evaluation.run import end_with_parent
 
 if __name__ == "__main__":
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent) as pool:

@@ -1,7 +1,4 @@
-"""``samed3d evaluate compare`` and ``samed3d evaluate report``: what can be made of saved runs.
-
-The work is in ``evaluation/compare.py`` and ``evaluation/report.py``.
-"""
+"""``samed3d evaluate compare`` and ``samed3d evaluate report``: tables and pages of saved runs."""
 
 from __future__ import annotations
 

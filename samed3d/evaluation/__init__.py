@@ -1,1 +1,1 @@
-"""Measuring: simulated clicks on whole volumes against labels the model was never trained on."""
+"""Evaluation of methods with simulated prompts on labelled volumes, and reports of the results."""

@@ -125,7 +125,7 @@ class FastMarching(Baseline):
     def __init__(
         self, volume: Volume, truth: NDArray[np.bool_] | None = None, reach: float = 0.3, sharpness: float = 0.5
     ) -> None:
-        """``reach``: the limit as a share of the image's longest edge; ``sharpness``: how much gradients slow the front."""
+        """``reach``: limit as a share of the image's longest edge; ``sharpness``: how much gradients slow the front."""
         super().__init__(volume, truth)
         self.limit_mm, self.sharpness = reach * longest_edge_mm(volume), sharpness
 

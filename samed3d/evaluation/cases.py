@@ -1,14 +1,14 @@
-"""Labelled volumes to measure on, with who was trained on what: nnU-Net folders, a prepared corpus, files of the CVPR
-2025 challenge.
+"""Labelled volumes for evaluation, and which of them a model was trained on.
 
-Nothing is read until a case is measured. Read ``measuring.py`` next.
+Cases come from nnU-Net folders, prepared corpora and files of the CVPR 2025 challenge. No image is read until its case
+is evaluated.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,29 +16,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.data.challenge_npz import ChallengeBox, members, read_boxes, read_case
-from samed3d.data.corpus import Corpus, in_validation
+from samed3d.data.corpus import CaseRecord, Corpus, in_validation
 from samed3d.errors import InputError
-from samed3d.geometry import Grid, Triple
+from samed3d.geometry import RAS_DIRECTION, Grid, Triple
+from samed3d.models.weights import find_checkpoint, read_header
 from samed3d.volume import Volume, read_volume
 from samed3d.volume.label_maps import EmptyLabelError, grid_difference, read_label_map
 
 SPLITS = ("val", "train", "all")
-_RAS = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
-class Split:
-    """What a model was kept from: a share of subjects, and whole sources.
+class TrainingSplit:
+    """What was held out when a model was trained.
 
     Attributes:
-        validation_share: Share of subjects kept back.
+        validation_share: Share of subjects.
         seed: Of that split.
-        hold_out: Sources kept back.
+        hold_out: Whole sources.
     """
 
     validation_share: float = 0.2
     seed: int = 0
     hold_out: tuple[str, ...] = ()
+
+    @classmethod
+    def of_models(cls, names: Sequence[str]) -> TrainingSplit:
+        """The split stored in the first checkpoint that has one; the default split where none has."""
+        for name in names:
+            path = find_checkpoint(name.rpartition(":")[2])
+            stored = read_header(path).get("training", {}).get("data") if path else None
+            if stored:
+                return cls(stored["validation_share"], stored["split_seed"], tuple(stored["hold_out"]))
+        return cls()
 
     def group(self, source: str, subject: str) -> str:
         """``"held-out source"``, ``"unseen subject"`` or ``"trained on"``."""
@@ -48,9 +58,9 @@ class Split:
 
 
 @dataclass
-class Loaded:
-    """A case in memory: the image, its (D, H, W) labels, and for a challenge file its boxes and spacing as the file
-    orders it.
+class LoadedCase:
+    """A case in memory: the image, its (D, H, W) labels; of a challenge file also the boxes, and the spacing in the
+    order of the file.
     """
 
     volume: Volume
@@ -60,13 +70,26 @@ class Loaded:
 
     @property
     def is_challenge_file(self) -> bool:
-        """Whether the case is an npz of the challenge, whose missing boxes mean that no box is given."""
+        """Whether the case is a challenge file, in which missing boxes mean that no box is given."""
         return self.challenge_spacing is not None
 
 
 @dataclass(frozen=True)
 class LabelledCase:
-    """One image with its label map, not read yet."""
+    """One image with its label map, not read yet.
+
+    Attributes:
+        source: Data set.
+        case: Name, unique within the source.
+        subject: Person, animal or specimen.
+        modality: As the data set states it.
+        group: Whether the evaluated checkpoint was trained on it, see ``TrainingSplit.group``.
+        image_path: Image file, or the folder of a corpus.
+        label_path: Label map, or the folder of a corpus.
+        names: Names of the label values.
+        load: Reads the case where the two paths are not an image and a label map.
+        categories: Categories of the label values, for semantic models trained on several sources.
+    """
 
     source: str
     case: str
@@ -76,9 +99,10 @@ class LabelledCase:
     image_path: Path
     label_path: Path
     names: dict[int, str]
-    load: Callable[[], Loaded] | None = field(default=None, compare=False, repr=False)
+    load: Callable[[], LoadedCase] | None = field(default=None, compare=False, repr=False)
+    categories: dict[int, str] = field(default_factory=dict, compare=False)
 
-    def loaded(self) -> Loaded:
+    def loaded(self) -> LoadedCase:
         """The case in memory.
 
         Raises:
@@ -93,21 +117,16 @@ class LabelledCase:
             raise InputError(
                 f"image and label must share one grid ({difference}): {self.image_path} and {self.label_path}"
             )
-        return Loaded(image, labels)
-
-    def read(self) -> tuple[Volume, NDArray]:
-        """The image, and the label map (D, H, W) in the file's own order; raises as ``loaded``."""
-        found = self.loaded()
-        return found.volume, found.labels
+        return LoadedCase(image, labels)
 
 
-def find_cases(folders: list[Path], split: Split, which: str, limit: int | None = None) -> list[LabelledCase]:
-    """Cases on one side of the split.
+def find_cases(folders: list[Path], split: TrainingSplit, which: str, limit: int | None = None) -> list[LabelledCase]:
+    """Cases on one side of a split.
 
     Args:
         folders: Each an nnU-Net folder (first image channel only), a corpus, a folder of challenge npz files, or a
-            folder of these; label-only sets are passed over.
-        split: What the model was kept from.
+            folder of these; label-only sets are left out.
+        split: What was held out of the model's training.
         which: ``"val"`` (unseen subjects and held-out sources), ``"train"`` or ``"all"``.
         limit: Cases per source.
 
@@ -132,7 +151,8 @@ def find_cases(folders: list[Path], split: Split, which: str, limit: int | None 
         if (other := seen.setdefault((case.source, case.case), case)) is not case:
             where = f"{other.image_path} and {case.image_path}"
             raise InputError(
-                f"case ids must be unique within a source, got {case.case!r} of {case.source!r} twice: {where}; give each once"
+                f"case ids must be unique within a source, got {case.case!r} of {case.source!r} twice: {where}; "
+                "give each once"
             )
     return found
 
@@ -148,7 +168,7 @@ def _kind(folder: Path) -> str:
     return "npz" if first is not None and "imgs" in members(first) else ""
 
 
-def _nnunet_cases(dataset: Path, split: Split) -> Iterator[LabelledCase]:
+def _nnunet_cases(dataset: Path, split: TrainingSplit) -> Iterator[LabelledCase]:
     about = json.loads((dataset / "dataset.json").read_text())
     subjects = {c["case"]: c.get("subject", c["case"]) for c in about.get("cases", [])}
     names = {int(v): k for k, v in about.get("labels", {}).items() if isinstance(v, int)}
@@ -163,7 +183,7 @@ def _nnunet_cases(dataset: Path, split: Split) -> Iterator[LabelledCase]:
             )
 
 
-def _corpus_cases(folder: Path, split: Split) -> Iterator[LabelledCase]:
+def _corpus_cases(folder: Path, split: TrainingSplit) -> Iterator[LabelledCase]:
     corpus = Corpus(folder)
     for record in corpus.cases:
         if record.has_image and record.labels:
@@ -173,58 +193,50 @@ def _corpus_cases(folder: Path, split: Split) -> Iterator[LabelledCase]:
             groups = [split.group(record.source, person) for person in people]
             group = next((g for g in groups if g != "trained on"), "trained on")
             yield LabelledCase(
-                record.source, record.id, record.subject, record.modality, group, folder, folder, names, load
+                record.source, record.id, record.subject, record.modality, group, folder, folder, names, load=load
             )
 
 
-def _load_from_corpus(folder: Path, case_id: str) -> Loaded:
+def corpus_volume(corpus: Corpus, record: CaseRecord) -> Volume:
+    """The image of a case of a corpus, in canonical axes."""
+    z, y, x = record.spacing_zyx_mm
+    grid = Grid(record.shape_zyx, (x, y, z), direction_lps=RAS_DIRECTION)
+    return Volume(np.asarray(corpus.image(record)[:]), grid, f"{corpus.folder}:{record.id}")
+
+
+def _load_from_corpus(folder: Path, case_id: str) -> LoadedCase:
     corpus = Corpus(folder)
     record = next(r for r in corpus.cases if r.id == case_id)
-    z, y, x = record.spacing_zyx_mm
-    grid = Grid(record.shape_zyx, (x, y, z), (0.0, 0.0, 0.0), _RAS)
-    everything = (slice(None), slice(None), slice(None))
-    labels = np.asarray(corpus.labels(record)[everything])
     kept = [label.value for label in record.labels if label.layer == 0]
     if not kept:
         raise EmptyLabelError(f"no structure was kept: {case_id}")
-    return Loaded(
-        Volume(np.asarray(corpus.image(record)[everything]), grid, f"{folder}:{case_id}"),
-        np.where(np.isin(labels, kept), labels, 0),
-    )
+    labels = np.asarray(corpus.labels(record)[:])
+    return LoadedCase(corpus_volume(corpus, record), np.where(np.isin(labels, kept), labels, 0))
 
 
-def _npz_cases(folder: Path, split: Split) -> Iterator[LabelledCase]:
+def _npz_cases(folder: Path, split: TrainingSplit) -> Iterator[LabelledCase]:
     for path in sorted(folder.glob("*.npz")):
         load, modality = functools.partial(_load_from_npz, path), path.name.split("_")[0]
-        yield LabelledCase(
-            folder.name,
-            path.stem,
-            path.stem,
-            modality,
-            split.group(folder.name, path.stem),
-            path,
-            _truth_beside(path),
-            {},
-            load,
-        )
+        group = split.group(folder.name, path.stem)
+        yield LabelledCase(folder.name, path.stem, path.stem, modality, group, path, _truth_beside(path), {}, load=load)
 
 
 def _truth_beside(path: Path) -> Path:
-    """Where the labels of a challenge file are: in itself, or in a folder ``gts`` beside it under the same name."""
+    """The file with the labels of a challenge file: itself, or one of the same name in a folder ``gts`` beside it."""
     return path if "gts" in members(path) else path.parent / "gts" / path.name
 
 
-def _load_from_npz(path: Path) -> Loaded:
+def _load_from_npz(path: Path) -> LoadedCase:
     truth = _truth_beside(path)
     if not truth.exists():
         raise InputError(f"npz must hold gts, or have it in {truth}: {path}")
     image, labels, spacing = read_case(path, truth)
     # The challenge wrote SimpleITK's spacing, x first, beside z-first arrays.
-    grid = Grid((image.shape[0], image.shape[1], image.shape[2]), spacing, (0.0, 0.0, 0.0), _RAS)
-    return Loaded(Volume(image, grid, str(path)), labels, read_boxes(path), spacing)
+    grid = Grid((image.shape[0], image.shape[1], image.shape[2]), spacing, direction_lps=RAS_DIRECTION)
+    return LoadedCase(Volume(image, grid, str(path)), labels, read_boxes(path), spacing)
 
 
-_READERS: dict[str, Callable[[Path, Split], Iterator[LabelledCase]]] = {
+_READERS: dict[str, Callable[[Path, TrainingSplit], Iterator[LabelledCase]]] = {
     "nnunet": _nnunet_cases,
     "corpus": _corpus_cases,
     "npz": _npz_cases,

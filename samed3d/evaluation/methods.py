@@ -266,7 +266,8 @@ class _ProgramSession:
             return np.zeros(self._volume.grid.shape_zyx, np.uint8)
         if difference := grid_difference(self._volume.grid, grid):
             raise InputError(
-                f"mask of the external program must lie on the image's grid ({difference}); write it with the image's header"
+                f"mask of the external program must lie on the image's grid ({difference}); write it with the image's "
+                "header"
             )
         return (array > 0).astype(np.uint8)
 
@@ -368,7 +369,8 @@ def method_of(name: str, device: str = "cpu") -> Method:
     known = [*list_checkpoints(), *MODELS, *BASELINES]
     near = ", ".join(difflib.get_close_matches(name, known, 3, 0.3)) or ", ".join(known[:4])
     raise InputError(
-        f"no checkpoint or file is called {name!r}, nor a model or baseline; nearest names: {near} (all: samed3d models)"
+        f"no checkpoint or file is called {name!r}, nor a model or baseline; nearest names: {near} "
+        "(all: samed3d models)"
     )
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from samed3d import drawing
 from samed3d.errors import InputError
-from samed3d.evaluation.replay import REPLAYED, Answers, Replayed, replay
+from samed3d.evaluation.replay import REPLAYABLE, ReplayCache, Replayed, replay
 from samed3d.evaluation.results import Row, SavedRun, curves, prompt_key, score, untrained
 from samed3d.geometry import as_triple, bounding_region
 from samed3d.metrics import dice
@@ -101,15 +101,15 @@ def case_pictures(run: SavedRun, seconds: float) -> CasePictures:
     lines = {prompt_key(line): line for line in run.prompt_lines()}
     if not lines:
         return CasePictures("No pictures: the run has no prompts.jsonl to make the masks from.")
-    if strategy.protocol not in REPLAYED:
+    if strategy.protocol not in REPLAYABLE:
         return CasePictures(
             f"No pictures: protocol {strategy.protocol} does not predict on the whole volume; pictures are made for "
-            f"{', '.join(REPLAYED)}."
+            f"{', '.join(REPLAYABLE)}."
         )
     worst, typical = worst_and_typical([r for r in untrained(run.of(strategy)) if r["model"] == model])
     found = CasePictures(f"Model {model}, {strategy}: after the last click. {_INTRO}")
     made: dict[tuple[Any, ...], dict[str, str]] = {}
-    answers, until = Answers(), time.monotonic() + seconds
+    answers, until = ReplayCache(), time.monotonic() + seconds
     for one in (*_by_image(worst), *_by_image(typical)):  # the worst first: time may be up
         line = lines.get(one.key)
         if line is None:

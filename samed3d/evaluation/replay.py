@@ -1,9 +1,4 @@
-"""A saved line of ``prompts.jsonl`` answered again: the image is read, the model is given the same prompts, its last
-mask is returned.
-
-One image and its models are kept at a time, so that several structures of one image cost one reading. Only protocols
-that answer on the whole volume through a session can be made again here.
-"""
+"""Makes a mask again from its saved line of ``prompts.jsonl``: the same prompts to the same method."""
 
 from __future__ import annotations
 
@@ -16,18 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.errors import InputError
-from samed3d.evaluation.cases import Split, find_cases
+from samed3d.evaluation.cases import LoadedCase, TrainingSplit, find_cases
 from samed3d.evaluation.methods import RANDOM_WEIGHTS, Method, MethodSession, method_of
+from samed3d.evaluation.protocols import PROTOCOLS
 from samed3d.prompts import Prompt, prompt_from_json
 from samed3d.volume import Volume, read_volume
 from samed3d.volume.label_maps import read_label_map
 
-REPLAYED = ("samed3d", "radioactive-3d", "vista3d-points")
+REPLAYABLE = tuple(name for name, protocol in PROTOCOLS.items() if protocol.replayable)
+"""Protocols whose masks can be made again: those that give prompts on the whole volume through a session."""
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """What came of it: the image, the label and the mask (D, H, W) bool, and all prompts in order."""
+    """A mask that was made again: image, label and mask (D, H, W) bool, and all prompts in order."""
 
     volume: Volume
     truth: NDArray[np.bool_]
@@ -36,74 +33,71 @@ class Replayed:
 
 
 @dataclass
-class Answers:
-    """What is kept between lines: loaded models, and the latest image with who answers on it."""
+class ReplayCache:
+    """Kept between lines: methods, and the newest image with its sessions, so that an image is read once."""
 
     methods: dict[str, Method] = field(default_factory=dict)
+    sessions: dict[str, MethodSession] = field(default_factory=dict)
     case: tuple[str, str] | None = None
-    volume: Volume | None = None
-    labels: NDArray | None = None
-    subjects: dict[str, MethodSession] = field(default_factory=dict)
-    objects: itertools.count = field(default_factory=lambda: itertools.count(1))
+    loaded: LoadedCase | None = None
+    object_ids: itertools.count = field(default_factory=lambda: itertools.count(1))
 
-    def read(self, line: dict[str, Any]) -> tuple[Volume, NDArray]:
-        """The image and the label map of a line, kept until another case is asked for.
+    def read(self, line: dict[str, Any]) -> LoadedCase:
+        """The case of a line.
 
         Raises:
-            InputError: if either is not there any more.
+            InputError: if its files do not exist any more.
         """
         case = (line["image"], line["case"])
-        if self.case != case or self.volume is None or self.labels is None:
-            self.volume, self.labels = _read(line)
-            self.case, self.subjects = case, {}
-        return self.volume, self.labels
+        if self.case != case or self.loaded is None:
+            self.loaded = _read(line)
+            self.case, self.sessions = case, {}
+        return self.loaded
 
-    def subject(self, model: str, volume: Volume, truth: NDArray[np.bool_]) -> MethodSession:
-        """Who answers for that model on the latest image; a bound, which is told the truth, begins anew for each
-        structure.
+    def session(self, model: str, volume: Volume, truth: NDArray[np.bool_]) -> MethodSession:
+        """The method's session on the newest image; a bound, which is told the truth, gets one per structure.
 
         Raises:
-            InputError: if there is no such model any more.
+            InputError: if the method does not exist any more.
         """
         if model not in self.methods:
             self.methods[model] = method_of(model.removesuffix(RANDOM_WEIGHTS))
-        if model not in self.subjects or self.methods[model].knows_truth:
-            self.subjects[model] = self.methods[model].open(volume, truth)
-        return self.subjects[model]
+        if model not in self.sessions or self.methods[model].knows_truth:
+            self.sessions[model] = self.methods[model].open(volume, truth)
+        return self.sessions[model]
 
 
-def replay(line: dict[str, Any], answers: Answers) -> Replayed:
-    """Give a model the prompts of one line again.
+def replay(line: dict[str, Any], cache: ReplayCache) -> Replayed:
+    """Give a method the prompts of one line again.
 
     Args:
         line: Of ``prompts.jsonl``.
-        answers: What is kept between lines.
+        cache: Shared by the lines of a run.
 
     Raises:
-        InputError: if the image, the label or the model is not there any more, or there was no prompt.
+        InputError: if the image, the label or the model does not exist any more, or there was no prompt.
     """
-    volume, labels = answers.read(line)
-    truth = labels == int(line["label"])
-    subject, number = answers.subject(line["model"], volume, truth), next(answers.objects)
+    loaded = cache.read(line)
+    truth = loaded.labels == int(line["label"])
     prompts = [prompt_from_json(entry) for turn in line["turns"] for entry in turn["prompts"]]
     if not prompts:
         raise InputError("no prompt was given")
+    session, object_id = cache.session(line["model"], loaded.volume, truth), next(cache.object_ids)
     for prompt in prompts:
-        subject.add(prompt, object_id=number)
-    mask = subject.mask_of(number).astype(bool)
-    return Replayed(volume, truth, mask, prompts)
+        session.add(prompt, object_id=object_id)
+    return Replayed(loaded.volume, truth, session.mask_of(object_id).astype(bool), prompts)
 
 
-def _read(line: dict[str, Any]) -> tuple[Volume, NDArray]:
-    """Image and labels of an nnU-Net folder by their files, of a corpus or a challenge folder by the case's name."""
+def _read(line: dict[str, Any]) -> LoadedCase:
+    """The case: an nnU-Net folder's by its files, a corpus's or a challenge folder's by its name."""
     image, labels = Path(line["image"]), Path(line["labels_file"])
     for path in (image, labels):
         if not path.exists():
             raise InputError(f"the file is not there any more: {path}")
     if image.is_file() and image.suffix != ".npz":
-        return read_volume(image), read_label_map(labels)[0]
+        return LoadedCase(read_volume(image), read_label_map(labels)[0])
     folder = image if image.is_dir() else image.parent
-    for case in find_cases([folder], Split(), "all"):
+    for case in find_cases([folder], TrainingSplit(), "all"):
         if (case.source, case.case) == (line["source"], line["case"]):
-            return case.read()
+            return case.loaded()
     raise InputError(f"the case is not there any more: {line['case']} in {folder}")

@@ -1,9 +1,10 @@
-"""``samed3d evaluate``: every case by every model under every protocol, in as many processes as asked, picked up again
-where it stopped.
+"""``samed3d evaluate``: every case by every method under every protocol, in several processes, resumable.
 
-Each finished case is a file in ``parts/`` until all are there; then they become ``cases.csv``, ``prompts.jsonl`` and
-``results.json`` (``rows.py`` says what is in them). A folder holds one configuration: its hash covers the models'
-weights, the protocols, the settings and the cases. Read ``measuring.py`` for what happens to a case.
+Each case that is finished for one method and protocol is a file in ``parts/``; when all are there they become
+``cases.csv``, ``prompts.jsonl`` and ``results.json`` (``results.py`` says what is in them). A folder holds one
+configuration: its hash covers the models' weights, the protocols, the settings and the cases. Results do not depend on
+the number of processes, because every structure, seed and prompt strategy has its own generator; only torch rounds
+differently with other numbers of threads, which processes share.
 """
 
 from __future__ import annotations
@@ -11,40 +12,82 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
-import platform
+import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-import samed3d
+from samed3d.environment import environment
 from samed3d.errors import InputError
 from samed3d.evaluation.baselines import BASELINES, longest_edge_mm
-from samed3d.evaluation.cases import LabelledCase, Split, find_cases
-from samed3d.evaluation.measuring import Ask, fits, measurable
-from samed3d.evaluation.methods import Method, method_of
-from samed3d.evaluation.protocols import PROTOCOLS, AnyProtocol, protocol_of
+from samed3d.evaluation.cases import LabelledCase, LoadedCase, TrainingSplit, find_cases
+from samed3d.evaluation.measuring import CaseResults, measurable, measure
+from samed3d.evaluation.methods import Method, SemanticMethod, method_of
+from samed3d.evaluation.protocols import PROTOCOLS, protocol_of
+from samed3d.evaluation.protocols.base import EvaluationSettings
 from samed3d.evaluation.protocols.samed3d import POLICIES, PROMPTS
-from samed3d.evaluation.results import CASES_CSV, FIELDS, PROMPTS_JSONL, RESULTS_JSON, write_lines, write_rows
+from samed3d.evaluation.protocols.semantic import SemanticProtocol
+from samed3d.evaluation.results import CASES_CSV, PROMPTS_JSONL, RESULTS_JSON, write_lines, write_rows
 from samed3d.evaluation.statistics import score_series, summarise
-from samed3d.evaluation.workers import Job, measure_cases
-from samed3d.models.weights import find_checkpoint, read_header
-from samed3d.output import only_writer
+from samed3d.output import only_writer, write_json, write_text
 from samed3d.volume.label_maps import EmptyLabelError
 
 logger = logging.getLogger(__name__)
 
 QUICK_CASES = 6
 PARTS, SETTINGS_JSON = "parts", "settings.json"
+DEFAULT_CLICKS = (1, 3, 5)
 
-__all__ = ["FIELDS", "evaluate", "summarise"]
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """A whole run.
+
+    Attributes:
+        cases: In the order of the results.
+        methods: In the order of the results.
+        names: The names the methods were made from, to make them again in another process.
+        protocols: Names.
+        pairs: (method, protocol) by name that are evaluated.
+        settings: Of every case.
+        parts: Folder of the unfinished run.
+        device: Where networks run.
+    """
+
+    cases: tuple[LabelledCase, ...]
+    methods: tuple[Method, ...] = field(repr=False)
+    names: tuple[str | Method, ...] = field(repr=False)
+    protocols: tuple[str, ...]
+    pairs: frozenset[tuple[str, str]]
+    settings: EvaluationSettings
+    parts: Path
+    device: str = "cpu"
+
+    def pieces(self, number: int) -> Iterator[tuple[int, str, Path]]:
+        """(number of the method, protocol, file) of the ``number``-th case."""
+        case = self.cases[number]
+        safe = re.sub(r"[^\w.-]", "_", f"{case.source}.{case.case}")[:80]
+        for index, method in enumerate(self.methods):
+            for protocol in self.protocols:
+                if (method.name, protocol) in self.pairs:
+                    yield index, protocol, self.parts / f"{number:05d}.{safe}.{index}.{protocol}.json"
+
+    def files(self) -> list[Path]:
+        """Every piece by method, protocol and case: the order of ``cases.csv``."""
+        found = [(i, self.protocols.index(p), n, path) for n in range(len(self.cases)) for i, p, path in self.pieces(n)]
+        return [path for *_, path in sorted(found)]
+
+    def pending(self) -> list[int]:
+        """Cases of which a piece is missing."""
+        return [n for n in range(len(self.cases)) if not all(path.exists() for *_, path in self.pieces(n))]
 
 
 def evaluate(
@@ -52,89 +95,92 @@ def evaluate(
     models: Sequence[str | Method],
     out: Path,
     *,
-    clicks: Sequence[int] = (1, 3, 5),
-    seeds: int = 1,
+    clicks: Sequence[int] | None = None,
+    seeds: int | None = None,
     split: str = "val",
     limit: int | None = None,
     labels_per_case: int | None = None,
-    protocols: Sequence[str] = ("samed3d",),
-    policies: Sequence[str] = ("centre",),
-    prompts: Sequence[str] = ("click",),
+    protocols: Sequence[str] | None = None,
+    policies: Sequence[str] | None = None,
+    prompts: Sequence[str] | None = None,
     processes: int = 1,
     device: str = "auto",
     tolerance_mm: float = 2.0,
     surfaces: bool = True,
     quick: bool = False,
     progress: bool = False,
+    category_of: Callable[[str, str], str] | None = None,
 ) -> Path:
-    """Measure models on labelled volumes.
+    """Evaluate models and other methods on labelled volumes.
 
     Args:
         data: nnU-Net folders, corpora, folders of challenge npz files, or folders of these.
-        models: What ``method_of`` understands, ``"baselines"`` for all of them, or methods of your own (one
-            process only).
-        out: Folder for the results; one that holds a part of this very configuration is continued.
-        clicks: Click counts to report; the largest is how many are given where the protocol does not say.
-        seeds: Repetitions with other clicks.
-        split: ``"val"``, ``"train"`` or ``"all"``; the split is the one stored in the first checkpoint that has one.
+        models: Names for ``method_of``, ``"baselines"`` for all of them, or ``Method`` objects (one process only).
+            Semantic segmentation models are evaluated by protocol ``automatic`` and not together with others.
+        out: Folder for the results; one that holds a part of this very configuration is resumed.
+        clicks: Click counts to report (default 1, 3, 5); the largest is how many are given where the protocol does not
+            fix it.
+        seeds: Repetitions with other clicks (default 1).
+        split: ``"val"``, ``"train"`` or ``"all"``, of the split stored in the first checkpoint that has one.
         limit: Cases per source.
         labels_per_case: Structures per case, drawn with a fixed seed; None takes all.
-        protocols: Names of ``PROTOCOLS``, or ``"all"``.
-        policies: Users of the ``samed3d`` protocol, or ``"all"``.
-        prompts: First prompts of the ``samed3d`` protocol, or ``"all"``.
-        processes: How many at once; GPUs are given to them in turn.
-        device: Of networks.
-        tolerance_mm: Of the surface Dice.
+        protocols: Names of ``PROTOCOLS``, or ``"all"`` with prompts (default ``samed3d``).
+        policies: Click policies of the ``samed3d`` protocol, or ``"all"`` (default ``centre``).
+        prompts: First prompts of the ``samed3d`` protocol, or ``"all"`` (default ``click``).
+        processes: How many at once; GPUs are assigned to them in turn.
+        device: Where networks run.
+        tolerance_mm: Tolerance of the surface Dice.
         surfaces: Whether surface Dice and HD95 are measured.
         quick: Small cases of six sources, one structure each.
         progress: Show a progress bar.
+        category_of: The training category for a label's name and source, for semantic models of several sources.
 
     Returns:
         ``out``.
 
     Raises:
-        InputError: if nothing can be measured, or ``out`` holds results of another configuration.
+        InputError: if nothing can be measured, an option does not apply to the models, or ``out`` holds results of
+            another configuration.
     """
     names = _each_once(models)
-    used = tuple(PROTOCOLS if "all" in protocols else dict.fromkeys(protocols))
-    chosen = [tuple(known if "all" in given else given) for given, known in ((policies, POLICIES), (prompts, PROMPTS))]
-    ask = Ask(
-        max(clicks),
-        seeds,
-        chosen[0],
-        chosen[1],
-        1 if quick else labels_per_case,
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    methods = [method_of(name, device) if isinstance(name, str) else name for name in names]
+    given = {"protocol": protocols, "policy": policies, "prompt": prompts, "clicks": clicks, "seeds": seeds}
+    chosen = _chosen_protocols(methods, {name: value for name, value in given.items() if value is not None})
+    clicks = clicks or DEFAULT_CLICKS
+    settings = EvaluationSettings(
+        clicks=max(clicks),
+        seeds=seeds or 1,
+        policies=POLICIES if "all" in (policies or ()) else tuple(policies or ("centre",)),
+        prompts=PROMPTS if "all" in (prompts or ()) else tuple(prompts or ("click",)),
+        labels_per_case=1 if quick else labels_per_case,
         tolerance_mm=tolerance_mm,
         surfaces=surfaces,
     )
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    methods = [method_of(name, device) if isinstance(name, str) else name for name in names]
-    names, methods = _suited(names, methods, "baselines" in models, [protocol_of(name) for name in used], ask)
-    pairs = measurable(methods, [protocol_of(name) for name in used], ask)
-    kept_from = _split_of([name for name in names if isinstance(name, str)])
-    cases = find_cases(list(data), kept_from, split, limit)
-    job = Job(
-        tuple(_smallest(cases) if quick else cases),
-        tuple(methods),
-        tuple(names),
-        used,
-        pairs,
-        ask,
-        out / PARTS,
-        device,
-    )
-    _run(job, _settings(job, clicks, split, kept_from), clicks, processes, progress)
-    return out
-
-
-def _run(job: Job, settings: dict[str, Any], clicks: Sequence[int], processes: int, progress: bool) -> None:
-    out = job.parts.parent
-    if _is_finished(out, settings):
+    kinds = [protocol_of(name) for name in chosen]
+    if "baselines" in models:  # the group leaves out those that no protocol suits; a single name would be refused
+        unsuited = {m.name for m in methods if m.name in BASELINES and not any(k.suits(m, settings) for k in kinds)}
+        if unsuited:
+            logger.warning("left out, because they take none of the first prompts: %s", ", ".join(sorted(unsuited)))
+        names = [name for name in names if name not in unsuited]
+        methods = [method for method in methods if method.name not in unsuited]
+    pairs = measurable(methods, kinds, settings)
+    held_out = TrainingSplit.of_models([name for name in names if isinstance(name, str)])
+    cases = find_cases(list(data), held_out, split, limit)
+    cases = _smallest(cases) if quick else cases
+    if category_of is not None:
+        cases = [replace(c, categories={v: category_of(n, c.source) for v, n in c.names.items()}) for c in cases]
+    parts = out / PARTS
+    plan = EvaluationPlan(tuple(cases), tuple(methods), tuple(names), chosen, pairs, settings, parts, device)
+    stored = _stored_settings(plan, clicks, split, held_out)
+    if _is_finished(out, stored):
         logger.info("already measured with these settings: %s", out)
-        return
-    with only_writer(job.parts):
-        measure_cases(job, processes, progress)
-        _merge(job, settings, clicks, processes)
+        return out
+    with only_writer(parts):
+        write_json(parts / SETTINGS_JSON, stored)
+        _measure_cases(plan, processes, progress)
+        _merge(plan, stored, clicks, processes)
+    return out
 
 
 def _each_once(models: Sequence[str | Method]) -> list[str | Method]:
@@ -145,156 +191,191 @@ def _each_once(models: Sequence[str | Method]) -> list[str | Method]:
     return names
 
 
-def _suited(
-    names: list[str | Method], methods: list[Method], as_group: bool, protocols: list[AnyProtocol], ask: Ask
-) -> tuple[list[str | Method], list[Method]]:
-    """Without those baselines that these prompts do not suit, where they were asked for as a group."""
-    unsuited = {c.name for c in methods if as_group and c.name in BASELINES and not fits(c, protocols, ask)}
-    return [n for n in names if n not in unsuited], [c for c in methods if c.name not in unsuited]
+def _chosen_protocols(methods: Sequence[Method], given: dict[str, Any]) -> tuple[str, ...]:
+    """The protocols of a run; refuses options about prompts for models that take none."""
+    without_prompts = SemanticProtocol.name
+    semantic = [method.name for method in methods if isinstance(method, SemanticMethod)]
+    if not semantic:
+        protocols = given.get("protocol", ["samed3d"])
+        names = [name for name in PROTOCOLS if name != without_prompts] if "all" in protocols else protocols
+        return tuple(dict.fromkeys(names))
+    if others := [method.name for method in methods if method.name not in semantic]:
+        raise InputError(
+            f"semantic segmentation models are measured apart from others, got {', '.join(semantic)} "
+            f"with {', '.join(others)}; run evaluate once for each"
+        )
+    if list(given.get("protocol", [])) == [without_prompts]:
+        given = {name: value for name, value in given.items() if name != "protocol"}
+    if given:
+        options = ", ".join(f"--{name}" for name in given)
+        raise InputError(f"{options} cannot be used with {semantic[0]}: semantic segmentation models take no prompts")
+    return (without_prompts,)
 
 
-def _settings(job: Job, clicks: Sequence[int], split: str, kept_from: Split) -> dict[str, Any]:
-    """What makes results what they are, with its hash."""
+def _stored_settings(
+    plan: EvaluationPlan, clicks: Sequence[int], split: str, held_out: TrainingSplit
+) -> dict[str, Any]:
+    """The configuration, with its hash."""
     settings: dict[str, Any] = {
-        "models": {c.name: c.fingerprint for c in job.methods},
-        "protocols": list(job.protocols),
+        "models": {method.name: method.fingerprint for method in plan.methods},
+        "protocols": list(plan.protocols),
         "clicks": list(clicks),
-        "ask": asdict(job.ask),
+        "ask": asdict(plan.settings),
         "split": split,
-        "kept_from": asdict(kept_from),
-        "cases": [f"{c.source}/{c.case}" for c in job.cases],
+        "kept_from": asdict(held_out),
+        "cases": [f"{case.source}/{case.case}" for case in plan.cases],
     }
     return settings | {"hash": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]}
 
 
 def _smallest(cases: list[LabelledCase]) -> list[LabelledCase]:
-    """The smallest file of each source, of the ``QUICK_CASES`` sources where it covers least (models with a spacing
-    tile what is large).
-    """
-    size = {id(c): c.image_path.stat().st_size for c in cases}
+    """The smallest file of each source, of the ``QUICK_CASES`` sources where it covers the smallest extent."""
+
+    def longest_edge(case: LabelledCase) -> float:
+        try:
+            return longest_edge_mm(case.loaded().volume)
+        except EmptyLabelError:
+            return float("inf")
+
     per_source: dict[str, LabelledCase] = {}
-    for case in sorted(cases, key=lambda c: size[id(c)]):
+    for case in sorted(cases, key=lambda case: case.image_path.stat().st_size):
         per_source.setdefault(case.source, case)
-    return sorted(per_source.values(), key=_longest_edge)[:QUICK_CASES]
-
-
-def _longest_edge(case: LabelledCase) -> float:
-    try:
-        return longest_edge_mm(case.read()[0])
-    except EmptyLabelError:
-        return float("inf")
+    return sorted(per_source.values(), key=longest_edge)[:QUICK_CASES]
 
 
 def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether ``out`` holds the results of these very settings; begins a folder that holds none.
+    """Whether ``out`` holds the results of these very settings.
 
     Raises:
         InputError: if it holds those of others.
     """
-    results, begun = out / RESULTS_JSON, out / PARTS / SETTINGS_JSON
-    stored: dict[str, Any] | None = None
-    for path in (begun, results):
-        if path.exists():
-            try:
-                body = json.loads(path.read_text(encoding="utf-8"))
-                stored = body.get("settings", body)
-            except ValueError:
-                stored = {}
-            break
-    if stored is None and (out / CASES_CSV).exists():
-        stored = {}
-    if stored is None:
-        begun.parent.mkdir(parents=True, exist_ok=True)
-        partial = begun.with_name(f".{begun.name}.{os.getpid()}.part")
-        partial.write_text(json.dumps(settings, indent=1))
-        os.replace(partial, begun)
+    begun = out / PARTS / SETTINGS_JSON
+    path = next((path for path in (begun, out / RESULTS_JSON) if path.exists()), None)
+    if path is None and not (out / CASES_CSV).exists():
         return False
+    stored: dict[str, Any] = {}
+    if path is not None:
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"))
+            stored = body.get("settings", body)
+        except ValueError:
+            pass  # written by something else
     if stored.get("hash") != settings["hash"]:
         differs = ", ".join(k for k in settings if k != "hash" and json.dumps(stored.get(k)) != json.dumps(settings[k]))
         raise InputError(
-            f"output folder already holds results of another configuration (other {differs or 'version'}): {out}; choose another"
+            f"output folder already holds results of another configuration (other {differs or 'version'}): {out}; "
+            "choose another"
         )
     return not begun.exists()
 
 
-def _merge(job: Job, settings: dict[str, Any], clicks: Sequence[int], processes: int) -> None:
-    """Parts in the order of the cases to the three files of the results; ``results.json`` last, then the parts go."""
-    parts = [json.loads(path.read_text(encoding="utf-8")) for path in job.part_files()]
+def _merge(plan: EvaluationPlan, settings: dict[str, Any], clicks: Sequence[int], processes: int) -> None:
+    """Make the three files of the results from the parts, ``results.json`` last, and delete the parts."""
+    parts = [json.loads(path.read_text(encoding="utf-8")) for path in plan.files()]
     rows = [row for part in parts for row in part["rows"]]
     if not rows:
-        raise InputError(
-            f"nothing could be measured: no structure of at least {job.ask.min_voxels} voxels in {len(job.cases)} cases"
-        )
-    out = job.parts.parent
+        lacking = f"no structure of at least {plan.settings.min_voxels} voxels"
+        if SemanticProtocol.name in plan.protocols:
+            lacking = f"no label of a class of {plan.methods[0].name}"
+        raise InputError(f"nothing could be measured: {lacking} in {len(plan.cases)} cases")
+    out = plan.parts.parent
     write_rows(out / CASES_CSV, rows)
     write_lines(out / PROMPTS_JSONL, [line for part in parts for line in part["lines"]])
+    about = environment()
+    protocols = {
+        name: {"title": PROTOCOLS[name].title, "flattering": PROTOCOLS[name].optimistic_bias} for name in plan.protocols
+    }
     body = {
         "settings": settings,
-        "environment": _environment(processes),
-        "command": " ".join(["samed3d", *sys.argv[1:]]),
-        "revision": _revision(),
-        "protocols": {
-            name: {"title": PROTOCOLS[name].title, "flattering": PROTOCOLS[name].optimistic_bias}
-            for name in job.protocols
-        },
+        "command": " ".join(["samed3d", *about.pop("command")[1:]]),
+        "revision": about.pop("revision") or None,
+        "environment": about | {"processes": processes},
+        "protocols": protocols,
         "summary": summarise(rows, clicks),
         "scores": score_series(rows),
     }
-    partial = out / f".{RESULTS_JSON}.{os.getpid()}.part"
-    partial.write_text(json.dumps(body, indent=1))
-    os.replace(partial, out / RESULTS_JSON)
-    shutil.rmtree(job.parts)
+    write_json(out / RESULTS_JSON, body)
+    shutil.rmtree(plan.parts, ignore_errors=True)
 
 
-def _environment(processes: int) -> dict[str, Any]:
-    return {
-        "samed3d": samed3d.__version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "processes": processes,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _revision() -> str | None:
-    """The commit of the source tree, with ``+`` where it has changes; None where there is no tree."""
-    root = Path(samed3d.__file__).parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
+def _measure_cases(plan: EvaluationPlan, processes: int, progress: bool) -> None:
+    """Measure every case that is not finished; finished pieces stay if one fails."""
+    pending = plan.pending()
+    if len(pending) < len(plan.cases):
+        logger.info("%d of %d cases were measured before", len(plan.cases) - len(pending), len(plan.cases))
+    if processes == 1 or len(pending) <= 1:
+        for number in _shown(pending, len(pending), progress):
+            _measure_case(plan, number)
+        return
+    if any(not isinstance(name, str) for name in plan.names):
+        raise InputError(
+            f"models given as objects are measured in one process, got processes={processes}; save them to a file, "
+            "or use 1"
         )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip()
+    context = multiprocessing.get_context("spawn")
+    processes = min(processes, len(pending))
+    threads = max(1, torch.get_num_threads() // processes)
+    arguments = (replace(plan, methods=()), threads, context.Value("i", 0))
+    with ProcessPoolExecutor(processes, context, _begin_worker, arguments) as pool:
+        futures = [pool.submit(_measure_in_worker, number) for number in pending]
+        try:
+            for future in _shown(as_completed(futures), len(futures), progress):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def _split_of(models: Sequence[str]) -> Split:
-    """The split stored in the first checkpoint that was trained by this project; the default split where there is
-    none.
-    """
-    for name in models:
-        path = find_checkpoint(name.rpartition(":")[2])
-        stored = read_header(path).get("training", {}).get("data") if path else None
-        if stored:
-            return Split(stored["validation_share"], stored["split_seed"], tuple(stored["hold_out"]))
-    return Split()
+_WORKER: dict[str, EvaluationPlan] = {}
+"""The plan of a worker process, with methods of its own."""
+
+
+def _begin_worker(plan: EvaluationPlan, threads: int, counter: Any) -> None:
+    end_with_parent()
+    torch.set_num_threads(threads)
+    if plan.device.startswith("cuda"):
+        with counter.get_lock():
+            rank, counter.value = counter.value, counter.value + 1
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    methods = tuple(method_of(name, plan.device) for name in plan.names if isinstance(name, str))
+    _WORKER["plan"] = replace(plan, methods=methods)
+
+
+def _measure_in_worker(number: int) -> None:
+    _measure_case(_WORKER["plan"], number)
+
+
+def end_with_parent() -> None:
+    """End this worker when its parent process ends; a parent that was killed cannot stop its workers itself."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _measure_case(plan: EvaluationPlan, number: int) -> None:
+    case = plan.cases[number]
+    loaded: LoadedCase | None = None
+    try:
+        loaded = case.loaded()
+    except EmptyLabelError as error:
+        logger.warning("left out %s: %s", case.case, error)
+    for index, protocol, path in plan.pieces(number):
+        if not path.exists():
+            results = CaseResults()
+            if loaded is not None:
+                results = measure(case, plan.methods[index], protocol_of(protocol), plan.settings, loaded)
+            write_text(path, json.dumps(asdict(results)))
+
+
+def _shown(items: Iterable[Any], total: int, progress: bool) -> Iterable[Any]:
+    if not progress:
+        return items
+    from rich.progress import track
+
+    return track(items, description="measuring", total=total)

@@ -1,6 +1,6 @@
-"""The ways of measuring an interactive method, by name: ours, and those that others publish with.
+"""Evaluation protocols by name: ours, and those with which other groups publish.
 
-Each file says what its rules are, what about them flatters, and where ours differs. Read ``base.py`` next.
+Each file states its rules, its source, what makes its scores optimistic, and where ours differs from the original.
 """
 
 from __future__ import annotations
@@ -8,29 +8,28 @@ from __future__ import annotations
 import difflib
 
 from samed3d.errors import InputError
-from samed3d.evaluation.protocols.base import CaseProtocol, StructureProtocol
+from samed3d.evaluation.protocols.base import EvaluationProtocol
 from samed3d.evaluation.protocols.cvpr25 import Cvpr25
 from samed3d.evaluation.protocols.radioactive import Radioactive3d
 from samed3d.evaluation.protocols.sam_med3d import SamMed3d, SamMed3dReleased
 from samed3d.evaluation.protocols.samed3d import Samed3dProtocol
-from samed3d.evaluation.protocols.vista3d import Vista3dPoints, Vista3dPointsFlattering
+from samed3d.evaluation.protocols.semantic import SemanticProtocol
+from samed3d.evaluation.protocols.vista3d import Vista3dPoints, Vista3dPointsReleased
 
-__all__ = ["PROTOCOLS", "AnyProtocol", "protocol_of"]
-
-AnyProtocol = StructureProtocol | CaseProtocol
-
-PROTOCOLS: dict[str, type[StructureProtocol] | type[CaseProtocol]] = {
-    "samed3d": Samed3dProtocol,
-    "sam-med3d": SamMed3d,
-    "sam-med3d-released": SamMed3dReleased,
-    "cvpr25": Cvpr25,
-    "radioactive-3d": Radioactive3d,
-    "vista3d-points": Vista3dPoints,
-    "vista3d-points-flattering": Vista3dPointsFlattering,
-}
+_KINDS: tuple[type[EvaluationProtocol], ...] = (
+    Samed3dProtocol,
+    SamMed3d,
+    SamMed3dReleased,
+    Cvpr25,
+    Radioactive3d,
+    Vista3dPoints,
+    Vista3dPointsReleased,
+    SemanticProtocol,
+)
+PROTOCOLS = {kind.name: kind for kind in _KINDS}
 
 
-def protocol_of(name: str) -> AnyProtocol:
+def protocol_of(name: str) -> EvaluationProtocol:
     """A protocol by name.
 
     Raises:

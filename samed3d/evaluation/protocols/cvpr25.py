@@ -1,8 +1,8 @@
 """The interactive track of the CVPR 2025 challenge for foundation models in 3D: a box, then five clicks, all structures
 of a case together.
 
-Round 0 gives a box; rounds 1 to 5 give each structure one click, in the largest part of its error. What is easily got
-wrong:
+Round 0 gives a box; rounds 1 to 5 give each structure one click, in the largest part of its error. Details that are
+easily missed:
 
 - labels are renumbered in ascending order; boxes come in that order; a case file without ``boxes`` gets no round 0:
   nothing is predicted and its score is 0;
@@ -17,9 +17,9 @@ wrong:
 - Dice is the mean over labels; NSD is DeepMind's at 2 mm, its mean **set to 0 where the mean Dice is at most 0.2**;
 - ``DSC_AUC`` and ``NSD_AUC`` are areas under the **five** clicks, so up to 4; ``*_Final`` is after the fifth.
 
-Ours differs where the challenge leaves no choice: boxes are drawn with seed 2025 per case (the script: once for all
-files in a row, so that a box depends on what came before); structures that a model says overlap go to the higher label;
-a model gets the box as the 3D box over the extent along z; there is no limit on time.
+Differences from the challenge: boxes are drawn with seed 2025 per case (the script: once for all files in a row, so
+that a box depends on the files before); where masks overlap the higher label wins; a model gets the box as a 3D box
+over the extent along z; time is not limited.
 
 Source: ``CVPR25_iter_eval.py`` and ``get_boxes.py`` of JunMa11/CVPR-MedSegFMCompetition.
 """
@@ -34,15 +34,23 @@ from numpy.typing import NDArray
 
 from samed3d.clicks import largest_component
 from samed3d.data.challenge_npz import ChallengeBox
-from samed3d.evaluation.cases import Loaded
+from samed3d.evaluation.cases import LabelledCase, LoadedCase
 from samed3d.evaluation.meter import Cost
 from samed3d.evaluation.methods import MeteredSession, Method
-from samed3d.evaluation.protocols.base import CaseProtocol, Click, Turn, box_around, point_at
-from samed3d.evaluation.results import PromptStrategy, Row
+from samed3d.evaluation.protocols.base import (
+    Click,
+    EvaluationProtocol,
+    EvaluationSettings,
+    StructureRun,
+    Turn,
+    box_around,
+    point_at,
+    structures,
+)
+from samed3d.evaluation.results import PromptStrategy, Row, group_by
 from samed3d.geometry import bounding_region
 from samed3d.metrics import trapezoid
 from samed3d.prompts import Box, Prompt
-from samed3d.volume import Volume
 
 CLICKS = 5
 BOX_SEED, CLICK_SEED = 2025, 42
@@ -50,7 +58,7 @@ MAX_PADDED_VOXELS = 60_000_000
 DSC_FLOOR = 0.2
 
 
-class Cvpr25(CaseProtocol):
+class Cvpr25(EvaluationProtocol):
     """See the module."""
 
     name = "cvpr25"
@@ -58,69 +66,80 @@ class Cvpr25(CaseProtocol):
     fixed_clicks = CLICKS
     tolerance_mm = 2.0
 
-    def strategies(self, policies: Sequence[str], prompts: Sequence[str]) -> list[PromptStrategy]:
+    def strategies(self, settings: EvaluationSettings) -> list[PromptStrategy]:
         """A box first."""
         return [PromptStrategy(self.name, "own", "box")]
 
-    def walk_case(
-        self, method: Method, case: Loaded, values: Sequence[int], clicks: int, seed: int
-    ) -> Iterator[list[Turn]]:
-        """Six rounds."""
-        truth = np.zeros(case.labels.shape, np.int32)
-        for number, value in enumerate(values, start=1):
-            truth[case.labels == value] = number
+    def can_start(self, method: Method, strategy: PromptStrategy) -> bool:
+        """A method that cannot take the box begins with the clicks."""
+        return bool({"box", "point"} & method.takes)
+
+    def run(
+        self, method: Method, case: LabelledCase, loaded: LoadedCase, settings: EvaluationSettings
+    ) -> Iterator[StructureRun]:
+        """All structures of a case, whose masks compete for the voxels of one label map."""
+        (strategy,) = self.usable_strategies(method, settings)
+        values = structures(case, loaded, settings)
+        for seed in range(settings.seeds if values else 0):
+            rounds = list(self._rounds(method, loaded, values, seed))
+            for number, value in enumerate(values):
+                turns = [turns[number] for turns in rounds]
+                yield StructureRun(value, loaded.labels == value, seed, strategy, turns)
+
+    def _rounds(self, method: Method, loaded: LoadedCase, values: Sequence[int], seed: int) -> Iterator[list[Turn]]:
+        """Six rounds, each with one turn per structure."""
+        numbers = range(1, len(values) + 1)
+        truth = np.zeros(loaded.labels.shape, np.int32)
+        for number, value in zip(numbers, values, strict=True):
+            truth[loaded.labels == value] = number
         boxes: list[ChallengeBox] | None = simulated_boxes(truth, len(values), np.random.RandomState(BOX_SEED + seed))
-        if case.is_challenge_file:
-            boxes = case.boxes if case.boxes is None or len(case.boxes) == len(values) else None
-        sessions = _sessions(method, case, values)
+        if loaded.is_challenge_file:
+            boxes = loaded.boxes if loaded.boxes is None or len(loaded.boxes) == len(values) else None
+        sessions = _sessions(method, loaded, values)
         masks: dict[int, NDArray[np.bool_]] = {}
-        costs = dict.fromkeys(range(1, len(values) + 1), Cost())
-        given: dict[int, list[Prompt]] = {number: [] for number in costs}
+        costs = dict.fromkeys(numbers, Cost())
+        given: dict[int, list[Prompt]] = {number: [] for number in numbers}
         if boxes is not None and "box" in method.takes:
-            for number, box in enumerate(boxes, start=1):
+            for number, box in zip(numbers, boxes, strict=True):
                 given[number] = [as_prompt(box)]
                 masks[number], costs[number] = sessions[number].give(given[number], number)
         segs = joined(masks, truth.shape)
-        yield [Turn(0, given[n], segs == n, costs[n], None, truth == n) for n in costs]
-        for turn in range(1, clicks + 1):
-            found = {n: challenge_click(segs == n, truth == n) for n in costs}
+        spacing = loaded.challenge_spacing  # the challenge scores with the numbers in the order of the file
+        yield [Turn(0, given[n], segs == n, costs[n], spacing_zyx_mm=spacing) for n in numbers]
+        for turn in range(1, CLICKS + 1):
+            found = {n: challenge_click(segs == n, truth == n) for n in numbers}
             for n, click in found.items():
-                if click is not None and not (not click[1] and n not in masks):
+                costs[n] = Cost()
+                if click is not None and (click[1] or n in masks):
                     masks[n], costs[n] = sessions[n].give([point_at(click)], n)
-                else:
-                    costs[n] = Cost()
             segs = joined(masks, truth.shape)
             yield [
-                Turn(turn, [point_at(c)] if (c := found[n]) else [], segs == n, costs[n], c, truth == n) for n in costs
+                Turn(turn, [point_at(click)] if click else [], segs == n, costs[n], click, spacing_zyx_mm=spacing)
+                for n, click in found.items()
             ]
 
     def own_scores(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """The challenge's four figures per case and seed."""
+        """The challenge's four scores per case and seed."""
         lines = []
-        cases: dict[tuple[Any, ...], list[Row]] = {}
-        for row in rows:
-            cases.setdefault((row["source"], row["case"], row["seed"]), []).append(row)
-        for group in cases.values():
-            dsc, nsd = [], []
-            for click in range(1, CLICKS + 1):
-                mine = [row for row in group if row["click"] == click]
-                dsc.append(float(np.mean([row["dice"] for row in mine])))
-                nsd.append(challenge_nsd([row["nsd_subvoxel"] for row in mine], dsc[-1]))
-            figures = {"DSC_AUC": trapezoid(dsc), "NSD_AUC": trapezoid(nsd), "DSC_Final": dsc[-1], "NSD_Final": nsd[-1]}
-            about = {key: group[0][key] for key in ("case", "source", "subject", "group", "policy", "prompt")}
-            lines += [about | {"score": score, "value": value} for score, value in figures.items()]
+        for mine in group_by(rows, lambda row: (row["source"], row["case"], row["seed"])).values():
+            by_click = group_by(mine, lambda row: int(row["click"]))
+            dsc = [float(np.mean([row["dice"] for row in by_click[click]])) for click in range(1, CLICKS + 1)]
+            per_label = [[row["nsd_subvoxel"] for row in by_click[click]] for click in range(1, CLICKS + 1)]
+            nsd = [challenge_nsd(values, mean) for values, mean in zip(per_label, dsc, strict=True)]
+            scores = {"DSC_AUC": trapezoid(dsc), "NSD_AUC": trapezoid(nsd), "DSC_Final": dsc[-1], "NSD_Final": nsd[-1]}
+            lines += [mine[0] | {"score": score, "value": value} for score, value in scores.items()]
         return lines
 
 
-def _sessions(method: Method, case: Loaded, values: Sequence[int]) -> dict[int, MeteredSession]:
-    """One for all structures; for a bound one each, or it would know them only together."""
+def _sessions(method: Method, loaded: LoadedCase, values: Sequence[int]) -> dict[int, MeteredSession]:
+    """One session for all structures; for a bound one each, because it is told the structure that it must return."""
     if method.knows_truth:
         return {
-            number: MeteredSession.open(method, case.volume, case.labels == value)
+            number: MeteredSession.open(method, loaded.volume, loaded.labels == value)
             for number, value in enumerate(values, start=1)
         }
     return dict.fromkeys(
-        range(1, len(values) + 1), MeteredSession.open(method, case.volume, np.isin(case.labels, values))
+        range(1, len(values) + 1), MeteredSession.open(method, loaded.volume, np.isin(loaded.labels, values))
     )
 
 
@@ -218,25 +237,3 @@ def _coarse_distance(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
     for axis in range(3):
         depth = np.repeat(depth, 2, axis=axis)
     return depth[: mask.shape[0], : mask.shape[1], : mask.shape[2]]
-
-
-def round_inputs(
-    volume: Volume, boxes: Sequence[ChallengeBox] | None, rounds: Sequence[Sequence[Click | None]]
-) -> dict[str, Any]:
-    """What a program of the challenge is given after some rounds of clicks, as arguments of
-    ``challenge_npz.write_input``.
-
-    Args:
-        volume: The case.
-        boxes: One per structure or None.
-        rounds: Per round one click or None per structure.
-    """
-    structures = range(len(rounds[0]) if rounds else 0)
-    clicks: list[dict[str, list[list[int]]]] = [{"fg": [], "bg": []} for _ in structures]
-    order: list[list[str | None]] = [[] for _ in structures]
-    for turn in rounds:
-        for number, click in enumerate(turn):
-            order[number].append(None if click is None else "fg" if click[1] else "bg")
-            if click is not None:
-                clicks[number]["fg" if click[1] else "bg"].append(list(click[0]))
-    return {"image": volume.array, "boxes": boxes, "clicks": clicks, "clicks_order": order}

@@ -1,9 +1,8 @@
-"""RadioActive's interactive loop for 3D models: a random click in the target, then five at random wrong voxels, six
-masks in all.
+"""RadioActive's interactive loop for 3D models: a random click in the target, then five at random wrong voxels.
 
-Clicks stay inside the model's patch around the first click (a model of relative scale has no patch; for it, and for
-whatever is no model of ours, the whole image counts). All prompts are sent again each time, with the low-resolution
-logits; a perfect mask ends the loop and its mask is repeated. Scored on the whole image.
+Clicks stay inside the model's patch around the first click. For a model of relative scale, and for everything that is
+no network of ours, the patch is the whole image. All prompts are sent again each time, with the low-resolution logits;
+a perfect mask ends the loop and is repeated. Scored on the whole image.
 
 Source: ``radioa`` of MIC-DKFZ/radioactive, ``threeDCropped`` prompters, ``interactive_max_iter = 5``, seed 11121. Its
 random numbers are not reproduced, only its rule.
@@ -18,7 +17,15 @@ from numpy.typing import NDArray
 
 from samed3d.clicks import next_click
 from samed3d.evaluation.methods import MeteredSession, Method
-from samed3d.evaluation.protocols.base import StructureProtocol, Task, Turn, point_at
+from samed3d.evaluation.protocols.base import (
+    Click,
+    StructureProtocol,
+    StructureTask,
+    Turn,
+    click_turns,
+    cube_around,
+    point_at,
+)
 from samed3d.geometry import IntTriple, Region
 
 SEED = 11121
@@ -30,36 +37,34 @@ class Radioactive3d(StructureProtocol):
     name = "radioactive-3d"
     title = "RadioActive's 3D loop: one random click, five at random wrong voxels of the model's patch"
     fixed_clicks = 6
+    replayable = True
 
     def rng(self, seed: int, number: int) -> np.random.Generator:
         """From RadioActive's seed."""
         return np.random.default_rng([SEED, seed, number])
 
-    def walk(self, method: Method, task: Task) -> Iterator[Turn]:
+    def simulate(self, method: Method, task: StructureTask) -> Iterator[Turn]:
         """Click inside the patch."""
         session = MeteredSession.open(method, task.volume, task.target)
-        mask: NDArray[np.bool_] = np.zeros(task.target.shape, bool)
-        patch: Region | None = None
-        for number in range(1, task.clicks + 1):
-            # What lies outside the patch counts as right, so that no click falls there.
-            shown = task.target if patch is None else _inside(task.target, patch)
-            click = next_click(mask if patch is None else _inside(mask, patch), shown, "uniform", task.rng)
-            if click is None:
-                return
-            patch = patch or _patch(method, task, click[0])
-            mask, cost = session.give([point_at(click)])
-            yield Turn(number, [point_at(click)], mask, cost, click)
+        patch = Region((0, 0, 0), task.volume.grid.shape_zyx)
+
+        def choose(number: int, mask: NDArray[np.bool_]) -> Click | None:
+            nonlocal patch
+            # Voxels outside the patch count as right, so that no click falls there.
+            click = next_click(_inside(mask, patch), _inside(task.target, patch), "uniform", task.rng)
+            if number == 1 and click is not None:
+                patch = _patch(method, task, click[0])
+            return click
+
+        nothing = np.zeros(task.target.shape, bool)
+        return click_turns(task.clicks, choose, lambda click: session.give([point_at(click)]), nothing)
 
 
-def _patch(method: Method, task: Task, middle: IntTriple) -> Region:
-    shape = task.volume.grid.shape_zyx
+def _patch(method: Method, task: StructureTask, middle: IntTriple) -> Region:
     spec = method.model.spec if method.model is not None else None
     if spec is None or spec.spacing_mm is None:
-        return Region((0, 0, 0), shape)
-    half = [max(spec.input_shape_zyx) * spec.spacing_mm / s / 2 for s in task.volume.grid.spacing_zyx_mm]
-    low = tuple(int(np.ceil(v - h)) for v, h in zip(middle, half, strict=True))
-    high = tuple(int(np.floor(v + h)) + 1 for v, h in zip(middle, half, strict=True))
-    return Region(low, high).clip(shape)  # type: ignore[arg-type]
+        return Region((0, 0, 0), task.volume.grid.shape_zyx)
+    return cube_around(middle, max(spec.input_shape_zyx) * spec.spacing_mm, task.volume.grid)
 
 
 def _inside(mask: NDArray[np.bool_], region: Region) -> NDArray[np.bool_]:

@@ -1,14 +1,14 @@
-"""VISTA3D's iterative point protocol, without and with the two choices that flatter.
+"""VISTA3D's iterative point protocol, without and with the two choices that make it optimistically biased.
 
 First click: the target eroded by 3 x 3 x 3, its largest component, the voxel nearest that component's mean. Each next
 one: missed and surplus voxels eroded alike, the largest component of each; the missed one where it is at least as
-large; a random voxel in it. Where nothing is left after eroding, before the tenth click once more with a kernel that is
-flat across slices, then none. All clicks are kept.
+large; a random voxel in it. Where nothing is left after eroding, the first ten clicks try once more with a kernel that is
+flat across slices; otherwise the series ends. All clicks are kept.
 
-``vista3d-points-flattering`` does as the released script: surplus voxels in slices without any target are deleted
-before scoring **and** before the next click, and the score is the best so far. Ours differs from the script in that the
-model looks where it wants (the script: a sliding window), in 26-connected components, and in falling back to the whole
-target where eroding leaves nothing of it.
+``vista3d-points-flattering`` follows the released script: surplus voxels in slices without any target are deleted
+before scoring **and** before the next click, and the score is the best so far. Both differ from the script: the model
+chooses its own crop (the script: a sliding window), components are 26-connected, and the first click falls back to the
+whole target where eroding leaves nothing of it.
 
 Source: ``val_multigpu_point_iterative.py`` of Project-MONAI/VISTA.
 """
@@ -16,13 +16,22 @@ Source: ``val_multigpu_point_iterative.py`` of Project-MONAI/VISTA.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.clicks import largest_component
 from samed3d.evaluation.methods import MeteredSession, Method
-from samed3d.evaluation.protocols.base import Click, StructureProtocol, Task, Turn, point_at
+from samed3d.evaluation.protocols.base import (
+    Answer,
+    Click,
+    StructureProtocol,
+    StructureTask,
+    Turn,
+    click_turns,
+    point_at,
+)
 from samed3d.geometry import IntTriple, bounding_region
 from samed3d.metrics import dice
 
@@ -31,49 +40,52 @@ FLAT_UNTIL = 10
 
 
 class Vista3dPoints(StructureProtocol):
-    """The rule, scored as a user would."""
+    """The click rule, scored on the whole mask."""
 
     name = "vista3d-points"
     title = "VISTA3D's point rule, scored on the whole mask after each click"
+    replayable = True
 
-    def walk(self, method: Method, task: Task) -> Iterator[Turn]:
-        """Click and look."""
+    def simulate(self, method: Method, task: StructureTask) -> Iterator[Turn]:
+        """Click by the rule."""
         session = MeteredSession.open(method, task.volume, task.target)
-        click: Click | None = (first_click(task.target), True)
-        for number in range(1, task.clicks + 1):
-            if click is None:
-                return
-            mask, cost = session.give([point_at(click)])
-            mask = self.seen(mask, task.target)
-            yield Turn(number, [point_at(click)], mask, cost, click)
-            click = further_click(mask, task.target, number, task.rng)
 
-    def seen(self, mask: NDArray[np.bool_], target: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """What is scored and clicked on."""
+        def choose(number: int, mask: NDArray[np.bool_]) -> Click | None:
+            if number == 1:
+                return first_click(task.target), True
+            return further_click(mask, task.target, number - 1, task.rng)
+
+        def give(click: Click) -> Answer:
+            mask, cost = session.give([point_at(click)])
+            return self.visible(mask, task.target), cost
+
+        return click_turns(task.clicks, choose, give, np.zeros(task.target.shape, bool))
+
+    def visible(self, mask: NDArray[np.bool_], target: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """The part of the mask that is scored and that the next click is based on."""
         return mask
 
 
-class Vista3dPointsFlattering(Vista3dPoints):
-    """As released: surplus outside the target's slices is forgiven, and the best score so far counts."""
+class Vista3dPointsReleased(Vista3dPoints):
+    """As the released script: surplus outside the target's slices is deleted, and the best score so far counts."""
 
     name = "vista3d-points-flattering"
     title = "VISTA3D's point rule as released: surplus in slices without target deleted, best so far"
     optimistic_bias = "surplus in slices without target is deleted by the truth; the best score so far counts"
     leaks_truth = True
+    replayable = False
 
-    def walk(self, method: Method, task: Task) -> Iterator[Turn]:
+    def simulate(self, method: Method, task: StructureTask) -> Iterator[Turn]:
         """The same turns with the best mask so far."""
-        best: NDArray[np.bool_] | None = None
-        for turn in super().walk(method, task):
-            current = turn.mask
-            if best is None or dice(current, task.target) >= dice(best, task.target):
-                best = current
-            yield Turn(turn.click, turn.prompts, best, turn.cost, turn.clicked)
+        best, highest = np.zeros(task.target.shape, bool), -1.0
+        for turn in super().simulate(method, task):
+            if (current := dice(turn.mask, task.target)) >= highest:
+                best, highest = turn.mask, current
+            yield replace(turn, mask=best)
 
-    def seen(self, mask: NDArray[np.bool_], target: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Without surplus where no target is in the slice."""
-        slices = np.asarray(target.any(axis=(1, 2)))
-        return mask & slices[:, None, None]
+    def visible(self, mask: NDArray[np.bool_], target: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """The mask without surplus in slices that have no target."""
+        return mask & np.asarray(target.any(axis=(1, 2)))[:, None, None]
 
 
 def first_click(target: NDArray[np.bool_]) -> IntTriple:
