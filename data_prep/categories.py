@@ -1,9 +1,7 @@
-"""One name per structure: ``kidney_right``, ``Right Kidney`` and ``rt. kidney`` are all "right kidney", in group
-"abdomen".
+"""One name per structure: ``kidney_right``, ``Right Kidney`` and ``rt. kidney`` are all "right kidney" (abdomen).
 
-A name is lowered and taken apart into side and rest; the rest is looked up in a table of categories and their other
-names, and what the table does not know keeps its own words, with a group by telling words in the name or, failing that,
-in the source's name. Nothing is ever merged that only sounds alike.
+A name is split into side and rest, and the rest is looked up in ``categories.txt``. A name that is not in that table
+keeps its own words and gets a group by words in it or, failing that, in the source's name.
 """
 
 from __future__ import annotations
@@ -11,167 +9,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
-# Group -> categories; after a colon the other names it goes by (side and plural removed). A star marks what comes as a
-# left and right pair.
-_TABLE = {
-    "brain": (
-        "brain: whole brain, cerebrum",
-        "brainstem: brain stem, truncus cerebri",
-        "cerebellum",
-        "cerebellum white matter: white matter of hemisphere of cerebellum",
-        "cerebellum cortex",
-        "white matter: cerebral white matter, wm, white matter of cerebral hemisphere",
-        "gray matter: cerebral cortex, grey matter, gm, cortical gray matter, neocortex",
-        "deep gray matter",
-        "cerebrospinal fluid: csf, extra axial cerebrospinal fluid, external cerebrospinal fluid",
-        "lateral ventricle*",
-        "inferior lateral ventricle*: inf lat vent, temporal horn, temporal horn of lateral ventricle",
-        "ventricle: ventricular system",
-        "third ventricle: 3rd ventricle",
-        "fourth ventricle: 4th ventricle",
-        "hippocampus*: anterior hippocampus and posterior hippocampus",
-        "amygdala*",
-        "thalamus*: thalamus proper",
-        "caudate*: caudate nucleus",
-        "putamen*",
-        "pallidum*: globus pallidus",
-        "accumbens*: accumbens area, nucleus accumbens",
-        "ventral diencephalon*: ventraldc, ventral dc",
-        "caudate putamen*",
-        "corpus callosum",
-        "internal capsule*",
-        "external capsule*",
-        "optic chiasm: chiasm",
-        "spinal cord: spinalcord, cord, medulla spinalis",
-        "spinal canal",
-        "pituitary: pituitary gland, hypophysis",
-        "hypothalamus",
-        "olfactory bulb*",
-    ),
-    "head and neck": (
-        "eye*: eyeball, globe",
-        "lens*: eye lens",
-        "optic nerve*: opticnerve",
-        "lacrimal gland*",
-        "parotid*: parotid gland",
-        "submandibular gland*: submandibular",
-        "thyroid: thyroid gland",
-        "larynx: glottis, supraglottic larynx",
-        "pharynx",
-        "oral cavity: oralcavity",
-        "cochlea*",
-        "face",
-    ),
-    "thorax": (
-        "lung*",
-        "lung upper lobe: superior lobe, upper lobe, lung superior lobe",
-        "lung middle lobe: middle lobe",
-        "lung lower lobe: inferior lobe, lower lobe, lung inferior lobe",
-        "trachea",
-        "airway: airways, bronchi, bronchial tree",
-        "esophagus: oesophagus",
-        "breast*",
-        "thymus",
-    ),
-    "heart": (
-        "heart: whole heart",
-        "left ventricle: lv, lv cavity, left ventricle cavity, left ventricular cavity, heart left ventricle, heart ventricle left",
-        "right ventricle: rv, rv cavity, right ventricle cavity, right ventricular cavity, heart right ventricle, heart ventricle right",
-        "myocardium: myo, left ventricular myocardium, heart myocardium",
-        "left atrium: la, heart left atrium, heart atrium left",
-        "right atrium: ra, heart right atrium, heart atrium right",
-        "pericardium",
-    ),
-    "vessel": (
-        "aorta",
-        "inferior vena cava: postcava, ivc, vena cava",
-        "superior vena cava: svc",
-        "portal vein and splenic vein: portal vein and splenic vein, portal and splenic vein",
-        "portal vein",
-        "hepatic vessel",
-        "pulmonary artery",
-        "pulmonary vein",
-        "carotid artery*: common carotid artery, carotid",
-        "subclavian artery*",
-        "iliac artery*: common iliac artery, iliac artery",
-        "iliac vein*: common iliac vein, iliac vena",
-        "brachiocephalic trunk",
-        "brachiocephalic vein*",
-        "vessel: blood vessel, vasculature",
-    ),
-    "abdomen": (
-        "liver: hepar",
-        "spleen: lien",
-        "kidney*: ren",
-        "gallbladder: gall bladder",
-        "stomach",
-        "pancreas",
-        "duodenum",
-        "adrenal gland*: adrenal, suprarenal gland",
-        "small bowel: small intestine, small bowels",
-        "colon: large bowel, large intestine",
-        "bowel: intestine, bowel bag",
-        "torso fat: visceral fat",
-        "subcutaneous fat",
-        "body",
-    ),
-    "pelvis": (
-        "bladder: urinary bladder, bladder urinary",
-        "prostate: prostate gland, whole prostate",
-        "prostate or uterus: prostate/uterus, prostate uterus",
-        "peripheral zone: prostate peripheral zone, pz",
-        "transition zone: prostate transition zone, transitional zone, tz, central gland",
-        "uterus",
-        "rectum",
-        "seminal vesicle*",
-        "ovary*",
-    ),
-    "bone": (
-        "vertebra: vertebrae, vertebral body, vertebra corpus",
-        "rib",
-        "sternum",
-        "clavicle*: clavicula",
-        "scapula*",
-        "humerus*",
-        "femur*: femoral head, thigh bone",
-        "tibia*",
-        "fibula*",
-        "patella*",
-        "hip*: hip bone, pelvis bone",
-        "sacrum: vertebra s1",
-        "mandible: lower jaw, lower jawbone",
-        "skull: cranium",
-        "costal cartilage: costal cartilages",
-        "femoral cartilage",
-        "tibial cartilage",
-        "intervertebral disc: disc, ivd",
-    ),
-    "muscle": (
-        "autochthon*: autochthonous back muscle, erector spinae",
-        "iliopsoas*: psoas, psoas muscle, iliopsoas muscle",
-        "gluteus maximus*",
-        "gluteus medius*",
-        "gluteus minimus*",
-        "skeletal muscle: muscle",
-    ),
-    "lesion": (
-        "tumor: tumour, neoplasm, gross tumor volume, gtv, cancer",
-        "lesion",
-        "white matter lesion: wmh, white matter hyperintensity, ms lesion",
-        "edema: oedema, peritumoral edema, peritumoural oedema",
-        "enhancing tumor: enhancing tumour, et",
-        "necrosis: necrotic core, necrosis / non enhancing tumour",
-        "soft tissue sarcoma: soft tissue sarcoma gtv",
-        "nodule: lung nodule",
-        "cyst",
-        "covid lesion: infection, covid",
-        "hematoma: haematoma, hemorrhage, haemorrhage",
-    ),
-    "cell": ("cell", "nucleus: nuclei, cell nucleus", "mitochondrion: mitochondria"),
-}
-
-# Telling words for names that are not in the table, in order: the first match decides.
+# Words that tell the group of a name that is not in the table, in order: the first match decides.
 _WORDS = (
     (
         "lesion",
@@ -206,33 +46,16 @@ _FAMILIES = (
     ("microscopy", r"microscop|confocal|fluoresc|\bem\b"),
     ("MR", r"\bmr|magnetic|t1|t2|flair|dwi|adc|ssfp|swi|\bpd\b"),
 )
-GROUPS = (*_TABLE, "other")
-_SIDES = {
-    "left": "left",
-    "lt": "left",
-    "l": "left",
-    "lh": "left",
-    "right": "right",
-    "rt": "right",
-    "r": "right",
-    "rh": "right",
-}
+GROUPS = (
+    *("brain", "head and neck", "thorax", "heart", "vessel", "abdomen", "pelvis", "bone", "muscle", "lesion", "cell"),
+    "other",
+)
+_SIDES = dict.fromkeys(("left", "lt", "l", "lh"), "left") | dict.fromkeys(("right", "rt", "r", "rh"), "right")
 # Names that say where in something: the something is in the source's name.
 _PLACES = (
     "",
-    "anterior",
-    "posterior",
-    "superior",
-    "inferior",
-    "body",
-    "head",
-    "tail",
-    "core",
-    "whole",
-    "foreground",
-    "mask",
-    "target",
-    "other",
+    *("anterior", "posterior", "superior", "inferior", "body", "head", "tail", "core", "whole"),
+    *("foreground", "mask", "target", "other"),
 )
 
 
@@ -287,13 +110,16 @@ def categorise(name: str, context: str = "") -> Category:
 
 @cache
 def _by_name() -> dict[str, tuple[str, str]]:
-    """Every known name to (category with its star, group)."""
-    found = {}
-    for group, entries in _TABLE.items():
-        for entry in entries:
-            category, _, others = entry.partition(":")
-            for alias in [category.removesuffix("*"), *(o for o in others.split(",") if o)]:
-                found[_plain(alias)] = (category, group)
+    """Every name of ``categories.txt`` to (category with its star, group)."""
+    found: dict[str, tuple[str, str]] = {}
+    group = ""
+    for line in Path(__file__).with_name("categories.txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith("["):
+            group = line.strip("[]")
+        elif line and not line.startswith("#"):
+            category, _, others = line.partition(":")
+            for name in [category.removesuffix("*"), *(o for o in others.split(",") if o)]:
+                found[_plain(name)] = (category, group)
     return found
 
 

@@ -1,18 +1,15 @@
-"""What is kept of a label map: the published rules, each an option, each dropped mask with its reason.
+"""Which structures of a label map a corpus keeps: the published rules, each an option, and the reason for each drop.
 
 SAM-Med3D's corpus keeps a mask of at least 1 cm3 with every side at least 1.5 cm, drops cases of more than 99 %
-background, keeps the five largest pieces of each mask and splits what lies on both sides into left and right. The paper
-does not say of what the background is counted; here it is the whole label map. Those rules are ``RULES["published"]``;
-``RULES["lenient"]`` keeps all that can be clicked on.
-
-A dropped mask stays in the stored label map, so that nothing is lost; it is only never a target. Read ``pipeline.py``
-next.
+background (counted here over the whole label map; the paper does not say), keeps the five largest pieces of each mask
+and splits what lies on both sides into left and right. A dropped mask stays in the stored label map.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +17,13 @@ from numpy.typing import NDArray
 from data_prep.categories import Category, categorise
 from samed3d.data.corpus import POINTS
 from samed3d.errors import InputError
-from samed3d.geometry import Region, Triple
+from samed3d.geometry import Triple, bounding_region
 
 LARGEST_VALUE = 32767
-_OWN_SIDE = 0.9
+# Two pieces are left and right if the smaller has this share of the larger's voxels ...
 _BOTH_SIDES = 0.2
+# ... and each has this share of its voxels on its own side of the middle between them.
+_OWN_SIDE = 0.9
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,24 @@ class Rules:
     keep_components: int = 5
     split_sides: bool = True
 
+    def reason_to_drop(self, voxels: int, region_shape: tuple[int, ...], spacing: Triple, background: float) -> str:
+        """The first rule that a mask breaks, in words; empty for a mask that is kept."""
+        volume = voxels * float(np.prod(spacing))
+        side = min(n * s for n, s in zip(region_shape, spacing, strict=True))
+        if voxels < self.min_voxels:
+            return f"{voxels} voxels, under {self.min_voxels}"
+        if volume < self.min_volume_mm3:
+            return f"{volume:.4g} mm3, under {self.min_volume_mm3:g}"
+        if side < self.min_side_mm:
+            return f"side of {side:.3g} mm, under {self.min_side_mm:g}"
+        if background > self.max_background:
+            return f"background is {100 * background:.2f} % of the case, over {100 * self.max_background:g}"
+        return ""
+
+
+PRESETS = {"published": Rules(), "lenient": Rules(0.0, 0.0, 30, 1.0, 0, False)}
+"""``lenient`` keeps all that can be clicked on."""
+
 
 def rules_from(preset: str, changes: list[str]) -> Rules:
     """A preset with ``name=value`` changes.
@@ -54,11 +71,10 @@ def rules_from(preset: str, changes: list[str]) -> Rules:
     Raises:
         InputError: for an unknown preset or rule, or a value that does not fit.
     """
-    presets = {"published": Rules(), "lenient": Rules(0.0, 0.0, 30, 1.0, 0, False)}
-    if preset not in presets:
-        raise InputError(f"--rules must be one of {', '.join(presets)}, got {preset!r}")
-    kinds = {field.name: type(getattr(Rules(), field.name)) for field in fields(Rules)}
-    values: dict[str, float | int | bool] = {}
+    if preset not in PRESETS:
+        raise InputError(f"--rules must be one of {', '.join(PRESETS)}, got {preset!r}")
+    kinds = {field.name: type(field.default) for field in fields(Rules)}
+    values: dict[str, Any] = {}
     for change in changes:
         name, _, text = change.partition("=")
         if name not in kinds:
@@ -68,22 +84,22 @@ def rules_from(preset: str, changes: list[str]) -> Rules:
         except (KeyError, ValueError) as error:
             raise InputError(f"--rule {name} must be a {kinds[name].__name__}, got {text!r}") from error
         if values[name] < 0 or (name == "max_background" and values[name] > 1):
-            raise InputError(
-                f"--rule {name} must be {'from 0 to 1' if name == 'max_background' else '0 or more'}, got {text}"
-            )
-    return replace(presets[preset], **values)  # type: ignore[arg-type]
+            range_ = "from 0 to 1" if name == "max_background" else "0 or more"
+            raise InputError(f"--rule {name} must be {range_}, got {text}")
+    return replace(PRESETS[preset], **values)
 
 
 @dataclass(frozen=True)
 class Structure:
-    """One label of one case, measured, with the verdict.
+    """One label of one case, measured.
 
     Attributes:
         value: In the label map.
         name: As the source calls it.
         category: Normalised.
         voxels: Left after cleaning.
-        region: Tight box of those.
+        start_zyx: Low corner of their tight box.
+        stop_zyx: High corner, exclusive.
         components: Pieces it had before cleaning (26 neighbours).
         reason: Why it was dropped; empty for a kept one.
         points: ``POINTS`` voxel positions inside it, zyx, drawn at random; the same for the same case and label.
@@ -93,40 +109,40 @@ class Structure:
     name: str
     category: Category
     voxels: int
-    region: Region
+    start_zyx: tuple[int, ...]
+    stop_zyx: tuple[int, ...]
     components: int
     reason: str
     points: list[list[int]]
 
+    def to_json(self, voxel_mm3: float) -> dict[str, Any]:
+        """As the record of a case stores it."""
+        return {
+            "value": self.value,
+            "name": self.name,
+            "category": self.category.name,
+            "anatomy": self.category.group,
+            "side": self.category.side,
+            "voxels": self.voxels,
+            "mm3": round(self.voxels * voxel_mm3, 3),
+            "start_zyx": self.start_zyx,
+            "stop_zyx": self.stop_zyx,
+            "components": self.components,
+            "reason": self.reason,
+            "points": self.points,
+        }
 
-def tidy_layer(array: NDArray) -> NDArray:
-    """A label layer as the smallest unsigned type, C order, values compacted where they would not fit.
+
+def compact_layer(array: NDArray, names: dict[int, str]) -> tuple[NDArray, dict[int, str]]:
+    """A layer of whole numbers from 0 as uint8 or uint16 in C order; values above ``LARGEST_VALUE`` (instance ids) make
+    it renumber them 1, 2, 3 ..., and the names with them.
 
     Raises:
-        InputError: for values that are not whole numbers from 0.
+        InputError: if it holds more structures than fit.
     """
-    if array.dtype.kind == "f":
-        if not np.array_equal(array, np.round(array)):
-            raise InputError(
-                "labels must be whole numbers, got fractions; was the label map resampled with interpolation?"
-            )
-        array = array.astype(np.int64)
-    if array.dtype.kind not in "biu":
-        raise InputError(f"labels must be whole numbers, got {array.dtype}")
-    low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
-    if low < 0:
-        raise InputError(f"label values must be 0 or more, got {low}")
-    return np.ascontiguousarray(
-        array, dtype=np.uint8 if high < 256 else np.uint16 if high <= LARGEST_VALUE else np.int64
-    )
-
-
-def compact_values(array: NDArray, names: dict[int, str]) -> tuple[NDArray, dict[int, str]]:
-    """The layer with values 1, 2, 3 ... where they exceed ``LARGEST_VALUE`` (instance ids do), and the names moved
-    along.
-    """
-    if array.dtype != np.int64:
-        return array, names
+    high = int(array.max()) if array.size else 0
+    if high <= LARGEST_VALUE:
+        return np.ascontiguousarray(array, dtype=np.uint8 if high < 256 else np.uint16), names
     values, index = np.unique(array, return_inverse=True)
     if len(values) > LARGEST_VALUE:
         raise InputError(f"a label map must hold at most {LARGEST_VALUE} structures, got {len(values)}")
@@ -154,7 +170,7 @@ def clean_layer(
         spacing_zyx_mm: Voxel edges.
         rules: What to keep.
         instances: Whether every value is one object of the same category.
-        source: Name of the dataset: the category of instances, and a hint for names that say little.
+        source: Name of the data set: the category of instances, and a hint for names that say little.
         seed: Of the remembered points (the case's id).
 
     Returns:
@@ -163,7 +179,7 @@ def clean_layer(
     from scipy.ndimage import find_objects
 
     boxes = find_objects(array)
-    background = 1.0 - _labelled(array) / array.size
+    background = 1.0 - sum(int(np.count_nonzero(plane)) for plane in array) / array.size
     found: list[Structure] = []
     free = max([len(boxes), *names]) + 1
     if rules.split_sides and free + len(boxes) > np.iinfo(array.dtype).max:
@@ -171,77 +187,38 @@ def clean_layer(
     for value, box in enumerate(boxes, start=1):
         if box is None:
             continue
-        named = value in names
         name = names.get(value, f"label_{value}")
         category = categorise("" if instances else name, source)
         parts = {value: (name, category)}
-        mask = array[box] == value
-        pieces, sizes = _pieces(mask)
+        pieces, sizes = _pieces(array[box] == value)
         if rules.keep_components and len(sizes) > rules.keep_components:
-            _remove_small(array[box], pieces, sizes, rules.keep_components)
-        if (
-            rules.split_sides
-            and category.paired
-            and free <= LARGEST_VALUE
-            and (right := _right_half(pieces, sizes)) is not None
-        ):
+            gone = np.argsort(-sizes, kind="stable")[rules.keep_components :] + 1
+            array[box][np.isin(pieces, gone)] = 0
+        right = _right_half(pieces, sizes) if rules.split_sides and category.paired and free <= LARGEST_VALUE else None
+        if right is not None:
             array[box][right & (array[box] == value)] = free
-            parts = {
-                value: (f"{name} (left)", _on_side(category, "left")),
-                free: (f"{name} (right)", _on_side(category, "right")),
-            }
+            sides = {side: Category(f"{side} {category.name}", category.group, side) for side in ("left", "right")}
+            parts = {value: (f"{name} (left)", sides["left"]), free: (f"{name} (right)", sides["right"])}
             free += 1
+        unnamed = "" if value in names or instances else f"value {value} has no name in the source"
         for part, (called, kind) in parts.items():
-            reason = "" if named or instances else f"value {value} has no name in the source"
-            found.append(
-                _measured(array, box, part, called, kind, len(sizes), spacing_zyx_mm, rules, background, reason, seed)
-            )
+            region, voxels, points = _measured(array[box] == part, box, f"{seed}:{part}")
+            shape = [b - a for a, b in zip(*region, strict=True)]
+            reason = unnamed or rules.reason_to_drop(voxels, tuple(shape), spacing_zyx_mm, background)
+            found.append(Structure(part, called, kind, voxels, *region, len(sizes), reason, points))
     return array, found
 
 
 def _measured(
-    array: NDArray,
-    box: tuple[slice, ...],
-    value: int,
-    name: str,
-    category: Category,
-    components: int,
-    spacing: Triple,
-    rules: Rules,
-    background: float,
-    reason: str,
-    seed: str,
-) -> Structure:
-    mask = array[box] == value
-    corner = [s.start for s in box]
-    lines = [np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
-    start = [int(c + line[0]) for c, line in zip(corner, lines, strict=True)]
-    stop = [int(c + line[-1] + 1) for c, line in zip(corner, lines, strict=True)]
-    region = Region((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
-    voxels = int(np.count_nonzero(mask))
-    reason = reason or _verdict(voxels, region, spacing, rules, background)
-    digest = hashlib.sha256(f"{seed}:{value}".encode()).digest()
-    points = _random_points(mask, np.random.default_rng(int.from_bytes(digest[:8], "big"))) + np.array(corner)
-    return Structure(value, name, category, voxels, region, components, reason, points.tolist())
-
-
-def _verdict(voxels: int, region: Region, spacing: Triple, rules: Rules, background: float) -> str:
-    volume = voxels * float(np.prod(spacing))
-    side = min(n * s for n, s in zip(region.shape_zyx, spacing, strict=True))
-    if voxels < rules.min_voxels:
-        return f"{voxels} voxels, under {rules.min_voxels}"
-    if volume < rules.min_volume_mm3:
-        return f"{volume:.4g} mm3, under {rules.min_volume_mm3:g}"
-    if side < rules.min_side_mm:
-        return f"side of {side:.3g} mm, under {rules.min_side_mm:g}"
-    if background > rules.max_background:
-        return f"background is {100 * background:.2f} % of the case, over {100 * rules.max_background:g}"
-    return ""
-
-
-def _labelled(array: NDArray) -> int:
-    """Voxels that are not 0, slice by slice."""
-    return sum(int(np.count_nonzero(plane)) for plane in array)
+    mask: NDArray[np.bool_], box: tuple[slice, ...], seed: str
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], int, list[list[int]]]:
+    """The corners of the tight box of a mask that lies in ``box``, its voxels, and random points in it."""
+    corner = np.array([s.start for s in box])
+    tight = bounding_region(mask)
+    ends = [tuple(int(v) for v in corner + end) for end in (tight.start_zyx, tight.stop_zyx)]
+    digest = hashlib.sha256(seed.encode()).digest()
+    points = _random_points(mask, np.random.default_rng(int.from_bytes(digest[:8], "big"))) + corner
+    return (ends[0], ends[1]), int(np.count_nonzero(mask)), points.tolist()
 
 
 def _pieces(mask: NDArray) -> tuple[NDArray, NDArray]:
@@ -255,13 +232,6 @@ def _pieces(mask: NDArray) -> tuple[NDArray, NDArray]:
     return pieces, sizes[1:]
 
 
-def _remove_small(block: NDArray, pieces: NDArray, sizes: NDArray, keep: int) -> None:
-    largest = np.argsort(-sizes, kind="stable")[:keep] + 1
-    gone = np.ones(len(sizes) + 1, bool)
-    gone[[0, *largest]] = False
-    block[gone[pieces]] = 0
-
-
 def _right_half(pieces: NDArray, sizes: NDArray) -> NDArray | None:
     """The pieces on the right of a structure of two halves, or None where it has no two halves side by side.
 
@@ -273,25 +243,19 @@ def _right_half(pieces: NDArray, sizes: NDArray) -> NDArray | None:
     first, second = (np.argsort(-sizes, kind="stable")[:2] + 1).tolist()
     if sizes[second - 1] < _BOTH_SIDES * sizes[first - 1]:
         return None
-    profiles = np.zeros((len(sizes) + 1, pieces.shape[2]))
-    for x in range(pieces.shape[2]):
-        profiles[:, x] = np.bincount(pieces[:, :, x].ravel(), minlength=len(sizes) + 1)
+    profiles = np.stack(
+        [np.bincount(plane.ravel(), minlength=len(sizes) + 1) for plane in np.moveaxis(pieces, 2, 0)], 1
+    )
     centres = profiles @ np.arange(pieces.shape[2]) / np.maximum(profiles.sum(axis=1), 1)
     left, right = sorted((first, second), key=lambda piece: centres[piece])
     middle = (centres[left] + centres[right]) / 2
     cut = int(np.ceil(middle))
-    if (
-        profiles[left, :cut].sum() < _OWN_SIDE * sizes[left - 1]
-        or profiles[right, cut:].sum() < _OWN_SIDE * sizes[right - 1]
-    ):
+    own = profiles[left, :cut].sum() / sizes[left - 1], profiles[right, cut:].sum() / sizes[right - 1]
+    if min(own) < _OWN_SIDE:
         return None
     chosen = centres > middle
     chosen[0] = False
     return chosen[pieces]
-
-
-def _on_side(category: Category, side: str) -> Category:
-    return Category(f"{side} {category.name}", category.group, side)
 
 
 def _random_points(mask: NDArray, rng: np.random.Generator) -> NDArray[np.int64]:

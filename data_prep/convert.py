@@ -1,8 +1,6 @@
-"""One case from its source files to its arrays and its record in the corpus. Runs in a worker; knows nothing of other
-cases.
+"""From the source files of one case to its arrays and its record in the corpus; and doing so for many cases at once.
 
-The record (``records/SOURCE/CASE.json``) is written last: a case with a record is finished, and one without is done
-again. Read ``manifest.py`` next for what becomes of the records.
+The record (``records/SOURCE/CASE.json``) is written last: a case with a record is finished, one without is done again.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,18 +18,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.cases import RawArrays, RawCase, SourceFacts
-from data_prep.clean import Rules, Structure, clean_layer, compact_values, tidy_layer
+from data_prep.cases import Problem, RawArrays, RawCase, SourceFacts
+from data_prep.clean import Rules, Structure, clean_layer, compact_layer
 from data_prep.readers import load_case
 from samed3d.data.corpus import VERSION, image_path, labels_path
 from samed3d.data.storage import write_array
 from samed3d.errors import InputError
-from samed3d.geometry import CanonicalView, IntTriple, as_triple
+from samed3d.geometry import CanonicalView, IntTriple, Triple, as_triple
 from samed3d.output import write_text
 from samed3d.resample import resize_image, resize_labels, target_shape
-from samed3d.volume.label_maps import grid_difference
 
 _NO_MORE_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_CONNECT_SECONDS = "20s"
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Settings:
         spacing_mm: Resample to cubic voxels of this edge, or None for the native grid.
         max_side: Coarsen volumes with more voxels than this along an axis, or None.
         storage: ``"b2nd"`` or ``"npz"``.
-        repair_geometry: Mend images and labels whose grids disagree instead of refusing them.
+        repair_geometry: Repair images and labels whose grids disagree instead of refusing them.
         validation_share: Share of subjects in split "val".
     """
 
@@ -69,12 +66,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a task: ``error`` is empty for success; ``fatal`` means that no other case would fare better."""
+    """What became of a task: ``error`` is empty for success; ``fatal`` says that all further cases would fail too."""
 
     source: str
-    case: str
-    path: str
-    error: str = ""
+    problem: Problem | None = None
     fatal: bool = False
 
 
@@ -83,62 +78,156 @@ def record_path(folder: Path, source: str, case: str) -> Path:
     return folder / "records" / source / f"{case}.json"
 
 
-def convert(task: Task) -> Outcome:
-    """Do one case; never raises for what is wrong with its files."""
-    case = task.case
-    about = (case.source, case.id, case.first_path)
-    record_at = record_path(Path(task.corpus), case.source, case.id)
+def fingerprint(case: RawCase, settings: Settings, about: str = "") -> str:
+    """A hash of how the case is listed, the size and time of its files, the settings, and ``about``, the text of the
+    files that describe the source.
+    """
+    parts = [asdict(case), asdict(settings), about, *(entry for path in sorted(case.paths) for entry in _stats(path))]
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def input_bytes(case: RawCase) -> int:
+    """Size of the case's files on disk."""
+    return sum(size for path in case.paths for _, size, _ in _stats(path))
+
+
+def _stats(text: str) -> Iterator[tuple[str, int, int]]:
+    """(path, bytes, time) of a file or of the files in a folder; nothing for a text that is no path."""
     try:
-        record_at.unlink(missing_ok=True)  # of an older state of the files
-        with _collected_warnings() as notes:
-            raw = _load(case, task.settings)
-            store(task, raw, notes)
-        return Outcome(*about)
-    except InputError as error:  # of a write that failed, the cause tells whether any other would succeed
-        return Outcome(*about, error=str(error), fatal=getattr(error.__cause__, "errno", None) in _NO_MORE_WRITES)
+        entries = sorted(os.scandir(text), key=lambda e: e.name) if os.path.isdir(text) else [Path(text)]
+        for entry in entries:
+            about = entry.stat()
+            yield str(getattr(entry, "path", entry)), about.st_size, about.st_mtime_ns
+    except (OSError, ValueError):
+        return
+
+
+def run_tasks(tasks: list[Task], jobs: int, cluster: str | None = None) -> Iterator[Outcome]:
+    """Do tasks one after the other, in processes of this machine, or on a Dask cluster; outcomes in any order.
+
+    Args:
+        tasks: What to do.
+        jobs: Processes on this machine; 1 works in this one.
+        cluster: Address of a Dask scheduler, whose workers see the same files under the same paths; ``jobs`` is then
+            not used.
+
+    Raises:
+        InputError: if the cluster cannot be reached, or a worker process was killed.
+    """
+    if cluster:
+        yield from _on_cluster(tasks, cluster)
+    elif jobs == 1 or len(tasks) < 2:
+        yield from map(convert, tasks)
+    else:
+        yield from _in_processes(tasks, jobs)
+
+
+def _in_processes(tasks: list[Task], jobs: int) -> Iterator[Outcome]:
+    try:
+        from joblib import Parallel, delayed
+        from joblib.externals.loky.process_executor import TerminatedWorkerError
+    except ModuleNotFoundError as error:
+        raise InputError(
+            "more than one process needs joblib: pip install 'samed3d[corpus]', or give --jobs 1"
+        ) from error
+    # One case at a time to each process: a case takes seconds, and the progress bar moves with every one.
+    pool: Any = Parallel(
+        n_jobs=jobs, backend="loky", return_as="generator_unordered", batch_size=1, pre_dispatch="2*n_jobs"
+    )
+    try:
+        yield from pool(delayed(convert)(task) for task in tasks)
+    except TerminatedWorkerError as error:
+        raise InputError(
+            f"a worker process was killed, most likely for want of memory ({jobs} at once); give fewer --jobs. "
+            "Finished cases are kept"
+        ) from error
+
+
+def _on_cluster(tasks: list[Task], address: str) -> Iterator[Outcome]:
+    try:
+        from distributed import Client, as_completed
+    except ModuleNotFoundError as error:
+        raise InputError("--cluster needs Dask: pip install 'samed3d[cluster]'") from error
+    try:
+        client = Client(address, timeout=_CONNECT_SECONDS)
+    except (OSError, ValueError, TimeoutError) as error:
+        raise InputError(
+            f"--cluster cannot be reached: {address} ({error}); start one with dask scheduler and dask worker"
+        ) from error
+    with client:
+        waiting = {client.submit(convert, task, pure=False, retries=1): task.case for task in tasks}
+        for future in as_completed(list(waiting)):
+            case, failure = waiting.pop(future), future.exception()
+            failed = Outcome(case.source, Problem(case.id, f"cluster worker failed: {failure}"))
+            yield failed if failure else future.result()
+            future.release()
+
+
+def convert(task: Task) -> Outcome:
+    """Do one case; what is wrong with its files is in the outcome, and nothing is raised."""
+    case, notes, fatal = task.case, _Notes(), False
+    loggers = [logging.getLogger(name) for name in ("samed3d", "data_prep")]
+    for logger in loggers:
+        logger.addHandler(notes)
+    try:
+        record_path(Path(task.corpus), case.source, case.id).unlink(missing_ok=True)  # of an older state of the files
+        repair = task.settings.repair_geometry
+        if case.reader == "synthetic":
+            from data_prep.synthetic import SyntheticReader  # imports torch, which no other worker needs
+
+            raw = SyntheticReader().load(case, repair_geometry=repair)
+        else:
+            raw = load_case(case, repair_geometry=repair)
+        store(task, raw, notes.lines)
+        return Outcome(case.source)
+    except InputError as error:
+        reason = str(error)
+        fatal = getattr(error.__cause__, "errno", None) in _NO_MORE_WRITES
     except MemoryError:
-        return Outcome(*about, error="not enough memory for this volume; use fewer --jobs")
+        reason = "not enough memory for this volume; use fewer --jobs"
     except Exception as error:  # one bad case must not stop the others, whatever is wrong with it
-        return Outcome(*about, error=f"cannot be prepared ({type(error).__name__}: {error})")
+        reason = f"cannot be prepared ({type(error).__name__}: {error})"
+    finally:
+        for logger in loggers:
+            logger.removeHandler(notes)
+    return Outcome(case.source, Problem(case.first_path, reason), fatal)
 
 
-def _load(case: RawCase, settings: Settings) -> RawArrays:
-    if case.reader == "synthetic":
-        from data_prep.synthetic import SyntheticReader  # imports torch, which no other worker needs
+class _Notes(logging.Handler):
+    """Collects warnings of the readers for the record: nobody sees the log of a worker."""
 
-        return SyntheticReader().load(case, repair_geometry=settings.repair_geometry)
-    return load_case(case, repair_geometry=settings.repair_geometry)
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
 
 
 def store(task: Task, raw: RawArrays, notes: list[str]) -> None:
     """Clean and write the arrays of a case (which are used up), then its record.
 
     Raises:
-        InputError: if there is no structure, or images and labels do not share one grid.
+        InputError: if there is no structure.
     """
     settings, case, folder = task.settings, task.case, Path(task.corpus)
     view = CanonicalView.of(raw.grid)
     shape = target_shape(view.shape_zyx, view.spacing_zyx_mm, settings.spacing_mm, settings.max_side)
     spacing = as_triple([s * n / m for s, n, m in zip(view.spacing_zyx_mm, view.shape_zyx, shape, strict=True)])
-    _check_grids(raw, settings)
-    layers, structures = _labels(raw, view, shape, spacing, task)
+    layers, structures = _clean(raw, view, shape, spacing, task)
+    key, several = f"{case.source}/{case.id}", len(raw.images) > 1
     kept = any(not s.reason for _, s in structures)
-    key = f"{case.source}/{case.id}"
-    images: list[dict[str, Any]] = []
-    several = len(raw.images) > 1
+    images: list[dict[str, str]] = []
     while kept and raw.images:
-        number = len(images)
+        suffix = f"_{len(images):04d}" if several else ""
         channel, volume = raw.images.pop(0)  # freed as soon as it is written
         array = compact_image(view.to_canonical(volume.array))
         content = content_hash(array)
         array = resize_image(array, shape)
-        suffix = f"_{number:04d}" if several else ""
         write_array(image_path(folder, key, suffix, settings.storage), array)
         images.append({"channel": suffix, "modality": channel, "dtype": str(array.dtype), "content_hash": content})
     if kept:
-        write_array(
-            labels_path(folder, key, settings.storage), np.stack(layers) if len(layers) > 1 else layers[0][None]
-        )
+        write_array(labels_path(folder, key, settings.storage), layers)
     record = {
         "version": VERSION,
         "fingerprint": task.fingerprint,
@@ -152,7 +241,7 @@ def store(task: Task, raw: RawArrays, notes: list[str]) -> None:
         "layers": len(layers),
         "stored": kept,
         "images": images,
-        "labels": [_label_entry(layer, s, float(np.prod(spacing))) for layer, s in structures],
+        "labels": [{"layer": layer, **s.to_json(float(np.prod(spacing)))} for layer, s in structures],
         "notes": notes,
     }
     at = record_path(folder, case.source, case.id)
@@ -160,49 +249,28 @@ def store(task: Task, raw: RawArrays, notes: list[str]) -> None:
     write_text(at, json.dumps(record, separators=(",", ":")))
 
 
-def _labels(
-    raw: RawArrays, view: CanonicalView, shape: IntTriple, spacing: tuple[float, float, float], task: Task
-) -> tuple[list[NDArray], list[tuple[int, Structure]]]:
-    """The cleaned layers in one type, and (layer, structure) of all that is in them."""
+def _clean(
+    raw: RawArrays, view: CanonicalView, shape: IntTriple, spacing: Triple, task: Task
+) -> tuple[NDArray, list[tuple[int, Structure]]]:
+    """The cleaned layers as one (layers, D, H, W) array, and (layer, structure) of all that is in them."""
     layers, structures = [], []
-    for number in range(len(raw.layers)):
-        layer = raw.layers[number]
-        array, names = compact_values(tidy_layer(view.to_canonical(layer.array)), dict(layer.names))
-        raw.layers[number].array = np.empty(0)  # the reader's copy is not needed any more
-        array = np.ascontiguousarray(resize_labels(array, shape))
-        instances = task.facts.label_kind == "instance"
-        seed = f"{task.case.source}/{task.case.id}/{number}"
-        rules = task.settings.rules
+    for number, layer in enumerate(raw.layers):
+        array, names = compact_layer(view.to_canonical(layer.array), layer.names)
+        layer.array = np.empty(0)  # the reader's copy is not needed any more
         array, found = clean_layer(
-            array, names, spacing, rules, instances=instances, source=task.case.source, seed=seed
+            np.ascontiguousarray(resize_labels(array, shape)),
+            names,
+            spacing,
+            task.settings.rules,
+            instances=task.facts.label_kind == "instance",
+            source=task.case.source,
+            seed=f"{task.case.source}/{task.case.id}/{number}",
         )
         layers.append(array)
         structures += [(number, s) for s in found]
     if not structures:
         raise InputError(f"label is empty: no structure in {task.case.first_path}; leave the case out")
-    widest = np.result_type(*[a.dtype for a in layers])
-    return [a.astype(widest, copy=False) for a in layers], structures
-
-
-def _check_grids(raw: RawArrays, settings: Settings) -> None:
-    """Images and labels must be of one shape and place; a reader repairs what may be repaired, this is the last
-    look.
-    """
-    for layer in raw.layers:
-        if layer.array.shape != raw.grid.shape_zyx:
-            raise InputError(
-                f"image and label must have one shape, got {raw.grid.shape_zyx} and {layer.array.shape} (zyx)"
-            )
-    for _, volume in raw.images:
-        if volume.array.shape != raw.grid.shape_zyx:
-            raise InputError(
-                f"image must have the label's shape {raw.grid.shape_zyx}, got {volume.array.shape} (zyx): {volume.source}"
-            )
-        difference = grid_difference(raw.grid, volume.grid)
-        if difference and not settings.repair_geometry:
-            raise InputError(
-                f"image and label must share one grid: {difference}: {volume.source}; use --repair-geometry"
-            )
+    return np.stack(layers) if len(layers) > 1 else layers[0][None], structures
 
 
 def compact_image(array: NDArray) -> NDArray:
@@ -227,70 +295,3 @@ def content_hash(array: NDArray) -> str:
     for plane in array:
         digest.update(np.ascontiguousarray(plane, dtype=kind).data)
     return digest.hexdigest()
-
-
-def fingerprint(case: RawCase, settings: Settings, about: str = "") -> str:
-    """Changes with the case's files (size, time), how it is listed, the settings, and ``about``, what the source says
-    of itself.
-    """
-    parts: list[Any] = [asdict(case), asdict(settings), about]
-    for text in sorted(case.paths):
-        parts += [(name, size, time) for name, size, time in _stats(text)]
-    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def input_bytes(case: RawCase) -> int:
-    """Size of the case's files on disk."""
-    return sum(size for text in case.paths for _, size, _ in _stats(text))
-
-
-def _stats(text: str) -> Iterator[tuple[str, int, int]]:
-    """(path, bytes, time) of a file or of the files in a folder; nothing for a text that is no path."""
-    try:
-        about = os.stat(text)
-        if os.path.isdir(text):
-            for entry in sorted(os.scandir(text), key=lambda e: e.name):
-                inside = entry.stat()
-                yield entry.path, inside.st_size, inside.st_mtime_ns
-        else:
-            yield text, about.st_size, about.st_mtime_ns
-    except (OSError, ValueError):
-        return
-
-
-def _label_entry(layer: int, s: Structure, voxel_mm3: float) -> dict[str, Any]:
-    return {
-        "layer": layer,
-        "value": s.value,
-        "name": s.name,
-        "category": s.category.name,
-        "anatomy": s.category.group,
-        "side": s.category.side,
-        "voxels": s.voxels,
-        "mm3": round(s.voxels * voxel_mm3, 3),
-        "start_zyx": s.region.start_zyx,
-        "stop_zyx": s.region.stop_zyx,
-        "components": s.components,
-        "reason": s.reason,
-        "points": s.points,
-    }
-
-
-@contextmanager
-def _collected_warnings() -> Iterator[list[str]]:
-    """What the readers warn of while they load: it belongs into the record, and on a worker nobody sees it."""
-    notes: list[str] = []
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            notes.append(record.getMessage())
-
-    collector = Collector(logging.WARNING)
-    loggers = [logging.getLogger(name) for name in ("samed3d", "data_prep")]
-    for logger in loggers:
-        logger.addHandler(collector)
-    try:
-        yield notes
-    finally:
-        for logger in loggers:
-            logger.removeHandler(collector)

@@ -1,7 +1,6 @@
 """The tables of a corpus, made of the records of its cases: same records, same tables, byte for byte.
 
-Here, where all cases are seen together, splits are drawn by subject and images that two sources share are found. Read
-``samed3d/data/corpus.py`` for what the tables hold.
+Here, where all cases are seen together, splits are drawn by subject and images that two sources share are found.
 """
 
 from __future__ import annotations
@@ -36,30 +35,33 @@ def write_manifest(folder: Path, settings: dict[str, Any], problems: list[tuple[
     Returns:
         The counts, as in ``corpus.json``.
     """
-    records = read_records(folder)
-    sources = {
-        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(folder.glob("records/*/source.json"))
-    }
+    records = [_read(path) for path in sorted(folder.glob("records/*/*.json")) if path.name != "source.json"]
+    sources = {path.parent.name: _read(path) for path in sorted(folder.glob("records/*/source.json"))}
     groups, splits = draw_splits(records, settings["validation_share"])
-    twins = duplicates(records)
-    cases = [row for r in records for row in _case_rows(r, groups, splits, twins, sources)]
-    labels = [(row, entry["points"]) for r in records for row, entry in _label_rows(r, splits, sources)]
+    twins = _duplicates(records)
+    cases, labels, points = [], [], []
+    for r in records:
+        facts = sources.get(r["source"], {})
+        shared = {key: r[key] for key in ("case", "source", "subject")}
+        shared |= {"split": splits[r["case"]], "licence": facts.get("licence", "")}
+        modality = r["modality"] or facts.get("modality", "")
+        cases += _case_rows(r, facts, shared | {"split_group": groups[r["subject"]]}, twins)
+        for entry in r["labels"]:
+            start, stop = (zip(("z", "y", "x"), entry[end], strict=True) for end in ("start_zyx", "stop_zyx"))
+            corners = {f"{axis}0": n for axis, n in start} | {f"{axis}1": n for axis, n in stop}
+            labels.append({**shared, **entry, **corners, "modality": modality, "kept": int(not entry["reason"])})
+            points.append(entry["points"])
     _write_table(folder / "cases.csv", CASE_COLUMNS, cases)
-    _write_table(folder / "labels.csv", LABEL_COLUMNS, [row for row, _ in labels])
-    _write_table(
-        folder / "problems.csv",
-        PROBLEM_COLUMNS,
-        [{"source": s, "path": p.path, "reason": p.reason} for s, p in sorted(problems, key=str)],
-    )
-    points = np.array([p for _, p in labels], dtype=np.uint16).reshape(-1, POINTS, 3)
+    _write_table(folder / "labels.csv", LABEL_COLUMNS, labels)
+    rows = [{"source": s, "path": p.path, "reason": p.reason} for s, p in sorted(problems, key=str)]
+    _write_table(folder / "problems.csv", PROBLEM_COLUMNS, rows)
     with replacing(folder / "points.npy") as partial:
-        np.save(partial, points)
+        np.save(partial, np.array(points, dtype=np.uint16).reshape(-1, POINTS, 3))
     counts = {
         "cases": len(records),
         "images": sum(row["has_image"] for row in cases),
-        "masks": sum(row["kept"] for row, _ in labels),
-        "masks_dropped": sum(not row["kept"] for row, _ in labels),
+        "masks": sum(row["kept"] for row in labels),
+        "masks_dropped": sum(not row["kept"] for row in labels),
         "subjects": len({(r["source"], r["subject"]) for r in records}),
         "duplicate_images": len(twins),
         "problems": len(problems),
@@ -67,12 +69,6 @@ def write_manifest(folder: Path, settings: dict[str, Any], problems: list[tuple[
     body = {"version": VERSION, "settings": settings, "counts": counts, "sources": sources}
     write_text(folder / "corpus.json", json.dumps(body, indent=1, ensure_ascii=False) + "\n")
     return counts
-
-
-def read_records(folder: Path) -> list[Record]:
-    """Every finished case, by name."""
-    paths = sorted(p for p in folder.glob("records/*/*.json") if p.name not in ("source.json",))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def read_problems(folder: Path) -> list[tuple[str, Problem]]:
@@ -86,7 +82,7 @@ def read_problems(folder: Path) -> list[tuple[str, Problem]]:
 
 
 def draw_splits(records: list[Record], validation_share: float) -> tuple[dict[str, str], dict[str, str]]:
-    """Who stands on which side.
+    """Assign every case to training, validation or test.
 
     A subject is on one side with all its cases, in whatever source; so are subjects that share an image. A split that
     the source prescribes as "test" holds for all cases of the subject in that source, and for copies of its images
@@ -122,7 +118,7 @@ def draw_splits(records: list[Record], validation_share: float) -> tuple[dict[st
     return groups, splits
 
 
-def duplicates(records: list[Record]) -> dict[str, str]:
+def _duplicates(records: list[Record]) -> dict[str, str]:
     """Image id to the id of the first image with the same voxels, for every image that is not the first."""
     twins = {}
     for members in _by_hash(records).values():
@@ -144,77 +140,38 @@ def _image_id(record: Record, channel: str) -> str:
     return record["case"].replace("/", ".", 1) + channel
 
 
-def _case_rows(
-    r: Record, groups: dict[str, str], splits: dict[str, str], twins: dict[str, str], sources: dict[str, dict[str, Any]]
-) -> Iterable[Record]:
-    facts = sources.get(r["source"], {})
-    shape, spacing = r["shape_zyx"], r["spacing_zyx_mm"]
+def _case_rows(r: Record, facts: dict[str, Any], shared: Record, twins: dict[str, str]) -> Iterable[Record]:
     kept = sum(not entry["reason"] for entry in r["labels"])
-    for image in r["images"] or [None]:
-        channel = image["channel"] if image else ""
+    for image in r["images"] or [{}]:
+        channel = image.get("channel", "")
+        own = image.get("modality", "")
         name = _image_id(r, channel)
-        modality = image["modality"] if channel else r["modality"] or (image["modality"] if image else "")
         yield {
+            **shared,
             "id": name,
-            "case": r["case"],
-            "source": r["source"],
-            "subject": r["subject"],
-            "split_group": groups[r["subject"]],
-            "split": splits[r["case"]],
-            "modality": modality or facts.get("modality", ""),
+            "modality": (own if channel else r["modality"] or own) or facts.get("modality", ""),
             "channel": channel,
-            **dict(zip(("depth", "height", "width"), shape, strict=True)),
-            **{f"spacing_{axis}_mm": f"{s:.6g}" for axis, s in zip("zyx", spacing, strict=True)},
-            "dtype": image["dtype"] if image else "",
-            "has_image": int(image is not None),
+            **dict(zip(("depth", "height", "width"), r["shape_zyx"], strict=True)),
+            **{f"spacing_{axis}_mm": f"{s:.6g}" for axis, s in zip("zyx", r["spacing_zyx_mm"], strict=True)},
+            "dtype": image.get("dtype", ""),
+            "has_image": int(bool(image)),
             "stored": int(r["stored"]),
             "layers": r["layers"],
             "kept": kept,
             "dropped": len(r["labels"]) - kept,
-            "licence": facts.get("licence", ""),
             "licence_flag": facts.get("licence_flag", ""),
-            "content_hash": image["content_hash"] if image else "",
+            "content_hash": image.get("content_hash", ""),
             "duplicate_of": twins.get(name, ""),
         }
 
 
-def _label_rows(
-    r: Record, splits: dict[str, str], sources: dict[str, dict[str, Any]]
-) -> Iterable[tuple[Record, Record]]:
-    facts = sources.get(r["source"], {})
-    for entry in r["labels"]:
-        row = {
-            "case": r["case"],
-            "source": r["source"],
-            "subject": r["subject"],
-            "split": splits[r["case"]],
-            "modality": r["modality"] or facts.get("modality", ""),
-            **{
-                name: entry[name]
-                for name in (
-                    "layer",
-                    "value",
-                    "name",
-                    "category",
-                    "anatomy",
-                    "side",
-                    "voxels",
-                    "mm3",
-                    "components",
-                    "reason",
-                )
-            },
-            **dict(zip(("z0", "y0", "x0"), entry["start_zyx"], strict=True)),
-            **dict(zip(("z1", "y1", "x1"), entry["stop_zyx"], strict=True)),
-            "kept": int(not entry["reason"]),
-            "licence": facts.get("licence", ""),
-        }
-        yield row, entry
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _write_table(path: Path, columns: Sequence[str], rows: list[Record]) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())

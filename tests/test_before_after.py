@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from data_prep.cached import cached_corpus
+from data_prep.pipeline import cached_corpus
 from samed3d.data.corpus import Corpus
 from samed3d.models.weights import find_checkpoint, read_header
 from samed3d.training.before_after import Score, choose_targets, compare, to_markdown

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_prep.categories import GROUPS, categorise, modality_family
-from data_prep.clean import Rules, clean_layer, compact_values, rules_from, tidy_layer
+from data_prep.clean import Rules, clean_layer, compact_layer, rules_from
 from samed3d.data.corpus import POINTS
 from samed3d.errors import InputError
 
@@ -54,7 +54,7 @@ def test_the_measures_of_a_mask():
     array = block((30, 30, 30), (3, slice(4, 9), slice(10, 20), slice(2, 5)))
     _, [found] = clean_layer(array, {3: "spleen"}, MM, ALL)
     assert (found.voxels, found.components) == (150, 1)
-    assert (found.region.start_zyx, found.region.stop_zyx) == ((4, 10, 2), (9, 20, 5))
+    assert (found.start_zyx, found.stop_zyx) == ((4, 10, 2), (9, 20, 5))
     points = np.array(found.points)
     assert (
         points.shape == (POINTS, 3)
@@ -126,16 +126,8 @@ def test_instances_share_the_category_of_their_source():
     assert {(f.category.name, f.category.group, f.reason) for f in found} == {("plantseg nuclei", "cell", "")}
 
 
-def test_label_values_that_are_no_labels_are_refused():
-    with pytest.raises(InputError, match="whole numbers, got fractions"):
-        tidy_layer(np.full((2, 2, 2), 0.5, np.float32))
-    with pytest.raises(InputError, match="0 or more, got -1"):
-        tidy_layer(np.array([[[-1, 2]]]))
-    assert tidy_layer(np.array([[[0.0, 3.0]]])).dtype == np.uint8
-
-
 def test_large_instance_ids_are_compacted_with_their_names():
-    array, names = compact_values(tidy_layer(np.array([[[0, 70000, 5, 70000]]])), {5: "five", 70000: "big"})
+    array, names = compact_layer(np.array([[[0, 70000, 5, 70000]]]), {5: "five", 70000: "big"})
     assert array.ravel().tolist() == [0, 2, 1, 2] and names == {1: "five", 2: "big"} and array.dtype == np.uint16
 
 

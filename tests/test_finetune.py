@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.cached import cached_corpus
+from data_prep.pipeline import cached_corpus
 from samed3d.cli import main
 from samed3d.cli.train import _weights_of
 from samed3d.config import TrainConfig, load_config

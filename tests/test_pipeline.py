@@ -203,7 +203,7 @@ def test_a_dask_cluster_of_two_workers_gives_the_same_bytes(tmp_path):
 
 def test_a_cluster_that_is_not_there_is_said(tmp_path, monkeypatch):
     pytest.importorskip("distributed")
-    monkeypatch.setattr("data_prep.workers._CONNECT_SECONDS", "200ms")
+    monkeypatch.setattr("data_prep.convert._CONNECT_SECONDS", "200ms")
     with pytest.raises(InputError, match=r"--cluster cannot be reached: tcp://127\.0\.0\.1:9"):
         prepare([make_source(tmp_path / "s", cases=1)], tmp_path / "out", LENIENT, cluster="tcp://127.0.0.1:9")
 
@@ -424,7 +424,7 @@ class EndsItsProcess:
 
 
 def test_a_worker_that_is_killed_is_explained():
-    from data_prep.workers import run_tasks
+    from data_prep.convert import run_tasks
 
     with pytest.raises(
         InputError,

@@ -160,7 +160,7 @@ def _finetune(
     if not resume:
         check_output(folder)
     load_base(base)  # a wrong name is said before the data are prepared
-    from data_prep.cached import cached_corpus
+    from data_prep.pipeline import cached_corpus
 
     shown = not quiet and sys.stderr.isatty()
     corpora, others = (
