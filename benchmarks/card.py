@@ -1,14 +1,11 @@
-"""The measured part of the default checkpoint's card: its tables and its pictures, from saved runs of ``samed3d
-evaluate`` alone.
+"""Tables and pictures of the default checkpoint's card, from saved runs of ``samed3d evaluate``.
 
     python benchmarks/card.py --clicks out/clicks --box out/box --controls out/controls
     python benchmarks/card.py --page
 
-The card itself names the commands that made the three folders. Writes ``benchmarks/results/default_evaluation.json``,
-the blocks of
-``checkpoints/README.md`` that begin with ``<!-- measured: NAME -->``, and ``docs/images/default_typical.png`` and
-``default_worst.png``, for which the saved prompts are given to the model again. ``--page`` makes the blocks from the
-JSON that is there.
+The card names the commands that made the three folders. Writes ``benchmarks/results/default_evaluation.json``, the
+measured blocks of ``checkpoints/README.md``, and ``docs/images/default_typical.png`` and ``default_worst.png``, for
+which the model gets the saved prompts again. ``--page`` makes the blocks from the JSON that is there.
 """
 
 from __future__ import annotations
@@ -17,8 +14,6 @@ import argparse
 import io
 import json
 import math
-import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -28,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from result_tables import Body, table, with_interval  # noqa: E402
+from tables import Body, replace_blocks, table, with_interval  # noqa: E402
 
 from samed3d.evaluation.pictures import case_png  # noqa: E402
 from samed3d.evaluation.replay import ReplayCache, replay  # noqa: E402
@@ -47,6 +42,7 @@ from samed3d.evaluation.results import (  # noqa: E402
 )
 from samed3d.evaluation.statistics import FALL, Estimate, click_curve, estimate  # noqa: E402
 from samed3d.metrics import dice  # noqa: E402
+from samed3d.output import write_bytes, write_json, write_text  # noqa: E402
 
 CARD, RESULT = ROOT / "checkpoints/README.md", ROOT / "benchmarks/results/default_evaluation.json"
 IMAGES = ROOT / "docs/images"
@@ -55,7 +51,6 @@ AIMS = {"unseen subject": (0.75, None, 0.85, 0.88), "held-out source": (0.55, No
 BOX_AIM = 0.78
 SHOWN = 5
 """Data sets in each picture."""
-_MARK = re.compile(r"<!-- measured: (\w+) -->\n.*?<!-- end -->", flags=re.DOTALL)
 
 
 def main() -> None:
@@ -63,9 +58,9 @@ def main() -> None:
     options = _options()
     if not options.page:
         runs = {name: read_run(getattr(options, name)) for name in ("clicks", "box", "controls")}
-        write(RESULT, json.dumps(body_of(runs), indent=1) + "\n")
+        write_json(RESULT, body_of(runs))
         draw(runs["clicks"])
-    write(CARD, card_with_blocks(CARD.read_text(encoding="utf-8"), json.loads(RESULT.read_text(encoding="utf-8"))))
+    write_text(CARD, card_with_blocks(CARD.read_text(encoding="utf-8"), json.loads(RESULT.read_text(encoding="utf-8"))))
 
 
 def _options() -> argparse.Namespace:
@@ -179,17 +174,8 @@ def behaviour(rows: Sequence[Row]) -> Body:
 
 
 def card_with_blocks(card: str, body: Body) -> str:
-    """The card with each block made anew.
-
-    Raises:
-        ValueError: if it asks for a block that nobody makes, or lacks one.
-    """
-    asked = _MARK.findall(card)
-    if sorted(asked) != sorted(BLOCKS):
-        raise ValueError(
-            f"the card must hold each block once: {', '.join(sorted(BLOCKS))}; it holds {', '.join(sorted(asked))}"
-        )
-    return _MARK.sub(lambda found: f"<!-- measured: {found[1]} -->\n{BLOCKS[found[1]](body)}\n<!-- end -->", card)
+    """The card with each block made anew."""
+    return replace_blocks(card, BLOCKS, lambda name: BLOCKS[name](body))
 
 
 def aims_block(body: Body) -> str:
@@ -279,13 +265,6 @@ def _origin(body: Body, *names: str) -> str:
     return f"*{commands}; revision {revisions}; {about['processor']}, {about['cores']} cores, torch {about['torch']}.*"
 
 
-def write(path: Path, text: str) -> None:
-    """The whole file or nothing."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 # Pictures
 
 
@@ -298,10 +277,7 @@ def draw(run: SavedRun) -> None:
     worst = sorted((min(rows, key=lambda row: row["last"]) for rows in by_source.values()), key=lambda row: row["last"])
     lines = {prompt_key(line): line for line in run.prompt_lines()}
     for name, chosen in (("typical", typical), ("worst", worst[:SHOWN])):
-        picture = _sheet(chosen, lines)
-        partial = IMAGES / f".default_{name}.part"
-        partial.write_bytes(picture)
-        os.replace(partial, IMAGES / f"default_{name}.png")
+        write_bytes(IMAGES / f"default_{name}.png", _sheet(chosen, lines))
 
 
 def _nearest(rows: Sequence[Row], value: float) -> Row:

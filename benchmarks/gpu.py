@@ -1,5 +1,4 @@
-"""Measure the models on a GPU: a click's time, training throughput, peak memory. Prints one JSON and writes it to a
-file.
+"""Measure the models on a GPU: a click's time, training throughput, peak memory.
 
     python benchmarks/gpu.py --out benchmarks/results/gpu.json
 
@@ -21,8 +20,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.latency import default_model, describe_machine, one_click, random_crop, write_result  # noqa: E402
-from benchmarks.train import PUBLISHED, sam_med3d  # noqa: E402
+from benchmarks.collect import describe_machine, write_result  # noqa: E402
+from benchmarks.latency import default_model, one_click, random_crop, sam_med3d  # noqa: E402
+from benchmarks.train import PUBLISHED  # noqa: E402
 from samed3d.config import ClickConfig, LossConfig, OptimConfig  # noqa: E402
 from samed3d.models import create_model  # noqa: E402
 from samed3d.models.base import PromptableModel, PromptBatch  # noqa: E402
@@ -97,7 +97,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("no GPU that torch can use")
     result: dict[str, Any] = {
-        "machine": describe_machine() | {"gpu": torch.cuda.get_device_name()},
+        "machine": describe_machine(),
         "clicks": {},
         "training": {},
     }
@@ -105,7 +105,7 @@ def main() -> None:
     result["default"] = weights
     models = {
         "default": default,
-        "sam_med3d_b": sam_med3d(True, False).eval(),
+        "sam_med3d_b": sam_med3d(),
         "samed3d_base": create_model("samed3d_base").eval(),
     }
     for name, model in models.items():

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import multiprocessing
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -34,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.collect import describe_machine, write_result  # noqa: E402
 from samed3d.crops import image_channels  # noqa: E402
 from samed3d.errors import InputError  # noqa: E402
 from samed3d.inference.predictor import computes_bf16  # noqa: E402
@@ -81,10 +80,10 @@ def one_click(edge: int = EDGE) -> PromptBatch:
     return PromptBatch(torch.full((1, 1, 3), edge / 2), torch.ones(1, 1, dtype=torch.int64))
 
 
-def sam_med3d() -> PromptableModel:
-    """The released architecture with seeded weights whose relative positions are not zero."""
+def sam_med3d(**overrides: Any) -> PromptableModel:
+    """The released architecture with seeded weights; its relative positions are not zero, as they are at first."""
     torch.manual_seed(0)
-    model = create_model("sam_med3d_b").eval()
+    model = create_model("sam_med3d_b", **overrides).eval()
     for name, parameter in model.named_parameters():
         if "rel_pos" in name or "pos_embed" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -209,26 +208,6 @@ def measure_shell(repeats: int) -> dict[str, Any]:
         "point_ijk": CT_POINT_IJK,
         **{name: statistics.median(values) for name, values in seconds.items()},
     }
-
-
-def describe_machine() -> dict[str, Any]:
-    """What the times depend on."""
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Print a result as JSON and keep it."""
-    text = json.dumps(result, indent=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n")
-    print(text)
 
 
 def main() -> None:

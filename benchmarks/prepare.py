@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -30,6 +29,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.collect import describe_machine, write_result  # noqa: E402
 from data_prep.clean import rules_from  # noqa: E402
 from data_prep.convert import Settings  # noqa: E402
 from data_prep.pipeline import prepare  # noqa: E402
@@ -247,7 +247,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        result = {"machine": platform.processor() or platform.machine(), "processors": os.cpu_count()}
+        result = {"machine": describe_machine()}
         result["preparation"] = compare_preparation(options.data, options.sets, place)
         large = large_case(place / "large")
         result["memory"] = measure_memory(large, place / "large_corpus")
@@ -257,10 +257,7 @@ def main() -> None:
             prepare([real], place / "real", Settings(rules_from("lenient", [])))
             result["crops_of_512x512x78"] = measure_crops(place / "real", real)
         result["manifest"] = measure_manifest(place)
-    text = json.dumps(rounded(result), indent=1)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    write_result(options.out, rounded(result))
 
 
 if __name__ == "__main__":

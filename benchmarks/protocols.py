@@ -1,17 +1,16 @@
-"""Every protocol on every kind of method in one command, timed: the default checkpoint, SAM-Med3D's architecture
-with random weights, all baselines and the control without a prompt.
+"""Evaluate every protocol on every kind of method in one command, and time it.
 
-    python benchmarks/protocols.py --data DATA --out protocols.json            # one structure of one image of each data
-    set python benchmarks/protocols.py --data DATA --out protocols.json --quick    # small images of six data sets
+    python benchmarks/protocols.py --data DATA --out protocols.json            # one structure of one image per data set
+    python benchmarks/protocols.py --data DATA --out protocols.json --quick    # small images of six data sets
 
-The folder of ``samed3d evaluate``, with its ``report.html``, stays in ``--folder``; a run that was stopped goes on, and
-then its times are those of the last part alone and are not written.
+Methods: the default checkpoint, SAM-Med3D's architecture with random weights, all baselines and the control without a
+prompt. The results folder with its ``report.html`` stays in ``--folder``. A run that was stopped resumes; its times are
+then those of the last part alone and are not written.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import subprocess
@@ -25,9 +24,10 @@ sys.path.insert(0, str(ROOT))
 
 from samed3d.evaluation.results import PromptStrategy, by_model, read_run, untrained  # noqa: E402
 from samed3d.evaluation.statistics import click_curve  # noqa: E402
+from samed3d.output import write_json  # noqa: E402
 
 MODELS = ("default", "sam_med3d_b", "no_prompt:default", "baselines")
-WAYS = ("--protocol", "all", "--policy", "centre", "--prompt", "click", "--prompt", "box", "--clicks", "1,3,5")
+STRATEGIES = ("--protocol", "all", "--policy", "centre", "--prompt", "click", "--prompt", "box", "--clicks", "1,3,5")
 LIMITS = ("--limit", "1", "--labels-per-case", "1")
 
 
@@ -45,16 +45,8 @@ def main() -> None:
         parser.error(f"--folder holds finished results, which leave nothing to time: {options.folder}")
     models = [argument for name in MODELS for argument in ("--model", name)]
     limits = ["--quick"] if options.quick else list(LIMITS)
-    arguments = [
-        "evaluate",
-        "--data",
-        str(options.data),
-        *models,
-        *WAYS,
-        *limits,
-        "--processes",
-        str(options.processes),
-    ]
+    arguments = ["evaluate", "--data", str(options.data), *models, *STRATEGIES, *limits]
+    arguments += ["--processes", str(options.processes)]
     began = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "samed3d", *arguments, "-o", str(options.folder), "--quiet"], cwd=ROOT, check=True
@@ -64,38 +56,28 @@ def main() -> None:
     if not begun:
         body |= {"wall_s": round(wall, 1), "processor_s": round(spent.ru_utime + spent.ru_stime, 1)}
     body["rows"] = rows_of(options.folder)
-    partial = options.out.with_name(f".{options.out.name}.part")
-    partial.write_text(json.dumps(body, indent=1) + "\n")
-    os.replace(partial, options.out)
+    write_json(options.out, body)
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """One entry per protocol, first prompt and model: what was measured, and Dice after the first and the last
-    prompt.
-    """
+    """One entry per protocol, first prompt and model: Dice after the first and the last prompt."""
     run = read_run(folder)
     return [
-        entry for strategy in run.strategies for entry in _entries_of(strategy, by_model(untrained(run.of(strategy))))
+        entry_of(strategy, model, rows)
+        for strategy in run.strategies
+        for model, rows in by_model(untrained(run.of(strategy))).items()
     ]
 
 
-def _entries_of(strategy: PromptStrategy, models: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    found = []
-    for model, rows in models.items():
-        curve = click_curve(rows)
-        clicks = sorted(curve)
-        entry: dict[str, Any] = {
-            "protocol": strategy.protocol,
-            "prompt": strategy.prompt,
-            "model": model,
-            "subjects": curve[clicks[0]].subjects,
-        }
-        entry["structures"] = len({(row["source"], row["case"], row["label"]) for row in rows})
-        for name, click in (("first", clicks[0]), ("last", clicks[-1])):
-            ends = [round(curve[click].low, 4), round(curve[click].high, 4)]
-            entry[name] = {"click": click, "mean": round(curve[click].mean, 4), "interval": ends}
-        found.append(entry)
-    return found
+def entry_of(strategy: PromptStrategy, model: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    curve = click_curve(rows)
+    entry: dict[str, Any] = {"protocol": strategy.protocol, "prompt": strategy.prompt, "model": model}
+    entry["subjects"] = curve[min(curve)].subjects
+    entry["structures"] = len({(row["source"], row["case"], row["label"]) for row in rows})
+    for name, click in (("first", min(curve)), ("last", max(curve))):
+        ends = [round(curve[click].low, 4), round(curve[click].high, 4)]
+        entry[name] = {"click": click, "mean": round(curve[click].mean, 4), "interval": ends}
+    return entry
 
 
 if __name__ == "__main__":

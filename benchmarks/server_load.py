@@ -1,5 +1,4 @@
-"""Measure the server under load: many clients clicking at once, then many sessions opened and deleted. Prints one JSON
-and writes it.
+"""Measure the server under load: many clients that click at once, then many sessions opened and deleted.
 
     python benchmarks/server_load.py --out benchmarks/results/server_load.json
 
@@ -11,9 +10,6 @@ every mask must be the same, voxel for voxel.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import re
 import socket
 import statistics
@@ -32,6 +28,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.collect import describe_machine, write_result  # noqa: E402
 from samed3d.apps.client import Client, RemoteError, RemoteSession  # noqa: E402
 from samed3d.prompts import Point  # noqa: E402
 
@@ -241,16 +238,7 @@ def main() -> int:
     settings = {
         key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items() if key != "out"
     }
-    machine = {
-        "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-    }
-    text = json.dumps({"settings": settings, **result, "machine": machine}, indent=1)
-    sys.stdout.write(text + "\n")
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+    write_result(arguments.out, {"settings": settings, **result, "machine": describe_machine()})
     return int(bool(result["errors"] or result["prompts_lost"] or result["masks_that_differ"] or result["exit_code"]))
 
 

@@ -1,24 +1,19 @@
-"""Measure training: samples per second against a plain loop, memory per sample, the loader's idle share, two processes
-against one.
+"""Measure training: samples per second and memory against a plain loop, and the share of time spent waiting for data.
 
     python benchmarks/train.py --out benchmarks/results/train.json
 
 The step of ``sam_med3d_b`` with eleven interactions (half its depth unless ``--full``, so that the padded encoder's
-backward fits a small machine) is timed beside a plain loop: the same step with the padded encoder of the tests, which
-computes what the released code does.
-Steps alternate, so that other load on the machine falls on both. ``--device cuda`` adds bf16 and a compiled encoder.
+backward fits a small machine) is timed beside the same step with the padded encoder of the tests, which computes what
+the released code does. Steps alternate, so that other load on the machine falls on both. ``--device cuda`` adds bf16
+and a compiled encoder.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,11 +25,10 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.latency import describe_machine, in_own_process, load_oracle, write_result  # noqa: E402
+from benchmarks.collect import describe_machine, write_result  # noqa: E402
+from benchmarks.latency import in_own_process, load_oracle, sam_med3d  # noqa: E402
 from samed3d.config import ClickConfig, LossConfig, TrainConfig, load_config  # noqa: E402
-from samed3d.models import create_model  # noqa: E402
 from samed3d.models.base import PromptableModel  # noqa: E402
-from samed3d.training.loop import train  # noqa: E402
 from samed3d.training.optimiser import make_optimiser  # noqa: E402
 from samed3d.training.start import data_of, start_model, step_of  # noqa: E402
 from samed3d.training.step import InteractiveStep  # noqa: E402
@@ -48,32 +42,11 @@ PUBLISHED = ClickConfig(
     detach=False,
     memory="newest",
 )
-NARROW = {
-    "widths": [8] * 4,
-    "decoder_widths": [8] * 4,
-    "encoder_blocks": [1] * 4,
-    "joint_blocks": 1,
-    "similarity_heads": [0, 2, 2],
-}
-CURVE = [
-    *(
-        f"model.overrides={NARROW}",
-        "data.crop=[16,16,16]",
-        "clicks.interactions=2",
-        "run.precision=fp32",
-        "run.device=cpu",
-    ),
-    *("run.log_every=1", "optim.steps=20", "optim.warmup_steps=1"),
-]
 
 
-def sam_med3d(full: bool, padded: bool) -> PromptableModel:
-    """The released architecture with seeded weights; ``padded`` through the oracle's encoder."""
-    torch.manual_seed(0)
-    model = create_model("sam_med3d_b", **({} if full else HALF))
-    for name, parameter in model.named_parameters():
-        if "rel_pos" in name or "pos_embed" in name:  # zero at the start, which would hide a wrong formula
-            torch.nn.init.normal_(parameter, std=0.1)
+def network(full: bool, padded: bool) -> PromptableModel:
+    """``sam_med3d_b``, of half depth unless ``full``; ``padded`` through the encoder of the tests' oracle."""
+    model = sam_med3d(**({} if full else HALF)).train()
     if padded:
         encoder, oracle = model.get_submodule("image_encoder"), load_oracle()
         encoder.forward = lambda x: oracle(encoder, x)  # type: ignore[method-assign]
@@ -109,12 +82,12 @@ def one_step(
 def measure_step(full: bool, batch: int, device: str, repeats: int) -> dict[str, Any]:
     """Samples per second of our step and of the plain loop, by turns; their losses must agree."""
     runs = {
-        "ours": one_step(sam_med3d(full, False), batch, device),
-        "padded": one_step(sam_med3d(full, True), batch, device),
+        "ours": one_step(network(full, False), batch, device),
+        "padded": one_step(network(full, True), batch, device),
     }
     if device == "cuda":
-        runs["ours_bf16"] = one_step(sam_med3d(full, False), batch, device, bf16=True)
-        runs["ours_bf16_compiled"] = one_step(sam_med3d(full, False), batch, device, bf16=True, compiled=True)
+        runs["ours_bf16"] = one_step(network(full, False), batch, device, bf16=True)
+        runs["ours_bf16_compiled"] = one_step(network(full, False), batch, device, bf16=True, compiled=True)
     losses = {name: [run()] for name, run in runs.items()}
     wall: dict[str, list[float]] = {name: [] for name in runs}
     busy: dict[str, list[float]] = {name: [] for name in runs}
@@ -136,7 +109,7 @@ def measure_step(full: bool, batch: int, device: str, repeats: int) -> dict[str,
 
 def peak_mib(full: bool, padded: bool, batch: int) -> float:
     """Highest resident memory after one optimiser step; run it in a process of its own."""
-    one_step(sam_med3d(full, padded), batch, "cpu")()
+    one_step(network(full, padded), batch, "cpu")()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -165,35 +138,6 @@ def measure_loader(batches: int, workers: int) -> dict[str, float]:
     }
 
 
-def measure_processes() -> dict[str, float]:
-    """Greatest difference of the loss over twenty steps: two processes with batch 1 against one with batch 2."""
-    curves = []
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with tempfile.TemporaryDirectory() as folder:
-        train(load_config(TrainConfig, None, [*CURVE, "optim.batch=2", f"run.folder={folder}/one"]), quiet=True)
-        settings = [f"--set={item}" for item in [*CURVE, "optim.batch=1", f"run.folder={folder}/two"]]
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            "train.py",
-            "-q",
-            *settings,
-        ]
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-        for name in ("one", "two"):
-            rows = [json.loads(line) for line in (Path(folder) / name / "metrics.jsonl").read_text().splitlines()]
-            curves.append([row["loss"] for row in rows])
-    return {
-        "steps": len(curves[0]),
-        "greatest_loss_difference": max(abs(a - b) for a, b in zip(*curves, strict=True)),
-        "last_loss": curves[0][-1],
-    }
-
-
 def main() -> None:
     """Measure and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -218,7 +162,6 @@ def main() -> None:
         "geometry": "sam_med3d_b" if options.full else f"sam_med3d_b with {HALF}",
         "step": measure_step(options.full, options.batch, options.device, options.repeats) | memory,
         "loader": measure_loader(12, options.workers),
-        "two_processes": measure_processes(),
     }
     write_result(options.out, result)
 

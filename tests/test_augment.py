@@ -1,12 +1,8 @@
-"""Augmentation: what a seed gave stays what it gives, the blur against a known one, and the benchmark beside
-torchio."""
+"""Augmentation: what a seed gave stays what it gives, and the blur against a known one."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -64,29 +60,3 @@ def test_a_chance_is_a_chance():
         DataConfig(blur_probability=1.5)
     with pytest.raises(InputError, match=r"data\.blur_probability must be 0 with data\.augment=flips, got 0\.2"):
         load_config(TrainConfig, None, ["data.blur_probability=0.2", "data.augment=flips"])
-
-
-def benchmark() -> ModuleType:
-    """``benchmarks/augment.py``, which is in no package."""
-    spec = importlib.util.spec_from_file_location("benchmark_of_augmentation", ROOT / "benchmarks" / "augment.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_benchmark_without_torchio_measures_ours_and_says_so(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "torchio", None)
-    result = benchmark().measure(12, 2)
-    assert set(result["ms"]) == {"cut", "ours", "ours_with_blur"} and all(ms > 0 for ms in result["ms"].values())
-    assert "torchio is not installed" in caplog.text and "ours_times_as_fast_as" not in result
-
-
-@pytest.mark.slow  # importing torchio takes seconds
-def test_the_benchmark_beside_torchio_gives_ratios():
-    pytest.importorskip("torchio")
-    result = benchmark().measure(12, 2)
-    ms, ratios = result["ms"], result["ours_times_as_fast_as"]
-    assert ratios["torchio"] == pytest.approx(ms["torchio"] / ms["ours_with_blur"])
-    both = result["cut_and_ours_times_as_fast_as_cut_and"]["torchio"]
-    assert both == pytest.approx((ms["cut"] + ms["torchio"]) / (ms["cut"] + ms["ours_with_blur"]))

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def module(name):
     return loaded
 
 
-tables = module("result_tables")
+tables = module("tables")
 collect = module("collect")
 
 
@@ -85,16 +86,9 @@ def test_every_protocol_first_prompt_and_model_has_a_line():
     assert "took" not in tables.protocols({"rows": rows})
 
 
-def test_the_other_blocks_show_what_the_files_say():
-    edges = {"64": {"case_ms": 12.34, "cases_per_s": 81.0, "elementwise_passes_per_case": 56.7}}
-    assert "| 64³ | 12 ms | 81.00 | 57 |" in tables.synthesis({"edges": edges})
-    part = {"onnxruntime": {"seconds": 0.05, "times_as_fast": 1.5, "difference": 2e-6}}
-    assert "| decoder | onnxruntime | 50 ms | 1.50 x | 2.0e-06 |" in tables.export(
-        {"model": "m", "threads": 1, "encoder": part, "decoder": part}
-    )
-    assert "| loop samples per s | 1.23 |" in tables.training(
-        {"loop": {"samples_per_s": 1.234}, "collected": {"seconds": 9}}
-    )
+def test_a_block_can_show_every_number_of_its_file():
+    body = {"loop": {"samples_per_s": 1.234}, "losses": [1.0, 0.5], "collected": {"seconds": 9}, "machine": {}}
+    assert tables.training(body).splitlines()[2:] == ["| loop samples per s | 1.23 |", "| losses | 1, 0.5 |"]
 
 
 def test_a_page_must_hold_each_block_once(tmp_path):
@@ -105,16 +99,16 @@ def test_a_page_must_hold_each_block_once(tmp_path):
 def test_a_script_is_run_and_its_result_kept_with_the_machine(tmp_path, monkeypatch):
     folder = tmp_path / "benchmarks"
     folder.mkdir()
-    (folder / "speed.py").write_text("import json, sys; print(json.dumps({'data': sys.argv[1], 'value': 3}))")
+    script = "import json, sys; open(sys.argv[4], 'w').write(json.dumps({'data': sys.argv[2], 'value': 3}))"
+    (folder / "speed.py").write_text(script)
     monkeypatch.setattr(collect, "ROOT", tmp_path)
-    job = collect.Job("speed", ("{data}",), ("--fast",), prints="json")
-    out = tmp_path / "speed.json"
+    job, out = collect.Job("speed", ("--fast",), data=True), tmp_path / "speed.json"
     command = collect.command_of(job, tmp_path / "d", out, quick=True)
-    assert command == ["benchmarks/speed.py", str(tmp_path / "d"), "--fast"]
-    assert collect.run_job(job, command, out, True, tmp_path / "d") == ""
+    assert command == ["benchmarks/speed.py", "--data", str(tmp_path / "d"), "--out", str(out), "--fast"]
+    assert collect.run_job(command, out, True, tmp_path / "d") == ""
     body = json.loads(out.read_text())
-    assert body["value"] == 3 and body["collected"]["quick"]
-    assert body["collected"]["command"] == "python benchmarks/speed.py DATA --fast"
+    assert body["value"] == 3 and body["data"] == str(tmp_path / "d") and body["collected"]["quick"]
+    assert body["collected"]["command"] == "python benchmarks/speed.py --data DATA --out speed.json --fast"
     assert body["collected"]["machine"]["cores"] >= 1 and body["collected"]["machine"]["torch"]
 
 
@@ -125,24 +119,25 @@ def test_a_script_that_fails_leaves_the_earlier_result(tmp_path, monkeypatch):
     out = tmp_path / "bad.json"
     out.write_text("{}")
     monkeypatch.setattr(collect, "describe_machine", dict)
-    assert collect.run_job(collect.Job("bad", ()), ["benchmarks/bad.py"], out, False) == "no luck"
+    assert collect.run_job(["benchmarks/bad.py"], out, False) == "no luck"
     assert out.read_text() == "{}"
+
+
+def test_every_job_is_a_script_that_starts():
+    for name in [*(job.name for job in collect.JOBS), "gpu", "card", "collect"]:
+        done = subprocess.run(
+            [sys.executable, f"benchmarks/{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0 and "usage" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
     ("job", "quick", "told"),
     [
         (collect.Job("nowhere"), False, "no such script"),
-        (collect.Job("prepare", ("--data", "{data}")), False, "needs the development data"),
-        (collect.Job("storage", (), None), True, "no quick form"),
+        (collect.Job("prepare", data=True), False, "needs the development data"),
+        (collect.Job("prepare", None), True, "no quick form"),
     ],
 )
 def test_what_cannot_run_is_passed_over_with_a_reason(tmp_path, job, quick, told):
     assert told in collect.command_of(job, None, tmp_path / "x.json", quick)
-
-
-def test_a_printed_table_is_kept():
-    assert collect.parsed_table("noise\n| a | b |\n|---|---|\n| 1 | |\n") == {
-        "columns": ["a", "b"],
-        "rows": [["1", ""]],
-    }

@@ -2,7 +2,7 @@
 Torch only.
 
 Intensities keep their scale: normalising comes after, as the model's spec asks. Scale and place change where the crop
-is cut (``data/sampling.py``), at no cost. ``benchmarks/augment.py`` compares the speed with torchio's.
+is cut (``data/sampling.py``), at no cost. ``docs/design_notes.md`` compares the speed with torchio's.
 """
 
 from __future__ import annotations

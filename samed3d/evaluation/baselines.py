@@ -1,7 +1,7 @@
 """Segmentation methods without training, which every model must beat, and an upper bound.
 
 ``region_growing``, ``fast_marching`` and ``random_walker`` are the classical interactive methods; their constants were
-chosen on training subjects (``docs/measure.md``, ``benchmarks/tune_baselines.py``) and are the same for every image.
+chosen on training subjects (``docs/measure.md``) and are the same for every image.
 ``dilated_ball`` and ``threshold_in_box`` are controls that use little or nothing of the image. ``oracle_bound`` is made
 from the reference mask and loses only what a coarse output grid loses.
 """

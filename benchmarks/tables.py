@@ -1,15 +1,14 @@
-"""The measured tables of ``docs/benchmarks.md``: one function per JSON of ``results/``, and where each stands on the
-page.
+"""The measured tables of ``docs/benchmarks.md`` and of the checkpoint's card, made from the JSON files of ``results/``.
 
-The page is written by hand but for its blocks, which begin with ``<!-- measured: NAME -->`` and end with ``<!-- end
--->``. A block whose JSON is not there says so: no number of ours is on the page that is not in a file.
+A page is written by hand but for its blocks, which begin with ``<!-- measured: NAME -->`` and end with
+``<!-- end -->``: every measured number of the page comes from a file. A block whose file is missing says so.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,28 @@ Body = dict[str, Any]
 _MARK = re.compile(r"<!-- measured: (\w+) -->\n.*?<!-- end -->", flags=re.DOTALL)
 
 
-def page_with_blocks(page: str, results: Path) -> str:
-    """The page with every block made from the JSON files of ``results``.
+def replace_blocks(page: str, blocks: Collection[str], make: Callable[[str], str]) -> str:
+    """A page with the content of every block made anew.
+
+    Args:
+        page: Its text.
+        blocks: The names of the blocks, each of which the page must hold once.
+        make: The content of a block by its name.
 
     Raises:
-        ValueError: if the page asks for a block that nobody makes, or lacks one.
+        ValueError: if the page has other blocks.
     """
-    asked = _MARK.findall(page)
-    if sorted(asked) != sorted(BLOCKS):
+    found = _MARK.findall(page)
+    if sorted(found) != sorted(blocks):
         raise ValueError(
-            f"the page must hold each block once: {', '.join(sorted(BLOCKS))}; it holds {', '.join(sorted(asked))}"
+            f"the page must hold each block once: {', '.join(sorted(blocks))}; it holds {', '.join(sorted(found))}"
         )
-    return _MARK.sub(lambda found: f"<!-- measured: {found[1]} -->\n{block(found[1], results)}\n<!-- end -->", page)
+    return _MARK.sub(lambda mark: f"<!-- measured: {mark[1]} -->\n{make(mark[1])}\n<!-- end -->", page)
+
+
+def page_with_blocks(page: str, results: Path) -> str:
+    """``docs/benchmarks.md`` with every block made from the JSON files of ``results``."""
+    return replace_blocks(page, BLOCKS, lambda name: block(name, results))
 
 
 def block(name: str, results: Path) -> str:
@@ -154,79 +163,9 @@ def preparation(body: Body) -> str:
     return table(["", "wall time", "faster", "size", "smaller", "masks"], rows) + "\n\n" + table(["", "measured"], more)
 
 
-def synthesis(body: Body) -> str:
-    """Generated volumes per second of one thread."""
-    rows = [
-        [
-            f"{edge}³",
-            f"{found['case_ms']:.0f} ms",
-            f"{found['cases_per_s']:.2f}",
-            f"{found['elementwise_passes_per_case']:.0f}",
-        ]
-        for edge, found in body["edges"].items()
-    ]
-    return table(["volume", "processor time each", "per second and thread", "in plain passes over the volume"], rows)
-
-
-def storage(body: Body) -> str:
-    """The table that the script prints."""
-    return table(body["columns"], body["rows"])
-
-
-def export(body: Body) -> str:
-    """Exported graphs beside torch."""
-    rows = [
-        [part, form, _s(found["seconds"]), f"{found['times_as_fast']:.2f} x", f"{found['difference']:.1e}"]
-        for part in ("encoder", "decoder")
-        for form, found in body[part].items()
-    ]
-    return f"Model `{body['model']}`, {body['threads']} thread.\n\n" + table(
-        ["", "form", "time", "speed", "largest difference"], rows
-    )
-
-
 def training(body: Body) -> str:
     """Every number of the script, by its name."""
     return table(["", "measured"], _leaves({k: v for k, v in body.items() if k not in ("collected", "machine")}))
-
-
-def augmentation(body: Body) -> str:
-    """Milliseconds of a crop by every way, and how many times ours is as fast."""
-    names = list(next(iter(body["crops"].values()))["ms"])
-    rows = [
-        [name.replace("_", " "), *(_number(found["ms"][name]) + " ms" for found in body["crops"].values())]
-        for name in names
-    ]
-    for name in ("torchio", "torchio_with_affine"):
-        ratios = [found.get("ours_times_as_fast_as", {}).get(name) for found in body["crops"].values()]
-        if None not in ratios:
-            rows.append(
-                [f"ours with blur beside {name.replace('_', ' ')}", *(f"{_number(r)} x as fast" for r in ratios)]
-            )
-    return table(["", *body["crops"]], rows)
-
-
-def session(body: Body) -> str:
-    """What a session's doings take, per case, and beside a later click."""
-    head = ["", *(f"{name}, {' x '.join(map(str, found['size_ijk']))}" for name, found in body["cases"].items())]
-    names = dict.fromkeys(name for found in body["cases"].values() for name in found["seconds"])
-    rows = []
-    for name in names:
-        cells = [
-            (found["seconds"].get(name), found["ratio to a later click"].get(name)) for found in body["cases"].values()
-        ]
-        rows.append([name, *("" if s is None else f"{_s(s)} ({_number(r)} x)" for s, r in cells)])
-    same = all(found["same after opening again"] for found in body["cases"].values())
-    note = "the same as" if same else "NOT the same as"
-    return (
-        table(head, rows)
-        + f"\n\nIn brackets the ratio to a later click. The masks after opening again were {note} before."
-    )
-
-
-def server(body: Body) -> str:
-    """Every number of the script, by its name."""
-    return training(body)
 
 
 BLOCKS: dict[str, tuple[str, Callable[[Body], str]]] = {
@@ -235,13 +174,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Body], str]]] = {
     "latency": ("latency.json", latency),
     "gpu": ("gpu.json", gpu),
     "training": ("train.json", training),
-    "augmentation": ("augment.json", augmentation),
-    "session": ("session.json", session),
-    "server": ("server_load.json", server),
+    "server": ("server_load.json", training),
     "preparation": ("prepare.json", preparation),
-    "storage": ("storage.json", storage),
-    "synthesis": ("synthesis.json", synthesis),
-    "export": ("export.json", export),
 }
 
 
