@@ -9,62 +9,44 @@ from typing import Annotated, Any
 
 import typer
 
-from samed3d.cli.options import Quiet, check_exists
+from samed3d.cli.options import Paths, Quiet, Texts, check_exists
 
 
 def prepare(
-    sources: Annotated[
-        list[Path], typer.Argument(help="Folders of labelled volumes, or of such folders; or the word synthetic.")
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the corpus; an unfinished or earlier one is gone on with.")
-    ],
-    format_: Annotated[
-        str | None, typer.Option("--format", help="Layout of the sources; recognised without it.")
-    ] = None,
-    image_pattern: Annotated[
-        str | None, typer.Option(help="Where images are in plain folders, e.g. 'images/{case}.nii.gz'.")
-    ] = None,
-    label_pattern: Annotated[str | None, typer.Option(help="Where labels are, e.g. 'labels/{case}.nii.gz'.")] = None,
+    sources: Annotated[list[Path], typer.Argument(help="Folders of labelled volumes; or the word synthetic.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the corpus; an earlier one is resumed.")],
+    format_: Annotated[str | None, typer.Option("--format", help="Layout of the sources. [default: found]")] = None,
+    image_pattern: Annotated[str | None, typer.Option(help="Images, e.g. 'images/{case}.nii.gz'.")] = None,
+    label_pattern: Annotated[str | None, typer.Option(help="Labels, e.g. 'labels/{case}.nii.gz'.")] = None,
     rules: Annotated[
         str | None, typer.Option(help="Masks to keep: published (default) or lenient (default for synthetic).")
     ] = None,
-    rule: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Change one rule, e.g. min_side_mm=5; repeatable.")
-    ] = None,
+    rule: Annotated[Texts, typer.Option(metavar="NAME=VALUE", help="Change one rule, e.g. min_side_mm=5.")] = None,
     licensed_only: Annotated[
         bool, typer.Option("--licensed-only", help="Leave out sources without a clear licence.")
     ] = False,
     spacing: Annotated[
-        float | None, typer.Option(min=0.001, help="Resample to cubic voxels of this edge in mm; native without it.")
+        float | None, typer.Option(min=0.001, help="Resample to cubic voxels of this edge in mm. [default: native]")
     ] = None,
-    max_side: Annotated[
-        int | None, typer.Option(min=16, help="Coarsen volumes whose longest side has more voxels.")
-    ] = None,
-    storage: Annotated[
-        str, typer.Option(help="b2nd (chunked, read by crops) or npz (read whole; needs numpy only).")
-    ] = "b2nd",
+    max_side: Annotated[int | None, typer.Option(min=16, help="Coarsen volumes with longer sides, in voxels.")] = None,
+    storage: Annotated[str, typer.Option(help="b2nd (chunked, read by crops) or npz (read whole).")] = "b2nd",
     repair_geometry: Annotated[
-        bool, typer.Option("--repair-geometry", help="Mend images and labels whose grids disagree.")
+        bool, typer.Option("--repair-geometry", help="Repair images and labels whose grids disagree.")
     ] = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Processes; 0 takes one per processor.")] = 0,
-    cluster: Annotated[
-        str | None, typer.Option(metavar="tcp://HOST:PORT", help="Dask scheduler that does the work instead.")
-    ] = None,
+    cluster: Annotated[str | None, typer.Option(metavar="tcp://HOST:PORT", help="Dask scheduler to use.")] = None,
     kind: Annotated[
         str, typer.Option(help="synthetic: phantom, shapes, cells, blobs, nested, tubes, mixture, labelmaps.")
     ] = "shapes",
     count: Annotated[int, typer.Option(min=1, help="synthetic: number of cases.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="synthetic: seed.")] = 0,
     size: Annotated[int, typer.Option(min=16, help="synthetic: voxels of the longest side.")] = 128,
-    label_maps: Annotated[
-        list[Path] | None, typer.Option(help="synthetic: sources whose label maps are painted; repeatable.")
-    ] = None,
+    label_maps: Annotated[Paths, typer.Option(help="synthetic: sources whose label maps are painted.")] = None,
     quiet: Quiet = False,
 ) -> int:
     """Build a training corpus from labelled volumes; samed3d prepare info CORPUS shows one.
 
-    Exits with 2 if an input could not be used; the rest is done. An interrupted run goes on when it is started again.
+    Exits with 2 if an input could not be used; the rest is done. An interrupted run is resumed by the same command.
     """
     from data_prep.clean import rules_from
     from data_prep.convert import Settings

@@ -1,118 +1,120 @@
-"""``samed3d segment`` and ``samed3d demo``: their options and what they print. The work is in
-``inference/session.py``.
-"""
+"""``samed3d segment`` and ``samed3d demo``: options and printed text. Read ``inference/session.py`` next."""
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from samed3d.cli.batch import segment_list
-from samed3d.cli.options import Device, Model, Quiet, check_distinct, check_exists, write_json
+from samed3d.cli.options import Device, Model, Quiet, Texts, check_exists
 from samed3d.errors import InputError
-from samed3d.geometry import Triple, as_triple
+from samed3d.geometry import as_triple
+from samed3d.output import check_distinct, check_output, write_json
 from samed3d.prompts import Box, Mask, ObjectPrompts, Point, Scribble, load_prompts, parse_numbers
 
-if TYPE_CHECKING:
-    from samed3d.inference.session import Session
+SUMMARY_OUTPUTS = {"--preview": (".png",), "--report": (".json",), "--session": (".json",)}
 
 
 def segment(
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Mask to write, in the image's own grid (same suffixes, .seg.nrrd, .dcm); batch: a folder.",
-        ),
-    ],
-    image: Annotated[
-        Path | None, typer.Argument(help="Volume: .nii .nii.gz .nrrd .mha .mhd, or a folder of DICOM files.")
-    ] = None,
-    point: Annotated[list[str] | None, typer.Option(metavar="I,J,K", help="A click on the object; repeatable.")] = None,
-    negative_point: Annotated[
-        list[str] | None, typer.Option(metavar="I,J,K", help="A click off the object; repeatable.")
-    ] = None,
-    box: Annotated[
-        list[str] | None, typer.Option(metavar="I0,J0,K0,I1,J1,K1", help="Lowest and highest corner, both inside.")
-    ] = None,
-    scribble: Annotated[
-        list[str] | None, typer.Option(metavar="I,J,K;I,J,K;...", help="A stroke on the object; repeatable.")
-    ] = None,
-    negative_scribble: Annotated[
-        list[str] | None, typer.Option(metavar="I,J,K;...", help="A stroke off the object; repeatable.")
-    ] = None,
-    mask: Annotated[Path | None, typer.Option(help="A mask to start from, which the other prompts correct.")] = None,
-    space: Annotated[
-        str, typer.Option(help="What the numbers are: ijk (voxels, x first, from 0) or ras (mm).")
-    ] = "ijk",
-    prompts: Annotated[
-        Path | None, typer.Option(help="Prompt file (JSON) instead of the options above; several objects.")
-    ] = None,
-    batch: Annotated[
-        Path | None, typer.Option(help="Instead of IMAGE, a CSV with a line per image; -o is then a folder.")
-    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Mask file to write; with --batch, a folder.")],
+    image: Annotated[Path | None, typer.Argument(help="NIfTI, NRRD or MetaImage file, or DICOM folder.")] = None,
+    point: Annotated[Texts, typer.Option(metavar="I,J,K", help="A click on the object; repeatable.")] = None,
+    negative_point: Annotated[Texts, typer.Option(metavar="I,J,K", help="A click on the background.")] = None,
+    box: Annotated[Texts, typer.Option(metavar="I0,J0,K0,I1,J1,K1", help="Both corners are inside the box.")] = None,
+    scribble: Annotated[Texts, typer.Option(metavar="I,J,K;I,J,K;...", help="A stroke on the object.")] = None,
+    negative_scribble: Annotated[Texts, typer.Option(metavar="I,J,K;...", help="A stroke on the background.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="A mask to start from; the other prompts correct it.")] = None,
+    space: Annotated[str, typer.Option(help="Positions are ijk (voxels, x first, from 0) or ras (mm).")] = "ijk",
+    prompts: Annotated[Path | None, typer.Option(help="Prompt file (JSON) of one or more objects instead.")] = None,
+    batch: Annotated[Path | None, typer.Option(help="Instead of IMAGE, a CSV with one line per image.")] = None,
     format: Annotated[
-        str | None, typer.Option(help="nifti, nrrd, mha, seg.nrrd, dicom-seg or rtstruct; by default the suffix says.")
+        str | None, typer.Option(help="nifti, nrrd, mha, seg.nrrd, dicom-seg or rtstruct. [default: by the suffix]")
     ] = None,
     model: Model = "default",
     probability: Annotated[Path | None, typer.Option(help="Also write the probability, float32.")] = None,
-    preview: Annotated[
-        Path | None, typer.Option(help="Also write a PNG: three slices with contour and prompts.")
-    ] = None,
+    preview: Annotated[Path | None, typer.Option(help="Also write a PNG: three slices, outlines, prompts.")] = None,
     report: Annotated[Path | None, typer.Option(help="Also write a JSON: versions, prompts, timings, volume.")] = None,
-    session: Annotated[
-        Path | None, typer.Option(help="Also write the session (JSON), which Session.load and the app go on with.")
-    ] = None,
+    session: Annotated[Path | None, typer.Option(help="Also write the session (JSON), to be resumed later.")] = None,
     device: Device = "auto",
-    channel: Annotated[int | None, typer.Option(help="Which channel or frame of a 4D or RGB image, from 0.")] = None,
-    series: Annotated[str | None, typer.Option(help="Which DICOM series of the folder (its UID or number).")] = None,
+    channel: Annotated[int | None, typer.Option(help="Channel or frame of a 4D or RGB image, from 0.")] = None,
+    series: Annotated[str | None, typer.Option(help="DICOM series of the folder (its UID or number).")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """A mask from clicks, boxes and strokes on one image, or on every image of a list.
+    """Segment one image from clicks, boxes and strokes, or every image of a list.
 
     A mask to start from comes first, then boxes, then positive points and strokes, then negative ones, each in the
     order given; a prompt file keeps its own order.
     """
-    given = (point or [], negative_point or [], box or [])
-    strokes = (scribble or [], negative_scribble or [], mask)
-    if batch is not None:
-        _segment_batch(
-            batch,
-            output,
-            image,
-            any((*given, *strokes, prompts, probability, preview, report, session, channel, series)),
-        )
-        segment_list(batch, output, model, device, format, space, quiet=quiet)
-        return
+    typed = (point, negative_point, box, scribble, negative_scribble, mask)
     also = {"--probability": probability, "--preview": preview, "--report": report, "--session": session}
-    if _segment_automatic(
-        image, output, model, format, device, channel, series, also, any((*given, *strokes, prompts)), quiet
-    ):
+    if batch is not None:
+        if image or any(typed) or prompts or any(also.values()) or channel is not None or series:
+            allowed = "--output, --format, --space, --model, --device"
+            raise InputError(f"--batch takes images and prompts from its list; give only {allowed} beside it")
+        _segment_list(batch, output, model, device, format, space, quiet)
         return
-    objects = _gather_prompts(*given, space, prompts, *strokes)
-    if image is None:
-        raise InputError("segment needs an image: samed3d segment IMAGE --point I,J,K -o MASK")
-    _check_outputs(image, output, format, also)
+    from samed3d.inference.sliding_window import is_semantic
+
+    if image is not None and is_semantic(model):
+        summary = _segment_semantic(image, output, model, format, device, channel, series, also, any((*typed, prompts)))
+    else:
+        objects = _gather_prompts(*typed, space=space, file=prompts)
+        if image is None:
+            raise InputError("segment needs an image: samed3d segment IMAGE --point I,J,K -o MASK")
+        summary = _segment_objects(image, objects, output, model, format, device, channel, series, also)
+    if quiet:
+        return
+    for entry in summary["objects"]:
+        size = f"{entry['voxels']:,} voxels, {entry['mm3'] / 1000:,.1f} mL"
+        typer.echo(f"{entry['name']}: {size if entry['voxels'] else 'nothing found; add a prompt'}")
+    typer.echo(f"mask in {output} ({summary['seconds']:.1f} s on {summary['device']})")
+
+
+def _segment_objects(
+    image: Path,
+    objects: list[ObjectPrompts],
+    output: Path,
+    model: str,
+    format: str | None,
+    device: str,
+    channel: int | None,
+    series: str | None,
+    also: dict[str, Path | None],
+) -> dict[str, Any]:
+    """Segment prompted objects and write every file that was asked for; the session's report."""
+    from samed3d.inference.mask_files import checked_format
+    from samed3d.volume import SUFFIXES
+
+    check_distinct({"the image": image, "--output": output, **also})
+    checked_format(output, format)
+    for name, path in also.items():
+        if path is not None:
+            check_output(path, suffixes=SUMMARY_OUTPUTS.get(name, SUFFIXES))
     from samed3d.inference.session import Session
 
     started = time.perf_counter()
     opened = Session.open(image, model=model, device=device, channel=channel, series=series)
     opened.add_all(objects)
     summary = {**opened.report(), "seconds": round(time.perf_counter() - started, 3)}
-
     opened.export(output, format)
-    _write_more(opened, image.name, summary, probability, preview, report, session)
-    if not quiet:
-        _print_segment_summary(summary, output)
+    if probability := also["--probability"]:
+        opened.save_probability(probability)
+    if preview := also["--preview"]:
+        from samed3d.drawing import write_preview
+
+        write_preview(preview, opened.volume, opened.labels, opened.objects(), title=image.name)
+    if report := also["--report"]:
+        write_json(report, summary)
+    if session := also["--session"]:
+        opened.save(session)
+    return summary
 
 
-def _segment_automatic(
-    image: Path | None,
+def _segment_semantic(
+    image: Path,
     output: Path,
     model: str,
     format: str | None,
@@ -121,87 +123,117 @@ def _segment_automatic(
     series: str | None,
     also: dict[str, Path | None],
     prompted: bool,
-    quiet: bool,
-) -> bool:
-    """All classes of an image where the model needs no prompt; False where it does.
+) -> dict[str, Any]:
+    """All classes of an image by a semantic segmentation model.
 
     Raises:
-        InputError: for prompts, or outputs that only prompts lead to.
+        InputError: for prompts, or outputs that need prompts.
     """
-    from samed3d.inference.sliding_window import is_semantic, segment_file
+    from samed3d.inference.sliding_window import segment_file
 
-    if image is None or not is_semantic(model):
-        return False
-    unfit = ["a prompt"] * prompted + [name for name, path in also.items() if path and name != "--report"]
-    if unfit:
+    if unfit := ["a prompt"] * prompted + [name for name, path in also.items() if path and name != "--report"]:
+        given = ", ".join(unfit)
         raise InputError(
-            f"model {model!r} is automatic and takes no prompts, got {', '.join(unfit)}; leave out what is for prompts"
+            f"model {model!r} is automatic and takes no prompts, got {given}; leave out what is for prompts"
         )
-    report = also["--report"]
-    check_distinct({"the image": image, "--output": output, "--report": report})
+    check_distinct({"the image": image, "--output": output, "--report": also["--report"]})
     summary = segment_file(image, model, output, format=format, device=device, channel=channel, series=series)
-    if report is not None:
-        write_json(report, summary)
-    if not quiet:
-        _print_segment_summary(summary, output)
-    return True
+    if also["--report"]:
+        write_json(also["--report"], summary)
+    return summary
 
 
-def _check_outputs(image: Path, output: Path, format: str | None, also: dict[str, Path | None]) -> None:
-    """Refuse what could not be written before anything is computed."""
-    from samed3d.inference.mask_files import checked_format
-    from samed3d.output import check_output
-    from samed3d.volume import SUFFIXES
-
-    check_distinct({"the image": image, "--output": output, **also})
-    checked_format(output, format)
-    suffixes = {"--probability": SUFFIXES, "--preview": (".png",), "--report": (".json",), "--session": (".json",)}
-    for name, path in also.items():
-        if path is not None:
-            check_output(path, suffixes=suffixes[name])
-
-
-def _write_more(
-    opened: Session,
-    title: str,
-    summary: dict[str, Any],
-    probability: Path | None,
-    preview: Path | None,
-    report: Path | None,
-    session: Path | None,
+def _segment_list(
+    path: Path, folder: Path, model: str, device: str, format: str | None, space: str, quiet: bool
 ) -> None:
-    """The files beside the mask that were asked for."""
-    if probability is not None:
-        opened.save_probability(probability)
-    if preview is not None:
-        from samed3d.drawing import write_preview
-
-        write_preview(preview, opened.volume, opened.labels, opened.objects(), title=title)
-    if report is not None:
-        write_json(report, summary)
-    if session is not None:
-        opened.save(session)
-
-
-def _segment_batch(batch: Path, output: Path, image: Path | None, others: bool) -> None:
-    """Refuse what has no meaning for a list.
+    """Segment every image of a list into a folder.
 
     Raises:
-        InputError: for an image or options of one image beside the list, or an output that is a file.
+        InputError: if the list cannot be used, or an image of it failed; all others are segmented nevertheless.
     """
-    if image is not None or others:
-        raise InputError(
-            "--batch takes images and prompts from its list; give only --output, --format, --space, --model, --device beside it"
-        )
-    if output.is_file():
-        raise InputError(f"--output must be a folder with --batch, got a file: {output}")
-    check_exists(batch, "batch list")
+    if folder.is_file():
+        raise InputError(f"--output must be a folder with --batch, got a file: {folder}")
+    check_exists(path, "batch list")
+    from samed3d.devices import pick_device
+    from samed3d.inference.batch import REPORT, read_jobs, run_jobs
+    from samed3d.inference.mask_files import FORMATS
+    from samed3d.models import load_promptable
+
+    if format is not None and format not in FORMATS:
+        raise InputError(f"--format must be one of {', '.join(FORMATS)}, got {format!r}")
+    jobs = read_jobs(path, folder, format, space)
+    pick_device(device)
+    network = load_promptable(model)
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    shown = not quiet and sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
+        bar = progress.add_task("segmenting", total=len(jobs))
+
+        def advance(job: Any, row: dict[str, Any]) -> None:
+            progress.update(bar, advance=1, description=job.image.name)
+
+        report = run_jobs(jobs, folder, network, model, device, format, advance)
+    if not quiet:
+        kept = f", {report['kept']} kept from before" if report["kept"] else ""
+        typer.echo(f"{report['done']} segmented{kept}, {report['failed']} failed; {folder / REPORT}")
+    if report["failed"]:
+        first = next(row for row in report["images"] if row["status"] == "failed")
+        failed = f"{report['failed']} of {len(jobs)} images failed, line {first['line']} first: {first['error']}"
+        raise InputError(f"{failed}; correct them and run the same command again")
+
+
+def _gather_prompts(
+    points: Texts,
+    negatives: Texts,
+    boxes: Texts,
+    scribbles: Texts = None,
+    negative_scribbles: Texts = None,
+    mask: Path | None = None,
+    *,
+    space: str = "ijk",
+    file: Path | None = None,
+) -> list[ObjectPrompts]:
+    """The objects to segment, each with a positive prompt.
+
+    Raises:
+        InputError: for no prompt, none positive, numbers that do not parse, or a file beside the options.
+    """
+    if file is not None:
+        if any((points, negatives, boxes, scribbles, negative_scribbles, mask)):
+            options = "--point, --negative-point, --box, --scribble or --mask"
+            raise InputError(f"--prompts cannot be combined with {options}; put all prompts in the file")
+        objects = load_prompts(file)
+    else:
+        one = ObjectPrompts(prompts=[] if mask is None else [Mask(mask)])
+        for text in boxes or []:
+            numbers = parse_numbers(text, 6, "--box")
+            one.prompts.append(Box(as_triple(numbers[:3]), as_triple(numbers[3:]), space))
+        for positive, clicks, strokes in ((True, points, scribbles), (False, negatives, negative_scribbles)):
+            sign = "" if positive else "negative-"
+            for text in clicks or []:
+                one.prompts.append(Point(as_triple(parse_numbers(text, 3, f"--{sign}point")), positive, space))
+            for text in strokes or []:
+                path = [as_triple(parse_numbers(at, 3, f"--{sign}scribble")) for at in text.split(";") if at]
+                one.prompts.append(Scribble(tuple(path), positive, space=space))
+        if not one.prompts:
+            options = "--point I,J,K, --box I0,J0,K0,I1,J1,K1 or --prompts FILE"
+            raise InputError(f"segment needs at least one prompt; give {options}")
+        objects = [one]
+    for entry in objects:
+        if not entry.has_positive:
+            where = f"object {entry.id} ({entry.name}) of {file}" if file else "the object"
+            found = f"{where} needs a positive point or a box, got {len(entry.prompts)} negative only"
+            raise InputError(f"{found}; add --point I,J,K on the object")
+    return objects
 
 
 def demo(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the volume, the masks and the picture.")
-    ] = Path("out/demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for volume, masks and picture.")] = Path(
+        "out/demo"
+    ),
     model: Model = "default",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the generated body.")] = 0,
     device: Device = "auto",
@@ -211,66 +243,3 @@ def demo(
     from samed3d.apps.demo import run_demo
 
     run_demo(output, model=model, seed=seed, device=device, quiet=quiet)
-
-
-def _gather_prompts(
-    points: list[str],
-    negatives: list[str],
-    boxes: list[str],
-    space: str,
-    file: Path | None,
-    scribbles: Sequence[str] = (),
-    negative_scribbles: Sequence[str] = (),
-    mask: Path | None = None,
-) -> list[ObjectPrompts]:
-    """The objects to segment, each with something positive.
-
-    Raises:
-        InputError: for no prompt, none positive, numbers that do not parse, or a file beside the options.
-    """
-    if file is not None:
-        if points or negatives or boxes or scribbles or negative_scribbles or mask:
-            raise InputError(
-                "--prompts cannot be combined with --point, --negative-point, --box, --scribble or --mask; put all in the file"
-            )
-        objects = load_prompts(file)
-    else:
-        one = ObjectPrompts(prompts=[] if mask is None else [Mask(mask)])
-        for text in boxes:
-            numbers = parse_numbers(text, 6, "--box")
-            one.prompts.append(Box(numbers[:3], numbers[3:], space))  # type: ignore[arg-type]
-        for texts, strokes, positive, flag in (
-            (points, scribbles, True, ("--point", "--scribble")),
-            (negatives, negative_scribbles, False, ("--negative-point", "--negative-scribble")),
-        ):
-            one.prompts.extend(Point(parse_numbers(t, 3, flag[0]), positive, space) for t in texts)  # type: ignore[arg-type]
-            one.prompts.extend(Scribble(_path(t, flag[1]), positive, space=space) for t in strokes)
-        if not one.prompts:
-            raise InputError(
-                "segment needs at least one prompt; give --point I,J,K, --box I0,J0,K0,I1,J1,K1 or --prompts FILE"
-            )
-        objects = [one]
-    for entry in objects:
-        if not entry.has_positive:
-            count = len(entry.prompts)
-            where = f"object {entry.id} ({entry.name}) of {file}" if file else "the object"
-            raise InputError(
-                f"{where} needs a positive point or a box, got {count} negative only; add --point I,J,K on the object"
-            )
-    return objects
-
-
-def _path(text: str, flag: str) -> tuple[Triple, ...]:
-    """``"1,2,3;4,5,6"`` as positions."""
-    return tuple(as_triple(parse_numbers(part, 3, flag)) for part in text.split(";") if part)
-
-
-def _print_segment_summary(summary: dict[str, Any], output: Path) -> None:
-    for entry in summary["objects"]:
-        said = (
-            f"{entry['voxels']:,} voxels, {entry['mm3'] / 1000.0:,.1f} mL"
-            if entry["voxels"]
-            else "nothing found; add a prompt"
-        )
-        typer.echo(f"{entry['name']}: {said}")
-    typer.echo(f"mask in {output} ({summary['seconds']:.1f} s on {summary['device']})")

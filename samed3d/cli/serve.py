@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from samed3d.cli.options import Device, Model, Quiet, check_exists
+from samed3d.cli.options import Device, Model, Paths, Quiet, Texts, check_exists
 from samed3d.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,23 +32,15 @@ OtherModels = Annotated[
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on. Any but loopback needs a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = SERVE_PORT,
-    root: Annotated[
-        list[Path] | None, typer.Option(help="Folder whose images clients may open by path; repeatable.")
-    ] = None,
+    root: Annotated[Paths, typer.Option(help="Folder whose images clients may open by path; repeatable.")] = None,
     sessions: Sessions = None,
-    token_file: Annotated[
-        Path | None, typer.Option(help=f"File that holds the token; or set {TOKEN_VARIABLE}.")
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None, typer.Option(help="Name under which browsers reach this server; repeatable.")
-    ] = None,
+    token_file: Annotated[Path | None, typer.Option(help=f"File with the token; or set {TOKEN_VARIABLE}.")] = None,
+    allow_host: Annotated[Texts, typer.Option(help="Name under which browsers reach this server.")] = None,
     model: Model = "default",
     also: OtherModels = None,
     device: Device = "auto",
     max_sessions: Annotated[int, typer.Option(min=1, help="Sessions in memory at once; others stay on disk.")] = 16,
-    idle_minutes: Annotated[
-        float, typer.Option(min=0.05, help="A session is unloaded after so long without a request. Nothing is lost.")
-    ] = 10,
+    idle_minutes: Annotated[float, typer.Option(min=0.05, help="Unload a session without requests; it is kept.")] = 10,
     max_upload_mb: Annotated[int, typer.Option(min=1, help="Largest upload, in MiB.")] = 2048,
     max_voxels: Annotated[int, typer.Option(min=1, help="Largest image.")] = 2**29,
     quiet: Quiet = False,
@@ -87,13 +79,9 @@ def serve(
 
 
 def app(
-    volume: Annotated[
-        Path | None, typer.Argument(help="Image or DICOM folder to open at once; others are opened in the page.")
-    ] = None,
+    volume: Annotated[Path | None, typer.Argument(help="Image or DICOM folder to open at once.")] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = APP_PORT,
-    root: Annotated[
-        list[Path] | None, typer.Option(help="Folder whose images the page may open; repeatable. [default: here]")
-    ] = None,
+    root: Annotated[Paths, typer.Option(help="Folder whose images the page may open; repeatable. [default: .]")] = None,
     sessions: Sessions = None,
     model: Model = "default",
     also: OtherModels = None,

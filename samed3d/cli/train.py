@@ -10,73 +10,39 @@ from typing import Annotated, Any
 
 import typer
 
-from samed3d.cli.options import Quiet
+from samed3d.cli.options import Paths, Quiet, Texts
 from samed3d.errors import InputError
 
-_FINETUNE = "Fine-tuning"
+
+def _finetuning(help: str, *names: str, metavar: str | None = None) -> Any:
+    """An option of the help's panel on fine-tuning."""
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel="Fine-tuning")
 
 
 def train(
     config: Annotated[Path | None, typer.Option(help="YAML file; without it, the defaults of samed3d/config.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. optim.lr=1e-4.")
-    ] = None,
+    set_: Annotated[Texts, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. optim.lr=1e-4.")] = None,
     model: Annotated[str | None, typer.Option(help="Architecture; the same as --set model.name=NAME.")] = None,
-    from_: Annotated[
-        Path | None,
-        typer.Option(
-            "--from", metavar="RUN", help="Start from a run's model, e.g. stage 2 from stage 1; or a checkpoint."
-        ),
-    ] = None,
-    moe: Annotated[
-        list[str] | None,
-        typer.Option(metavar="EXPERT", help="Train the gate of a mixture of these decoders of one base; repeatable."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of run.folder.")] = False,
-    finetune: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", rich_help_panel=_FINETUNE, help="Start from this checkpoint; needs --data."),
-    ] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(rich_help_panel=_FINETUNE, help="Folder of labelled volumes or corpus; repeatable."),
-    ] = None,
-    elsewhere: Annotated[
-        list[Path] | None,
-        typer.Option(
-            rich_help_panel=_FINETUNE, help="Measured as well, not trained on: what is forgotten; repeatable."
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", rich_help_panel=_FINETUNE, help="Run folder.")
-    ] = None,
-    train_: Annotated[
-        str | None,
-        typer.Option("--train", rich_help_panel=_FINETUNE, help="What learns: all (default), decoder or adapters."),
-    ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(rich_help_panel=_FINETUNE, help="lora (default with --train adapters) or fact.")
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option(rich_help_panel=_FINETUNE, help="Rank of the adapter; 8 without it.")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(rich_help_panel=_FINETUNE, help="Optimiser steps; by the data without it.")
-    ] = None,
-    minutes: Annotated[
-        float | None, typer.Option(rich_help_panel=_FINETUNE, help="As many steps as fit, instead of --steps.")
-    ] = None,
-    structures: Annotated[
-        int | None, typer.Option(rich_help_panel=_FINETUNE, help="Clicked before and after; 24 without it.")
-    ] = None,
-    seeds: Annotated[int | None, typer.Option(rich_help_panel=_FINETUNE, help="Of those clicks; 3 without it.")] = None,
+    from_: Annotated[Path | None, typer.Option("--from", help="Start from this run folder or checkpoint.")] = None,
+    moe: Annotated[Texts, typer.Option(help="Train the gate of a mixture of these experts; repeatable.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint of run.folder.")] = False,
+    finetune: Annotated[str | None, _finetuning("Start from this checkpoint; needs --data.", metavar="MODEL")] = None,
+    data: Annotated[Paths, _finetuning("Folder of labelled volumes or corpus; repeatable.")] = None,
+    elsewhere: Annotated[Paths, _finetuning("Evaluated as well, not trained on: what is forgotten.")] = None,
+    output: Annotated[Path | None, _finetuning("Run folder.", "--output", "-o")] = None,
+    train_: Annotated[str | None, _finetuning("What learns: all (default), decoder or adapters.", "--train")] = None,
+    adapter: Annotated[str | None, _finetuning("lora (default with --train adapters) or fact.")] = None,
+    rank: Annotated[int | None, _finetuning("Rank of the adapter. [default: 8]")] = None,
+    steps: Annotated[int | None, _finetuning("Optimiser steps. [default: by the data]")] = None,
+    minutes: Annotated[float | None, _finetuning("As many steps as fit, instead of --steps.")] = None,
+    structures: Annotated[int | None, _finetuning("Structures evaluated before and after. [default: 24]")] = None,
+    seeds: Annotated[int | None, _finetuning("Click seeds of that evaluation. [default: 3]")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Train a promptable model with simulated clicks, or fine-tune one on a folder of labelled volumes."""
-    said = dict(
-        train=train_, adapter=adapter, rank=rank, steps=steps, minutes=minutes, structures=structures, seeds=seeds
-    )
-    given = {name: value for name, value in said.items() if value is not None}
+    options = dict(train=train_, adapter=adapter, rank=rank, steps=steps)
+    options |= dict(minutes=minutes, structures=structures, seeds=seeds)
+    given = {name: value for name, value in options.items() if value is not None}
     if finetune is not None:
         others = {"--config": config, "--model": model, "--from": from_, "--moe": moe}
         if joined := next((name for name, value in others.items() if value), None):
@@ -84,13 +50,10 @@ def train(
             raise InputError(f"--finetune has its own recipe and cannot be joined with {joined}; {remedy}")
         _finetune(finetune, data or [], elsewhere or [], output, given, tuple(set_ or ()), resume, quiet)
         return
-    if extra := [
-        *given,
-        *(name for name, value in {"data": data, "elsewhere": elsewhere, "output": output}.items() if value),
-    ]:
-        raise InputError(
-            f"--{extra[0]} goes with --finetune MODEL; a config says {_CONFIG_KEYS.get(extra[0], 'model.* and optim.*')}"
-        )
+    given |= {k: v for k, v in {"data": data, "elsewhere": elsewhere, "output": output}.items() if v}
+    if given:
+        first = next(iter(given))
+        raise InputError(f"--{first} goes with --finetune MODEL; the key of a config is {_CONFIG_KEYS[first]}")
     from samed3d.config import TrainConfig, load_config
 
     short = [

@@ -3,7 +3,7 @@ goes on.
 
 The list is a CSV with a header: ``image``, and ``prompts`` (a prompt file) or ``point``, ``negative_point`` and ``box``
 (several separated by semicolons); and, where wanted, ``output``, ``channel`` and ``series``. Paths are relative to the
-list. Not here: the options (``cli/batch.py``), one image (``session.py``).
+list. One image is in ``session.py``.
 """
 
 from __future__ import annotations
