@@ -278,8 +278,8 @@ def test_a_full_disk_leaves_an_older_mask_as_it_was(place, tmp_path, monkeypatch
 
 def test_a_full_disk_leaves_no_half_written_report(place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(place)
-    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     more = ("--report", str(tmp_path / "r.json"))
     assert main(list(segment("good.nii.gz", *CLICK, *more, output=str(tmp_path / "m.nii.gz")))) == 2
-    assert "--report cannot be written" in capsys.readouterr().err
+    assert f"cannot write {tmp_path / 'r.json'}" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["m.nii.gz"]

@@ -295,7 +295,7 @@ def test_import_weights_of_published_variants(monkeypatch, tmp_path, capsys):
 
 
 def break_segment(monkeypatch, error: BaseException) -> None:
-    def fail(*_values):
+    def fail(*_values, **_options):
         raise error
 
     monkeypatch.setattr(segment_command, "_gather_prompts", fail)

@@ -89,7 +89,7 @@ def test_torchvision_for_another_torch_is_noted(monkeypatch):
 
 def test_a_port_in_use_is_noted_with_the_option(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setattr("samed3d.cli.serve.DEFAULT_PORT", server.getsockname()[1])
+        monkeypatch.setattr("samed3d.cli.serve.SERVE_PORT", server.getsockname()[1])
         check = one(doctor._ports, "port of serve")
     assert check.state == "note" and "samed3d serve --port N" in check.remedy
 

@@ -296,7 +296,7 @@ def test_data_without_labels_or_without_data_are_refused(base, tmp_path, capsys)
 
 def test_fine_tuning_options_without_finetune_name_the_config_key(capsys):
     assert main(["train", "--train", "decoder"]) == 2
-    assert "--train goes with --finetune MODEL; a config says model.train" in error_of(capsys)
+    assert "--train goes with --finetune MODEL; the key of a config is model.train" in error_of(capsys)
 
 
 def test_a_run_starts_from_another_by_one_flag(base, tmp_path, capsys):
