@@ -18,13 +18,13 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from tables import Body, replace_blocks, table, with_interval  # noqa: E402
+from tables import Body, click_head, dice_table, origin, replace_blocks, table, with_interval  # noqa: E402
 
+from samed3d.drawing import BACKGROUND, png_bytes  # noqa: E402
 from samed3d.evaluation.pictures import case_png  # noqa: E402
 from samed3d.evaluation.replay import ReplayCache, replay  # noqa: E402
 from samed3d.evaluation.results import (  # noqa: E402
@@ -54,27 +54,19 @@ SHOWN = 5
 
 
 def main() -> None:
-    """Measure nothing: read, count, write."""
-    options = _options()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clicks", type=Path, help="results folder: default, clicks only, several seeds")
+    parser.add_argument("--box", type=Path, help="results folder: default, a box first")
+    parser.add_argument("--controls", type=Path, help="results folder: default, control without a prompt, baselines")
+    parser.add_argument("--page", action="store_true", help="only make the card's blocks from the JSON that is there")
+    options = parser.parse_args()
     if not options.page:
+        if None in (options.clicks, options.box, options.controls):
+            parser.error("give --clicks, --box and --controls, or --page")
         runs = {name: read_run(getattr(options, name)) for name in ("clicks", "box", "controls")}
         write_json(RESULT, body_of(runs))
         draw(runs["clicks"])
     write_text(CARD, card_with_blocks(CARD.read_text(encoding="utf-8"), json.loads(RESULT.read_text(encoding="utf-8"))))
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clicks", type=Path, help="results folder: default, clicks only, several seeds")
-    parser.add_argument("--box", type=Path, help="results folder: default, a box first")
-    parser.add_argument(
-        "--controls", type=Path, help="results folder: default, its control without a prompt, baselines"
-    )
-    parser.add_argument("--page", action="store_true", help="only make the card's blocks from the JSON that is there")
-    options = parser.parse_args()
-    if not options.page and None in (options.clicks, options.box, options.controls):
-        parser.error("give --clicks, --box and --controls, or --page")
-    return options
 
 
 # Numbers
@@ -84,30 +76,34 @@ def body_of(runs: dict[str, SavedRun]) -> Body:
     """Everything that the card shows, and how it was measured."""
     rows = untrained(runs["clicks"].rows)
     parts: dict[str, Callable[[Row], str]] = {
-        "group": lambda r: r["group"],
+        "group": _group,
         "modality": modality_class,
         "size": size_class,
+        "source": lambda r: r["source"] + (" (held out)" if r["group"] == "held-out source" else ""),
     }
-    parts["source"] = lambda r: r["source"] + (" (held out)" if r["group"] == "held-out source" else "")
-    body: Body = {name: without_paths(run.results.get("command", "")) for name, run in runs.items()}
-    revisions = {name: run.results["revision"] for name, run in runs.items()}
-    body = {"commands": body, "revisions": revisions, "environment": runs["clicks"].results["environment"]}
+    body: Body = {
+        "commands": {name: without_paths(run.results.get("command", "")) for name, run in runs.items()},
+        "revisions": {name: run.results["revision"] for name, run in runs.items()},
+        "environment": runs["clicks"].results["environment"],
+    }
     for name, part in parts.items():
         groups = grouped(rows, part, size_order if name == "size" else None)
         body[name] = {key: curve_of(mine) for key, mine in groups.items()}
     body["seeds"] = len({row["seed"] for row in rows})
-    body["by_seed"] = {key: seed_means(mine) for key, mine in grouped(rows, parts["group"]).items()}
+    body["by_seed"] = {key: seed_means(mine) for key, mine in grouped(rows, _group).items()}
     body["behaviour"] = behaviour(rows)
     box = [row for row in untrained(runs["box"].rows) if row["click"] == 0]
-    body["box"] = {key: number_of(estimate(mine, "dice")) for key, mine in grouped(box, parts["group"]).items()}
-    same_way = [
-        row for row in untrained(runs["controls"].rows) if (row["protocol"], row["prompt"]) == ("samed3d", "click")
-    ]
-    controls = grouped(same_way, parts["group"])
+    body["box"] = {key: number_of(estimate(mine, "dice")) for key, mine in grouped(box, _group).items()}
+    controls = [r for r in untrained(runs["controls"].rows) if (r["protocol"], r["prompt"]) == ("samed3d", "click")]
     body["controls"] = {
-        key: {model: curve_of(own) for model, own in by_model(mine).items()} for key, mine in controls.items()
+        key: {model: curve_of(own) for model, own in by_model(mine).items()}
+        for key, mine in grouped(controls, _group).items()
     }
     return body
+
+
+def _group(row: Row) -> str:
+    return str(row["group"])
 
 
 def without_paths(command: str) -> str:
@@ -123,36 +119,25 @@ def without_paths(command: str) -> str:
 def curve_of(rows: Sequence[Row]) -> Body:
     """Structures, subjects and Dice after each reported click."""
     curve = {click: found for click, found in click_curve(rows).items() if click in (0, *CLICKS)}
-    structures = len({(row["source"], row["case"], row["label"]) for row in rows})
-    subjects = next(iter(curve.values())).subjects if curve else 0
     return {
-        "structures": structures,
-        "subjects": subjects,
+        "structures": len({(row["source"], row["case"], row["label"]) for row in rows}),
+        "subjects": next(iter(curve.values())).subjects if curve else 0,
         "dice": {str(click): number_of(found) for click, found in curve.items()},
     }
 
 
 def seed_means(rows: Sequence[Row]) -> dict[str, list[float]]:
     """Mean Dice after each reported click, one number per seed."""
-    curves = [
-        click_curve([row for row in rows if row["seed"] == seed]) for seed in sorted({row["seed"] for row in rows})
-    ]
-    return {
-        str(click): [round(curve[click].mean, 4) for curve in curves]
-        for click in CLICKS
-        if all(click in curve for curve in curves)
-    }
+    by_seed = [click_curve([row for row in rows if row["seed"] == n]) for n in sorted({row["seed"] for row in rows})]
+    clicks = [click for click in CLICKS if all(click in curve for curve in by_seed)]
+    return {str(click): [round(curve[click].mean, 4) for curve in by_seed] for click in clicks}
 
 
 def number_of(found: Estimate) -> Body:
     """A mean with its interval over subjects; null for one subject alone."""
     ends = None if math.isnan(found.low) else [round(found.low, 4), round(found.high, 4)]
-    return {
-        "mean": round(found.mean, 4),
-        "interval": ends,
-        "subjects": found.subjects,
-        "measurements": found.measurements,
-    }
+    counts = {"subjects": found.subjects, "measurements": found.measurements}
+    return {"mean": round(found.mean, 4), "interval": ends} | counts
 
 
 def behaviour(rows: Sequence[Row]) -> Body:
@@ -182,42 +167,21 @@ def aims_block(body: Body) -> str:
     """What was aimed at beside what was reached."""
     rows = []
     for group, aims in AIMS.items():
-        found = body["group"][group]
-        rows.append(
-            [
-                f"**{group}**",
-                found["subjects"],
-                found["structures"],
-                *(with_interval(found["dice"].get(str(c))) for c in CLICKS),
-            ]
-        )
+        found, seeds = body["group"][group], body["by_seed"][group]
+        reached = [with_interval(found["dice"].get(str(c))) for c in CLICKS]
+        rows.append([f"**{group}**", found["subjects"], found["structures"], *reached])
         rows.append(["aim", "", "", *("" if aim is None else f"{aim:.2f}" for aim in aims)])
-        seeds = body["by_seed"][group]
         spread = [f"{min(seeds[str(c)]):.3f} to {max(seeds[str(c)]):.3f}" if str(c) in seeds else "" for c in CLICKS]
         rows.append([f"lowest and highest of {body['seeds']} seeds", "", "", *spread])
     box = [[f"**{group}**", found["subjects"], with_interval(found)] for group, found in body["box"].items()]
     box.append(["aim, unseen subject", "", f"{BOX_AIM:.2f}"])
-    heads = [f"{c} click{'s' * (c > 1)}" for c in CLICKS]
-    first = table(["group", "subjects", "structures", *heads], rows)
-    return f"{first}\n\n{table(['box alone', 'subjects', 'Dice'], box)}\n\n{_origin(body, 'clicks', 'box')}"
+    first = table(["group", "subjects", "structures", *map(click_head, CLICKS)], rows)
+    return f"{first}\n\n{table(['box alone', 'subjects', 'Dice'], box)}\n\n{origin_of(body, 'clicks', 'box')}"
 
 
 def parts_block(name: str) -> Callable[[Body], str]:
     """Dice by one property of the structures."""
-
-    def made(body: Body) -> str:
-        rows = [
-            [
-                key,
-                found["subjects"],
-                found["structures"],
-                *(with_interval(found["dice"].get(str(c)), found["subjects"] > 2) for c in CLICKS),
-            ]
-            for key, found in body[name].items()
-        ]
-        return table([name, "subjects", "structures", *(f"{c} click{'s' * (c > 1)}" for c in CLICKS)], rows)
-
-    return made
+    return lambda body: dice_table([name], [([key], found) for key, found in body[name].items()], CLICKS, 3)
 
 
 def behaviour_block(body: Body) -> str:
@@ -238,14 +202,11 @@ def controls_block(body: Body) -> str:
     parts = []
     for group, models in body["controls"].items():
         clicks = sorted({int(c) for found in models.values() for c in found["dice"]} - {0})
-        rows = [
-            [f"`{model}`", *(with_interval(found["dice"].get(str(c))) for c in clicks)]
-            for model, found in models.items()
-        ]
+        rows = [[f"`{m}`", *(with_interval(found["dice"].get(str(c))) for c in clicks)] for m, found in models.items()]
         some = next(iter(models.values()))
         head = f"{group}: {some['subjects']} subjects, {some['structures']} structures"
-        parts.append(table([head, *(f"{c} click{'s' * (c > 1)}" for c in clicks)], rows))
-    return "\n\n".join([*parts, _origin(body, "controls")])
+        parts.append(table([head, *map(click_head, clicks)], rows))
+    return "\n\n".join([*parts, origin_of(body, "controls")])
 
 
 BLOCKS: dict[str, Callable[[Body], str]] = {
@@ -258,11 +219,10 @@ BLOCKS: dict[str, Callable[[Body], str]] = {
 }
 
 
-def _origin(body: Body, *names: str) -> str:
-    about = body["environment"]
-    commands = "; ".join(f"`{body['commands'][name]}`" for name in names)
-    revisions = ", ".join(dict.fromkeys(str(body["revisions"][name]) for name in names))
-    return f"*{commands}; revision {revisions}; {about['processor']}, {about['cores']} cores, torch {about['torch']}.*"
+def origin_of(body: Body, *names: str) -> str:
+    """The commands of some of the runs, and the machine."""
+    commands, revisions = ([body[key][name] for name in names] for key in ("commands", "revisions"))
+    return origin(commands, revisions, body["environment"])
 
 
 # Pictures
@@ -271,44 +231,38 @@ def _origin(body: Body, *names: str) -> str:
 def draw(run: SavedRun) -> None:
     """Typical and worst structures of several data sets, after 1 and after 5 clicks."""
     structures = [curve[0] | {"last": curve[:5][-1]["dice"]} for curve in curves(untrained(run.rows))]
-    by_source = grouped(structures, lambda row: row["source"])
-    largest = sorted(by_source.values(), key=lambda rows: -len({row["subject"] for row in rows}))
-    typical = [_nearest(rows, sorted(row["last"] for row in rows)[len(rows) // 2]) for rows in largest[:SHOWN]]
-    worst = sorted((min(rows, key=lambda row: row["last"]) for rows in by_source.values()), key=lambda row: row["last"])
+    by_source = [
+        sorted(rows, key=lambda r: r["last"]) for rows in grouped(structures, lambda r: str(r["source"])).values()
+    ]
+    largest = sorted(by_source, key=lambda rows: -len({row["subject"] for row in rows}))
+    chosen = {
+        "typical": [rows[len(rows) // 2] for rows in largest[:SHOWN]],
+        "worst": sorted((rows[0] for rows in by_source), key=lambda row: row["last"])[:SHOWN],
+    }
     lines = {prompt_key(line): line for line in run.prompt_lines()}
-    for name, chosen in (("typical", typical), ("worst", worst[:SHOWN])):
-        write_bytes(IMAGES / f"default_{name}.png", _sheet(chosen, lines))
+    for name, rows in chosen.items():
+        write_bytes(IMAGES / f"default_{name}.png", _sheet([lines[prompt_key(row)] | {"row": row} for row in rows]))
 
 
-def _nearest(rows: Sequence[Row], value: float) -> Row:
-    return min(rows, key=lambda row: abs(row["last"] - value))
-
-
-def _sheet(chosen: Sequence[Row], lines: dict[tuple[Any, ...], Body]) -> bytes:
+def _sheet(lines: Sequence[Body]) -> bytes:
     """One row per structure: three planes after 1 click, three after 5, with names and Dice."""
     from PIL import Image, ImageDraw
 
-    answers, rows = ReplayCache(), []
-    for row in chosen:
-        line = lines[prompt_key(row)]
+    cache, panels = ReplayCache(), []
+    for line in lines:
+        name = f"{line['source']}, {line['row']['name'] or line['label']}"
         for clicks in (1, 5):
-            again = replay(line | {"turns": [turn for turn in line["turns"] if turn["click"] <= clicks]}, answers)
-            panel = Image.open(io.BytesIO(case_png(again.volume, again.truth, again.mask, again.prompts)))
-            name = row["name"] or f"label {row['label']}"
-            title = (
-                f"{row['source']}, {name}: {clicks} click{'s' * (clicks > 1)}, Dice {dice(again.mask, again.truth):.2f}"
-            )
-            rows.append((title, panel))
-    width, height = rows[0][1].size
-    sheet = Image.new("RGB", (2 * width + 12, (len(rows) // 2) * (height + 22)), (16, 17, 20))
+            again = replay(line | {"turns": [turn for turn in line["turns"] if turn["click"] <= clicks]}, cache)
+            picture = Image.open(io.BytesIO(case_png(again.volume, again.truth, again.mask, again.prompts)))
+            panels.append((f"{name}: {click_head(clicks)}, Dice {dice(again.mask, again.truth):.2f}", picture))
+    width, height = panels[0][1].size
+    sheet = Image.new("RGB", (2 * width + 12, (len(panels) // 2) * (height + 22)), BACKGROUND)
     pen = ImageDraw.Draw(sheet)
-    for number, (title, panel) in enumerate(rows):
+    for number, (title, panel) in enumerate(panels):
         x, y = number % 2 * (width + 12), number // 2 * (height + 22)
         pen.text((x + 4, y + 4), title, fill=(220, 220, 220))
         sheet.paste(panel, (x, y + 20))
-    data = io.BytesIO()
-    sheet.quantize(192).save(data, "PNG", optimize=True)
-    return data.getvalue()
+    return png_bytes(sheet.quantize(192))
 
 
 if __name__ == "__main__":

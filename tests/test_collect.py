@@ -88,7 +88,7 @@ def test_every_protocol_first_prompt_and_model_has_a_line():
 
 def test_a_block_can_show_every_number_of_its_file():
     body = {"loop": {"samples_per_s": 1.234}, "losses": [1.0, 0.5], "collected": {"seconds": 9}, "machine": {}}
-    assert tables.training(body).splitlines()[2:] == ["| loop samples per s | 1.23 |", "| losses | 1, 0.5 |"]
+    assert tables.every_number(body).splitlines()[2:] == ["| loop samples per s | 1.23 |", "| losses | 1, 0.5 |"]
 
 
 def test_a_page_must_hold_each_block_once(tmp_path):
