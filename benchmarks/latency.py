@@ -185,20 +185,13 @@ def measure_shell(repeats: int) -> dict[str, Any]:
         return {"skipped": f"{CT_CASE} is not in the data folder; set SAMED3D_DATA"}
     imports = "import samed3d.cli, samed3d.inference.session, samed3d.models, samed3d.volume"
     with tempfile.TemporaryDirectory() as out:
-        command = [
-            sys.executable,
-            "infer.py",
-            str(image),
-            "--point",
-            CT_POINT_IJK,
-            "-o",
-            str(Path(out) / "mask.nii.gz"),
-        ]
+        arguments = [str(image), "--point", CT_POINT_IJK, "-o", str(Path(out) / "mask.nii.gz")]
+        command = [sys.executable, "infer.py", *arguments]
         seconds: dict[str, list[float]] = {"end_to_end_s": [], "imports_s": []}
         for _ in range(repeats):
-            for name, arguments in (("end_to_end_s", command), ("imports_s", [sys.executable, "-c", imports])):
+            for name, words in (("end_to_end_s", command), ("imports_s", [sys.executable, "-c", imports])):
                 start = time.perf_counter()
-                done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+                done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
                 seconds[name].append(time.perf_counter() - start)
                 if done.returncode:
                     last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -242,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of nnU-Net data sets")
     parser.add_argument("--sets", nargs="*", default=[], help="only these data sets")
-    parser.add_argument("--out", type=Path, help="file for the JSON")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as name:

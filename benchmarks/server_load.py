@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import re
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,11 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.collect import describe_machine, write_result  # noqa: E402
 from samed3d.apps.client import Client, RemoteError, RemoteSession  # noqa: E402
+from samed3d.data.phantom import anatomical_phantom  # noqa: E402
+from samed3d.inference.session import Session  # noqa: E402
+from samed3d.models import load  # noqa: E402
 from samed3d.prompts import Point  # noqa: E402
+from samed3d.volume import write_volume  # noqa: E402
 
 UNDO_SHARE = 0.1
 
@@ -39,7 +42,6 @@ UNDO_SHARE = 0.1
 class Clicking:
     """What one client did: its edits in order (None is an undo), how long each took, and what went wrong."""
 
-    number: int
     session_id: str = ""
     edits: list[Point | None] = field(default_factory=list)
     acknowledged: list[int] = field(default_factory=list)
@@ -81,11 +83,9 @@ class Server:
         return self.process.wait(60)
 
 
-def click(
-    server: Server, image: str, client_number: int, seconds: float, think: float, centre: tuple[float, ...]
-) -> Clicking:
-    """One client: open, click until the time is over."""
-    done, rng = Clicking(client_number), np.random.default_rng(client_number)
+def click(server: Server, image: str, number: int, seconds: float, think: float, centre: tuple[float, ...]) -> Clicking:
+    """One client: open the image, then click until the time is over."""
+    done, rng = Clicking(), np.random.default_rng(number)
     client = Client(server.url, timeout=300)
     try:
         session = client.open_path(image)
@@ -120,8 +120,6 @@ def one_edit(session: RemoteSession, done: Clicking, rng: np.random.Generator, c
 
 def check(server: Server, image: Path, model: str, clients: list[Clicking]) -> dict[str, int]:
     """The same edits alone: prompts lost and masks that differ."""
-    from samed3d import Session, load
-
     network, lost, different = load(model), 0, 0
     for done in clients:
         if not done.session_id:
@@ -148,75 +146,55 @@ def churn(server: Server, image: str, sessions: int, centre: tuple[float, ...]) 
     return [round(m, 1) for m in memory]
 
 
-def percentile(values: list[float], share: float) -> float:
-    return round(float(np.quantile(values, share)), 4) if values else float("nan")
-
-
-def volume_of(arguments: argparse.Namespace, folder: Path) -> tuple[Path, tuple[float, ...]]:
-    """The image to click on, and where."""
-    if arguments.image is not None:
-        return arguments.image.resolve(), tuple(float(v) for v in arguments.point.split(","))
-    from samed3d.data.phantom import anatomical_phantom
-    from samed3d.volume import write_volume
-
+def generated_body(folder: Path) -> tuple[Path, tuple[float, ...]]:
+    """A generated volume, and a voxel i, j, k of its largest structure."""
     array, labels, grid, _ = anatomical_phantom(np.random.default_rng(0))
-    target = folder / "body.nii"
-    write_volume(target, array, grid)
-    largest = int(np.argmax(np.bincount(labels[labels > 0].ravel())))
-    z, y, x = np.argwhere(labels == largest)[np.count_nonzero(labels == largest) // 2]
-    return target, (float(x), float(y), float(z))
+    write_volume(folder / "body.nii", array, grid)
+    inside = np.argwhere(labels == np.bincount(labels[labels > 0].ravel()).argmax())
+    return folder / "body.nii", tuple(float(v) for v in inside[len(inside) // 2][::-1])
 
 
-def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    image, centre = volume_of(arguments, folder)
-    server = Server(image.parent, folder / "sessions", arguments.model, arguments.clients)
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Clicks of all clients at once, the same clicks alone, and the server's memory over many sessions."""
+    image, centre = generated_body(folder)
+    server = Server(image.parent, folder / "sessions", options.model, options.clients)
     try:
-        before = server.resident_mb()
+        before = peak = server.resident_mb()
         found: list[Clicking] = []
-        threads = [
-            threading.Thread(
-                target=lambda n=n: found.append(
-                    click(server, str(image), n, arguments.seconds, arguments.think, centre)
-                )  # type: ignore[misc]
-            )
-            for n in range(arguments.clients)
-        ]
-        for thread in threads:
-            thread.start()
-        peak = before
-        while any(thread.is_alive() for thread in threads):
-            time.sleep(1)
-            peak = max(peak, server.resident_mb())
-        result: dict[str, Any] = summary(found)
-        result |= check(server, image, arguments.model, found)
+        with ThreadPoolExecutor(options.clients) as pool:
+            waiting = {
+                pool.submit(click, server, str(image), number, options.seconds, options.think, centre)
+                for number in range(options.clients)
+            }
+            while waiting:
+                finished, waiting = wait(waiting, timeout=1)
+                found += [future.result() for future in finished]
+                peak = max(peak, server.resident_mb())
+        result = summary(found) | check(server, image, options.model, found)
         result["resident_mb"] = {"before": round(before, 1), "peak": round(peak, 1)}
         for done in found:
             if done.session_id:
                 Client(server.url).resume(done.session_id).delete()
-        result["resident_mb_over_sessions"] = churn(server, str(image), arguments.sessions, centre)
+        result["resident_mb_over_sessions"] = churn(server, str(image), options.sessions, centre)
     finally:
-        result_code = server.stop()
-    return {**result, "exit_code": result_code}
+        exit_code = server.stop()
+    return {**result, "exit_code": exit_code}
 
 
 def summary(found: list[Clicking]) -> dict[str, Any]:
-    seconds = [s for done in found for s in done.seconds]
-    model = [s for done in found for s in done.model_seconds]
+    """Counts of edits and quantiles of their seconds: as a client waits, and of the prediction alone."""
+    edits = [len(done.edits) for done in found]
+    seconds = np.array([s for done in found for s in done.seconds])
+    prediction = np.array([s for done in found for s in done.model_seconds])
+    p50, p95, most = (round(float(np.quantile(seconds, share)), 4) for share in (0.5, 0.95, 1))
+    model_p50, model_p95 = (round(float(np.quantile(prediction, share)), 4) for share in (0.5, 0.95))
     return {
         "clients": len(found),
-        "edits": sum(len(done.edits) for done in found),
-        "edits_per_client": {"least": min(len(d.edits) for d in found), "most": max(len(d.edits) for d in found)},
+        "edits": sum(edits),
+        "edits_per_client": {"least": min(edits), "most": max(edits)},
         "errors": [error for done in found for error in done.errors],
-        "latency_s": {
-            "p50": percentile(seconds, 0.5),
-            "p95": percentile(seconds, 0.95),
-            "most": percentile(seconds, 1.0),
-        },
-        "prediction_s": {
-            "p50": percentile(model, 0.5),
-            "p95": percentile(model, 0.95),
-            "mean": round(statistics.fmean(model), 4),
-        },
+        "latency_s": {"p50": p50, "p95": p95, "most": most},
+        "prediction_s": {"p50": model_p50, "p95": model_p95, "mean": round(float(prediction.mean()), 4)},
     }
 
 
@@ -227,18 +205,13 @@ def main() -> int:
     parser.add_argument("--think", type=float, default=1.0, help="mean seconds between an answer and the next click")
     parser.add_argument("--sessions", type=int, default=200, help="opened and deleted afterwards, one after the other")
     parser.add_argument("--model", default="default")
-    parser.add_argument("--image", type=Path, help="instead of the generated body; with --point")
-    parser.add_argument("--point", help="I,J,K inside a structure of --image")
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    if (arguments.image is None) != (arguments.point is None):
-        parser.error("--image and --point belong together")
+    options = parser.parse_args()
+    machine = describe_machine()
     with tempfile.TemporaryDirectory() as name:
-        result = measure(arguments, Path(name))
-    settings = {
-        key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items() if key != "out"
-    }
-    write_result(arguments.out, {"settings": settings, **result, "machine": describe_machine()})
+        result = measure(options, Path(name))
+    settings = {key: value for key, value in vars(options).items() if key != "out"}
+    write_result(options.out, {"settings": settings, **result, "machine": machine})
     return int(bool(result["errors"] or result["prompts_lost"] or result["masks_that_differ"] or result["exit_code"]))
 
 
