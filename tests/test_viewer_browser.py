@@ -177,6 +177,48 @@ def test_right_click_and_the_switch_remove_and_prompts_can_be_flipped_and_delete
     wait_prompts(page, 2)
 
 
+def test_a_double_click_is_one_prompt_and_a_new_object_starts_positive(page):
+    x, y = page.evaluate(
+        "() => { const v = document.getElementById('view').getBoundingClientRect(); return [v.x, v.y]; }"
+    )
+    at = page.evaluate("() => window.samed3d.stage.project(window.samed3d.stage.here())[0]")
+    page.mouse.dblclick(x + at["x"], y + at["y"])
+    wait_prompts(page, 1)
+    page.wait_for_timeout(600)
+    wait_prompts(page, 1)
+    page.keyboard.press("t")
+    assert page.inner_text("#sign") == "− removes"
+    page.keyboard.press("n")
+    page.wait_for_function("document.querySelectorAll('#objects li').length === 2", timeout=WAIT_MS)
+    page.wait_for_function("document.getElementById('sign').textContent === '+ adds'", timeout=WAIT_MS)
+    click_ball(page)
+    wait_prompts(page, 1)
+    assert page.locator("#prompts .plus").count() == 1
+
+
+def test_a_negative_box_removes_what_is_inside_it(page):
+    click_ball(page)
+    wait_prompts(page, 1)
+    x, y = page.evaluate(
+        "() => { const v = document.getElementById('view').getBoundingClientRect(); return [v.x, v.y]; }"
+    )
+    at = page.evaluate("() => window.samed3d.stage.project(window.samed3d.stage.here())[0]")
+    page.keyboard.press("b")
+    page.mouse.move(x + at["x"] - 20, y + at["y"] - 20)
+    page.mouse.down(button="right")
+    page.mouse.move(x + at["x"] + 20, y + at["y"] + 20, steps=4)
+    page.mouse.up(button="right")
+    wait_prompts(page, 2)
+    lasso = page.evaluate("() => window.samed3d.state.objects[0].prompts[1]")
+    assert lasso["type"] == "lasso" and lasso["positive"] is False and len(lasso["outline"]) == 4
+    mask = page.evaluate("() => { const m = window.samed3d.stage.masks; return [...m.masks.get(1)]; }")
+    bits = np.unpackbits(np.array(mask, np.uint8), bitorder="little")[: 56 * 48 * 40].reshape(40, 48, 56)
+    outline = np.array(lasso["outline"])
+    low, high = np.ceil(outline.min(0)).astype(int), np.floor(outline.max(0)).astype(int)
+    inside = bits[low[2] : high[2] + 1, low[1] : high[1] + 1, low[0] : high[0] + 1]
+    assert inside.size > 4 and not inside.any() and bits.any()
+
+
 def test_the_session_comes_back_after_a_reload_and_after_a_restart(page, running, volume, tmp_path):
     click_ball(page)
     wait_prompts(page, 1)

@@ -1,4 +1,4 @@
-// The server's REST API as functions: each returns what the page needs, masks unpacked. No page here. The routes are described at /docs.
+// The server's REST API as functions; masks are returned unpacked. The routes are described at /docs.
 import { fromBase64, inflate } from "./geometry.js";
 
 const TOKEN = "samed3d-token";

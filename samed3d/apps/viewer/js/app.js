@@ -1,5 +1,5 @@
-// The page: what is open, what the server says of it, and what happens on each action. One request at a time, in order.
-// Pictures are in stage.js, gestures in tools.js, lists in panels.js, the server in api.js.
+// The page: its state, and what each action does. Requests are sent one at a time, in order.
+// The picture is in stage.js, pointer tools in tools.js, the lists in panels.js, requests in api.js.
 import { Api } from "./api.js";
 import { middleOf, showObjects, showPrompts, showShortcuts, showTools, element } from "./panels.js";
 import { Stage } from "./stage.js";
@@ -174,7 +174,12 @@ async function exportMasks(format) {
 }
 
 function wire() {
-  const newObject = () => act("new object", () => api.newObject());
+  const newObject = () =>
+    act("new object", async () => {
+      const reply = await api.newObject();
+      hand.positive = true; // a new object needs a positive prompt first
+      return reply;
+    });
   $("undo").onclick = () => act("undo", () => api.undo().then(redraw));
   $("redo").onclick = () => act("redo", () => api.redo().then(redraw));
   $("suggest").onclick = suggest;

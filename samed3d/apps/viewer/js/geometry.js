@@ -1,5 +1,5 @@
 // Voxel arithmetic of the page: the file's own order (i fastest, as NIfTI stores it) beside the viewer's (right, anterior, superior).
-// No page, no network. Read stage.js next.
+// It uses neither the page nor the network.
 
 /** Base64 text as bytes. */
 export function fromBase64(text) {

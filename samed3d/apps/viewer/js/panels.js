@@ -1,4 +1,4 @@
-// The lists at the side: objects and prompts, made anew from what the server says. No state of their own. Read app.js next.
+// The lists at the side: objects and prompts, rebuilt from each answer of the server. They keep no state.
 import { TOOLS } from "./tools.js";
 
 const ICONS = {

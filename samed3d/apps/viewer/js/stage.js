@@ -1,5 +1,5 @@
 // The picture: three planes and 3D by NiiVue, masks in its drawing layer, prompts drawn on a canvas above it.
-// Knows voxels and pixels, not the server. Read tools.js next.
+// It converts between voxels and pixels and sends no requests.
 import { Niivue, NVImage } from "../vendor/niivue.js";
 import { AxisMap, MaskStore } from "./geometry.js";
 

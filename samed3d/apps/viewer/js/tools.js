@@ -1,16 +1,17 @@
-// What the hand does: a pointer on a plane becomes a click, box, scribble or lasso in file voxels. Knows the stage, not the server.
-// Left adds, right or ctrl removes; on a touch screen the add/remove switch decides. Read app.js next.
+// The tools: pointer events on a plane become clicks, boxes, scribbles and lassos in file voxels.
+// The left button adds, the right button or Ctrl removes; on a touch screen the add/remove switch decides.
 
 export const TOOLS = [
   { id: "navigate", key: "v", name: "Navigate", hint: "drag to move the crosshair, right-drag for contrast" },
   { id: "point", key: "c", name: "Click", hint: "left click adds, right or ctrl click removes" },
-  { id: "box", key: "b", name: "Box", hint: "drag a box around the structure in any plane" },
+  { id: "box", key: "b", name: "Box", hint: "drag a box around the structure in any plane; with right or ctrl, around what does not belong" },
   { id: "scribble", key: "s", name: "Scribble", hint: "draw inside the structure; with right or ctrl, outside it" },
   { id: "lasso", key: "l", name: "Lasso", hint: "draw around the structure in one plane" },
   { id: "eraser", key: "e", name: "Eraser", hint: "draw over what does not belong" },
 ];
 
 const DRAG_PX = 6;
+const DOUBLE_CLICK_MS = 500;
 
 export class Hand {
   /** `onPrompt` gets a prompt in the prompt file's own form. */
@@ -21,6 +22,7 @@ export class Hand {
     this.tool = "point";
     this.positive = true;
     this.stroke = null;
+    this.lastClick = null;
     area.addEventListener("pointerdown", (e) => this.down(e), true);
     area.addEventListener("pointermove", (e) => this.move(e), true);
     area.addEventListener("pointerup", (e) => this.up(e), true);
@@ -65,13 +67,13 @@ export class Hand {
     this.stage.drawOverlay();
   }
 
-  up() {
+  up(event) {
     if (!this.stroke) return;
-    const { spots, moved, positive, start } = this.stroke;
+    const { spots, moved, positive, start, axis } = this.stroke;
     this.drop();
     this.justEnded = true;
     if (this.tool === "point") {
-      if (moved) return;
+      if (moved || this.isDoubleClick(start, event.timeStamp)) return;
       this.stage.goTo(start.ijk);
       this.onPrompt({ type: "point", at: start.ijk, positive });
       return;
@@ -81,7 +83,7 @@ export class Hand {
       if (!moved) return;
       const last = spots[spots.length - 1].ijk;
       const [min, max] = [start.ijk.map((v, a) => Math.min(v, last[a])), start.ijk.map((v, a) => Math.max(v, last[a]))];
-      if (positive) this.onPrompt({ type: "box", min, max });
+      this.onPrompt(positive ? { type: "box", min, max } : { type: "lasso", outline: around(min, max, axis), positive });
     } else if (this.tool === "lasso") {
       if (path.length >= 3) this.onPrompt({ type: "lasso", outline: path, positive });
     } else {
@@ -89,11 +91,30 @@ export class Hand {
     }
   }
 
+  /** Whether a click is the second of a double click, which counts once. */
+  isDoubleClick(spot, time) {
+    const last = this.lastClick;
+    this.lastClick = { x: spot.x, y: spot.y, time };
+    return last !== null && time - last.time < DOUBLE_CLICK_MS && Math.hypot(spot.x - last.x, spot.y - last.y) <= DRAG_PX;
+  }
+
   drop() {
     this.stroke = null;
     this.stage.ghost = null;
     this.stage.drawOverlay();
   }
+}
+
+/** The outline of a flat box, just inside its outermost voxels' borders: a box cannot be negative, a lasso can. */
+function around(min, max, axis) {
+  const [u, v] = [0, 1, 2].filter((a) => a !== axis);
+  const corners = [[min, min], [max, min], [max, max], [min, max]];
+  return corners.map(([atU, atV]) => {
+    const corner = [...min];
+    corner[u] = atU[u] + (atU === max ? 0.49 : -0.49);
+    corner[v] = atV[v] + (atV === max ? 0.49 : -0.49);
+    return corner;
+  });
 }
 
 /** A path without repeated voxels. */
