@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from samed3d.apps.client import Client
-from samed3d.apps.napari_plugin.controller import Controller
-from samed3d.apps.napari_plugin.opening import open_remote, resume_remote
+from samed3d.apps.napari_plugin.controller import Controller, open_remote
 from samed3d.inference.session import Session
 from samed3d.prompts import Box, Point, point_in_grid
 from samed3d.volume import Volume, read_volume
@@ -40,7 +39,7 @@ def test_a_click_changes_its_part_of_the_label_map(tmp_path):
     seen = []
     controller.on_change.append(seen.append)
     numbers: list[int] = []
-    controller.add(Point(BALL_IJK), 1, numbers.append)
+    controller.edit(lambda s: s.add(Point(BALL_IJK), 1), numbers.append)
     (change,) = seen
     assert numbers == [1] and change.current == 1 and change.can_undo and change.seconds > 0
     assert 0 < change.labels.sum() and change.labels.shape == change.region.shape_zyx
@@ -52,55 +51,55 @@ def test_undo_and_redo_bring_masks_and_prompts_back_exactly(tmp_path):
     controller = started(ball(tmp_path), ClickedModel())
     steps = [controller.labels.copy()]
     for at in (BALL_IJK, (20, 8, 16), (10, 20, 6)):
-        controller.add(Point(at), 1)
+        controller.edit(lambda s, at=at: s.add(Point(at), 1))
         steps.append(controller.labels.copy())
     assert len({step.tobytes() for step in steps}) == 4
     for step in steps[-2::-1]:
-        controller.undo()
+        controller.edit(lambda s: s.undo())
         np.testing.assert_array_equal(controller.labels, step)
-    controller.undo()  # nothing left: nothing happens
+    controller.edit(lambda s: s.undo())  # nothing left: nothing happens
     assert not controller.state.can_undo and controller.state.objects == ()
     for step in steps[1:]:
-        controller.redo()
+        controller.edit(lambda s: s.redo())
         np.testing.assert_array_equal(controller.labels, step)
 
 
 def test_moving_and_removing_prompts_changes_the_mask(tmp_path):
     controller = started(ball(tmp_path), ClickedModel())
-    controller.add(Point(BALL_IJK), 1)
+    controller.edit(lambda s: s.add(Point(BALL_IJK), 1))
     one = controller.labels.copy()
-    controller.add(Point((20, 8, 16)), 1)
+    controller.edit(lambda s: s.add(Point((20, 8, 16)), 1))
     two = controller.labels.copy()
-    controller.move(2, Point((21, 20, 16)))
+    controller.edit(lambda s: s.move(2, Point((21, 20, 16))))
     assert not np.array_equal(controller.labels, two)
-    controller.remove(2)
+    controller.edit(lambda s: s.remove(2))
     np.testing.assert_array_equal(controller.labels, one)
 
 
 def test_several_objects_share_the_label_map_as_the_session_says(tmp_path):
     controller = started(ball(tmp_path), ClickedModel())
     for number, at in ((1, BALL_IJK), (2, (19, 15, 11)), (3, (5, 5, 5))):
-        controller.add(Point(at), number)
+        controller.edit(lambda s, at=at, number=number: s.add(Point(at), number))
     assert set(np.unique(controller.labels)) == {0, 1, 2, 3}
     assert (controller.session.mask_of(1) & controller.session.mask_of(2)).any()  # so that there is something to settle
     np.testing.assert_array_equal(controller.labels, controller.session.labels)
-    controller.edit_object(2, locked=True)
+    controller.edit(lambda s: s.edit_object(2, locked=True))
     np.testing.assert_array_equal(controller.labels, controller.session.labels)
-    controller.edit_object(2, visible=False)
+    controller.edit(lambda s: s.edit_object(2, visible=False))
     assert 2 not in controller.labels
     np.testing.assert_array_equal(controller.labels > 0, controller.session.mask_of(1) | controller.session.mask_of(3))
-    controller.undo()
-    controller.undo()
+    controller.edit(lambda s: s.undo())
+    controller.edit(lambda s: s.undo())
     np.testing.assert_array_equal(controller.labels, controller.session.labels)
-    controller.remove_object(3)
+    controller.edit(lambda s: s.remove_object(3))
     assert 3 not in controller.labels
-    controller.undo()
+    controller.edit(lambda s: s.undo())
     np.testing.assert_array_equal(controller.labels, controller.session.labels)
 
 
 def test_painting_is_a_mask_to_start_from(tmp_path):
     controller = started(ball(tmp_path))
-    controller.add(Point(BALL_IJK), 1)
+    controller.edit(lambda s: s.add(Point(BALL_IJK), 1))
     painted = controller.labels.copy()
     i, j, k = BALL_IJK
     painted[k, j, i : i + 2] = 0  # erased
@@ -109,15 +108,15 @@ def test_painting_is_a_mask_to_start_from(tmp_path):
     controller.painted(painted)
     np.testing.assert_array_equal(controller.labels, painted)
     assert [entry.id for entry in controller.state.objects] == [1, 4]
-    controller.undo()
-    controller.undo()
+    controller.edit(lambda s: s.undo())
+    controller.edit(lambda s: s.undo())
     assert controller.session.labels[k, j, i] == 1 and not (controller.labels == 4).any()
 
 
 def test_what_is_painted_over_belongs_to_no_object_below(tmp_path):
     controller = started(ball(tmp_path))
     for number in (1, 2):
-        controller.add(Point(BALL_IJK), number)
+        controller.edit(lambda s, number=number: s.add(Point(BALL_IJK), number))
     i, j, k = BALL_IJK
     assert controller.session.mask_of(1)[k, j, i] and controller.session.mask_of(2)[k, j, i]
     painted = controller.labels.copy()
@@ -130,10 +129,10 @@ def test_what_is_painted_over_belongs_to_no_object_below(tmp_path):
 def test_painting_a_whole_object_away_or_a_locked_one_is_refused(tmp_path):
     controller = started(ball(tmp_path))
     messages = refused(controller)
-    controller.add(Point(BALL_IJK), 1)
+    controller.edit(lambda s: s.add(Point(BALL_IJK), 1))
     before = controller.labels.copy()
     controller.painted(np.zeros_like(before))
-    controller.edit_object(1, locked=True)
+    controller.edit(lambda s: s.edit_object(1, locked=True))
     controller.painted(np.where(before, before, np.eye(*before.shape[1:], dtype=np.uint8)))
     assert ["no voxel left" in messages[0], "locked" in messages[1], len(messages)] == [True, True, 2]
     np.testing.assert_array_equal(controller.labels, before)
@@ -143,7 +142,7 @@ def test_what_is_refused_says_why_and_changes_nothing(tmp_path):
     controller = started(ball(tmp_path))
     messages, seen, numbers = refused(controller), [], []
     controller.on_change.append(seen.append)
-    controller.add(Point((500, 0, 0)), 1, numbers.append)
+    controller.edit(lambda s: s.add(Point((500, 0, 0)), 1), numbers.append)
     assert numbers == [0] and "inside the volume" in messages[0]
     assert seen[0].region.is_empty and seen[0].objects == ()  # the layers are told to show what there is
     controller.session.export = lambda path, format: 1 / 0  # type: ignore[assignment, return-value]
@@ -169,7 +168,7 @@ def test_a_session_that_goes_on_is_shown_with_its_prompts_in_voxels(tmp_path):
 def test_saving_writes_masks_or_the_session(tmp_path):
     volume = ball(tmp_path)
     controller = started(volume)
-    controller.add(Point(BALL_IJK), 1)
+    controller.edit(lambda s: s.add(Point(BALL_IJK), 1))
     written: list[bool] = []
     controller.save(str(tmp_path / "mask.nii.gz"), "nifti", lambda: written.append(True))
     controller.save(str(tmp_path / "work.json"), "", lambda: written.append(True))
@@ -183,7 +182,7 @@ def test_saving_writes_masks_or_the_session(tmp_path):
 
 def test_the_suggested_click_is_given_in_voxels(tmp_path):
     controller = started(ball(tmp_path))
-    controller.add(Point(BALL_IJK), 1)
+    controller.edit(lambda s: s.add(Point(BALL_IJK), 1))
     found = []
     controller.suggest_click(lambda zyx, positive: found.append((zyx, positive)))
     expected = controller.session.suggest_click()
@@ -199,10 +198,10 @@ def test_a_session_on_a_server_is_the_same(tmp_path):
         for controller in (there, array_only):
             controller.start()
         for controller in (here, there, array_only):
-            controller.add(Point(BALL_IJK), 1)
-            controller.add(Box((20, 3, 3), (26, 9, 7)), 2)
-            controller.undo()
-            controller.redo()
+            controller.edit(lambda s: s.add(Point(BALL_IJK), 1))
+            controller.edit(lambda s: s.add(Box((20, 3, 3), (26, 9, 7)), 2))
+            controller.edit(lambda s: s.undo())
+            controller.edit(lambda s: s.redo())
             painted = controller.labels.copy()
             painted[1:3, 1:3, 1:3] = 5
             controller.painted(painted)
@@ -219,9 +218,9 @@ def test_a_session_on_a_server_is_the_same(tmp_path):
         there.save(str(tmp_path / "there.nii.gz"), "nifti")
         np.testing.assert_array_equal(read_volume(tmp_path / "there.nii.gz").array, here.session.labels)
         # Somebody else's edit is seen, not overwritten.
-        other = resume_remote(there.session.id, server.url)
+        other = Client(server.url).resume(there.session.id)
         other.add(Point((5, 20, 20)), 3)
-        there.add(Point((6, 20, 20)), 1)
+        there.edit(lambda s: s.add(Point((6, 20, 20)), 1))
         assert "changed elsewhere" in there.state.note and [e.id for e in there.state.objects] == [1, 2, 3, 5]
         messages = refused(there)
         there.save(str(tmp_path / "there.json"), "")
@@ -233,5 +232,5 @@ def test_a_server_that_is_not_there_is_one_line(tmp_path):
     with ServerProcess(tmp_path / "server") as server:
         controller = Controller(Client(server.url).open(volume.source))
     messages = refused(controller)
-    controller.add(Point(BALL_IJK), 1)
+    controller.edit(lambda s: s.add(Point(BALL_IJK), 1))
     assert "does not answer" in messages[0]

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 from samed3d.apps.napari_plugin.controller import Controller
-from samed3d.apps.napari_plugin.frames import Frame, affine_for, volume_of
-from samed3d.apps.napari_plugin.layer_prompts import (
+from samed3d.apps.napari_plugin.coordinates import (
     Drawn,
+    Frame,
+    affine_for,
     compared,
-    depth_of,
     moved_shape,
     point_at,
     prompt_to_shape,
     shape_to_prompt,
+    volume_of,
 )
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
@@ -151,7 +152,7 @@ def test_real_permuted_and_oblique_files_are_shown_and_saved_in_place(data_dir, 
     assert world == pytest.approx(np.multiply(centre[::-1], volume.grid.spacing_zyx_mm))
     controller = Controller(Session(volume, BrightnessModel((16, 16, 16))))
     (at,) = Frame.of(Layer(IMAGE)).to(Frame.of(layer), np.array([world]))
-    controller.add(point_at(at, True), 1)
+    controller.edit(lambda s: s.add(point_at(at, True), 1))
     assert controller.labels[centre[::-1]] == 1
     controller.save(str(tmp_path / "mask.nii.gz"), "nifti")
     saved = read_volume(tmp_path / "mask.nii.gz")
@@ -220,7 +221,7 @@ def test_a_box_is_drawn_as_it_is_read(depth, across):
     box = shape_to_prompt(Drawn("rectangle", corners), True, depth)
     shape = prompt_to_shape(box, across)
     np.testing.assert_allclose(np.sort(shape.vertices_zyx, axis=0), np.sort(corners, axis=0))
-    assert moved_shape(box, shape, depth_of(box, across)) == box
+    assert moved_shape(box, shape, across) == box
 
 
 @pytest.mark.parametrize(
@@ -232,7 +233,7 @@ def test_a_box_is_drawn_as_it_is_read(depth, across):
     ],
 )
 def test_strokes_are_drawn_as_they_are_read(prompt):
-    assert moved_shape(prompt, prompt_to_shape(prompt), 1) == prompt
+    assert moved_shape(prompt, prompt_to_shape(prompt), 0) == prompt
 
 
 def test_a_scribble_of_one_position_can_be_drawn():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from samed3d.apps.napari_plugin.controller import Controller
-from samed3d.apps.napari_plugin.frames import Frame, affine_for, volume_of
+from samed3d.apps.napari_plugin.coordinates import Frame, affine_for, volume_of
 from samed3d.errors import InputError
 from samed3d.inference.session import Session
 from samed3d.prompts import Box, Lasso, Point, Scribble
@@ -139,8 +139,8 @@ def test_dragging_a_point_moves_the_click_and_deleting_it_removes_it(scene):
     points.selected_data = {0}
     points.remove_selected()
     assert list(prompts(scene)) == [2] and len(points.data) == 1
-    scene.controller.undo()
-    scene.controller.undo()
+    scene.controller.edit(lambda s: s.undo())
+    scene.controller.edit(lambda s: s.undo())
     assert {number: p.at for number, p in prompts(scene).items()} == {1: BALL_IJK, 2: (20, 8, 16)}
     assert sorted(points.data.tolist()) == sorted([list(map(float, BALL_IJK[::-1])), [16.0, 8.0, 20.0]])
     np.testing.assert_array_equal(scene.layers.masks.data, before)
@@ -160,10 +160,10 @@ def test_shapes_are_boxes_lassos_and_scribbles_and_come_back(scene):
     assert isinstance(kinds[2], Lasso) and not kinds[2].positive and scene.said == []
     assert shapes.shape_type == ["rectangle", "path", "polygon"]
     for expected in (2, 1, 0):
-        scene.controller.undo()
+        scene.controller.edit(lambda s: s.undo())
         assert len(shapes.data) == expected
     for _ in range(3):
-        scene.controller.redo()
+        scene.controller.edit(lambda s: s.redo())
     assert list(prompts(scene).values()) == kinds and len(shapes.data) == 3
     shapes.selected_data = {2}
     shapes.remove_selected()
@@ -197,11 +197,11 @@ def test_several_objects_have_their_colours_and_can_be_hidden(scene):
     clicked(scene, (20, 8, 16))
     masks = scene.layers.masks
     assert {1, 2} <= set(np.unique(masks.data))
-    scene.controller.edit_object(2, colour="#102030")
+    scene.controller.edit(lambda s: s.edit_object(2, colour="#102030"))
     np.testing.assert_allclose(masks.colormap.color_dict[2][:3], np.array([0x10, 0x20, 0x30]) / 255, atol=1e-6)
-    scene.controller.edit_object(2, visible=False)
+    scene.controller.edit(lambda s: s.edit_object(2, visible=False))
     assert 2 not in masks.data and len(scene.layers.points.data) == 1
-    scene.controller.undo()
+    scene.controller.edit(lambda s: s.undo())
     assert 2 in masks.data and len(scene.layers.points.data) == 2
 
 
@@ -214,7 +214,7 @@ def test_a_brush_on_the_masks_is_a_mask_to_start_from(scene):
         masks.paint((20, 4, 4), 1)
     assert scene.said == [] and scene.session.mask_of(1)[20, 4, 4] == 1
     np.testing.assert_array_equal(masks.data, scene.session.labels)
-    scene.controller.edit_object(1, locked=True)
+    scene.controller.edit(lambda s: s.edit_object(1, locked=True))
     with masks.block_history():
         masks.paint((20, 20, 20), 1)
     assert "locked" in scene.said[0] and masks.data[20, 20, 20] == 0

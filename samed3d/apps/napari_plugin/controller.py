@@ -1,38 +1,64 @@
-"""A session as napari needs it: edits in order, one after the other, away from the window; after each, what changed. No
-Qt, no napari.
+"""One session as napari needs it: edits run in order outside the window's thread, and listeners learn what each changed.
 
-The session is a ``Session`` of this process or a ``RemoteSession`` of a server: their calls are the same. Masks are
-kept packed and put together into one label map, of which only the changed part is written anew. Calls return at once;
-``Runner`` says where the work is done. Not here: layers (``layers.py``). Read that next.
+The session is a ``Session`` of this process or a ``RemoteSession`` of a server, whose calls are the same. Needs neither
+Qt nor napari. The layers that show it are in ``layers.py``.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from samed3d.apps.client import RemoteError
+from samed3d.apps.client import Client, RemoteError
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple, Region, Triple, as_triple, bounding_region
-from samed3d.prompts import Box, Lasso, Mask, PackedMask, Point, Prompt, Scribble, prompt_from_json
+from samed3d.prompts import Box, Mask, PackedMask, Point, Prompt, Scribble, prompt_from_json
+from samed3d.volume import SUFFIXES, Volume, write_volume
 
 logger = logging.getLogger(__name__)
 
 MOST_OBJECTS = 255
 _CONFLICT = 409
 _NOWHERE = Region((0, 0, 0), (0, 0, 0))
-T = TypeVar("T")
+_NO_LABELS = np.zeros((0, 0, 0), np.uint8)
 Runner = Callable[[Callable[[], Any], Callable[[Any], None], Callable[[Exception], None]], None]
-"""Does a job, in the order given, then says in the caller's thread that it is done or has failed."""
+"""Runs jobs in the given order; afterwards it calls ``done`` or ``failed`` in the caller's thread."""
+
+
+def open_local(volume: Volume, model: str = "default") -> Any:
+    """A session of this process."""
+    from samed3d.inference.session import Session  # imports torch, which napari should not load before it is needed
+
+    return Session.open(volume, model)
+
+
+def open_remote(volume: Volume, url: str, token: str | None = None, model: str | None = None) -> Any:
+    """A session on a server, which receives the volume's file, or an NRRD file of it if there is none.
+
+    Raises:
+        InputError: if the URL is not one.
+        RemoteError: if the server does not answer, or refuses the image.
+    """
+    client = Client(url, token or None)
+    source = Path(volume.source)
+    if source.is_file() and source.name.lower().endswith(tuple(SUFFIXES)):
+        return client.open(source, model)
+    with tempfile.TemporaryDirectory() as folder:
+        sent = Path(folder) / "image.nrrd"
+        write_volume(sent, volume.array, volume.grid)
+        return client.open(sent, model)
 
 
 @dataclass(frozen=True)
-class Entry:
+class ShownObject:
     """An object as it is shown; ``prompts`` by number, with positions in ijk."""
 
     id: int
@@ -46,33 +72,31 @@ class Entry:
 
 @dataclass(frozen=True)
 class Change:
-    """What an edit changed.
+    """The objects after an edit, and what the edit changed.
 
     Attributes:
         objects: All objects, by id.
-        current: The one prompted last; 0 before any.
-        can_undo: Whether there is an edit to take back.
-        can_redo: Whether there is one to do again.
-        region: Of the label map, zyx; empty where no voxel changed.
+        current: The object that was prompted last; 0 before any.
+        region: The changed part of the label map, zyx; empty where no voxel changed.
         labels: uint8, of the region's shape.
-        prompt_id: That was added, moved or removed; 0 where none was.
-        seconds: That the edit took.
-        note: For the user, where there is something to say.
+        prompt_id: The prompt that was added, moved or removed; 0 for other edits.
+        seconds: Duration of the edit.
+        note: A message for the user, or "".
     """
 
-    objects: tuple[Entry, ...]
-    current: int
-    can_undo: bool
-    can_redo: bool
-    region: Region
-    labels: NDArray[np.uint8]
+    objects: tuple[ShownObject, ...] = ()
+    current: int = 0
+    can_undo: bool = False
+    can_redo: bool = False
+    region: Region = _NOWHERE
+    labels: NDArray[np.uint8] = field(default_factory=_NO_LABELS.copy)
     prompt_id: int = 0
     seconds: float = 0.0
     note: str = ""
 
 
 def run_now(job: Callable[[], Any], done: Callable[[Any], None], failed: Callable[[Exception], None]) -> None:
-    """The runner that does a job at once, in the same thread."""
+    """The runner that runs a job at once, in the same thread."""
     try:
         result = job()
     except Exception as error:
@@ -81,80 +105,70 @@ def run_now(job: Callable[[], Any], done: Callable[[Any], None], failed: Callabl
     done(result)
 
 
+def error_message(error: Exception) -> str:
+    """An error as one line for the user; an unexpected one is also logged."""
+    if isinstance(error, InputError | RemoteError):
+        return str(error)
+    logger.error("in the napari plugin", exc_info=error)
+    return f"this is our fault: {type(error).__name__}: {error}"
+
+
 class Controller:
-    """One session and those who look at it.
+    """One session and its listeners.
 
     Attributes:
         session: ``Session`` or ``RemoteSession``; used by jobs only.
         shape_zyx: Of the image.
-        labels: uint8 (D, H, W), the objects that are visible, by id, as after the last job whose end was told.
-        state: As after that job.
+        labels: uint8 (D, H, W), the ids of the visible objects, as after the last finished edit.
+        state: The last change.
         on_change: Called with each change.
         on_error: Called with one line for the user.
     """
 
     def __init__(self, session: Any, runner: Runner = run_now) -> None:
-        """Take over a session that is open; ``start`` reads what it holds."""
+        """Take an open session; ``start`` reads what it holds."""
         self.session, self._runner = session, runner
-        grid = getattr(getattr(session, "volume", None), "grid", None)
-        self.shape_zyx: IntTriple = tuple(session.size_ijk[::-1]) if grid is None else grid.shape_zyx
-        self._ijk_from_ras = np.linalg.inv(session.affine_ras if grid is None else grid.affine_ras)
+        self.is_remote = not hasattr(session, "volume")
+        self.shape_zyx: IntTriple = tuple(session.size_ijk[::-1]) if self.is_remote else session.volume.grid.shape_zyx
+        affine = session.affine_ras if self.is_remote else session.volume.grid.affine_ras
+        self._ijk_from_ras = np.linalg.inv(affine)
         self.labels = np.zeros(self.shape_zyx, np.uint8)
-        self.state = Change((), 0, False, False, _NOWHERE, np.zeros((0, 0, 0), np.uint8))
+        self.state = Change()
         self.on_change: list[Callable[[Change], None]] = []
         self.on_error: list[Callable[[str], None]] = []
         self._masks: dict[int, PackedMask] = {}
-        self._table: dict[int, Entry] = {}  # as after the last job that was done
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether the session is on a server."""
-        return not hasattr(self.session, "volume")
+        self._objects: dict[int, ShownObject] = {}  # as after the last job
 
     def start(self) -> None:
         """Show what the session holds already."""
-        self._do(self._reread)
+        self._run(self._read_everything)
 
-    def add(self, prompt: Prompt, object_id: int, then: Callable[[int], None] | None = None) -> None:
-        """Add a prompt; ``then`` is told its number, or 0 where it was refused."""
-        self._do(lambda: self._edit(lambda: self.session.add(prompt, object_id)), then)
-
-    def move(self, prompt_id: int, to: Prompt, then: Callable[[int], None] | None = None) -> None:
-        """Replace a prompt; ``then`` as for ``add``."""
-        self._do(lambda: self._edit(lambda: self.session.move(prompt_id, to)), then)
-
-    def remove(self, prompt_id: int, then: Callable[[int], None] | None = None) -> None:
-        """Take a prompt out; ``then`` as for ``add``."""
-        self._do(lambda: self._edit(lambda: self.session.remove(prompt_id)), then)
-
-    def undo(self) -> None:
-        """Take back the last edit; nothing where there is none."""
-        self._do(lambda: self._edit(self.session.undo if self.session.can_undo else None))
-
-    def redo(self) -> None:
-        """Do again what was undone last; nothing where there is nothing."""
-        self._do(lambda: self._edit(self.session.redo if self.session.can_redo else None))
-
-    def new_object(self, name: str | None = None) -> None:
-        """Make an object without prompts; it becomes the current one."""
-        self._do(lambda: self._edit(lambda: self._new(name)))
-
-    def edit_object(self, object_id: int, **changes: Any) -> None:
-        """Change ``name``, ``colour``, ``visible`` or ``locked``."""
-        self._do(lambda: self._edit(lambda: self.session.edit_object(object_id, **changes)))
-
-    def remove_object(self, object_id: int) -> None:
-        """Take an object out with all its prompts."""
-        self._do(lambda: self._edit(lambda: self.session.remove_object(object_id)))
-
-    def painted(self, painted: NDArray) -> None:
-        """Take a label map that was edited by hand: each object whose voxels changed starts anew from what it is now.
-
-        A voxel that was painted belongs to the label that it was given and to no other visible object that is not
-        locked.
+    def edit(self, call: Callable[[Any], Any], then: Callable[[int], None] | None = None) -> None:
+        """Edit the session.
 
         Args:
-            painted: (D, H, W) of whole numbers; it is compared with ``labels`` and not kept.
+            call: Calls one of the session's methods, such as ``lambda session: session.add(prompt, object_id)``.
+            then: Called with the number of the prompt that changed; 0 if there is none or the edit was refused.
+        """
+        self._run(lambda: self._edited(call), then)
+
+    def new_object(self) -> None:
+        """Make an object without prompts; it becomes the current one."""
+
+        def make(session: Any) -> None:
+            if len(session.objects()) >= MOST_OBJECTS:
+                raise InputError(f"there can be at most {MOST_OBJECTS} objects here; start another session for more")
+            session.new_object()
+
+        self.edit(make)
+
+    def painted(self, painted: NDArray) -> None:
+        """Take a label map that was edited by hand: each object whose voxels changed restarts from its new mask.
+
+        A painted voxel belongs to its new label and to no other visible object that is not locked.
+
+        Args:
+            painted: (D, H, W) of integers; it is compared with ``labels`` and not kept.
         """
         region = bounding_region(painted != self.labels)
         if region.is_empty:
@@ -162,28 +176,31 @@ class Controller:
         before, after = self.labels[region.slices], np.asarray(painted)[region.slices].copy()
         where = before != after
         touched = {int(number) for number in np.union1d(before[where], after[where]) if number}
-        touched |= {entry.id for entry in self.state.objects if entry.visible and not entry.locked}
+        touched |= {shown.id for shown in self.state.objects if shown.visible and not shown.locked}
         for number in sorted(touched):
-            old = self._masks[number].on(region) if number in self._masks else np.zeros(region.shape_zyx, bool)
+            packed = self._masks.get(number) or PackedMask.of_part(_NO_LABELS, _NOWHERE, self.shape_zyx)
+            old = packed.on(region)
             new = np.where(where, after == number, old)
             if (new != old).any():
-                mask = self._masks[number].full() if number in self._masks else np.zeros(self.shape_zyx, bool)
+                mask = packed.full()
                 mask[region.slices] = new
                 self.start_from(mask, number)
 
     def start_from(self, mask: NDArray, object_id: int) -> None:
-        """Let an object start anew from a mask, (D, H, W)."""
-        self._do(lambda: self._start_from(object_id, mask))
+        """Restart an object from a mask, (D, H, W)."""
+
+        def add(session: Any) -> Any:
+            if not mask.any():
+                raise InputError(f"object {object_id} would have no voxel left; remove the object instead")
+            return session.add(Mask(mask), object_id)
+
+        self.edit(add)
 
     def suggest_click(self, then: Callable[[Triple, bool], None]) -> None:
-        """Tell ``then`` where the model is least certain, zyx, and whether it would say that the place belongs to the
-        object.
-        """
+        """Call ``then`` with the voxel (zyx) where the model is least certain, and whether it predicts the object there."""
 
         def found(point: Point) -> None:
-            ijk = self._in_voxels(point)
-            assert isinstance(ijk, Point)
-            then(as_triple(ijk.at[::-1]), point.positive)
+            then(as_triple(self._in_voxels(point).at[::-1]), point.positive)  # type: ignore[union-attr]
 
         self._runner(self.session.suggest_click, found, self._failed)
 
@@ -193,7 +210,7 @@ class Controller:
         Args:
             path: The file.
             format: One of ``inference.mask_files.FORMATS``; not used for ``.json``.
-            then: Called when it is written.
+            then: Called when the file is written.
         """
 
         def write() -> None:
@@ -207,148 +224,116 @@ class Controller:
         self._runner(write, lambda _: then() if then else None, self._failed)
 
     def close(self) -> None:
-        """Let go of the session; on a server it stays."""
+        """Close the session; on a server it is kept."""
         self._runner(self.session.close, lambda _: None, self._failed)
 
-    def _do(self, job: Callable[[], Change], then: Callable[[int], None] | None = None) -> None:
+    def _run(self, job: Callable[[], Change], then: Callable[[int], None] | None = None) -> None:
         def done(change: Change) -> None:
             self.labels[change.region.slices] = change.labels
             self.state = change
+            report(change)
+
+        def failed(error: Exception) -> None:
+            self._failed(error)
+            # Listeners show the unchanged state again, so that a refused drawing disappears.
+            report(replace(self.state, region=_NOWHERE, labels=_NO_LABELS, prompt_id=0))
+
+        def report(change: Change) -> None:
             if then is not None:
                 then(change.prompt_id)
             for listener in self.on_change:
                 listener(change)
 
-        def failed(error: Exception) -> None:
-            if then is not None:
-                then(0)
-            self._failed(error)
-            for listener in self.on_change:  # what the user drew and was refused must not stay
-                listener(replace(self.state, region=_NOWHERE, labels=np.zeros((0, 0, 0), np.uint8), prompt_id=0))
-
         self._runner(job, done, failed)
 
     def _failed(self, error: Exception) -> None:
-        if not isinstance(error, InputError | RemoteError):
-            logger.error("in the napari plugin", exc_info=error)
-        message = (
-            str(error)
-            if isinstance(error, InputError | RemoteError)
-            else f"this is our fault: {type(error).__name__}: {error}"
-        )
+        message = error_message(error)
         for listener in self.on_error:
             listener(message)
 
-    # What follows runs where the runner does its jobs.
+    # The methods below run where the runner runs its jobs.
 
-    def _edit(self, call: Callable[[], Any] | None) -> Change:
+    def _edited(self, call: Callable[[Any], Any]) -> Change:
         try:
-            update = call() if call is not None else None
+            update = call(self.session)
         except RemoteError as error:
             if error.status != _CONFLICT:
                 raise
             self.session.refresh()
-            return replace(self._reread(), note="the session was changed elsewhere; this is how it stands, do it again")
-        changed = _NOWHERE
-        if update is not None and not update.region.is_empty:
-            changed = update.region
-            self._patch(update.object_id, update.region, update.mask)
-        return self._seen(changed, getattr(update, "prompt_id", 0), getattr(update, "seconds", 0.0))
+            note = "the session was changed elsewhere; it is shown as it is now, please repeat your edit"
+            return replace(self._read_everything(), note=note)
+        region = getattr(update, "region", _NOWHERE)
+        if not region.is_empty:
+            old = self._masks.get(update.object_id)
+            whole = region if old is None else region.union(old.region)
+            part = np.zeros(whole.shape_zyx, bool) if old is None else old.on(whole)
+            part[region.slices_in(whole)] = update.mask != 0
+            self._masks[update.object_id] = PackedMask.of_part(part, whole, self.shape_zyx)
+        return self._change(region, getattr(update, "prompt_id", 0), getattr(update, "seconds", 0.0))
 
-    def _start_from(self, object_id: int, mask: NDArray) -> Change:
-        if not mask.any():
-            raise InputError(f"object {object_id} would have no voxel left; remove the object instead")
-        return self._edit(lambda: self.session.add(Mask(mask), object_id))
+    def _read_everything(self) -> Change:
+        self._masks = {shown.id: PackedMask.of(self.session.mask_of(shown.id)) for shown in self._shown_objects()}
+        return self._change(Region((0, 0, 0), self.shape_zyx))
 
-    def _new(self, name: str | None) -> None:
-        if len(self.session.objects()) >= MOST_OBJECTS:
-            raise InputError(f"there can be at most {MOST_OBJECTS} objects here; start another session for more")
-        self.session.new_object(name)
-
-    def _patch(self, object_id: int, region: Region, mask: NDArray) -> None:
-        old = self._masks.get(object_id)
-        whole = region if old is None else region.union(old.region)
-        part = np.zeros(whole.shape_zyx, bool) if old is None else old.on(whole)
-        part[region.slices_in(whole)] = mask != 0
-        self._masks[object_id] = PackedMask.of_part(part, whole, self.shape_zyx)
-
-    def _reread(self) -> Change:
-        self._masks = {entry.id: PackedMask.of(self.session.mask_of(entry.id)) for entry in self._entries()}
-        return self._seen(Region((0, 0, 0), self.shape_zyx))
-
-    def _seen(self, changed: Region, prompt_id: int = 0, seconds: float = 0.0) -> Change:
-        """What there is to see now, where ``changed`` and wherever the table moved an object in or out of sight."""
-        table = {entry.id: entry for entry in self._entries()}
-        for number in table.keys() | self._table.keys():
-            old, new = self._table.get(number), table.get(number)
+    def _change(self, changed: Region, prompt_id: int = 0, seconds: float = 0.0) -> Change:
+        """The state now; the changed region grows by the masks of objects that were shown, hidden, locked or removed."""
+        objects = {shown.id: shown for shown in self._shown_objects()}
+        for number in objects.keys() | self._objects.keys():
+            old, new = self._objects.get(number), objects.get(number)
             if old is None or new is None or (old.visible, old.locked) != (new.visible, new.locked):
                 mask = self._masks.get(number)
                 changed = changed if mask is None else changed.union(mask.region)
             if new is None:
                 self._masks.pop(number, None)
-        self._table = table
-        s = self.session
-        return Change(
-            tuple(table.values()),
-            s.current,
-            s.can_undo,
-            s.can_redo,
-            changed,
-            self._composed(changed),
-            prompt_id,
-            seconds,
-        )
+        self._objects = objects
+        s, labels = self.session, self._composed(changed)
+        shown = tuple(objects.values())
+        return Change(shown, s.current, s.can_undo, s.can_redo, changed, labels, prompt_id, seconds)
 
     def _composed(self, region: Region) -> NDArray[np.uint8]:
         """The label map of the visible objects in a region: a locked object wins, then the more certain one."""
         part = np.zeros(region.shape_zyx, np.uint8)
         clash = np.zeros(region.shape_zyx, bool)
-        shown = [entry for entry in self._table.values() if entry.visible and entry.id in self._masks]
-        for entry in sorted(shown, key=lambda e: (not e.locked, e.id)):
+        shown = [o for o in self._objects.values() if o.visible and o.id in self._masks]
+        for entry in sorted(shown, key=lambda o: (not o.locked, o.id)):
             mask = self._masks[entry.id].on(region)
             clash |= mask & (part != 0)
             part[mask & (part == 0)] = entry.id
-        # A server's label map is not asked for: there the lower id is shown, and files are written by the session's own
-        # rule.
+        # A server's certainty is not requested: there the lower id is shown. Files follow the session's own rule.
         if clash.any() and not self.is_remote:
             settled = self.session.labels[region.slices]
             clash &= np.isin(settled, [entry.id for entry in shown])
             part[clash] = settled[clash]
         return part
 
-    def _entries(self) -> Iterable[Entry]:
+    def _shown_objects(self) -> list[ShownObject]:
+        found = []
         for item in self.session.objects():
             if item.id > MOST_OBJECTS:
-                raise InputError(
-                    f"object ids must be 1 to {MOST_OBJECTS} here, got {item.id}; open this session in another program"
-                )
-            if self.is_remote:
-                # A server says of a mask only that there is one; it is not drawn anyway.
+                expected = f"1 to {MOST_OBJECTS} here, got {item.id}"
+                raise InputError(f"object ids must be {expected}; open this session in another program")
+            if self.is_remote:  # a server lists a mask without its bits; masks are not drawn as prompts anyway
                 given = {int(body["id"]): prompt_from_json(body) for body in item.prompts if body["type"] != "mask"}
             else:
                 given = item.numbered
             prompts = {number: self._in_voxels(prompt) for number, prompt in given.items()}
-            yield Entry(item.id, item.name, item.colour, item.visible, item.locked, item.voxels, prompts)
+            found.append(ShownObject(item.id, item.name, item.colour, item.visible, item.locked, item.voxels, prompts))
+        return found
 
     def _in_voxels(self, prompt: Prompt) -> Prompt:
         """The same prompt with its positions in ijk."""
-        if prompt.space == "ijk":
+
+        def ijk(ras: Triple) -> Triple:
+            return as_triple((self._ijk_from_ras @ np.array([*ras, 1.0]))[:3])
+
+        if prompt.space == "ijk" or isinstance(prompt, Mask):
             return prompt
         if isinstance(prompt, Point):
-            return replace(prompt, at=self._ijk(prompt.at), space="ijk")
+            return replace(prompt, at=ijk(prompt.at), space="ijk")
+        if isinstance(prompt, Box):
+            corners = itertools.product(*zip(prompt.min, prompt.max, strict=True))
+            ends = np.array([ijk(as_triple(corner)) for corner in corners])
+            return Box(as_triple(ends.min(0)), as_triple(ends.max(0)))
         if isinstance(prompt, Scribble):
-            return replace(prompt, path=tuple(self._ijk(at) for at in prompt.path), space="ijk")
-        if isinstance(prompt, Lasso):
-            return replace(prompt, outline=tuple(self._ijk(at) for at in prompt.outline), space="ijk")
-        assert isinstance(prompt, Box)
-        ends = np.array(
-            [self._ijk((x, y, z)) for x in _ends(prompt, 0) for y in _ends(prompt, 1) for z in _ends(prompt, 2)]
-        )
-        return Box(as_triple(ends.min(0)), as_triple(ends.max(0)))
-
-    def _ijk(self, ras: Triple) -> Triple:
-        return as_triple((self._ijk_from_ras @ np.array([*ras, 1.0]))[:3])
-
-
-def _ends(box: Box, axis: int) -> tuple[float, float]:
-    return (box.min[axis], box.max[axis])
+            return replace(prompt, path=tuple(ijk(at) for at in prompt.path), space="ijk")
+        return replace(prompt, outline=tuple(ijk(at) for at in prompt.outline), space="ijk")

@@ -1,12 +1,12 @@
-"""The dock: what to open, the tools, the objects, undo, saving. It only asks the controller and shows what that says.
+"""The dock widget: opening, tools, objects, undo, saving. It passes requests to the controller and shows the answers.
 
-Qt through ``qtpy``, with whatever binding napari runs on. Not here: what a click means (``layers.py``), sessions
-(``controller.py``).
+Qt is used through ``qtpy``, with the binding that napari runs on. What a click means is in ``layers.py``, sessions are
+in ``controller.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ from qtpy.QtWidgets import (
     QComboBox,
     QDoubleSpinBox,
     QFileDialog,
-    QFormLayout,
     QGridLayout,
     QGroupBox,
     QLabel,
@@ -29,13 +28,11 @@ from qtpy.QtWidgets import (
     QWidget,
 )
 
-from samed3d.apps.client import RemoteError
-from samed3d.apps.napari_plugin.controller import Change, Controller
-from samed3d.apps.napari_plugin.frames import affine_for, volume_of
+from samed3d.apps.client import Client
+from samed3d.apps.napari_plugin.controller import Change, Controller, error_message, open_local, open_remote
+from samed3d.apps.napari_plugin.coordinates import affine_for, volume_of
 from samed3d.apps.napari_plugin.layers import SessionLayers
-from samed3d.apps.napari_plugin.objects_table import ObjectTable
-from samed3d.apps.napari_plugin.opening import load_local, open_local, open_remote, resume_remote
-from samed3d.apps.napari_plugin.worker import Worker
+from samed3d.apps.napari_plugin.qt_parts import ObjectTable, Worker
 from samed3d.errors import InputError
 from samed3d.volume import Volume, read_volume
 
@@ -47,27 +44,29 @@ _TOOLS = {
     "Paint": ("masks", "paint"),
     "Move": ("points", "select"),
 }
+_LABEL_MAP = "NIfTI label map (*.nii.gz)"
 _SAVED = {
-    "NIfTI label map (*.nii.gz)": ("nifti", ".nii.gz"),
+    _LABEL_MAP: ("nifti", ".nii.gz"),
     "NRRD label map (*.nrrd)": ("nrrd", ".nrrd"),
     "3D Slicer segmentation (*.seg.nrrd)": ("seg.nrrd", ".seg.nrrd"),
     "DICOM-SEG (*.dcm)": ("dicom-seg", ".dcm"),
     "RTSTRUCT (*.dcm)": ("rtstruct", ".dcm"),
     "Session (*.json)": ("", ".json"),
 }
+_OPENED = "Images and sessions (*.nii *.nii.gz *.nrrd *.mha *.mhd *.json);;All (*)"
 
 
 class PromptWidget(QWidget):
     """The dock widget.
 
     Attributes:
-        worker: Does the session's jobs.
+        worker: Runs the session's jobs.
         controller: Of the open session, or None.
         layers: Of the open session, or None.
     """
 
     def __init__(self, napari_viewer: Any) -> None:
-        """Made by napari, which gives its viewer."""
+        """Called by napari with its viewer."""
         super().__init__()
         self._viewer = napari_viewer
         self.worker = Worker(self)
@@ -76,7 +75,7 @@ class PromptWidget(QWidget):
         self._image: Any = None
         self._current = 0
         layout = QVBoxLayout(self)
-        for part in (self._opening_box(), self._prompt_box(), self._object_box(), self._result_box()):
+        for part in (self._image_box(), self._prompt_box(), self._object_box(), self._result_box()):
             layout.addWidget(part)
         self._busy = QProgressBar()
         self._busy.setRange(0, 0)
@@ -92,82 +91,81 @@ class PromptWidget(QWidget):
         self.worker.busy_changed.connect(lambda waiting: self._busy.setVisible(waiting > 0))
         self._viewer.layers.events.inserted.connect(self._list_images)
         self._viewer.layers.events.removed.connect(self._layer_removed)
-        self._viewer.bind_key("T", self._turn, overwrite=True)
+        self._viewer.bind_key("T", lambda _: self._negative.toggle(), overwrite=True)
         self._list_images()
         self._enable()
 
-    # Opening.
+    # Opening
 
     def open_file(self, path: str) -> None:
         """Open an image file, a DICOM folder or a session file (``.json``) and start."""
-        self._say(f"Opening {path} ...")
         if path.lower().endswith(".json"):
-            self.worker(
-                lambda: load_local(path), lambda session: self._take(session, session.volume, None), self._failed
-            )
-            return
-        self.worker(lambda: read_volume(path), lambda volume: self._start(volume, self._added(volume)), self._failed)
+            from samed3d.inference.session import Session
+
+            self._open(path, lambda: Session.load(path), lambda session: self._take(session, self._add(session.volume)))
+        else:
+            self._open(path, lambda: read_volume(path), lambda volume: self._start(volume, self._add(volume)))
 
     def start_on(self, image: Any) -> None:
         """Start a session on an Image layer of the viewer."""
-        self._say(f"Opening {image.name} ...")
-        self.worker(lambda: volume_of(image), lambda volume: self._start(volume, image), self._failed)
+        self._open(image.name, lambda: volume_of(image), lambda volume: self._start(volume, image))
 
     def resume(self, session_id: str, image: Any) -> None:
-        """Go on with a session that the server keeps, above the Image layer that it was begun on."""
+        """Open a session that the server keeps, above the Image layer on which it was started."""
         url, token = self._url.text().strip(), self._token.text().strip()
 
-        def found(session: Any) -> None:
+        def take(session: Any) -> None:
             if tuple(session.size_ijk[::-1]) != tuple(np.shape(image.data)):
-                self._say(
-                    f"session {session_id} is of an image of {session.size_ijk} voxels, which {image.name} is not",
-                    wrong=True,
-                )
-                return
-            self._take(session, None, image)
+                expected = f"an image of {session.size_ijk} voxels, which {image.name} is not"
+                raise InputError(f"session {session_id} is of {expected}")
+            self._take(session, image)
 
-        self.worker(lambda: resume_remote(session_id, url, token), found, self._failed)
+        self._open(session_id, lambda: Client(url, token or None).resume(session_id), take)
+
+    def _open(self, name: str, job: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Run a job on the worker and give its result to ``then``; show the error of either."""
+
+        def done(result: Any) -> None:
+            try:
+                then(result)
+            except InputError as error:
+                self._say_error(error)
+
+        self._say(f"Opening {name} ...")
+        self.worker(job, done, self._say_error)
 
     def _start(self, volume: Volume, image: Any) -> None:
-        url, token, model = self._url.text().strip(), self._token.text().strip(), self._model.text().strip()
-        self._say("Loading the model ..." if not url else f"Sending the image to {url} ...")
-        if url:
-            self.worker(
-                lambda: open_remote(volume, url, token, model or None),
-                lambda s: self._take(s, volume, image),
-                self._failed,
-            )
-        else:
-            self.worker(
-                lambda: open_local(volume, model or "default"), lambda s: self._take(s, volume, image), self._failed
-            )
+        def take(session: Any) -> None:
+            self._take(session, image)
 
-    def _take(self, session: Any, volume: Volume | None, image: Any) -> None:
-        """Show a session that is open."""
+        url, token, model = (field.text().strip() for field in (self._url, self._token, self._model))
+        if url:
+            self._open(f"a session on {url}", lambda: open_remote(volume, url, token, model or None), take)
+        else:
+            self._open("the model", lambda: open_local(volume, model or "default"), take)
+
+    def _take(self, session: Any, image: Any) -> None:
+        """Show an open session above an Image layer."""
         self.close_session()
-        assert volume is not None or image is not None
-        self._image = image if image is not None else self._added(volume)
+        self._image = image
         self.controller = Controller(session, self.worker)
         self.controller.on_change.append(self._changed)
-        self.controller.on_error.append(lambda message: self._say(message, wrong=True))
-        self.layers = SessionLayers(
-            self._viewer, self._image, self.controller, lambda message: self._say(message, wrong=True)
-        )
+        self.controller.on_error.append(self._say_wrong)
+        self.layers = SessionLayers(self._viewer, image, self.controller, self._say_wrong)
         self.layers.depth, self.layers.radius_vox = self._depth.value(), self._radius.value()
         self._use_tool("Click")
         where = f"session {session.id} on the server" if self.controller.is_remote else "in this program"
-        self._say(f"Ready, {where}. Click on a structure; Ctrl+click or T: off it.")
+        self._say(f"Ready, {where}. Click on a structure; with Ctrl, or after T, on what does not belong to it.")
 
-    def _added(self, volume: Volume | None) -> Any:
-        assert volume is not None
+    def _add(self, volume: Volume) -> Any:
+        """Add an image to the viewer."""
         name = volume.source.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or "image"
         low, high = np.percentile(volume.array[:: max(1, volume.array.shape[0] // 32), ::4, ::4], (0.5, 99.5))
-        limits = (float(low), float(high)) if high > low else None
         layer = self._viewer.add_image(
             volume.array,
             name=name,
             affine=affine_for(volume.grid),
-            contrast_limits=limits,
+            contrast_limits=(float(low), float(high)) if high > low else None,
             colormap="gray",
             units=("mm",) * 3,
         )
@@ -175,7 +173,7 @@ class PromptWidget(QWidget):
         return layer
 
     def close_session(self) -> None:
-        """Let go of the session and take its layers away; a session on a server stays there."""
+        """Close the session and remove its layers; a server keeps its session."""
         if self.layers is not None:
             self.layers.remove()
         if self.controller is not None:
@@ -188,116 +186,91 @@ class PromptWidget(QWidget):
         self.worker.stop()
         super().closeEvent(event)
 
-    # Parts of the window.
+    # Parts of the window
 
-    def _opening_box(self) -> QGroupBox:
-        box = QGroupBox("Image")
-        form = QFormLayout(box)
+    def _image_box(self) -> QGroupBox:
         self._images = QComboBox()
         self._model, self._url, self._token, self._session = QLineEdit("default"), QLineEdit(), QLineEdit(), QLineEdit()
         self._session.setPlaceholderText("empty: a new one; or the id of one on the server")
         self._url.setPlaceholderText("empty: in this program")
         self._token.setEchoMode(QLineEdit.EchoMode.Password)
-        form.addRow("Layer", self._images)
-        form.addRow("Model", self._model)
-        form.addRow("Server", self._url)
-        form.addRow("Token", self._token)
-        form.addRow("Session", self._session)
         self._start_button = _button("Start on layer", self._start_chosen)
-        row = QGridLayout()
-        row.addWidget(self._start_button, 0, 0)
-        row.addWidget(_button("Open a file...", self._ask_file), 0, 1)
-        row.addWidget(_button("DICOM folder...", self._ask_folder), 0, 2)
-        form.addRow(row)
-        return box
+        open_file = _button("Open a file...", lambda: self._open_chosen(folder=False))
+        open_folder = _button("DICOM folder...", lambda: self._open_chosen(folder=True))
+        return _box(
+            "Image",
+            ("Layer", self._images),
+            ("Model", self._model),
+            ("Server", self._url),
+            ("Token", self._token),
+            ("Session", self._session),
+            (self._start_button, open_file, open_folder),
+        )
 
     def _prompt_box(self) -> QGroupBox:
-        box = QGroupBox("Prompts")
-        grid = QGridLayout(box)
         self._tools = {name: _button(name, lambda _=False, name=name: self._use_tool(name)) for name in _TOOLS}
-        for index, button in enumerate(self._tools.values()):
+        for button in self._tools.values():
             button.setCheckable(True)
-            grid.addWidget(button, index // 3, index % 3)
         self._negative = QCheckBox("off the object (T)")
         self._negative.toggled.connect(lambda on: self.layers.choose(positive=not on) if self.layers else None)
         self._depth, self._radius = QSpinBox(), QDoubleSpinBox()
         self._depth.setRange(1, 9999)
         self._depth.setToolTip("Slices of a box; 1 bounds the object in its slice only")
-        self._depth.valueChanged.connect(lambda value: setattr(self.layers, "depth", value) if self.layers else None)
         self._radius.setRange(0, 50)
         self._radius.setValue(1)
-        self._radius.valueChanged.connect(
-            lambda value: setattr(self.layers, "radius_vox", value) if self.layers else None
-        )
-        grid.addWidget(self._negative, 2, 0, 1, 3)
-        grid.addWidget(QLabel("Box depth"), 3, 0)
-        grid.addWidget(self._depth, 3, 1, 1, 2)
-        grid.addWidget(QLabel("Brush radius"), 4, 0)
-        grid.addWidget(self._radius, 4, 1, 1, 2)
+        for field, name in ((self._depth, "depth"), (self._radius, "radius_vox")):
+            field.valueChanged.connect(
+                lambda value, name=name: setattr(self.layers, name, value) if self.layers else None
+            )
         self._use_layer = _button("Use the selected layer", self._use_selected)
         self._use_layer.setToolTip(
             "Its points or shapes become prompts; the selected label of a Labels layer becomes a mask to start from"
         )
-        grid.addWidget(self._use_layer, 5, 0, 1, 3)
-        return box
+        tools = list(self._tools.values())
+        fields = (("Box depth", self._depth), ("Brush radius", self._radius))
+        return _box("Prompts", tools[:3], tools[3:], (self._negative,), *fields, (self._use_layer,))
 
     def _object_box(self) -> QGroupBox:
-        box = QGroupBox("Objects")
-        grid = QGridLayout(box)
         self._objects = ObjectTable()
         self._objects.picked.connect(lambda number: self.layers.choose(object_id=number) if self.layers else None)
-        self._objects.edited.connect(
-            lambda number, changes: self.controller.edit_object(number, **changes) if self.controller else None
-        )
-        grid.addWidget(self._objects, 0, 0, 1, 3)
-        for column, (name, call) in enumerate(
-            (("New", self._new), ("Colour...", self._recolour), ("Remove", self._remove))
-        ):
-            grid.addWidget(_button(name, call), 1, column)
-        self._object_parts = box
-        return box
+        self._objects.edited.connect(lambda number, changes: self._edit(lambda s: s.edit_object(number, **changes)))
+        buttons = (_button("New", self._new), _button("Colour...", self._recolour), _button("Remove", self._remove))
+        self._object_parts = _box("Objects", (self._objects,), buttons)
+        return self._object_parts
 
     def _result_box(self) -> QGroupBox:
-        box = QGroupBox("Result")
-        grid = QGridLayout(box)
-        self._undo = _button("Undo", lambda: self.controller.undo() if self.controller else None)
-        self._redo = _button("Redo", lambda: self.controller.redo() if self.controller else None)
+        self._undo = _button("Undo", lambda: self._edit(lambda s: s.undo()))
+        self._redo = _button("Redo", lambda: self._edit(lambda s: s.redo()))
         self._suggest = _button("Where next?", self._suggest_click)
-        self._save = _button("Save...", self._ask_save)
-        for index, button in enumerate((self._undo, self._redo, self._suggest, self._save)):
-            grid.addWidget(button, index // 2, index % 2)
-        return box
+        self._save = _button("Save...", self._save_chosen)
+        return _box("Result", (self._undo, self._redo), (self._suggest, self._save))
 
-    # What the user asks for.
+    # What the user requests
 
     def _start_chosen(self) -> None:
-        image = self._images.currentData()
+        image, session_id = self._images.currentData(), self._session.text().strip()
         if image is None:
-            self._say("There is no image layer: open a file.", wrong=True)
-        elif self._url.text().strip() and self._session.text().strip():
-            self.resume(self._session.text().strip(), image)
+            self._say_wrong("There is no image layer: open a file.")
+        elif self._url.text().strip() and session_id:
+            self.resume(session_id, image)
         else:
             self.start_on(image)
 
-    def _ask_file(self) -> None:
-        path, _ = QFileDialog.getOpenFileName(
-            self, "Open", "", "Images and sessions (*.nii *.nii.gz *.nrrd *.mha *.mhd *.json);;All (*)"
-        )
+    def _open_chosen(self, folder: bool) -> None:
+        if folder:
+            path = QFileDialog.getExistingDirectory(self, "Open a folder of DICOM slices")
+        else:
+            path, _ = QFileDialog.getOpenFileName(self, "Open", "", _OPENED)
         if path:
             self.open_file(path)
 
-    def _ask_folder(self) -> None:
-        path = QFileDialog.getExistingDirectory(self, "Open a folder of DICOM slices")
+    def _save_chosen(self) -> None:
+        path, kind = QFileDialog.getSaveFileName(self, "Save", "", ";;".join(_SAVED))
         if path:
-            self.open_file(path)
+            self.save(path, kind)
 
-    def _ask_save(self) -> None:
-        path, chosen = QFileDialog.getSaveFileName(self, "Save", "", ";;".join(_SAVED))
-        if path:
-            self.save(path, chosen)
-
-    def save(self, path: str, kind: str = "NIfTI label map (*.nii.gz)") -> None:
-        """Write the masks; ``kind`` is one of the dialog's, and its suffix is added where there is none."""
+    def save(self, path: str, kind: str = _LABEL_MAP) -> None:
+        """Write the masks; ``kind`` is one of the dialog's, whose suffix is added to a path without one."""
         format, suffix = _SAVED[kind]
         path = path if "." in path.replace("\\", "/").rsplit("/", 1)[-1] else path + suffix
         if self.controller is not None:
@@ -306,41 +279,39 @@ class PromptWidget(QWidget):
     def _use_tool(self, name: str) -> None:
         if self.layers is None:
             return
-        layer = getattr(self.layers, _TOOLS[name][0])
+        layer_name, mode = _TOOLS[name]
+        layer = getattr(self.layers, layer_name)
         self._viewer.layers.selection.active = layer
-        layer.mode = _TOOLS[name][1]
+        layer.mode = mode
         for tool, button in self._tools.items():
             button.setChecked(tool == name)
-
-    def _turn(self, _viewer: Any = None) -> None:
-        self._negative.setChecked(not self._negative.isChecked())
 
     def _use_selected(self) -> None:
         chosen = self._viewer.layers.selection.active
         if self.layers is None or chosen is None or chosen in self.layers.layers:
-            self._say("Select a Points, Shapes or Labels layer of your own first.", wrong=True)
+            self._say_wrong("Select a Points, Shapes or Labels layer of your own first.")
             return
         try:
             self.layers.use(chosen)
         except InputError as error:
-            self._say(str(error), wrong=True)
+            self._say_error(error)
+
+    def _edit(self, call: Callable[[Any], Any]) -> None:
+        if self.controller is not None:
+            self.controller.edit(call)
 
     def _new(self) -> None:
         if self.controller is not None:
             self.controller.new_object()
 
     def _remove(self) -> None:
-        number = self._objects.chosen
-        if self.controller is not None and number:
-            self.controller.remove_object(number)
+        if number := self._objects.chosen:
+            self._edit(lambda session: session.remove_object(number))
 
     def _recolour(self) -> None:
         number = self._objects.chosen
-        if self.controller is None or not number:
-            return
-        colour = QColorDialog.getColor(parent=self)
-        if colour.isValid():
-            self.controller.edit_object(number, colour=colour.name())
+        if number and (colour := QColorDialog.getColor(parent=self)).isValid():
+            self._edit(lambda session: session.edit_object(number, colour=colour.name()))
 
     def _suggest_click(self) -> None:
         def show(zyx: tuple[float, float, float], positive: bool) -> None:
@@ -349,34 +320,33 @@ class PromptWidget(QWidget):
             for axis, at in enumerate(world):
                 self._viewer.dims.set_point(offset + axis, at)
             getattr(self._viewer, "scene", self._viewer).camera.center = tuple(world)
-            self._say(
-                f"Least certain here (the middle of the view): the model says {'inside' if positive else 'outside'}."
-            )
+            side = "inside" if positive else "outside"
+            self._say(f"Least certain here (the middle of the view): the model predicts {side}.")
 
         if self.controller is not None:
             self.controller.suggest_click(show)
 
-    # What there is to show.
+    # What is shown
 
     def _changed(self, change: Change) -> None:
-        moved_on = change.current != self._current
-        self._current = change.current
-        chosen = change.current if moved_on or not self._objects.chosen else self._objects.chosen
+        chosen = self._objects.chosen
+        if change.current != self._current or not chosen:
+            self._current = chosen = change.current
         self._objects.fill(change.objects, chosen)
         if self.layers is not None:
             self.layers.choose(object_id=chosen or 1)
-        entry = next((e for e in change.objects if e.id == change.current), None)
-        if change.note or (entry is not None and change.seconds):
-            said = "" if entry is None else f"{entry.name}: {entry.voxels} voxels, {change.seconds:.2f} s"
-            self._say(change.note or said)
+        shown = next((o for o in change.objects if o.id == change.current), None)
+        if change.note:
+            self._say(change.note)
+        elif shown is not None and change.seconds:
+            self._say(f"{shown.name}: {shown.voxels} voxels, {change.seconds:.2f} s")
         self._enable()
 
     def _list_images(self, _event: Any = None) -> None:
-        ours = self.layers.layers if self.layers is not None else ()
         chosen = self._images.currentData()
         self._images.clear()
         for layer in self._viewer.layers:
-            if hasattr(layer, "contrast_limits") and layer not in ours:
+            if hasattr(layer, "contrast_limits"):
                 self._images.addItem(layer.name, layer)
                 if layer == chosen:
                     self._images.setCurrentIndex(self._images.count() - 1)
@@ -389,32 +359,39 @@ class PromptWidget(QWidget):
             self._say("The session was closed with its layer.")
 
     def _enable(self) -> None:
-        is_open = self.controller is not None
-        state = self.controller.state if self.controller is not None else None
-        for part in (
-            *self._tools.values(),
-            self._negative,
-            self._depth,
-            self._radius,
-            self._use_layer,
-            self._object_parts,
-            self._save,
-        ):
-            part.setEnabled(is_open)
-        self._undo.setEnabled(state is not None and state.can_undo)
-        self._redo.setEnabled(state is not None and state.can_redo)
-        self._suggest.setEnabled(state is not None and any(entry.voxels for entry in state.objects))
+        state = self.controller.state if self.controller is not None else Change()
+        fields = (self._negative, self._depth, self._radius, self._use_layer, self._object_parts, self._save)
+        for part in (*self._tools.values(), *fields):
+            part.setEnabled(self.controller is not None)
+        self._undo.setEnabled(state.can_undo)
+        self._redo.setEnabled(state.can_redo)
+        self._suggest.setEnabled(any(shown.voxels for shown in state.objects))
 
-    def _failed(self, error: Exception) -> None:
-        known = isinstance(error, InputError | RemoteError)
-        self._say(str(error) if known else f"this is our fault: {type(error).__name__}: {error}", wrong=True)
-
-    def _say(self, message: str, wrong: bool = False) -> None:
-        self._status.setStyleSheet("color: #ff6060" if wrong else "")
+    def _say(self, message: str, colour: str = "") -> None:
+        self._status.setStyleSheet(colour and f"color: {colour}")
         self._status.setText(message)
+
+    def _say_wrong(self, message: str) -> None:
+        self._say(message, "#ff6060")
+
+    def _say_error(self, error: Exception) -> None:
+        self._say_wrong(error_message(error))
 
 
 def _button(text: str, call: Callable[..., Any]) -> QPushButton:
     button = QPushButton(text)
     button.clicked.connect(call)
     return button
+
+
+def _box(title: str, *rows: Sequence[str | QWidget]) -> QGroupBox:
+    """A box with rows of equally wide parts, or of a label and a field."""
+    box = QGroupBox(title)
+    grid = QGridLayout(box)
+    for number, row in enumerate(rows):
+        column = 0
+        for part in row:
+            span = 2 if isinstance(part, str) else (6 - column if isinstance(row[0], str) else 6 // len(row))
+            grid.addWidget(QLabel(part) if isinstance(part, str) else part, number, column, 1, span)
+            column += span
+    return box
