@@ -34,8 +34,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.collect import describe_machine, write_result  # noqa: E402
 from samed3d.crops import image_channels  # noqa: E402
+from samed3d.devices import computes_bf16  # noqa: E402
 from samed3d.errors import InputError  # noqa: E402
-from samed3d.inference.predictor import computes_bf16  # noqa: E402
 from samed3d.models import create_model, load  # noqa: E402
 from samed3d.models.base import PromptableModel, PromptBatch  # noqa: E402
 

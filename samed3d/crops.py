@@ -20,6 +20,8 @@ from samed3d.resample import axis_weights
 CLAMP_SIGMA = 4.0
 """Normalised intensities are cut at this many standard deviations: metal and bright vessels must not set the scale."""
 RANK_BINS = 2048
+CT_LOWEST_HU = -500.0
+"""An image without a stated modality counts as CT if its lowest value is this low: only CT shows air so far below 0."""
 BACKGROUND_LOGIT = -8.0
 """Logit of voxels that no crop has seen."""
 
@@ -72,6 +74,18 @@ def paste_crop(crop: Tensor, frame: CropFrame, shape_zyx: IntTriple) -> tuple[Re
         position = (voxels + 0.5 - frame.origin_zyx_vox[axis]) / step - 0.5
         matrices.append(_axis_matrix(position, frame.shape_zyx[axis], 1.0 / step))
     return region, _resample(crop.float(), matrices)
+
+
+def is_ct(modality: str, array: NDArray) -> bool:
+    """Whether intensities are Hounsfield units, which some models clamp; one rule for training and inference.
+
+    Args:
+        modality: As DICOM, a data set or a user states it: ``"CT"``, ``"CT (portal)"``, ``"MR"``, ...; empty if nobody
+            does. Then the image counts as CT if its lowest value is at most ``CT_LOWEST_HU``.
+        array: The whole image, read only if no modality is stated.
+    """
+    stated = modality.strip().upper()
+    return stated.startswith("CT") if stated else float(np.min(array[:])) <= CT_LOWEST_HU
 
 
 def normalise(crop: Tensor, inside: Tensor, method: str, clamp: tuple[float, float] | None = None) -> Tensor:

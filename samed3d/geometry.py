@@ -12,15 +12,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+from samed3d.errors import InputError
 
 Triple = tuple[float, float, float]
 IntTriple = tuple[int, int, int]
 
-# A voxel's physical position in ITK is LPS; users and NIfTI say RAS. The first two axes change sign.
-_LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0])
+# ITK and DICOM give physical positions in LPS, users and NIfTI in RAS. The first two axes change sign.
+_LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 RAS_DIRECTION = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
-"""Direction cosines, in LPS, of a grid whose i, j, k axes point right, anterior and superior."""
+"""``Grid.direction_lps`` of a canonical volume, whose i, j, k axes run to the right, anterior and superior."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,33 @@ class Grid:
     @property
     def affine_ras(self) -> NDArray[np.float64]:
         """4x4 matrix from ijk to RAS millimetres (what NIfTI calls the affine)."""
+        return _LPS_FROM_RAS @ self.affine_lps
+
+    @property
+    def affine_lps(self) -> NDArray[np.float64]:
+        """4x4 matrix from ijk to LPS millimetres, in which ITK and DICOM give positions."""
         matrix = np.eye(4)
         direction = np.asarray(self.direction_lps, dtype=np.float64).reshape(3, 3)
-        matrix[:3, :3] = _LPS_FROM_RAS @ direction @ np.diag(self.spacing_xyz_mm)
-        matrix[:3, 3] = _LPS_FROM_RAS @ np.asarray(self.origin_lps_mm)
+        matrix[:3, :3] = direction @ np.diag(self.spacing_xyz_mm)
+        matrix[:3, 3] = self.origin_lps_mm
         return matrix
+
+    @classmethod
+    def from_affine_ras(cls, shape_zyx: IntTriple, affine_ras: ArrayLike) -> Grid:
+        """The grid of a 4x4 matrix from ijk to RAS millimetres.
+
+        Raises:
+            InputError: if the matrix is not 4x4 and finite, or its axes have no length or are not orthogonal.
+        """
+        given = np.asarray(affine_ras, dtype=np.float64)
+        spacing = np.linalg.norm(given[:3, :3], axis=0) if given.shape == (4, 4) else np.zeros(3)
+        if not np.isfinite(given).all() or not (spacing > 0).all():
+            raise InputError(f"affine_ras must be a finite 4x4 matrix with axes of some length, got {given.tolist()}")
+        matrix = _LPS_FROM_RAS @ given
+        direction = matrix[:3, :3] / spacing
+        if not np.allclose(direction.T @ direction, np.eye(3), atol=1e-3):
+            raise InputError("affine_ras must have orthogonal axes, got a sheared one; resample the image")
+        return cls(shape_zyx, as_triple(spacing), as_triple(matrix[:3, 3]), tuple(direction.ravel().tolist()))
 
     def ijk_to_ras_mm(self, ijk: Triple) -> Triple:
         """Physical position in RAS mm of a (fractional) voxel index."""

@@ -12,7 +12,7 @@ from data_prep.cases import LabelLayer, RawArrays, RawCase, SourceFacts
 from data_prep.clean import rules_from
 from data_prep.convert import Settings, Task, store
 from data_prep.manifest import write_manifest
-from samed3d.geometry import Grid
+from samed3d.geometry import RAS_DIRECTION, Grid
 from samed3d.volume import Volume, write_volume
 
 SHAPE = (20, 24, 28)
@@ -74,22 +74,21 @@ def store_case(
     image: np.ndarray | None,
     labels: np.ndarray,
     spacing_zyx: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    modality: str = "CT",
 ) -> None:
     """Put one case into a corpus without files of its source; ``case`` is its subject as well. Values are named s1, s2,
     ..."""
-    grid = Grid(
-        labels.shape, spacing_zyx[::-1], direction_lps=(-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
-    )  # RAS: stored as it is
+    grid = Grid(labels.shape, spacing_zyx[::-1], direction_lps=RAS_DIRECTION)  # stored as it is
     names = {int(v): f"s{v}" for v in np.unique(labels) if v}
-    images = [] if image is None else [("CT", Volume(image, grid, case))]
-    facts = SourceFacts(source, "test", modality="CT")
-    task = Task(RawCase(case, source, case, "CT", None, "test"), facts, EVERYTHING, str(corpus), "")
+    images = [] if image is None else [(modality, Volume(image, grid, case))]
+    facts = SourceFacts(source, "test", modality=modality)
+    task = Task(RawCase(case, source, case, modality, None, "test"), facts, EVERYTHING, str(corpus), "")
     store(task, RawArrays(images, grid, [LabelLayer(labels, names)]), [])
 
 
-def store_corpus(folder: Path) -> Path:
+def store_corpus(folder: Path, modality: str = "CT") -> Path:
     """Make the stored cases a corpus."""
     for source in sorted(p for p in (folder / "records").iterdir()):
-        (source / "source.json").write_text(json.dumps(asdict(SourceFacts(source.name, "test", modality="CT"))))
+        (source / "source.json").write_text(json.dumps(asdict(SourceFacts(source.name, "test", modality=modality))))
     write_manifest(folder, json.loads(json.dumps(asdict(EVERYTHING))), [])
     return folder

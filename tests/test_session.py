@@ -11,7 +11,7 @@ import torch
 
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
-from samed3d.inference.session import Session, pick_device
+from samed3d.inference.session import Session
 from samed3d.models import create_model
 from samed3d.prompts import Box, ObjectPrompts, Point
 from samed3d.volume import Volume, read_volume
@@ -213,12 +213,3 @@ def test_a_model_without_boxes_says_so():
     session = Session(volume, BrightnessModel(prompts=frozenset({"point", "mask"})))
     with pytest.raises(InputError, match="does not understand a box; it takes point"):
         session.add(Box((8, 10, 6), (17, 19, 15)))
-
-
-def test_devices():
-    assert pick_device("cpu").type == "cpu"
-    with pytest.raises(InputError, match="device must be auto, cpu or cuda"):
-        pick_device("tpu")
-    if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="no CUDA GPU"):
-            pick_device("cuda")

@@ -207,6 +207,7 @@ def test_dicom_folder(tmp_path, tiny_image):
     volume = read_volume(tmp_path / "ct")
     np.testing.assert_array_equal(volume.array, array)
     assert volume.grid == Grid((4, 6, 7), (0.5, 0.75, 3.0), (10.0, 20.0, -30.0))
+    assert volume.modality == "CT" and read_volume(tmp_path / "ct", modality="PT").modality == "PT"
 
 
 def test_dicom_folder_with_two_series_lists_them(tmp_path, tiny_image):

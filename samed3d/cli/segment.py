@@ -41,6 +41,9 @@ def segment(
     device: Device = "auto",
     channel: Annotated[int | None, typer.Option(help="Channel or frame of a 4D or RGB image, from 0.")] = None,
     series: Annotated[str | None, typer.Option(help="DICOM series of the folder (its UID or number).")] = None,
+    modality: Annotated[
+        str | None, typer.Option(help="CT, MR, ... [default: the DICOM tag, or by intensities]")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Segment one image from clicks, boxes and strokes, or every image of a list.
@@ -51,7 +54,7 @@ def segment(
     typed = (point, negative_point, box, scribble, negative_scribble, mask)
     also = {"--probability": probability, "--preview": preview, "--report": report, "--session": session}
     if batch is not None:
-        if image or any(typed) or prompts or any(also.values()) or channel is not None or series:
+        if image or any(typed) or prompts or any(also.values()) or channel is not None or series or modality:
             allowed = "--output, --format, --space, --model, --device"
             raise InputError(f"--batch takes images and prompts from its list; give only {allowed} beside it")
         _segment_list(batch, output, model, device, format, space, quiet)
@@ -64,7 +67,8 @@ def segment(
         objects = _gather_prompts(*typed, space=space, file=prompts)
         if image is None:
             raise InputError("segment needs an image: samed3d segment IMAGE --point I,J,K -o MASK")
-        summary = _segment_objects(image, objects, output, model, format, device, channel, series, also)
+        options = {"device": device, "channel": channel, "series": series, "modality": modality}
+        summary = _segment_objects(image, objects, output, model, format, options, also)
     if quiet:
         return
     for entry in summary["objects"]:
@@ -79,9 +83,7 @@ def _segment_objects(
     output: Path,
     model: str,
     format: str | None,
-    device: str,
-    channel: int | None,
-    series: str | None,
+    options: dict[str, Any],
     also: dict[str, Path | None],
 ) -> dict[str, Any]:
     """Segment prompted objects and write every file that was asked for; the session's report."""
@@ -96,7 +98,7 @@ def _segment_objects(
     from samed3d.inference.session import Session
 
     started = time.perf_counter()
-    opened = Session.open(image, model=model, device=device, channel=channel, series=series)
+    opened = Session.open(image, model=model, **options)
     opened.add_all(objects)
     summary = {**opened.report(), "seconds": round(time.perf_counter() - started, 3)}
     opened.export(output, format)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from samed3d.config import DataConfig
-from samed3d.crops import normalise, sample_crop
+from samed3d.crops import is_ct, normalise, sample_crop
 from samed3d.data.augment import augment_intensity, orient
 from samed3d.data.corpus import GROUP_SEPARATOR, CaseRecord, Corpus, LabelRecord, in_validation
 from samed3d.data.synthesis import synthetic_case
@@ -74,6 +74,7 @@ class RawCrop:
         spacing_zyx_mm: Of the crop's voxels.
         case: None for a generated crop of random shapes.
         painted: Whether the intensities are generated.
+        is_ct: Whether they are Hounsfield units that the model's clamp applies to.
     """
 
     image: Tensor
@@ -82,6 +83,7 @@ class RawCrop:
     spacing_zyx_mm: Triple = (1.0, 1.0, 1.0)
     case: CaseRecord | None = None
     painted: bool = False
+    is_ct: bool = False
 
 
 Drawn = tuple[CaseRecord | None, Callable[[], RawCrop]]
@@ -193,7 +195,7 @@ class CropDataset(SampleDataset):
         normalisation: As in the model's spec.
         weighting: How often sources, categories and sizes are drawn.
         tensor_axes: As in the model's spec.
-        ct_clamp_hu: As in the model's spec; for cases of modality CT.
+        ct_clamp_hu: As in the model's spec; for cases that are CT (``crops.is_ct``).
 
     Raises:
         InputError: if a corpus has no case left for training, or none with a structure large enough at
@@ -214,6 +216,7 @@ class CropDataset(SampleDataset):
         ct_clamp_hu: tuple[float, float] | None = None,
     ) -> None:
         super().__init__(config, seed, length, start)
+        self._ct: dict[str, bool] = {}
         self.normalisation, self.tensor_axes, self.ct_clamp_hu = normalisation, tensor_axes, ct_clamp_hu
         real: list[tuple[float, Choice]] = []
         maps: list[tuple[float, Choice]] = []
@@ -240,8 +243,8 @@ class CropDataset(SampleDataset):
         return choice[1], read
 
     def _tensors(self, crop: RawCrop) -> tuple[Tensor, Tensor]:
-        is_ct = crop.case is not None and crop.case.modality.upper().startswith("CT")
-        image = normalise(crop.image[0], crop.inside, self.normalisation, self.ct_clamp_hu if is_ct else None)
+        clamp = self.ct_clamp_hu if crop.is_ct else None
+        image = normalise(crop.image[0], crop.inside, self.normalisation, clamp)
         if self.tensor_axes == "xyz":
             return image.permute(0, 3, 2, 1).contiguous(), crop.target.permute(2, 1, 0).contiguous()
         return image, crop.target
@@ -271,7 +274,10 @@ class CropDataset(SampleDataset):
             values = [r.value for r in case.labels if r is label or (rng.random() < 0.5 and r.layer == label.layer)]
         image, inside = sample_crop(corpus.image(case), frame)
         target = sample_mask(corpus.labels(case, label.layer), values, frame) & inside
-        return RawCrop(image[None], inside, target, crop_spacing(case, frame), case)
+        if self.ct_clamp_hu is not None and case.id not in self._ct:  # may read the whole image, once
+            self._ct[case.id] = is_ct(case.modality, corpus.image(case))
+        clamped = self._ct.get(case.id, False)
+        return RawCrop(image[None], inside, target, crop_spacing(case, frame), case, is_ct=clamped)
 
 
 def crop_spacing(case: CaseRecord, frame: CropFrame) -> Triple:

@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 
 from samed3d.data.random_shapes import KINDS, integer, log_uniform, noise_field, random_labels, uniform
 from samed3d.errors import InputError
-from samed3d.geometry import Grid, IntTriple
+from samed3d.geometry import RAS_DIRECTION, Grid, IntTriple
 
 GENERATED_KINDS = ("phantom", "shapes", *KINDS, "labelmaps")
 """A torso, any random shapes, one kind of random shapes, or a real label map with generated intensities."""
@@ -90,7 +90,7 @@ def generated_case(
         image, labels = synthetic_case(shape_zyx, generator, painted)
     array = labels.cpu().numpy()
     shape = (array.shape[0], array.shape[1], array.shape[2])
-    grid = Grid(shape, direction_lps=(-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0))
+    grid = Grid(shape, direction_lps=RAS_DIRECTION)
     names = {} if label_map is not None else {int(v): f"{kind} {v}" for v in np.unique(array) if v}
     return _as_int16(image.cpu().numpy()), array, grid, names
 

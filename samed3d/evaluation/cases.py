@@ -109,8 +109,11 @@ class LabelledCase:
             InputError: if image and labels do not share one grid, or the label map is not one.
             EmptyLabelError: if nothing is labelled.
         """
-        if self.load is not None:
-            return self.load()
+        found = self._read_files() if self.load is None else self.load()
+        found.volume.modality = found.volume.modality or self.modality
+        return found
+
+    def _read_files(self) -> LoadedCase:
         image = read_volume(self.image_path)
         labels, grid = read_label_map(self.label_path)
         if difference := grid_difference(image.grid, grid):
@@ -201,7 +204,7 @@ def corpus_volume(corpus: Corpus, record: CaseRecord) -> Volume:
     """The image of a case of a corpus, in canonical axes."""
     z, y, x = record.spacing_zyx_mm
     grid = Grid(record.shape_zyx, (x, y, z), direction_lps=RAS_DIRECTION)
-    return Volume(np.asarray(corpus.image(record)[:]), grid, f"{corpus.folder}:{record.id}")
+    return Volume(np.asarray(corpus.image(record)[:]), grid, f"{corpus.folder}:{record.id}", record.modality)
 
 
 def _load_from_corpus(folder: Path, case_id: str) -> LoadedCase:

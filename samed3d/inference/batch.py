@@ -30,7 +30,7 @@ from samed3d.volume import SUFFIXES
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("image", "prompts", "point", "negative_point", "box", "output", "channel", "series")
+COLUMNS = ("image", "prompts", "point", "negative_point", "box", "output", "channel", "series", "modality")
 DONE = "done.jsonl"
 REPORT = "report.json"
 
@@ -46,6 +46,7 @@ class Job:
         output: What is written.
         channel: Of a multi-channel image.
         series: Of a DICOM folder.
+        modality: What the image is, if stated.
     """
 
     line: int
@@ -54,6 +55,7 @@ class Job:
     output: Path
     channel: int | None
     series: str | None
+    modality: str | None
 
 
 def read_jobs(path: Path, folder: Path, format: str | None = None, space: str = "ijk") -> list[Job]:
@@ -118,6 +120,7 @@ def _job(row: dict[str, str], line: int, path: Path, folder: Path, format: str |
         output,
         int(cells["channel"]) if cells["channel"] else None,
         cells["series"] or None,
+        cells["modality"] or None,
     )
 
 
@@ -202,7 +205,10 @@ def _done(job: Job, model: PromptableModel, model_name: str, device: str, format
     row: dict[str, Any] = {"line": job.line, "image": str(job.image), "output": str(job.output)}
     try:
         job.output.parent.mkdir(parents=True, exist_ok=True)
-        with Session.open(job.image, model, device, job.channel, job.series, model_name=model_name) as session:
+        session = Session.open(
+            job.image, model, device, job.channel, job.series, model_name=model_name, modality=job.modality
+        )
+        with session:
             session.add_all(job.objects)
             session.export(job.output, format)
             found = [{key: o[key] for key in ("id", "name", "voxels", "mm3")} for o in session.report()["objects"]]
@@ -216,7 +222,17 @@ def _key(job: Job, model_name: str, weights: str, format: str | None) -> str:
     files = sorted(p for p in job.image.rglob("*") if p.is_file()) if job.image.is_dir() else [job.image]
     image = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     prompts = [(o.id, o.name, [{"space": p.space, **prompt_to_json(p)} for p in o.prompts]) for o in job.objects]
-    parts = (image, prompts, job.channel, job.series, str(job.output.resolve()), model_name, weights, format)
+    parts = (
+        image,
+        prompts,
+        job.channel,
+        job.series,
+        job.modality,
+        str(job.output.resolve()),
+        model_name,
+        weights,
+        format,
+    )
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -6,6 +6,7 @@ state never changes: every edit makes a new one. Read ``model_prompts.py`` next.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -206,6 +207,11 @@ class EditObject(Edit):
     colour: str | None = None
     visible: bool | None = None
     locked: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.colour is not None and not re.fullmatch(r"#[0-9a-fA-F]{6}", str(self.colour)):
+            raise InputError(f"colour must be of the form #rrggbb, got {self.colour!r}")
+        object.__setattr__(self, "colour", self.colour and self.colour.lower())
 
     def apply(self, state: SessionState, prompts: PromptHistory) -> SessionState:
         """See ``Edit``."""

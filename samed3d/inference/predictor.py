@@ -7,7 +7,6 @@ Features are kept per crop, so a later click costs one decode. Positions are can
 from __future__ import annotations
 
 import logging
-import os
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -16,11 +15,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from samed3d.crops import BACKGROUND_LOGIT, normalise, paste_crop, sample_crop
-from samed3d.errors import InputError
+from samed3d.crops import BACKGROUND_LOGIT, is_ct, normalise, paste_crop, sample_crop
+from samed3d.devices import computes_bf16
 from samed3d.geometry import CropFrame, IntTriple, Region, Triple, as_triple
 from samed3d.inference.model_prompts import ModelPrompts
 from samed3d.models.base import Features, PromptableModel, PromptBatch
+from samed3d.volume import Volume
 
 logger = logging.getLogger(__name__)
 
@@ -80,16 +80,32 @@ class CropPredictor:
         device: Where it runs.
         array: Canonical (D, H, W) intensities; a view is fine, only crops of it are read.
         spacing_zyx_mm: Of ``array``.
+        modality: As of ``Volume``; a model's clamp for CT is applied to CT only (``crops.is_ct``).
     """
 
-    def __init__(self, model: PromptableModel, device: torch.device, array: NDArray, spacing_zyx_mm: Triple) -> None:
+    def __init__(
+        self,
+        model: PromptableModel,
+        device: torch.device,
+        array: NDArray,
+        spacing_zyx_mm: Triple,
+        modality: str = "",
+    ) -> None:
         self.model, self.device = model.to(device), device
         self.array, self.spacing_zyx_mm = array, spacing_zyx_mm
         self.shape_zyx: IntTriple = (array.shape[0], array.shape[1], array.shape[2])
+        clamp = model.spec.ct_clamp_hu
+        self._clamp = clamp if clamp is not None and is_ct(modality, array) else None
         # The spec's shape is on the tensor's own axes.
         d, h, w = model.spec.input_shape_zyx
         self.crop_shape: IntTriple = (d, h, w) if model.spec.tensor_axes == "zyx" else (w, h, d)
         self._features: OrderedDict[CropFrame, tuple[Features, Tensor]] = OrderedDict()
+
+    @classmethod
+    def of(cls, model: PromptableModel, device: torch.device, volume: Volume) -> CropPredictor:
+        """A model on the canonical view of a volume."""
+        view = volume.view
+        return cls(model, device, view.to_canonical(volume.array), view.spacing_zyx_mm, volume.modality)
 
     @torch.inference_mode()
     def decode(self, frame: CropFrame, prompts: ModelPrompts, mask_logits: Tensor | None = None) -> CropMask:
@@ -143,7 +159,7 @@ class CropPredictor:
         logger.info("encoding a crop of %s mm", " x ".join(f"{edge:.0f}" for edge in edges))
         crop, inside = sample_crop(self.array, frame)
         spec = self.model.spec
-        image = normalise(crop, inside, spec.normalisation, spec.ct_clamp_hu)
+        image = normalise(crop, inside, spec.normalisation, self._clamp)
         if spec.tensor_axes == "xyz":
             image = image.permute(0, 3, 2, 1)
         with self._precision():
@@ -181,32 +197,6 @@ class CropPredictor:
 def _size_of(features: Features, inside: Tensor) -> int:
     """Bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in [*features.values(), inside])
-
-
-def pick_device(name: str) -> torch.device:
-    """``"auto"``, ``"cpu"`` or ``"cuda"`` as a device; CUDA that is not there is refused, never replaced.
-
-    Raises:
-        InputError: for another name, or ``"cuda"`` without a GPU.
-    """
-    if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"device must be auto, cpu or cuda, got {name!r}")
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise InputError(
-            "device cuda was asked for but this machine has no CUDA GPU that torch can use; leave --device out or say cpu"
-        )
-    return torch.device("cuda" if name != "cpu" and available else "cpu")
-
-
-def computes_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bf16 numbers faster than float32 ones; ``SAMED3D_FP32=1`` says no."""
-    if os.environ.get("SAMED3D_FP32") == "1":
-        return False
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return device.type == "cpu" and bool(known.get("amx_tile") or known.get("avx512_bf16"))
 
 
 def _axes(values: Triple, tensor_axes: str) -> Triple:

@@ -7,8 +7,8 @@ be undone and repeated, and with a journal all of it survives a crash. A session
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from samed3d.devices import pick_device
 from samed3d.errors import InputError
 from samed3d.geometry import Region
 from samed3d.inference import history
-from samed3d.inference.history import Edit, EditHistory, MaskUpdate, ObjectState, SessionObject, SessionState
+from samed3d.inference.history import EditHistory, MaskUpdate, ObjectState, SessionObject, SessionState
 from samed3d.inference.mask_files import LABEL_MAP_FORMATS, checked_format, export_segments, label_map, segments_of
 from samed3d.inference.model_prompts import read_mask_file
 from samed3d.inference.prediction import PromptHistory
-from samed3d.inference.predictor import Canvas, CropPredictor, pick_device
+from samed3d.inference.predictor import Canvas, CropPredictor
 from samed3d.inference.session_store import Journal, check_same, describe, identity, read_session, save_session
 from samed3d.inference.uncertainty import least_certain
 from samed3d.models import load_promptable
@@ -31,7 +32,7 @@ from samed3d.models.base import PromptableModel
 from samed3d.prompts import ObjectPrompts, Point, Prompt, is_positive
 from samed3d.volume import Volume, read_volume, write_mask, write_volume
 
-__all__ = ["MaskUpdate", "Session", "SessionObject", "pick_device"]
+__all__ = ["MaskUpdate", "Session", "SessionObject"]
 
 
 class Session:
@@ -46,8 +47,7 @@ class Session:
     def __init__(self, volume: Volume, model: PromptableModel, device: str = "auto", model_name: str = "") -> None:
         """Use ``Session.open``; this takes parts that are already loaded."""
         self.volume, self.model_name, self.device = volume, model_name or model.spec.name, pick_device(device)
-        array = volume.view.to_canonical(volume.array)
-        self._predictor = CropPredictor(model.eval(), self.device, array, volume.view.spacing_zyx_mm)
+        self._predictor = CropPredictor.of(model.eval(), self.device, volume)
         self._prompts = PromptHistory(volume, self._predictor)
         self._history = EditHistory(self._prompts)
         self._journal: Journal | None = None
@@ -63,6 +63,7 @@ class Session:
         series: str | int | None = None,
         journal: str | Path | None = None,
         model_name: str = "",
+        modality: str | None = None,
     ) -> Session:
         """Read an image and a model.
 
@@ -75,6 +76,7 @@ class Session:
             journal: File that every edit is written to before it is acknowledged. If it exists, the session in it is
                 resumed.
             model_name: The name that a built model was loaded by, so that a saved session can load it again.
+            modality: As for ``read_volume``.
 
         Raises:
             InputError: for an image or model that cannot be used, a device that is not there, or a journal that is
@@ -82,17 +84,20 @@ class Session:
         """
         pick_device(device)
         network = model if isinstance(model, PromptableModel) else load_promptable(model)
-        volume = image if isinstance(image, Volume) else read_volume(image, channel=channel, series=series)
+        if isinstance(image, Volume):
+            volume = image if modality is None else replace(image, modality=modality)
+        else:
+            volume = read_volume(image, channel=channel, series=series, modality=modality)
         session = cls(volume, network, device, model_name or ("" if isinstance(model, PromptableModel) else str(model)))
         session._options = {k: v for k, v in (("channel", channel), ("series", series)) if v is not None}
         if journal is not None:
-            opened = Journal(journal, session._identity())
+            session._journal = Journal(journal, session._identity())
             try:
-                session._history.replay(opened.edits)
+                session._history.replay(session._journal.edits)
             except BaseException:
-                opened.close()
+                session.close()
                 raise
-            session._record_in(opened)
+            session._history.record = session._journal.append
         return session
 
     @classmethod
@@ -121,13 +126,15 @@ class Session:
             raise InputError(
                 f"journal must be a new file for a loaded session, got {journal}; open the journal itself instead"
             )
-        source = saved.image_path() if image is None else image
         network = str(saved.header["model"]["name"]) if model is None else model
-        session = cls.open(source, network, device, **saved.options)
+        session = cls.open(saved.image_path() if image is None else image, network, device, **saved.options)
         check_same(saved.header, session._identity(), f"session {path}")
         session._history.replay(saved.edits)
         if journal is not None:
-            session._record_in(Journal(journal, session._identity()), saved.edits)
+            session._journal = Journal(journal, session._identity())
+            for edit in saved.edits:
+                session._journal.append(edit)
+            session._history.record = session._journal.append
         return session
 
     def __enter__(self) -> Session:
@@ -264,9 +271,6 @@ class Session:
             InputError: if there is no such object, or the colour is not ``#rrggbb``.
         """
         self._state.object(object_id)
-        if colour is not None and not (isinstance(colour, str) and re.fullmatch(r"#[0-9a-fA-F]{6}", colour)):
-            raise InputError(f"colour must be of the form #rrggbb, got {colour!r}")
-        colour = colour and colour.lower()
         edit = history.EditObject(object_id=object_id, name=name, colour=colour, visible=visible, locked=locked)
         if edit != history.EditObject(object_id=object_id):
             self._history.commit(edit)
@@ -323,7 +327,7 @@ class Session:
         """All objects as one label map of their ids, (D, H, W). Where objects overlap a locked one wins, then the more
         certain one.
         """
-        labels = label_map(self._state, self._predictor.shape_zyx, self._canvas)
+        labels = label_map(self._state, self.volume.view.shape_zyx, self._canvas)
         return np.ascontiguousarray(self.volume.view.to_stored(labels))
 
     def suggest_click(self, object_id: int | None = None) -> Point:
@@ -364,8 +368,7 @@ class Session:
         if kind in LABEL_MAP_FORMATS:
             write_mask(path, self.labels if len(self._state.objects) > 1 else self.mask, self.volume.grid)
         else:
-            segments = segments_of(self._state, self.volume)
-            export_segments(path, kind, segments, self.volume, self._options.get("series"))
+            export_segments(path, kind, segments_of(self._state, self.volume), self.volume, self._options.get("series"))
 
     def save_probability(self, path: str | Path) -> None:
         """Write the current object's probability, float32."""
@@ -379,11 +382,6 @@ class Session:
     @property
     def _state(self) -> SessionState:
         return self._history.state
-
-    def _record_in(self, journal: Journal, edits: Sequence[Edit] = ()) -> None:
-        for edit in edits:
-            journal.append(edit)
-        self._journal, self._history.record = journal, journal.append
 
     def _identity(self) -> dict[str, Any]:
         return identity(self.volume, self._options, self._predictor.model, self.model_name)

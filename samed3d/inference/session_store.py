@@ -201,6 +201,8 @@ def check_same(found: dict[str, Any], header: dict[str, Any], what: str) -> None
             f"{what} belongs to another image ({image.get('source')}), got {header['image']['source']}; "
             "open it with its own"
         )
+    if image.get("modality", header["image"]["modality"]) != header["image"]["modality"]:
+        logger.warning("%s was opened with another modality; the same prompts may give other masks", what)
     if model.get("weights") == header["model"]["weights"]:  # the same network, whatever it is called
         return
     if model.get("name") != header["model"]["name"]:
@@ -222,6 +224,7 @@ def identity(volume: Volume, options: dict[str, Any], model: PromptableModel, mo
         "sha256": image_hash(volume),
         "size_ijk": list(grid.size_ijk),
         "spacing_mm": list(grid.spacing_xyz_mm),
+        "modality": volume.modality,
     }
     return {"image": image, "model": {"name": model_name, "weights": weights_hash(model)}}
 
@@ -263,7 +266,12 @@ class SavedSession:
     @property
     def options(self) -> dict[str, Any]:
         """How the image was read, as arguments of ``Session.open``."""
-        return {key: self.header["image"].get(key) for key in ("channel", "series")}
+        image = self.header["image"]
+        return {
+            "channel": image.get("channel"),
+            "series": image.get("series"),
+            "modality": image.get("modality") or None,
+        }
 
     def image_path(self) -> Path:
         """Where the image lies: as recorded, or under its name beside the session file.

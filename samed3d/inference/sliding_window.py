@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from samed3d.crops import paste_crop, sample_crop
 from samed3d.data.semantic import Intensities, target_spacing
+from samed3d.devices import pick_device
 from samed3d.drawing import colour_of
 from samed3d.errors import InputError
 from samed3d.geometry import CropFrame, IntTriple, Region, Triple, as_triple
 from samed3d.inference.mask_files import LABEL_MAP_FORMATS, checked_format, export_segments
-from samed3d.inference.predictor import pick_device
 from samed3d.models import load
 from samed3d.models.base import SemanticModel
 from samed3d.models.weights import find_checkpoint, read_header

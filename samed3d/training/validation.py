@@ -26,7 +26,7 @@ from samed3d.data.corpus import CaseRecord, Corpus, LabelRecord
 from samed3d.data.sampling import in_validation_part, split_weight
 from samed3d.data.semantic import class_number
 from samed3d.errors import InputError
-from samed3d.geometry import Grid, as_triple, zyx_to_ijk
+from samed3d.geometry import RAS_DIRECTION, Grid, as_triple, zyx_to_ijk
 from samed3d.inference.session import Session
 from samed3d.inference.sliding_window import segment_volume
 from samed3d.metrics import dice
@@ -43,8 +43,6 @@ MIN_VOXELS = 100
 """Structures with fewer voxels are not measured: a few voxels more or less would be all that counts."""
 PICTURES = 4
 """Cases of which a picture is written at each validation."""
-RAS = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
-"""Direction of a corpus's arrays, in LPS."""
 
 
 @dataclass
@@ -60,8 +58,9 @@ class Held:
         z, y, x = self.case.spacing_zyx_mm
         return Volume(
             np.asarray(self.corpus.image(self.case)[:]),
-            Grid(self.case.shape_zyx, (x, y, z), direction_lps=RAS),
+            Grid(self.case.shape_zyx, (x, y, z), direction_lps=RAS_DIRECTION),
             self.case.id,
+            self.case.modality,
         )
 
 

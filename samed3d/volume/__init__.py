@@ -10,16 +10,18 @@ only a crop (``crops.py``). Read
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from numpy.typing import NDArray
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from samed3d.errors import InputError
-from samed3d.geometry import CanonicalView, Grid
+from samed3d.geometry import RAS_DIRECTION, CanonicalView, Grid, as_triple
 from samed3d.volume.dicom import read_dicom
-from samed3d.volume.files import checked_array, read_file
+from samed3d.volume.files import check_dimensions, checked_array, read_file
 from samed3d.volume.itk import SUFFIXES, grow_region
 from samed3d.volume.writing import write_mask, write_volume
 
@@ -37,11 +39,54 @@ class Volume:
             constant.
         grid: Shape, spacing, origin and direction as the file states them.
         source: Where it came from, for messages and reports.
+        modality: As the DICOM tag, a data set or the user states it (``"CT"``, ``"MR"``, ...); empty if nobody does.
     """
 
     array: NDArray
     grid: Grid
     source: str
+    modality: str = ""
+
+    @classmethod
+    def from_array(
+        cls,
+        array: NDArray,
+        *,
+        spacing_mm: float | Sequence[float] | None = None,
+        affine_ras: ArrayLike | None = None,
+        modality: str = "",
+        source: str = "array",
+    ) -> Volume:
+        """A volume from a NumPy array.
+
+        Args:
+            array: (D, H, W) = z, y, x intensities; finite, not constant. Not copied unless its type must change.
+            spacing_mm: Voxel edge along i, j, k (x first), or one number for all three; by default 1. The axes run to
+                the right, anterior and superior.
+            affine_ras: Instead of ``spacing_mm``, the 4x4 matrix from i, j, k to RAS mm, as NIfTI has it.
+            modality: See ``Volume``.
+            source: See ``Volume``.
+
+        Raises:
+            InputError: if array, spacing or affine cannot be used, or both spacing and affine are given.
+        """
+        if spacing_mm is not None and affine_ras is not None:
+            raise InputError("give spacing_mm or affine_ras, not both")
+        array = np.asarray(array)
+        if array.ndim != 3 or array.dtype.kind not in "biuf":
+            raise InputError(f"array must be numbers (D, H, W), got {array.dtype} of shape {array.shape}")
+        if array.dtype.kind == "b" or array.dtype == np.float16:
+            array = array.astype(np.uint8 if array.dtype.kind == "b" else np.float32)
+        shape = (array.shape[0], array.shape[1], array.shape[2])
+        if affine_ras is not None:
+            grid = Grid.from_affine_ras(shape, affine_ras)
+        else:
+            spacing = (1.0,) if spacing_mm is None else np.atleast_1d(spacing_mm).tolist()
+            if len(spacing) not in (1, 3):
+                raise InputError(f"spacing_mm must be one number or three, got {spacing_mm}")
+            grid = Grid(shape, as_triple(spacing * (3 // len(spacing))), direction_lps=RAS_DIRECTION)
+        check_dimensions(grid.size_ijk, grid.spacing_xyz_mm, source)
+        return cls(checked_array(array, source), grid, source, modality)
 
     @cached_property
     def view(self) -> CanonicalView:
@@ -49,13 +94,21 @@ class Volume:
         return CanonicalView.of(self.grid)
 
 
-def read_volume(path: str | Path, *, channel: int | None = None, series: str | int | None = None) -> Volume:
+def read_volume(
+    path: str | Path,
+    *,
+    channel: int | None = None,
+    series: str | int | None = None,
+    modality: str | None = None,
+) -> Volume:
     """Read an image file, or one series of a DICOM folder.
 
     Args:
         path: ``.nii .nii.gz .nrrd .mha .mhd`` or a folder of DICOM slices.
         channel: Which channel (0-based) of an RGB or vector image, or which volume of a 4D image.
         series: Which series of a DICOM folder: its UID, or its number in the list that the error message gives.
+        modality: What the image is, such as ``"CT"`` or ``"MR"``; None takes a DICOM series' own tag and leaves the
+            modality of a file unstated.
 
     Raises:
         InputError: if the image is missing, damaged, not 3D, has several channels or series and none was picked, holds
@@ -64,19 +117,22 @@ def read_volume(path: str | Path, *, channel: int | None = None, series: str | i
     path = Path(path)
     logger.info("reading %s", path)
     if path.is_dir():
-        image = read_dicom(path, series, channel)
+        image, tag = read_dicom(path, series, channel)
     elif not path.exists():
         raise InputError(f"image does not exist: {path}")
     elif series is not None:
         raise InputError(f"--series picks from a DICOM folder, got a file: {path}")
     else:
-        image = read_file(path, channel)
+        image, tag = read_file(path, channel), ""
     grid = Grid(
         shape_zyx=(image.GetDepth(), image.GetHeight(), image.GetWidth()),
         spacing_xyz_mm=image.GetSpacing(),
         origin_lps_mm=image.GetOrigin(),
         direction_lps=image.GetDirection(),
     )
-    volume = Volume(checked_array(image, path), grid, str(path))
+    import SimpleITK as sitk
+
+    array = checked_array(sitk.GetArrayFromImage(image), path)
+    volume = Volume(array, grid, str(path), tag if modality is None else modality)
     logger.info("read %s: %s voxels (i, j, k), %s", path.name, grid.size_ijk, volume.array.dtype)
     return volume

@@ -37,7 +37,7 @@ def fill_contours(contours_lps_mm: Iterable[NDArray], grid: Grid, name: str) -> 
         InputError: if a contour is not parallel to the slices, lies between two of them, or none of them touches the
             image.
     """
-    to_ijk = np.linalg.inv(grid.affine_ras) @ np.diag([-1.0, -1.0, 1.0, 1.0])
+    to_ijk = np.linalg.inv(grid.affine_lps)
     depth, height, width = grid.shape_zyx
     toggles: dict[int, NDArray[np.bool_]] = {}
     outside = 0

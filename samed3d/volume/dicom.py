@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def read_dicom(folder: Path, series: str | int | None, channel: int | None) -> sitk.Image:
-    """The picked series of a folder of DICOM slices, as a 3D image of one channel.
+def read_dicom(folder: Path, series: str | int | None, channel: int | None) -> tuple[sitk.Image, str]:
+    """The picked series of a folder of DICOM slices, as a 3D image of one channel, and its modality.
 
     Raises:
         InputError: as ``read_volume``.
@@ -28,8 +28,9 @@ def read_dicom(folder: Path, series: str | int | None, channel: int | None) -> s
     import SimpleITK as sitk
 
     uid, names = _files_of(folder, series)
+    modality = _tag(names[0], "0008|0060")
     if len(names) == 1:  # a multi-frame file holds the whole volume
-        return execute(sitk.ImageFileReader(), Path(names[0]), channel)
+        return execute(sitk.ImageFileReader(), Path(names[0]), channel), modality
     logger.info("reading %d slices of series %s", len(names), uid)
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(names)
@@ -44,7 +45,7 @@ def read_dicom(folder: Path, series: str | int | None, channel: int | None) -> s
     tag = "0020|0032"
     positions = [reader.GetMetaData(n, tag) for n in range(len(names)) if reader.HasMetaDataKey(n, tag)]
     _check_slice_positions(positions, image.GetDirection(), folder)
-    return one_channel(image, channel, folder)
+    return one_channel(image, channel, folder), modality
 
 
 def slice_files(folder: Path, series: str | int | None) -> list[Path]:
@@ -79,7 +80,7 @@ def _picked_series(files: dict[str, Sequence[str]], series: str | int | None, fo
     if not asked and len(uids) == 1:
         return uids[0]
     listed = "; ".join(
-        f"{n} = {_series_name(files[uid][0])!r}, {len(files[uid])} slices, UID {uid}"
+        f"{n} = {_tag(files[uid][0], '0008|103e') or 'no description'!r}, {len(files[uid])} slices, UID {uid}"
         for n, uid in enumerate(uids, start=1)
     )
     if asked:
@@ -89,14 +90,15 @@ def _picked_series(files: dict[str, Sequence[str]], series: str | int | None, fo
     )
 
 
-def _series_name(file: str) -> str:
+def _tag(file: str, tag: str) -> str:
+    """A DICOM attribute of a file as text; empty if the file lacks it."""
     import SimpleITK as sitk
 
     reader = sitk.ImageFileReader()
     reader.SetFileName(file)
     with silenced([]):
         reader.ReadImageInformation()
-    return reader.GetMetaData("0008|103e").strip() if reader.HasMetaDataKey("0008|103e") else "no description"
+    return reader.GetMetaData(tag).strip() if reader.HasMetaDataKey(tag) else ""
 
 
 def _check_slice_positions(positions: Sequence[str], direction: Sequence[float], folder: Path) -> None:

@@ -270,7 +270,7 @@ def _placed(data: Dataset, frames: list[_Frame], grid: Grid, kind: type, thresho
         kind: Type of the result; ``np.bool_`` marks pixels of at least ``threshold``, others keep their value.
         threshold: See ``kind``.
     """
-    to_ijk = np.linalg.inv(grid.affine_ras) @ np.diag([-1.0, -1.0, 1.0, 1.0])
+    to_ijk = np.linalg.inv(grid.affine_lps)
     rows, columns = int(data.Rows), int(data.Columns)
     placed: NDArray = np.zeros(grid.shape_zyx, dtype=kind)
     planes = _planes(data, [frame.number for frame in frames])

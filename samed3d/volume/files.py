@@ -110,7 +110,7 @@ def _picked_channel(channel: int | None, count: int, what: str, path: Path) -> i
     return channel or 0
 
 
-def check_dimensions(size: Sequence[int], spacing: Sequence[float], path: Path) -> None:
+def check_dimensions(size: Sequence[int], spacing: Sequence[float], path: Path | str) -> None:
     """Refuse what is not a stack of slices (a fourth axis is left to ``execute``) or has no voxel size."""
     if len(size) not in (3, 4):
         raise InputError(f"image must be 3D, got {len(size)}D ({' x '.join(map(str, size))}): {path}")
@@ -122,11 +122,8 @@ def check_dimensions(size: Sequence[int], spacing: Sequence[float], path: Path) 
         raise InputError(f"spacing must be > 0 on each axis, got {_shown(spacing[:3])} mm: {path}; correct the header")
 
 
-def checked_array(image: sitk.Image, path: Path) -> NDArray:
-    """The voxels, once they are known to be finite and not all equal."""
-    import SimpleITK as sitk
-
-    array = sitk.GetArrayFromImage(image)
+def checked_array(array: NDArray, path: Path | str) -> NDArray:
+    """The voxels, float64 as float32; refused if they are complex, not finite or all equal."""
     if array.dtype.kind == "c":
         raise InputError(f"image holds complex numbers: {path}; save its magnitude first")
     if array.dtype == np.float64:
@@ -141,7 +138,7 @@ def checked_array(image: sitk.Image, path: Path) -> NDArray:
     return array
 
 
-def _not_finite(bad: int, count: int, path: Path) -> InputError:
+def _not_finite(bad: int, count: int, path: Path | str) -> InputError:
     return InputError(
         f"image holds {bad} NaN or infinite voxels of {count}: {path}; replace them with the background value"
     )

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.errors import InputError
-from samed3d.geometry import Grid, IntTriple, Region, Triple, as_triple, bounding_region
+from samed3d.geometry import RAS_DIRECTION, Grid, IntTriple, Region, Triple, as_triple, bounding_region
 from samed3d.prompts import Box, Lasso, Mask, PackedMask, Point, Prompt, Scribble
 from samed3d.volume.contours import trace_contours
 
@@ -34,7 +34,6 @@ _WIDEST = 4
 """Bytes per voxel that the largest image may have."""
 _LONGEST_PATH = 10_000
 _MOST_STROKES = 16
-_RAS_DIRECTION = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
 
 
 # Bytes
@@ -139,7 +138,7 @@ def grid_of(shape: IntTriple, properties: object) -> Grid:
         if not _are_three(given, (int, float)) or not all(0 < v < math.inf for v in given):
             raise InputError(f"spacing must be three numbers > 0 in mm, got {str(given)[:80]}")
         spacing = as_triple(given[::-1])
-    return Grid(shape, spacing, direction_lps=_RAS_DIRECTION)
+    return Grid(shape, spacing, direction_lps=RAS_DIRECTION)
 
 
 def point_prompt(coordinates: Any, include: bool) -> Prompt:

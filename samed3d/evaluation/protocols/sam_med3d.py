@@ -90,7 +90,7 @@ class _CutOut:
         origin = np.asarray(grid.origin_lps_mm) + axes @ (np.asarray(region.start_zyx[::-1]) * grid.spacing_xyz_mm)
         cut = Grid(region.shape_zyx, grid.spacing_xyz_mm, as_triple(origin), grid.direction_lps)
         array = np.ascontiguousarray(task.volume.array[region.slices])
-        volume = Volume(array, cut, f"{task.volume.source} (cut)")
+        volume = Volume(array, cut, f"{task.volume.source} (cut)", task.volume.modality)
         self._session = MeteredSession.open(method, volume, task.target[region.slices])
         self._shape, self.predicted = grid.shape_zyx, [region]
 
@@ -233,7 +233,8 @@ class _FixedImage:
         crop, inside = sample_crop(task.volume.view.to_canonical(task.volume.array), frame)
         array = torch.where(inside, crop, crop[inside].min()).numpy()
         grid = Grid(CUBE, (SPACING_MM, SPACING_MM, SPACING_MM), direction_lps=RAS_DIRECTION)
-        self._session = MeteredSession.open(method, Volume(array, grid, f"{task.volume.source} (crop)"), target)
+        volume = Volume(array, grid, f"{task.volume.source} (crop)", task.volume.modality)
+        self._session = MeteredSession.open(method, volume, target)
 
     def give(self, click: Click) -> Answer:
         return self._session.give([point_at(click)])
@@ -243,10 +244,7 @@ class _FixedImage:
 
 
 def _predictor(method: Method, volume: Volume) -> CropPredictor:
-    view = volume.view
-    return CropPredictor(
-        method.model.eval(), torch.device(method.device), view.to_canonical(volume.array), view.spacing_zyx_mm
-    )
+    return CropPredictor.of(method.model.eval(), torch.device(method.device), volume)
 
 
 def _cube_frame(predictor: CropPredictor, middle: tuple[float, float, float]) -> CropFrame:
