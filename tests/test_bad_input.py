@@ -252,7 +252,7 @@ def test_a_folder_that_is_not_writable_is_named_before_any_work(run, monkeypatch
 
 def full_disk(path: Path, *_values, **_named) -> None:
     """What a writer meets: some bytes fit, then no more."""
-    path.write_bytes(b"half a mask")
+    path.open("wb").write(b"half a mask")
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
