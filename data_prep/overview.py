@@ -165,26 +165,23 @@ def _by_source(corpus: Corpus) -> Table:
 
 
 def _examples(corpus: Corpus, count: int) -> dict[str, list[tuple[CaseRecord, LabelRecord]]]:
-    """Category to a few structures of middling size, with image before without, one per source first."""
+    """Category to a few structures: with image before without, of middling size first, one per source before any second."""
     held: dict[str, list[tuple[CaseRecord, LabelRecord]]] = defaultdict(list)
     for case in corpus.cases:
         if not case.channel or case.channel.endswith("_0000"):
             for label in case.labels:
                 held[label.category].append((case, label))
-    return {category: _middling(entries)[:count] for category, entries in held.items()}
-
-
-def _middling(entries: list[tuple[CaseRecord, LabelRecord]]) -> list[tuple[CaseRecord, LabelRecord]]:
-    """Those of middling size first, with image before without, and one of each source before any second."""
-    sizes = np.log([label.voxels * float(np.prod(case.spacing_zyx_mm)) for case, label in entries])
-    far = np.abs(sizes - np.median(sizes))
-    order = sorted(range(len(entries)), key=lambda n: (not entries[n][0].has_image, far[n]))
-    seen: Counter[str] = Counter()
-    turn = {}
-    for n in order:
-        turn[n] = seen[entries[n][0].source]
-        seen[entries[n][0].source] += 1
-    return [entries[n] for n in sorted(order, key=lambda n: turn[n])]
+    chosen = {}
+    for category, entries in held.items():
+        sizes = np.log([label.voxels * float(np.prod(case.spacing_zyx_mm)) for case, label in entries])
+        far = np.abs(sizes - np.median(sizes))
+        order = sorted(range(len(entries)), key=lambda n: (not entries[n][0].has_image, far[n]))
+        of_source: dict[str, list[int]] = defaultdict(list)
+        for n in order:
+            of_source[entries[n][0].source].append(n)
+        turn = {n: number for numbers in of_source.values() for number, n in enumerate(numbers)}
+        chosen[category] = [entries[n] for n in sorted(order, key=lambda n: turn[n])[:count]]
+    return chosen
 
 
 def _picture(corpus: Corpus, case: CaseRecord, label: LabelRecord) -> dict[str, str]:

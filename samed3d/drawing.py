@@ -257,12 +257,7 @@ class ThreePlanes:
 
 
 def write_preview(
-    path: str | Path,
-    volume: Volume,
-    mask: NDArray,
-    prompts: Sequence[ObjectPrompts] | Sequence[Prompt],
-    *,
-    title: str = "",
+    path: str | Path, volume: Volume, mask: NDArray, objects: Sequence[ObjectPrompts], *, title: str = ""
 ) -> None:
     """Write a PNG of three slices through the first positive prompt (a point, or the centre of a box).
 
@@ -272,7 +267,7 @@ def write_preview(
         path: Output file, replaced as a whole.
         volume: The image.
         mask: (D, H, W) mask, or integer label map whose values are object ids; 0 is background.
-        prompts: The objects with their prompts, or the prompts of one object.
+        objects: The objects with their prompts.
         title: Text above the slices.
 
     Raises:
@@ -281,10 +276,6 @@ def write_preview(
     """
     if mask.shape != volume.array.shape:
         raise ValueError(f"mask must have the volume's shape {volume.array.shape}, got {mask.shape}")
-    objects = [p for p in prompts if isinstance(p, ObjectPrompts)]
-    loose = [p for p in prompts if not isinstance(p, ObjectPrompts)]
-    if loose:
-        objects.append(ObjectPrompts(prompts=loose))
     scene = _preview_planes(volume, mask, [p for o in objects for p in o.prompts])
     panels = [scene.draw(plane, tint=0.2, text_px=18, far_marks=False) for plane in PLANES]
     i, j, k = (round(v) for v in zyx_to_ijk(volume.view.position_to_stored(scene.centre_zyx)))

@@ -41,8 +41,10 @@ def noise(rng: np.random.Generator) -> np.ndarray:
     return rng.normal(100, 10, SHAPE).astype(np.float32)
 
 
-def picture(tmp_path, *args, **kwargs) -> np.ndarray:
-    write_preview(tmp_path / "p.png", *args, **kwargs)
+def picture(tmp_path, volume, mask, prompts, title="") -> np.ndarray:
+    """The preview of some objects, or of one with these prompts."""
+    objects = prompts if prompts and isinstance(prompts[0], ObjectPrompts) else [ObjectPrompts(prompts=prompts)]
+    write_preview(tmp_path / "p.png", volume, mask, objects, title=title)
     with Image.open(tmp_path / "p.png") as image:
         assert image.format == "PNG" and image.mode == "RGB"
         return np.asarray(image).astype(int)

@@ -265,12 +265,12 @@ def test_without_its_packages_a_report_is_refused_before_anything_is_measured(tm
 def test_the_worst_and_the_typical_are_chosen_by_the_last_click():
     rows = make_rows({"ours": (0.5, 0.5, 0.1)}, subjects=30)
     worst, typical = worst_and_typical(rows, 4)
-    assert [c.row["case"] for c in worst] == ["case0", "case1", "case2", "case3"]
-    assert {c.row["case"] for c in typical} == {"case14", "case15", "case13", "case16"}
+    assert [c[0]["case"] for c in worst] == ["case0", "case1", "case2", "case3"]
+    assert {c[0]["case"] for c in typical} == {"case14", "case15", "case13", "case16"}
     few_worst, few_typical = worst_and_typical(make_rows({"ours": (0.5, 0.5, 0.1)}, subjects=5), 10)
     assert (len(few_worst), len(few_typical)) == (3, 2)  # not all of a few are the worst
     seeds = make_rows({"ours": (0.5, 0.4, 0.3)}, subjects=1) + make_rows({"ours": (0.5, 0.4, 0.2)}, subjects=1, seed=1)
-    assert [c.row["seed"] for c in worst_and_typical(seeds, 4)[0]] == [1]  # a structure once, with its worst seed
+    assert [c[0]["seed"] for c in worst_and_typical(seeds, 4)[0]] == [1]  # a structure once, with its worst seed
 
 
 def ball(shape=(12, 30, 30)) -> tuple[Volume, np.ndarray]:

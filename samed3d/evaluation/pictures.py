@@ -32,28 +32,12 @@ PER_IMAGE = 2
 EDGE = 250
 """Pixels of each of the three square panels of ``case_png``."""
 _SAME_DICE = 0.005
+Curve = list[Row]
+"""The rows of one structure and seed, by click."""
 _INTRO = (
     "Blue: the label. Orange: the prediction. Green plus: a click on the object, red cross: off it; smaller marks lie "
     f"in other slices. Each structure once, with its worst seed; at most {PER_IMAGE} of one image in each list."
 )
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """One structure of one model: its first row and its Dice after each click."""
-
-    row: Row
-    scores: tuple[float, ...]
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """The key of its line in ``prompts.jsonl``."""
-        return prompt_key(self.row)
-
-    @property
-    def structure(self) -> tuple[Any, ...]:
-        """Source, case and label."""
-        return (self.row["source"], self.row["case"], self.row["label"])
 
 
 @dataclass
@@ -71,23 +55,38 @@ class CasePictures:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def worst_and_typical(rows: Sequence[Row], count: int = CASES) -> tuple[list[Chosen], list[Chosen]]:
-    """The structures with the lowest Dice after the last click, and those of the others that are nearest to the median.
+def worst_and_typical(rows: Sequence[Row], count: int = CASES) -> tuple[list[Curve], list[Curve]]:
+    """The click curves with the lowest Dice after the last click, and those of the others nearest to the median.
 
     Args:
         rows: Of one model and one prompt strategy.
         count: How many of each, fewer where there are not twice as many structures; a structure appears once, with its
             worst seed, an image at most twice in each list.
     """
-    every = [Chosen(curve[0], tuple(score(row, "dice") for row in curve)) for curve in curves(rows)]
-    known = [one for one in every if not math.isnan(one.scores[-1])]
-    ordered = sorted(known, key=lambda c: (c.scores[-1], str(c.key)))
-    count = min(count, (len({c.structure for c in known}) + 1) // 2)
+    known = [curve for curve in curves(rows) if not math.isnan(score(curve[-1], "dice"))]
+    ordered = sorted(known, key=lambda curve: (curve[-1]["dice"], str(prompt_key(curve[0]))))
+    count = min(count, (len({_structure(curve) for curve in known}) + 1) // 2)
     worst = _spread(ordered, count)
-    median = float(np.median([c.scores[-1] for c in known])) if known else math.nan
-    taken = {c.structure for c in worst}
-    rest = [c for c in ordered if c.structure not in taken]
-    return worst, _spread(sorted(rest, key=lambda c: abs(c.scores[-1] - median)), count)
+    median = float(np.median([curve[-1]["dice"] for curve in known])) if known else math.nan
+    taken = {_structure(curve) for curve in worst}
+    rest = [curve for curve in ordered if _structure(curve) not in taken]
+    return worst, _spread(sorted(rest, key=lambda curve: abs(curve[-1]["dice"] - median)), count)
+
+
+def _structure(curve: Curve) -> tuple[Any, ...]:
+    return (curve[0]["source"], curve[0]["case"], curve[0]["label"])
+
+
+def _spread(ordered: Sequence[Curve], count: int) -> list[Curve]:
+    """The first so many, a structure once and an image at most ``PER_IMAGE`` times; those of an image in a row."""
+    found: dict[tuple[Any, ...], list[Curve]] = {}
+    structures: set[tuple[Any, ...]] = set()
+    for curve in ordered:
+        of_image = found.setdefault(_structure(curve)[:2], [])
+        if len(structures) < count and len(of_image) < PER_IMAGE and _structure(curve) not in structures:
+            of_image.append(curve)
+            structures.add(_structure(curve))
+    return [curve for of_image in found.values() for curve in of_image]
 
 
 def case_pictures(run: SavedRun, seconds: float) -> CasePictures:
@@ -109,34 +108,36 @@ def case_pictures(run: SavedRun, seconds: float) -> CasePictures:
     worst, typical = worst_and_typical([r for r in untrained(run.of(strategy)) if r["model"] == model])
     found = CasePictures(f"Model {model}, {strategy}: after the last click. {_INTRO}")
     made: dict[tuple[Any, ...], dict[str, str]] = {}
-    answers, until = ReplayCache(), time.monotonic() + seconds
-    for one in (*_by_image(worst), *_by_image(typical)):  # the worst first: time may be up
-        line = lines.get(one.key)
+    cache, until = ReplayCache(), time.monotonic() + seconds
+    for curve in (*worst, *typical):  # the worst first: time may be up
+        line = lines.get(prompt_key(curve[0]))
         if line is None:
             found.left_out["prompts.jsonl has no line for it"] += 1
         elif time.monotonic() > until:
             found.left_out["the time for pictures was up"] += 1
         else:
             try:
-                made[one.key] = _figure(one, replay(line, answers))
+                made[prompt_key(curve[0])] = _figure(curve, replay(line, cache))
             except (InputError, OSError) as error:
                 found.left_out[str(error)] += 1
     titles = (f"The {len(worst)} worst", f"{len(typical)} typical, nearest to the median")
     for title, chosen in zip(titles, (worst, typical), strict=True):
-        found.lists.append((title, [made[c.key] for c in chosen if c.key in made]))
+        found.lists.append(
+            (title, [made[key] for key in map(prompt_key, (curve[0] for curve in chosen)) if key in made])
+        )
     return found
 
 
-def _figure(one: Chosen, again: Replayed) -> dict[str, str]:
-    row, drawn = one.row, dice(again.mask, again.truth)
+def _figure(curve: Curve, again: Replayed) -> dict[str, str]:
+    row, drawn = curve[0], dice(again.mask, again.truth)
     name = str(row["name"]) or f"label {row['label']}"
     size = "" if row.get("volume_ml") is None else f", {row['volume_ml']:.3g} ml"
     note = f" Not made again exactly: the mask drawn here has Dice {drawn:.2f}."
     return {
         "name": name,
-        "scores": " \u2192 ".join(f"{s:.2f}" for s in one.scores),
+        "scores": " \u2192 ".join(f"{r['dice']:.2f}" for r in curve),
         "where": f"{row['source']} / {row['case']}{size}, seed {row['seed']}."
-        + (note if abs(drawn - one.scores[-1]) > _SAME_DICE else ""),
+        + (note if abs(drawn - curve[-1]["dice"]) > _SAME_DICE else ""),
         "alt": f"{name} of {row['case']}: three planes with label, prediction and prompts",
         "png_base64": base64.b64encode(case_png(again.volume, again.truth, again.mask, again.prompts)).decode(),
     }
@@ -182,23 +183,3 @@ def case_png(
     for number, plane in enumerate(drawing.PLANES):
         sheet.paste(scene.draw(plane, tint=0.0, text_px=12, far_marks=True), (number * (EDGE + 4), 0))
     return drawing.png_bytes(sheet)
-
-
-def _spread(ordered: Sequence[Chosen], count: int) -> list[Chosen]:
-    """The first so many, a structure once and an image at most ``PER_IMAGE`` times."""
-    images: Counter = Counter()
-    structures: set = set()
-    found: list[Chosen] = []
-    for one in ordered:
-        image, structure = one.structure[:2], one.structure
-        if structure not in structures and images[image] < PER_IMAGE and len(found) < count:
-            found.append(one)
-            structures.add(structure)
-            images[image] += 1
-    return found
-
-
-def _by_image(chosen: Sequence[Chosen]) -> list[Chosen]:
-    """Cases of one image after each other, so that it is read once."""
-    images = list(dict.fromkeys(c.structure[:2] for c in chosen))
-    return sorted(chosen, key=lambda c: images.index(c.structure[:2]))
