@@ -1,4 +1,4 @@
-"""Training losses, all on logits: soft Dice, cross-entropy, and the error of the predicted overlap."""
+"""Training losses on logits: soft Dice, cross-entropy, and the error of the predicted IoU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from samed3d.prompts import MASK_LOGIT_THRESHOLD
 
 
 def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0, squared: bool = True) -> Tensor:
-    """1 - soft Dice per sample, mean over the batch; ``squared`` takes squares below the fraction (as MONAI's
-    ``squared_pred``).
+    """1 - soft Dice per sample, mean over the batch; ``squared`` squares the denominator (MONAI's ``squared_pred``).
 
     Shape:
         logits, target: (B, 1, D, H, W) -> scalar.

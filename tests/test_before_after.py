@@ -1,4 +1,4 @@
-"""Who is kept back of a fine-tuning, and what the table of before and after may claim."""
+"""Which subjects a fine-tuning holds out, and what the table of before and after may claim."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_prep.pipeline import cached_corpus
 from samed3d.data.corpus import Corpus
 from samed3d.models.weights import find_checkpoint, read_header
 from samed3d.training.before_after import Score, choose_targets, compare, to_markdown
-from samed3d.training.subjects import history_of, seen_by, split_subjects
+from samed3d.training.finetune import exposure_of, split_subjects
 from tests.corpus_sources import make_source
 
 
@@ -23,9 +23,9 @@ def test_the_split_keeps_a_fifth_and_at_least_one_by_subject(tmp_path):
     for cases, kept in ((2, 1), (5, 1), (9, 2)):
         corpus = cached_corpus(make_source(tmp_path / f"set{cases}", cases=cases, first_seed=100 * cases))
         split = split_subjects([corpus], seed=0)
-        assert len({c.subject for _, c in split.kept}) == kept
-        assert {c.subject for _, c in split.kept} & {c.subject for _, c in split.trained} == set()
-        assert len(split.kept) + len(split.trained) == cases
+        assert len({c.subject for _, c in split.held_out}) == kept
+        assert {c.subject for _, c in split.held_out} & {c.subject for _, c in split.trained} == set()
+        assert len(split.held_out) + len(split.trained) == cases
     assert split_subjects([corpus], seed=1).seed != split.seed
 
 
@@ -67,15 +67,14 @@ def test_what_the_default_knew_of_a_subject():
     path = find_checkpoint("default")
     assert path is not None
     header = read_header(path)
-    assert seen_by(header, header["training"]["data"]["hold_out"][0], "anyone") == "never"
-    assert {seen_by(header, header["sources"][0], f"s{n}") for n in range(40)} == {"kept back", "trained on"}
-    assert {seen_by(header, "another", f"s{n}") for n in range(40)} == {"never"}
-    assert history_of(header)["sources"] == header["sources"]
+    assert exposure_of(header, header["training"]["data"]["hold_out"][0], "anyone") == "never"
+    assert {exposure_of(header, header["sources"][0], f"s{n}") for n in range(40)} == {"held out", "trained on"}
+    assert {exposure_of(header, "another", f"s{n}") for n in range(40)} == {"never"}
     silent = {key: value for key, value in header.items() if key != "sources"}
-    assert {seen_by(silent, "another", f"s{n}") for n in range(40)} == {"kept back", "unknown"}
+    assert {exposure_of(silent, "another", f"s{n}") for n in range(40)} == {"held out", "unknown"}
     tuned = {"trained_on": {"another": ["s1"]}, "training": header["training"], "base": {"history": header}}
-    assert seen_by(tuned, "another", "s1") == "trained on"
-    assert seen_by({}, "another", "s1") == "unknown"
+    assert exposure_of(tuned, "another", "s1") == "trained on"
+    assert exposure_of({}, "another", "s1") == "unknown"
     told = {**header, "sources": ["known"]}
-    assert {seen_by(told, "another", f"s{n}") for n in range(40)} == {"never"}
-    assert {seen_by(told, "known", f"s{n}") for n in range(40)} == {"kept back", "trained on"}
+    assert {exposure_of(told, "another", f"s{n}") for n in range(40)} == {"never"}
+    assert {exposure_of(told, "known", f"s{n}") for n in range(40)} == {"held out", "trained on"}

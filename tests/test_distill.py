@@ -15,9 +15,8 @@ from samed3d.errors import InputError
 from samed3d.models import MODELS, create_model, load
 from samed3d.models.base import PromptableModel
 from samed3d.models.weights import save_weights
-from samed3d.training.distill import Teacher
 from samed3d.training.loop import train
-from samed3d.training.step import InteractiveStep
+from samed3d.training.step import InteractiveStep, Teacher
 from tests.test_training import SMALL, metrics, narrow_model
 
 TINY = MODELS["sam_med3d_b"].tiny

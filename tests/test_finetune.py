@@ -1,4 +1,4 @@
-"""Fine-tuning in one command: who is kept back, what is measured, what is written, and what is refused."""
+"""Fine-tuning in one command: which subjects are held out, what is measured, what is written, and what is refused."""
 
 from __future__ import annotations
 
@@ -21,10 +21,17 @@ from samed3d.models import create_model, load
 from samed3d.models.weights import read_header, read_weights, save_weights
 from samed3d.nn.adapters import adapter_names
 from samed3d.training.before_after import choose_targets, compare, measure
-from samed3d.training.finetune import RATES, RECIPE, FinetuneOptions, finetune, recipe
+from samed3d.training.finetune import (
+    LEARNING_RATES,
+    RECIPE,
+    FinetuneOptions,
+    exposure_of,
+    finetune,
+    recipe,
+    split_subjects,
+)
+from samed3d.training.start import encoder_parameters
 from samed3d.training.stopping import StopRequest
-from samed3d.training.subjects import seen_by, split_subjects
-from samed3d.training.trainable import encoder_parameters
 from tests import dataset_trees
 from tests.corpus_sources import case_arrays, make_source, write_case
 from tests.test_training import NARROW
@@ -166,7 +173,7 @@ def test_a_fine_tuned_model_can_be_tuned_again_and_remembers_whom_it_knows(base,
     header = read_header(tmp_path / "two" / "model.safetensors")
     assert header["base"]["history"]["trained_on"] == read_header(tmp_path / "one" / "model.safetensors")["trained_on"]
     known = header["trained_on"]["five"][0]
-    assert seen_by(header, "five", known) == "trained on"
+    assert exposure_of(header, "five", known) == "trained on"
     assert (
         "its Dice before is not that" not in capsys.readouterr().out
     )  # the same split: nobody measured was learned from
@@ -322,8 +329,9 @@ def test_a_run_starts_from_another_by_one_flag(base, tmp_path, capsys):
 def test_experts_become_a_mixture_by_one_flag(base, tmp_path, monkeypatch):
     called = {}
     monkeypatch.setattr(
-        "samed3d.training.moe.train_gate", lambda *given, **more: called.update(given=given, more=more) or tmp_path
+        "samed3d.training.moe.gate_config", lambda *given, **more: called.update(given=given, more=more) or given[2]
     )
+    monkeypatch.setattr("samed3d.training.loop.train", lambda *_given, **_more: tmp_path)
     changes = ["--set", f"model.weights={base}", "--set", "optim.steps=7"]
     assert main(["train", "--moe", "a.safetensors", "--moe", "b.safetensors", *changes, "-q"]) == 0
     assert (
@@ -359,7 +367,7 @@ def test_the_recipe_is_the_one_in_configs(base, five, tmp_path):
     split = split_subjects([corpus], 0)
     made = recipe(load(base), str(base), read_header(base), [corpus], tmp_path / "run", split, FinetuneOptions())
     written = load_config(TrainConfig, CONFIG)
-    for key, value in {**RECIPE, "optim.lr": RATES[written.model.train]}.items():
+    for key, value in {**RECIPE, "optim.lr": LEARNING_RATES[written.model.train]}.items():
         section, name = key.split(".")
         expected = tuple(value) if isinstance(value, list) else value
         assert getattr(getattr(written, section), name) == getattr(getattr(made, section), name) == expected, key

@@ -10,8 +10,8 @@ from samed3d.models import MODELS, create_model, load
 from samed3d.models.base import PromptBatch
 from samed3d.models.sam_med3d_moe import MixtureOfExperts
 from samed3d.models.weights import save_weights
-from samed3d.training.gate import GateStep
-from samed3d.training.moe import assemble, train_gate
+from samed3d.training.loop import train
+from samed3d.training.moe import GateStep, assemble, gate_config
 
 FAMILIES = ["samed3d_unet", "sam_med3d_b", "samu", "fast_sam3d"]
 
@@ -142,13 +142,14 @@ def test_a_training_through_the_loop(tmp_path):
     base, experts = base_and_experts(tmp_path)
     sizes = ["data.crop=[32,32,32]", "optim.steps=2", "optim.batch=1", "clicks.interactions=1", "run.precision=fp32"]
     config = load_config(TrainConfig, None, [*sizes, f"run.folder={tmp_path / 'run'}"])
-    folder = train_gate(base, experts, config, quiet=True)
+    folder = train(gate_config(base, experts, config), quiet=True)
     trained, untrained = load(folder / "model.safetensors"), load(folder / "assembled.safetensors")
     after, before = trained.state_dict(), untrained.state_dict()
     changed = {k for k in after if not torch.equal(after[k], before[k])}
     assert changed and all(k.startswith("gate.") for k in changed)
     with pytest.raises(InputError, match=r"run.folder already holds a run"):
-        train_gate(base, experts, config, quiet=True)
+        gate_config(base, experts, config)
+    assert gate_config(base, experts, config, resume=True).model.weights == str(folder / "assembled.safetensors")
 
 
 def test_an_expert_that_changed_the_encoder_is_refused(tmp_path):

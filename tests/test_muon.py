@@ -7,8 +7,7 @@ import torch
 from test_training import narrow_model, samples
 
 from samed3d.config import ClickConfig, LossConfig, OptimConfig
-from samed3d.training.muon import ADAMW_RMS, Muon, orthogonalised
-from samed3d.training.optimiser import make_optimiser
+from samed3d.training.optimiser import ADAMW_RMS, Muon, make_optimiser, orthogonalised
 from samed3d.training.step import InteractiveStep
 
 OPTIM = OptimConfig(name="muon", lr=0.01, momentum=0.95, betas=(0.9, 0.99), weight_decay=0.1)

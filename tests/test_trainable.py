@@ -13,8 +13,8 @@ from samed3d.models import MODELS, create_model, load
 from samed3d.models.base import PromptableModel
 from samed3d.models.weights import amend_header, read_header, read_weights, save_weights, tensors_sha256
 from samed3d.nn.adapters import adapter_names, merge_adapters
+from samed3d.training.start import choose_trainable, describe, encoder_parameters
 from samed3d.training.step import InteractiveStep
-from samed3d.training.trainable import choose_trainable, describe, encoder_parameters
 
 NAME = "samed3d_unet"
 PROMPTABLE = ("samed3d_unet", "samed3d_tiny", "sam_med3d_b")

@@ -21,7 +21,7 @@ from samed3d.models.base import Features, MaskOutput, ModelSpec, PromptableModel
 from samed3d.models.weights import read_header
 from samed3d.training import loop, start
 from samed3d.training.loop import train
-from samed3d.training.optimiser import AveragedWeights, learning_rate, parameter_groups
+from samed3d.training.optimiser import EmaWeights, learning_rate, parameter_groups
 from samed3d.training.step import InteractiveStep, seed_of
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "tiny_cpu.yaml"
@@ -267,21 +267,22 @@ def test_norms_biases_and_tokens_do_not_decay():
     assert len(decayed["params"]) + len(kept["params"]) == len(name_of)
 
 
-def test_averaged_weights_follow_slowly_and_start_fast():
+def test_the_ema_follows_slowly_and_starts_fast():
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
-    average = AveragedWeights(model, 0.9)
+    ema = EmaWeights(model, 0.9)
     nn.init.ones_(model.weight)
     expected = 0.0
     for count in range(1, 200):
-        average.update(model)
+        ema.update(model)
         decay = min(0.9, (1 + count) / (10 + count))
         expected = decay * expected + (1 - decay)
-        assert float(average.state_of(model)["weight"]) == pytest.approx(expected, abs=1e-5)
+        assert float(ema.shadow["weight"]) == pytest.approx(expected, abs=1e-5)
     assert expected > 0.99 and float(model.weight.detach()) == 1
-    off = AveragedWeights(model, 0.0)
+    off = EmaWeights(model, 0.0)
     off.update(model)
-    assert float(off.state_of(model)["weight"]) == 1
+    with off.applied(model):
+        assert float(model.weight.detach()) == 1 and not off.shadow
 
 
 def test_step_seeds_differ_between_seeds_batches_and_ranks():

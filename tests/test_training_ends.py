@@ -96,7 +96,7 @@ def test_a_stopped_run_says_so_and_goes_on_as_if_unbroken(tmp_path, monkeypatch,
         patch.setattr(loop.RunLog, "step", signalled)
         with caplog.at_level(logging.WARNING, logger="samed3d"):
             train(tiny_config(tmp_path / "stopped", *settings), quiet=True)
-    assert "stopped at step 4 of 6: by SIGTERM; go on with --resume" in caplog.text
+    assert "stopped at step 4 of 6: by SIGTERM; resume with --resume" in caplog.text
     assert [row["step"] for row in metrics(tmp_path / "stopped")] == [1, 2, 3, 4]
     train(tiny_config(tmp_path / "stopped", *settings), resume=True, quiet=True)
     assert shown(tmp_path / "stopped") == shown(tmp_path / "whole")
@@ -158,7 +158,7 @@ def test_the_last_checkpoints_are_kept_and_a_damaged_one_is_named(tmp_path):
     (tmp_path / "last.pt").write_bytes(b"half a fi")
     again = tiny_config(tmp_path, "optim.steps=10", "run.save_every=2", "run.keep=3")
     with pytest.raises(
-        InputError, match=r"last\.pt is damaged .*; copy an elder one over it: step_000004\.pt, step_000006\.pt"
+        InputError, match=r"last\.pt is damaged .*; copy an earlier one over it: step_000004\.pt, step_000006\.pt"
     ):
         train(again, resume=True, quiet=True)
     (tmp_path / "last.pt").write_bytes((tmp_path / "step_000006.pt").read_bytes())
@@ -179,16 +179,18 @@ def test_keep_0_keeps_last_alone_and_no_link_is_no_loss(tmp_path, monkeypatch):
     assert torch.load(tmp_path / "copied" / "step_000002.pt", weights_only=True)["step"] == 2
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    (tmp_path / "a").write_text("old")
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    train(tiny_config(tmp_path, "optim.steps=1", "run.keep=0"), quiet=True)
+    before = (tmp_path / "last.pt").read_bytes()
 
-    def broken(path: Path) -> None:
+    def broken(_body: Any, path: Path) -> None:
         path.write_text("ne")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
-        checkpoints.write_whole(tmp_path / "a", broken)
-    assert (tmp_path / "a").read_text() == "old"
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(InputError, match="cannot write .*last.pt: disk full"):
+        train(tiny_config(tmp_path, "optim.steps=2", "run.keep=0"), resume=True, quiet=True)
+    assert (tmp_path / "last.pt").read_bytes() == before and not list(tmp_path.glob(".part-*"))
 
 
 def test_a_checkpoint_of_an_older_version_is_taken(tmp_path):

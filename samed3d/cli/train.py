@@ -62,13 +62,12 @@ def train(
     ]
     settings = load_config(TrainConfig, config, [*short, *(set_ or [])])
     if moe:
-        from samed3d.training.moe import train_gate
+        from samed3d.training.moe import gate_config
 
-        folder = train_gate(settings.model.weights or "default", moe, settings, resume=resume, quiet=quiet)
-    else:
-        from samed3d.training.loop import train as run
+        settings = gate_config(settings.model.weights or "default", moe, settings, resume=resume)
+    from samed3d.training.loop import train as run
 
-        folder = run(settings, resume=resume, quiet=quiet)
+    folder = run(settings, resume=resume, quiet=quiet)
     if not quiet and os.environ.get("RANK", "0") == "0":
         typer.echo(f"run in {folder}")
 

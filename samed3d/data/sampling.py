@@ -107,8 +107,7 @@ class SampleDataset(Dataset[Sample]):
         InputError: if ``data.transforms`` names no transform of torchio.
     """
 
-    needs_target = False
-    """Whether a crop needs ``MIN_TARGET_VOXELS`` and its axes may be reordered."""
+    needs_target = False  # whether a crop needs MIN_TARGET_VOXELS, and its axes may be reordered
 
     def __init__(self, config: DataConfig, seed: int, length: int, start: int = 0) -> None:
         self.config, self.seed, self.length, self.start = config, seed, length, start

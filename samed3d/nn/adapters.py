@@ -2,7 +2,7 @@
 
 An adapted layer *is* the plain layer (same class, same parameters under the same names) with a few parameters beside
 them, so that a state dict of the plain model loads into the adapted one but for the adapters' own keys. Adapters start
-at zero: the adapted model equals the plain one bit for bit until it is trained. ``training/trainable.py`` chooses what
+at zero: the adapted model equals the plain one bit for bit until it is trained. ``training/start.py`` chooses what
 is frozen, ``models/weights.py`` stores adapters.
 
 Source: LoRA, Hu et al. 2021 (arXiv 2106.09685); FacT in its tensor-train form, Jie and Deng 2023 (arXiv 2212.03145), as

@@ -181,7 +181,7 @@ def to_markdown(
         changes: Its lines.
         measured: The scores of one of the models.
         base: What the start is called.
-        known: (subject, what the start's own training knew of it) as ``finetune.seen_by`` says.
+        known: (subject, what the start's own training knew of it) as ``finetune.exposure_of`` says.
     """
     structures, seeds = len({(s.case, s.structure) for s in measured}), len({s.seed for s in measured})
     subjects = len({s.subject for s in measured})

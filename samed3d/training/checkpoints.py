@@ -1,30 +1,25 @@
-"""What a run keeps so that nothing is lost: ``last.pt`` and its elder copies, ``model.safetensors``, and going on from
-them.
+"""Checkpoints of a run: ``last.pt``, its earlier copies, ``model.safetensors``, and resuming from them.
 
-Everything is written to a temporary name, flushed and renamed. No random state is kept, because there is none: samples,
-clicks and dropout follow from (seed, step, rank). Read ``loop.py`` next.
+No random state is saved, because there is none: samples, clicks and dropout follow from (seed, step, process).
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from samed3d.config import TrainConfig, config_of, to_dict
 from samed3d.errors import InputError
+from samed3d.models.base import AnyModel
 from samed3d.models.weights import load_state_strict, save_weights
-from samed3d.training.optimiser import AveragedWeights
-
-logger = logging.getLogger(__name__)
+from samed3d.output import replacing
+from samed3d.training.optimiser import EmaWeights
 
 MAY_CHANGE = (
     *("optim.steps", "optim.epochs", "optim.max_minutes", "data.workers"),
@@ -35,20 +30,26 @@ MAY_CHANGE = (
 
 
 @dataclass
-class Progress:
-    """How far a run is.
+class TrainingState:
+    """Everything that a checkpoint saves.
 
     Attributes:
-        done: Optimiser steps.
-        samples: Samples drawn by all processes, which is where the data go on.
-        best: Highest validation Dice so far, or None.
+        model: The network.
+        optimiser: Its optimiser.
+        ema: Moving average of its weights.
         corpora: Manifest hash of each corpus.
+        done: Optimiser steps so far.
+        samples: Samples drawn so far by all processes; a resumed run draws the next ones.
+        best: Highest validation Dice so far, or None.
     """
 
+    model: AnyModel
+    optimiser: Any
+    ema: EmaWeights
+    corpora: dict[str, str] = field(default_factory=dict)
     done: int = 0
     samples: int = 0
     best: float | None = None
-    corpora: dict[str, str] = field(default_factory=dict)
 
 
 def check_new(folder: Path) -> None:
@@ -58,65 +59,53 @@ def check_new(folder: Path) -> None:
         InputError: if it does.
     """
     if (folder / "last.pt").exists() or (folder / "metrics.jsonl").exists():
-        raise InputError(f"run.folder already holds a run: {folder}; add --resume to go on, or choose another")
+        raise InputError(f"run.folder already holds a run: {folder}; add --resume to continue it, or choose another")
 
 
-def save(
-    folder: Path,
-    config: TrainConfig,
-    model: nn.Module,
-    optimiser: Any,
-    average: AveragedWeights,
-    progress: Progress,
-    scaler: Any = None,
-) -> None:
-    """Write ``last.pt``, its copy ``step_NNNNNN.pt`` where ``run.keep`` asks for it, and ``model.safetensors``."""
-    state = {
-        "model": model.state_dict(),
-        "optimiser": optimiser.state_dict(),
-        "average": average.shadow,
-        "average_count": average.count,
-        "scaler": None if scaler is None else scaler.state_dict(),
-        "step": progress.done,
-        "samples": progress.samples,
-        "best": progress.best,
-        "corpora": progress.corpora,
-        "config": json.dumps(to_dict(config)),
-    }
-    write_whole(folder / "last.pt", lambda path: torch.save(state, path))
-    _keep_copy(folder, progress.done, config.run.keep)
-    save_average(folder / "model.safetensors", config, model, average, progress)
-
-
-def save_average(path: Path, config: TrainConfig, model: Any, average: AveragedWeights, progress: Progress) -> None:
-    """Write the running mean of the weights (the weights themselves where there is none) as a checkpoint that every
-    command takes.
-    """
-    facts: dict[str, Any] = {"step": progress.done, "training": to_dict(config)}
-    with average.applied(model):
-        save_weights(model, path, facts if progress.best is None else facts | {"validation_dice": progress.best})
-
-
-def restore(
-    folder: Path,
-    config: TrainConfig,
-    model: nn.Module,
-    optimiser: Any,
-    average: AveragedWeights,
-    corpora: dict[str, str],
-) -> tuple[Progress, Any]:
-    """Put everything back as ``save`` wrote it.
+def save(folder: Path, config: TrainConfig, state: TrainingState, scaler: Any = None) -> None:
+    """Write ``last.pt``, its copy ``step_NNNNNN.pt`` where ``run.keep`` asks for it, and ``model.safetensors``.
 
     Args:
-        folder: The run folder.
+        folder: Run folder.
+        config: Of the run.
+        state: What is saved.
+        scaler: Gradient scaler of fp16, or None.
+    """
+    body = {
+        "model": state.model.state_dict(),
+        "optimiser": state.optimiser.state_dict(),
+        "average": state.ema.shadow,
+        "average_count": state.ema.count,
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "step": state.done,
+        "samples": state.samples,
+        "best": state.best,
+        "corpora": state.corpora,
+        "config": json.dumps(to_dict(config)),
+    }
+    with replacing(folder / "last.pt") as partial:
+        torch.save(body, partial)
+    _keep_copy(folder, state.done, config.run.keep)
+    save_ema(folder / "model.safetensors", config, state)
+
+
+def save_ema(path: Path, config: TrainConfig, state: TrainingState) -> None:
+    """Write the EMA of the weights (the weights where there is none) as a checkpoint that every command takes."""
+    facts: dict[str, Any] = {"step": state.done, "training": to_dict(config)}
+    with state.ema.applied(state.model):
+        save_weights(state.model, path, facts if state.best is None else facts | {"validation_dice": state.best})
+
+
+def restore(folder: Path, config: TrainConfig, state: TrainingState) -> Any:
+    """Fill ``state`` with what ``save`` wrote.
+
+    Args:
+        folder: Run folder.
         config: Of the resumed run; only keys of ``MAY_CHANGE`` may differ.
-        model: Gets the weights.
-        optimiser: Gets its state.
-        average: Gets the running mean.
-        corpora: Manifest hash of each corpus as it is now.
+        state: Of the new process; ``corpora`` holds the manifest hashes as they are now.
 
     Returns:
-        How far the run was, and the gradient scaler's state or None.
+        The gradient scaler's state or None.
 
     Raises:
         InputError: if there is nothing to resume, the file is damaged, or the config or a corpus has changed;
@@ -128,25 +117,26 @@ def restore(
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged archive
-        elder = ", ".join(p.name for p in sorted(folder.glob("step_*.pt"))) or "none"
+        earlier = ", ".join(p.name for p in sorted(folder.glob("step_*.pt"))) or "none"
         raise InputError(
-            f"{path} is damaged ({str(error).splitlines()[0][:80]}); copy an elder one over it: {elder}"
+            f"{path} is damaged ({str(error).splitlines()[0][:80]}); copy an earlier one over it: {earlier}"
         ) from error
     changed = differences(to_dict(config_of(TrainConfig, json.loads(saved["config"]))), to_dict(config))
     if changed:
         raise InputError(f"a resumed run must keep its config; changed: {'; '.join(changed)}")
     known = saved.get("corpora") or {}
-    if other := [name for name, digest in corpora.items() if known.get(name, digest) != digest]:
+    if other := [name for name, digest in state.corpora.items() if known.get(name, digest) != digest]:
         raise InputError(
-            f"the corpus has changed since the run began: {', '.join(other)}; bring the old one back, or start a new run with "
-            f"model.weights={folder / 'model.safetensors'}"
+            f"the corpus has changed since the run began: {', '.join(other)}; bring the old one back, or start a new "
+            f"run with model.weights={folder / 'model.safetensors'}"
         )
-    load_state_strict(model, saved["model"])
-    optimiser.load_state_dict(saved["optimiser"])
-    average.shadow, average.count = saved["average"], saved["average_count"]
+    load_state_strict(state.model, saved["model"])
+    state.optimiser.load_state_dict(saved["optimiser"])
+    state.ema.shadow, state.ema.count = saved["average"], saved["average_count"]
+    state.done, state.best = int(saved["step"]), saved.get("best")
     per_step = config.optim.batch * config.optim.accumulate
-    samples = saved.get("samples", saved["step"] * per_step)  # runs of older versions had one process
-    return Progress(int(saved["step"]), int(samples), saved.get("best"), corpora), saved.get("scaler")
+    state.samples = int(saved.get("samples", state.done * per_step))  # runs of older versions had one process
+    return saved.get("scaler")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -162,20 +152,6 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return found
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have ``write`` fill a temporary file, flush it to the disk and give it its name: a file is whole or not there."""
-    temporary = path.with_name(path.name + ".part")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """``write_whole`` for text."""
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
 def _keep_copy(folder: Path, done: int, keep: int) -> None:
     copies = sorted(folder.glob("step_*.pt"))
     if keep:
@@ -184,7 +160,8 @@ def _keep_copy(folder: Path, done: int, keep: int) -> None:
         try:
             os.link(folder / "last.pt", copy)  # costs nothing: the next save renames another file to last.pt
         except OSError:
-            write_whole(copy, lambda path: shutil.copyfile(folder / "last.pt", path))
+            with replacing(copy) as partial:
+                shutil.copyfile(folder / "last.pt", partial)
         copies = sorted({*copies, copy})
     for old in copies[: max(0, len(copies) - keep)]:
         old.unlink()

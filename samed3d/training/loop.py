@@ -1,17 +1,15 @@
-"""The training run: steps, checkpoints, validation and logs around a training step, through Accelerate.
+"""The training loop: optimiser steps with logs, validation and checkpoints, through Accelerate.
 
-A run is a number of optimiser steps. All randomness follows from (seed, step, sample), so a resumed run draws the
-samples and clicks that the unbroken one would have drawn. What a run starts with is in ``start.py``, what it keeps in
-``checkpoints.py``; the loss lives in
-``step.py``; what is drawn, in ``data/sampling.py``.
+All randomness follows from (seed, step, sample), so a resumed run draws the samples and clicks that the unbroken one
+would have drawn. ``start.py`` sets a run up. Read ``data/sampling.py`` next.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import multiprocessing
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +20,13 @@ from torch.utils.data import DataLoader
 
 from samed3d.config import TrainConfig, to_dict
 from samed3d.errors import InputError
-from samed3d.training import checkpoints, environment
-from samed3d.training.checkpoints import Progress
+from samed3d.output import write_json
+from samed3d.training import checkpoints
+from samed3d.training.checkpoints import TrainingState
 from samed3d.training.curves import write_curves
-from samed3d.training.optimiser import AveragedWeights, learning_rate, make_optimiser, set_learning_rate
-from samed3d.training.progress import RunLog
-from samed3d.training.start import data_of, make_accelerator, start_model, step_of, unwrapped
+from samed3d.training.optimiser import EmaWeights, learning_rate, make_optimiser, set_learning_rate
+from samed3d.training.progress import RunLog, manifest_hashes, write_environment
+from samed3d.training.start import data_of, make_accelerator, start_model, step_of
 from samed3d.training.step import StepOutput, seed_of
 from samed3d.training.stopping import StopRequest, memory_error, outlive_signals
 
@@ -40,33 +39,33 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> Path:
-    """Run (or go on with) a training.
+    """Train a model, or resume a training.
 
     Args:
         config: Everything that defines the run.
-        resume: Go on from the run folder's ``last.pt``.
-        quiet: No progress bar.
+        resume: Continue from the run folder's ``last.pt``.
+        quiet: Show no progress line.
 
     Returns:
-        The run folder: ``model.safetensors`` (running mean of the weights where ``run.ema`` is on),
-        ``best.safetensors`` where there was a validation, ``last.pt``, ``config.json``, ``environment.json``,
-        ``metrics.jsonl``, ``curves.svg``.
+        The run folder: ``model.safetensors`` (EMA of the weights where ``run.ema`` is on), ``best.safetensors`` where
+        there was a validation, ``last.pt``, ``config.json``, ``environment.json``, ``metrics.jsonl``, ``curves.svg``.
 
     Raises:
         InputError: for an existing run without ``resume``, a changed config on resume, data that leave nothing to train
-            on, a device that is not there, or memory that ran out.
+            on, a missing device, or memory that ran out.
         RuntimeError: if the loss is not finite; the message names the cases.
     """
     folder = Path(config.run.folder)
     if not resume:
         checkpoints.check_new(folder)
     accelerator = make_accelerator(config)
-    torch.manual_seed(config.run.seed)  # the weights' start; samples and clicks have their own generators
+    torch.manual_seed(config.run.seed)  # for the initial weights; samples and clicks have their own generators
     run = _prepared(config, folder, accelerator, resume)
+    config, state = run.config, run.state
     if accelerator.is_main_process:
-        checkpoints.write_text(folder / "config.json", json.dumps(to_dict(run.config), indent=1))
-        environment.write_environment(folder, run.config, accelerator, run.progress.corpora, run.progress.done)
-    run.log = RunLog(folder, run.config, accelerator, run.progress.done, quiet)
+        write_json(folder / "config.json", to_dict(config))
+        write_environment(folder, config, accelerator, state.corpora, state.done)
+    run.log = RunLog(folder, config, accelerator, state.done, quiet)
     try:
         with StopRequest(config.optim.max_minutes) as stop:
             _run(run, stop)
@@ -84,7 +83,7 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> 
         write_curves(folder)
     if stop.reason and not (config.optim.schedule == "cosine_minutes" and stop.over):
         logger.warning(
-            "stopped at step %d of %d: %s; go on with --resume", run.progress.done, run.config.optim.steps, stop.reason
+            "stopped at step %d of %d: %s; resume with --resume", state.done, config.optim.steps, stop.reason
         )
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
@@ -94,16 +93,14 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> 
 
 @dataclass
 class _Run:
-    """What the parts of a run share; ``config`` has its number of steps worked out."""
+    """Everything that the parts of a run share; ``config`` has its number of steps worked out."""
 
     config: TrainConfig
     folder: Path
     accelerator: Accelerator
     step: Any
-    optimiser: Any
     loader: Any
-    average: AveragedWeights
-    progress: Progress
+    state: TrainingState
     validation: Validation | None
     ending: Any
     log: Any = None
@@ -111,116 +108,107 @@ class _Run:
 
 
 def _prepared(config: TrainConfig, folder: Path, accelerator: Accelerator, resume: bool) -> _Run:
-    """Model, data and state, on every process alike."""
+    """Model, data and state, alike on every process."""
     model = start_model(config)
-    step = step_of(config, model)
+    step: Any = step_of(config, model)
     dataset = data_of(config, model)
     per_step = config.optim.batch * config.optim.accumulate * accelerator.num_processes
     config = with_steps(config, len(dataset.real), per_step)
-    optimiser: Any = make_optimiser(model, config.optim)
-    average = AveragedWeights(model, config.run.ema)
-    corpora = environment.manifest_hashes(config)
-    progress, scaler = Progress(corpora=corpora), None
-    if resume:
-        progress, scaler = checkpoints.restore(folder, config, model, optimiser, average, corpora)
-    accelerator.wait_for_everyone()  # all have looked before one writes
+    optimiser = make_optimiser(model, config.optim)
+    state = TrainingState(model, optimiser, EmaWeights(model, config.run.ema), manifest_hashes(config))
+    scaler = checkpoints.restore(folder, config, state) if resume else None
+    accelerator.wait_for_everyone()  # every process has looked before one writes
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-    left = config.optim.steps - progress.done
+    left = config.optim.steps - state.done
     if left <= 0:
-        raise InputError(f"optim.steps must be above the {progress.done} steps already done, got {config.optim.steps}")
-    dataset.start, dataset.length = progress.samples, left * per_step
-    if (
-        config.data.corpus
-        and config.data.synthetic_share == 0
-        and per_step > len(dataset.real)
-        and accelerator.is_main_process
-    ):
+        raise InputError(f"optim.steps must be above the {state.done} steps already done, got {config.optim.steps}")
+    dataset.start, dataset.length = state.samples, left * per_step
+    data = config.data
+    if data.corpus and not data.synthetic_share and per_step > len(dataset.real) and accelerator.is_main_process:
         logger.warning(
             "a step takes %d samples of %d structures: some come twice, in other crops", per_step, len(dataset.real)
         )
-    workers, ending = config.data.workers, multiprocessing.Event()
-    start = partial(_start_worker, ending)
+    ending = multiprocessing.Event()
     loader: Any = DataLoader(
         dataset,
         config.optim.batch,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        worker_init_fn=start,
+        num_workers=data.workers,
+        persistent_workers=data.workers > 0,
+        worker_init_fn=partial(_start_worker, ending),
         pin_memory=accelerator.device.type == "cuda",
     )
-    validation = _validation(config, accelerator, folder)
-    step, optimiser, loader = accelerator.prepare(step, optimiser, loader)
+    validation = None
+    if config.validation.every:
+        from samed3d.training.validation import Validation  # needs more than training does on a bare GPU machine
+
+        validation = Validation(config, accelerator, folder)
+    step, state.optimiser, loader = accelerator.prepare(step, optimiser, loader)
     if scaler is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(scaler)
-    return _Run(config, folder, accelerator, step, optimiser, loader, average, progress, validation, ending)
+    return _Run(config, folder, accelerator, step, loader, state, validation, ending)
 
 
-def _validation(config: TrainConfig, accelerator: Accelerator, folder: Path) -> Validation | None:
-    if not config.validation.every:
-        return None
-    from samed3d.training.validation import Validation  # needs more than training does on a bare GPU machine
-
-    return Validation(config, accelerator, folder)
+def _start_worker(ending: Any, _worker: int) -> None:
+    torch.set_num_threads(1)
+    outlive_signals(ending)
 
 
 def with_steps(config: TrainConfig, structures: int, per_step: int) -> TrainConfig:
     """The config with ``optim.steps`` worked out from ``optim.epochs`` where that is given.
 
     Raises:
-        InputError: if there is no corpus to pass over, or the warm-up is longer than the run.
+        InputError: if there is no corpus, or the warm-up is longer than the run.
     """
-    if not config.optim.epochs:
+    optim = config.optim
+    if not optim.epochs:
         return config
     if not structures:
         raise InputError(
-            f"optim.epochs must be 0 without a corpus to pass over, got {config.optim.epochs:g}; set optim.steps instead"
+            f"optim.epochs must be 0 without a corpus to pass over, got {optim.epochs:g}; set optim.steps instead"
         )
-    steps = max(1, math.ceil(config.optim.epochs * structures / per_step))
-    if config.optim.warmup_steps > steps:
-        raise InputError(
-            f"optim.warmup_steps must be at most the {steps} steps of the run, got {config.optim.warmup_steps}"
-        )
-    return replace(config, optim=replace(config.optim, steps=steps))
+    steps = max(1, math.ceil(optim.epochs * structures / per_step))
+    if optim.warmup_steps > steps:
+        raise InputError(f"optim.warmup_steps must be at most the {steps} steps of the run, got {optim.warmup_steps}")
+    return replace(config, optim=replace(optim, steps=steps))
 
 
 def _run(run: _Run, stop: StopRequest) -> None:
-    """The loop itself."""
-    config, accelerator, progress = run.config, run.accelerator, run.progress
-    batches = progress.done * config.optim.accumulate
+    config, accelerator, state = run.config, run.accelerator, run.state
+    batches = state.done * config.optim.accumulate
     run.step.train()
     pending = 0
     for batch in _batches(run.loader):
         with accelerator.accumulate(run.step):
             passed = stop.passed(accelerator) if config.optim.schedule == "cosine_minutes" else 0.0
-            set_learning_rate(run.optimiser, config.optim, progress.done, passed)
+            set_learning_rate(state.optimiser, config.optim, state.done, passed)
             seed = seed_of(config.run.seed, batches)
             torch.manual_seed(seed_of(seed, accelerator.process_index))  # for dropout and the like
             output: StepOutput = run.step(batch["image"], batch["target"], seed, batch["index"])
             accelerator.backward(output.loss)
             if not bool(torch.isfinite(output.loss)):  # asked after the backward: a GPU has work until then
-                _give_up(run, output, batch, seed)
+                _refuse_nonfinite(run, output, batch, seed)
             if accelerator.sync_gradients and config.optim.grad_clip:
                 accelerator.clip_grad_norm_(run.step.parameters(), config.optim.grad_clip)
-            run.optimiser.step()
-            run.optimiser.zero_grad()
+            state.optimiser.step()
+            state.optimiser.zero_grad()
         batches += 1
         pending += len(batch["case"]) * accelerator.num_processes
         run.log.add(output, batch)
         if not accelerator.sync_gradients:
             continue
-        progress.done, progress.samples, pending = progress.done + 1, progress.samples + pending, 0
-        run.average.update(unwrapped(accelerator, run.step))
-        run.log.step(progress.done, learning_rate(config.optim, progress.done, passed))
-        if config.validation.every and progress.done % config.validation.every == 0:
+        state.done, state.samples, pending = state.done + 1, state.samples + pending, 0
+        state.ema.update(state.model)
+        run.log.step(state.done, learning_rate(config.optim, state.done, passed))
+        if config.validation.every and state.done % config.validation.every == 0:
             _validate(run, stop)
         if stop.on_any(accelerator):
             return
-        if config.run.save_every and progress.done % config.run.save_every == 0:
+        if config.run.save_every and state.done % config.run.save_every == 0:
             _save(run)
 
 
-def _batches(loader: Any) -> Any:
+def _batches(loader: Any) -> Iterator[dict[str, Any]]:
     """The loader's batches; a user's error from a loader process keeps its one line."""
     try:
         yield from loader
@@ -228,41 +216,44 @@ def _batches(loader: Any) -> Any:
         raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from error
 
 
-def _give_up(run: _Run, output: StepOutput, batch: dict[str, Any], seed: int) -> None:
-    loss, done = float(output.loss.detach()), run.progress.done
-    path = environment.write_nonfinite(run.folder, done, loss, batch, seed, run.config, run.accelerator.process_index)
+def _refuse_nonfinite(run: _Run, output: StepOutput, batch: dict[str, Any], seed: int) -> None:
+    """End the run and write what is needed to draw the batch again into ``nonfinite.json``."""
+    path, loss, done = run.folder / "nonfinite.json", float(output.loss.detach()), run.state.done
+    body = {
+        "step": done,
+        "loss": str(loss),
+        "cases": list(batch["case"]),
+        "samples": batch["index"].tolist(),
+        "seed": run.config.run.seed,
+        "rank": run.accelerator.process_index,
+        "click_seed": seed,
+    }
+    write_json(path, body)
     raise RuntimeError(
-        f"loss is {loss} at step {done}; cases: {', '.join(batch['case'])}; what is needed to draw them again is in {path}"
+        f"loss is {loss} at step {done}; cases: {', '.join(batch['case'])}; what is needed to draw them again is in "
+        f"{path}"
     )
 
 
 def _validate(run: _Run, stop: StopRequest) -> None:
-    """Click through the validation volumes with the running mean of the weights; keep it if it is the best so far."""
-    if run.validation is None or run.validated == run.progress.done:
+    """Measure the EMA of the weights on the validation volumes; save it if it is the best so far."""
+    state = run.state
+    if run.validation is None or run.validated == state.done:
         return
-    network = unwrapped(run.accelerator, run.step)
-    with run.average.applied(network):
-        found = run.validation.measure(network, run.progress.done, lambda: stop.asked)
+    with state.ema.applied(state.model):
+        found = run.validation.measure(state.model, state.done, lambda: stop.asked)
     run.step.train()
     if found is None:
         return
-    run.validated = run.progress.done
-    run.log.validated(run.progress.done, found.dice, found.structures, found.seconds)
-    if run.progress.best is None or found.dice[-1] > run.progress.best:
-        run.progress.best = found.dice[-1]
+    run.validated = state.done
+    run.log.validated(state.done, found.dice, found.structures, found.seconds)
+    if state.best is None or found.dice[-1] > state.best:
+        state.best = found.dice[-1]
         if run.accelerator.is_main_process:
-            checkpoints.save_average(run.folder / "best.safetensors", run.config, network, run.average, run.progress)
+            checkpoints.save_ema(run.folder / "best.safetensors", run.config, state)
 
 
 def _save(run: _Run) -> None:
     if run.accelerator.is_main_process:
-        network = unwrapped(run.accelerator, run.step)
-        checkpoints.save(
-            run.folder, run.config, network, run.optimiser, run.average, run.progress, run.accelerator.scaler
-        )
+        checkpoints.save(run.folder, run.config, run.state, run.accelerator.scaler)
     run.accelerator.wait_for_everyone()
-
-
-def _start_worker(ending: Any, _worker: int) -> None:
-    torch.set_num_threads(1)
-    outlive_signals(ending)

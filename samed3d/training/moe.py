@@ -1,9 +1,7 @@
-"""A mixture of experts from fine-tuned checkpoints, and the run that teaches its gate which decoder does best.
+"""A mixture of experts: assembled from fine-tuned checkpoints, and the training step of its gate.
 
 The experts come from ``samed3d train --finetune BASE --train decoder``: their image encoder is the base's, bit for bit.
-Every decoder answers the same clicks; the gate learns to name the one with the best mask, from image and prompts. No
-decoder changes. The model is in
-``models/sam_med3d_moe.py``; the loop around the step is the trainer's own, ``loop.py``, with the step of ``gate.py``.
+Every decoder answers the same clicks; the gate learns to name the one with the best mask, and no decoder changes.
 """
 
 from __future__ import annotations
@@ -13,60 +11,103 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from samed3d.config import TrainConfig
+from samed3d import losses
+from samed3d.clicks import sample_clicks
+from samed3d.config import ClickConfig, TrainConfig
 from samed3d.errors import InputError
 from samed3d.models import create_model, load
-from samed3d.models.base import PromptableModel
+from samed3d.models.base import PromptableModel, PromptBatch
 from samed3d.models.sam_med3d_moe import MixtureOfExperts
 from samed3d.models.weights import find_checkpoint, save_weights
-from samed3d.training.loop import train
+from samed3d.training.checkpoints import check_new
+from samed3d.training.step import StepOutput, keeps_all_clicks, sample_generators
 
 logger = logging.getLogger(__name__)
 
 ASSEMBLED = "assembled.safetensors"
+SHARPNESS = 0.02
+"""Difference in Dice that makes one decoder e times as right a choice as another."""
 
 
-def train_gate(
-    base: str,
-    experts: list[str],
-    config: TrainConfig,
-    *,
-    threshold: float = 0.5,
-    resume: bool = False,
-    quiet: bool = False,
-) -> Path:
-    """Make a mixture and train its gate.
+class GateStep(nn.Module):
+    """One training step of the gate, with the arguments and output of ``InteractiveStep``.
+
+    Args:
+        model: The mixture; only its gate has gradients.
+        clicks: The simulated user.
+    """
+
+    def __init__(self, model: MixtureOfExperts, clicks: ClickConfig) -> None:
+        super().__init__()
+        self.model, self.clicks = model, clicks
+        self.keep_all = keeps_all_clicks(model, clicks)
+
+    def forward(self, image: Tensor, target: Tensor, seed: int, samples: Tensor | None = None) -> StepOutput:
+        """Click, decode with every decoder, and compare the gate's probabilities with each decoder's Dice.
+
+        Args:
+            image: (B, C, D, H, W) normalised crops.
+            target: (B, 1, D, H, W) bool.
+            seed: Of this step.
+            samples: (B,) number of each sample within the run, or None.
+
+        Returns:
+            Cross-entropy, and the Dice of the chosen decoder after each click.
+        """
+        generators = sample_generators(seed, len(image), samples)
+        with torch.no_grad():
+            features = self.model.encode(image)
+        history = PromptBatch.empty(image.shape[0], image.device)
+        mask, dices, total = torch.zeros_like(target), [], image.new_zeros(())
+        rows = torch.arange(image.shape[0], device=image.device)
+        for _ in range(self.clicks.interactions):
+            points, labels = sample_clicks(mask, target, self.clicks.policy, generators)
+            if self.keep_all:
+                points = torch.cat([history.points, points], dim=1)
+                labels = torch.cat([history.point_labels, labels], dim=1)
+            history.points, history.point_labels = points, labels
+            with torch.no_grad():
+                answers = [self.model.decode_by(index, features, history) for index in range(1 + len(self.model.names))]
+                quality = torch.stack([losses.hard_overlap(answer.logits, target)[0] for answer in answers], dim=1)
+            gate = self.model.gate(features[self.model.feature], history)
+            total = total + F.cross_entropy(gate, (quality / SHARPNESS).softmax(dim=1))
+            chosen = self.model.select(gate.detach())
+            dices.append(quality[rows, chosen])
+            logits = torch.stack([answer.logits for answer in answers], dim=1)[rows, chosen]
+            mask = logits > self.model.spec.click_logit_threshold
+            history.mask_logits = torch.stack([answer.lowres_logits for answer in answers], dim=1)[rows, chosen]
+        return StepOutput(total / self.clicks.interactions, torch.stack(dices, dim=1))
+
+
+def gate_config(
+    base: str, experts: list[str], config: TrainConfig, *, threshold: float = 0.5, resume: bool = False
+) -> TrainConfig:
+    """The config that trains the gate of a mixture; assembles the mixture in the run folder unless ``resume``.
 
     Args:
         base: Checkpoint (name or file) that answers where no expert is sure.
         experts: Checkpoints of its fine-tunes, each with the base's image encoder.
-        config: As for any training; ``config.model`` is filled in here. ``data.corpus`` should hold what each expert is
-            for, and other structures, from which the gate learns to leave the answer to the base.
+        config: As for any training; ``config.model`` is replaced. ``data.corpus`` should hold what each expert is for,
+            and other structures, from which the gate learns to leave the answer to the base.
         threshold: Least probability of an expert for it to be chosen.
-        resume: Go on from the run folder.
-        quiet: No progress bar.
-
-    Returns:
-        The run folder; its ``model.safetensors`` is the mixture, one file for ``--model``.
+        resume: Whether the run folder holds the mixture already.
 
     Raises:
-        InputError: as ``assemble`` and ``loop.train``.
+        InputError: as ``assemble``, or if the folder holds a run.
     """
     folder = Path(config.run.folder)
     if not resume:
-        if (folder / "last.pt").exists() or (folder / "metrics.jsonl").exists():
-            raise InputError(f"run.folder already holds a run: {folder}; choose another, or resume it")
+        check_new(folder)
         mixture = assemble(base, experts, threshold)
         folder.mkdir(parents=True, exist_ok=True)
-        save_weights(
-            mixture, folder / ASSEMBLED, {"base": base, "experts": dict(zip(mixture.names, experts, strict=True))}
-        )
-    model = replace(
-        config.model, name="sam_med3d_moe", overrides={}, weights=str(folder / ASSEMBLED), train="all", adapter="none"
-    )
-    return train(replace(config, model=model), resume=resume, quiet=quiet)
+        facts = {"base": base, "experts": dict(zip(mixture.names, experts, strict=True))}
+        save_weights(mixture, folder / ASSEMBLED, facts)
+    weights = str(folder / ASSEMBLED)
+    model = replace(config.model, name="sam_med3d_moe", overrides={}, weights=weights, train="all", adapter="none")
+    return replace(config, model=model)
 
 
 def assemble(base: str, experts: list[str], threshold: float = 0.5, hidden: int = 64) -> MixtureOfExperts:
@@ -74,7 +115,7 @@ def assemble(base: str, experts: list[str], threshold: float = 0.5, hidden: int 
 
     Args:
         base: Checkpoint of the general model.
-        experts: Checkpoints of its fine-tunes; an expert keeps only the tensors in which it differs from the base.
+        experts: Checkpoints of its fine-tunes; an expert stores only the tensors that differ from the base's.
         threshold: Least probability of an expert for it to be chosen.
         hidden: Hidden channels of the gate.
 

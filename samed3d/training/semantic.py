@@ -1,8 +1,7 @@
-"""One training step of an automatic model as ONE module: all classes of a crop, Dice and cross-entropy on every
-supervised output.
+"""The training step of semantic segmentation, and what such a model takes from the corpus: its classes and spacing.
 
-The counterpart of ``step.py`` for models without prompts; the loop does not know which of the two it runs. What such a
-model is told of the corpus (its classes, its spacing) is worked out here too. Read ``data/semantic.py`` next.
+The counterpart of ``step.py`` for models without prompts: Dice and cross-entropy of all classes on every supervised
+output.
 """
 
 from __future__ import annotations
@@ -22,12 +21,7 @@ from samed3d.training.step import StepOutput
 
 
 class SemanticStep(nn.Module):
-    """Loss and Dice of a batch of crops.
-
-    Args:
-        model: The network that is trained.
-        weights: Weights of Dice and cross-entropy, and the form of Dice; the other terms do not apply.
-    """
+    """Loss and Dice of a batch of crops; of ``weights`` only Dice and cross-entropy apply."""
 
     def __init__(self, model: SemanticModel, weights: LossConfig) -> None:
         super().__init__()
@@ -39,12 +33,11 @@ class SemanticStep(nn.Module):
         Args:
             image: (B, C, D, H, W) normalised crops.
             target: (B, 1, D, H, W) class numbers, 0 is background.
-            seed: Not used: nothing is drawn here.
+            seed: Not used.
             samples: Not used.
 
         Returns:
-            The weighted loss over the supervised outputs, and the hard Dice of each class but the background, (B, K -
-            1).
+            The weighted loss over the supervised outputs, and the hard Dice (B, K - 1) of all classes but background.
         """
         outputs = self.model.forward_supervised(image)
         total, terms = image.new_zeros((), dtype=torch.float32), self.weights
@@ -73,17 +66,15 @@ def soft_dice_loss(
     background: bool = False,
     batch: bool = False,
 ) -> Tensor:
-    """1 - soft Dice of the softmax, mean over classes and samples.
-
-    A class that a crop does not hold costs what is predicted of it, and nothing where that is nothing.
+    """1 - soft Dice of the softmax, mean over classes and samples; an absent class costs what is predicted of it.
 
     Args:
         logits: (B, K, D, H, W).
         numbers: (B, D, H, W) class numbers, 0 is background.
         smooth: Added to both sides of the fraction, in voxels.
-        squared: Whether probabilities are squared below the fraction.
+        squared: Whether probabilities are squared in the denominator.
         background: Whether class 0 counts.
-        batch: Whether voxels are added up over the samples before the fraction is taken.
+        batch: Whether voxels are summed over the batch first.
 
     Source: SAM3D's training code (after nnU-Net): smooth 1e-5 and the rest as preset; MA-SAM's: squared, background and
     batch all on.
@@ -106,11 +97,10 @@ def class_dice(predicted: Tensor, numbers: Tensor, classes: int) -> Tensor:
 
 
 def semantic_overrides(config: TrainConfig, overrides: dict[str, Any]) -> dict[str, Any]:
-    """What an automatic model is told of the corpus unless ``overrides`` says it: its classes and, where it has one,
-    its spacing.
+    """Keyword arguments for a model's builder: ``overrides``, and the corpus's classes and spacing where they lack them.
 
     Returns:
-        Keyword arguments for the builder, ``overrides`` included; those alone for a promptable model.
+        ``overrides`` alone for a promptable model.
 
     Raises:
         InputError: if there is no corpus.
@@ -133,7 +123,7 @@ def semantic_overrides(config: TrainConfig, overrides: dict[str, Any]) -> dict[s
 
 
 def semantic_data(config: TrainConfig, model: SemanticModel) -> SemanticDataset:
-    """The training samples of an automatic model, of length 0: the loop sets ``start`` and ``length``."""
+    """The training samples of a semantic segmentation model, of length 0: the loop sets ``start`` and ``length``."""
     names = tuple(model.config["class_names"])
     spec = model.spec
     return SemanticDataset(

@@ -1,52 +1,56 @@
-"""What a run starts with: the process group, the network, the training step and its data.
+"""Set-up of a run: Accelerate, the network with its trainable parameters, the training step and the dataset.
 
-``step_of`` and ``data_of`` are the seam between kinds of models: a promptable one is trained with clicks, a semantic
-one with all classes at once. Read ``loop.py`` next.
+A promptable model is trained with clicks, a semantic segmentation model with all classes at once, a mixture of experts
+by its gate; ``step_of`` and ``data_of`` choose.
 """
 
 from __future__ import annotations
 
 import atexit
+import logging
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from samed3d.config import TrainConfig
+from samed3d.config import ModelConfig, TrainConfig
 from samed3d.data.sampling import CropDataset
 from samed3d.data.semantic import SemanticDataset
 from samed3d.errors import InputError
 from samed3d.models import create_model, load_promptable
-from samed3d.models.base import AnyModel, SemanticModel
+from samed3d.models.base import Adaptation, AnyModel, SemanticModel
 from samed3d.models.sam_med3d_moe import MixtureOfExperts
-from samed3d.models.weights import find_checkpoint, load_state_strict, read_header, read_weights
-from samed3d.training.distill import Teacher
-from samed3d.training.gate import GateStep
+from samed3d.models.weights import find_checkpoint, load_state_strict, read_header, read_weights, tensors_sha256
+from samed3d.nn.adapters import adapter_names, add_adapters
+from samed3d.training.moe import GateStep
 from samed3d.training.semantic import SemanticStep, semantic_data, semantic_overrides
-from samed3d.training.step import InteractiveStep
-from samed3d.training.trainable import choose_trainable
+from samed3d.training.step import InteractiveStep, Teacher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+logger = logging.getLogger(__name__)
+
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate for this machine, with bf16 where ``run.precision`` says so or, on auto, where it is faster.
+    """Accelerate for this machine; ``run.precision: auto`` takes bf16 where the hardware computes in it.
 
     Raises:
-        InputError: if ``run.device`` is cuda and there is none, or the precision needs a GPU.
+        InputError: if ``run.device`` is cuda and there is none, the precision needs a GPU, or Accelerate is configured
+            to share the weights between processes.
     """
     if config.run.device == "cuda" and not torch.cuda.is_available():
         raise InputError(
-            "run.device cuda was asked for but this machine has no CUDA GPU that torch can use; set run.device=cpu or auto"
+            "run.device cuda was asked for but this machine has no CUDA GPU that torch can use; "
+            "set run.device=cpu or auto"
         )
     on_gpu = config.run.device != "cpu" and torch.cuda.is_available()
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
     from accelerate.utils import DataLoaderConfiguration
 
-    AcceleratorState._reset_state()  # it outlives a run, and another run of this process may want another precision
+    AcceleratorState._reset_state()  # it outlives a run, and a later run of this process may want another precision
     atexit.unregister(_end_process_group)
     atexit.register(_end_process_group)  # not at the end of a run: a second one of this process needs the group as well
     precision = config.run.precision
@@ -58,7 +62,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise InputError("run.precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise InputError(
-            "accelerate must share batches, not weights, between processes; run accelerate config without FSDP and DeepSpeed"
+            "accelerate must share batches, not weights, between processes; "
+            "run accelerate-config without FSDP and DeepSpeed"
         )
     return Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
@@ -67,7 +72,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         log_with=list(config.run.trackers) or None,
         project_dir=config.run.folder,
         dataloader_config=DataLoaderConfiguration(non_blocking=True),  # the loader pins its batches on a GPU machine
-        # A batch without boxes leaves the box weights without gradient on that rank.
+        # A batch without boxes leaves the box weights without gradient in that process.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
 
@@ -78,11 +83,12 @@ def _end_process_group() -> None:
 
 
 def start_model(config: TrainConfig) -> AnyModel:
-    """The network at the start of a run: random, or from ``model.weights``, whose numbers it takes where
-    ``model.overrides`` is empty.
+    """The network at the start of a run, with random weights or those of ``model.weights``.
+
+    Where ``model.overrides`` is empty, the weights file sets the network's size.
 
     Raises:
-        InputError: if the weights are not there or of another model.
+        InputError: if the weights are missing or of another model, or as ``choose_trainable``.
     """
     overrides, path = dict(config.model.overrides), None
     if config.model.weights:
@@ -91,9 +97,9 @@ def start_model(config: TrainConfig) -> AnyModel:
             raise InputError(f"model.weights must be a checkpoint's name or file, got {config.model.weights!r}")
         header = read_header(path)
         if header["model"] != config.model.name:
-            remedy = f"set model.name={header['model']}"
             raise InputError(
-                f"model.weights must hold a {config.model.name!r}, got a {header['model']!r} in {path}; {remedy}"
+                f"model.weights must hold a {config.model.name!r}, got a {header['model']!r} in {path}; "
+                f"set model.name={header['model']}"
             )
         overrides = overrides or dict(header["config"])
     if config.model.name.startswith("samed3d_") and "input_shape" not in config.model.overrides:
@@ -106,31 +112,80 @@ def start_model(config: TrainConfig) -> AnyModel:
         load_state_strict(model, read_weights(path)[0])
     choose_trainable(model, config.model)
     if config.run.activation_checkpointing:
-        checkpoint_activations(model)
+        parts = [module for module in model.modules() if hasattr(module, "checkpoint_blocks")]
+        if not parts:
+            raise InputError(
+                f"run.activation_checkpointing must be false for {type(model).__name__}, "
+                "which has no transformer encoder"
+            )
+        for part in parts:
+            part.checkpoint_blocks = True  # type: ignore[assignment]
     return model
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Have every part that can do so forget its activations.
+def choose_trainable(model: nn.Module, config: ModelConfig) -> None:
+    """Freeze the parameters that are not trained and add adapters, in place, after the start weights are loaded.
+
+    ``train: adapters`` also trains the prompt encoder and the mask decoder, as SAMed and MA-SAM do. Frozen parameters
+    have no gradient, so that neither the optimiser nor its weight decay changes them.
+
+    Args:
+        model: A model that names its ``encoder_parts``; with ``train: all`` any model.
+        config: ``train``, ``adapter``, ``rank``, and ``weights``, which the adapter's file names as its base.
 
     Raises:
-        InputError: if no part can.
+        InputError: if the keys contradict each other, or the model has no image encoder to freeze.
     """
-    parts = [module for module in model.modules() if hasattr(module, "checkpoint_blocks")]
-    if not parts:
+    adapters = config.train == "adapters"
+    if not adapters and config.adapter != "none":
         raise InputError(
-            f"run.activation_checkpointing must be false for {type(model).__name__}, which has no transformer encoder"
+            f"model.adapter needs model.train adapters, got {config.adapter!r} with train {config.train!r}"
         )
-    for part in parts:
-        part.checkpoint_blocks = True  # type: ignore[assignment]
+    if config.train == "all":
+        return
+    if adapters and config.adapter == "none":
+        raise InputError("model.adapter must be lora or fact when model.train is adapters, got 'none'")
+    if adapters and not config.weights:
+        raise InputError("model.weights must name the trained model that adapters are put on, got ''")
+    if adapters and config.rank < 1:
+        raise InputError(f"model.rank must be 1 or more, got {config.rank}")
+    frozen = encoder_parameters(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    if adapters:
+        base = tensors_sha256(model.state_dict())
+        add_adapters(model, config.adapter, config.rank)
+        model.adaptation = Adaptation(config.adapter, config.rank, config.weights, base)  # type: ignore[assignment]
+    logger.info("%s", describe(model))
+
+
+def encoder_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters of the image encoder.
+
+    Raises:
+        InputError: if the model does not name its encoder.
+    """
+    parts: tuple[str, ...] = getattr(model, "encoder_parts", ())
+    names = {name for name, _ in model.named_parameters() if any(name == p or name.startswith(f"{p}.") for p in parts)}
+    if not names:
+        raise InputError(f"model {type(model).__name__} has no image encoder that could be frozen; use model.train all")
+    return names
+
+
+def describe(model: nn.Module) -> str:
+    """One line: how many parameters are trained."""
+    total = sum(p.numel() for p in model.parameters())
+    learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    names = set(adapter_names(model))
+    adapters = sum(p.numel() for n, p in model.named_parameters() if n in names)
+    return f"{learns:,} of {total:,} parameters learn" + (f", {adapters:,} of them adapters" if adapters else "")
 
 
 def step_of(config: TrainConfig, model: AnyModel) -> nn.Module:
-    """The training step of a model: ``forward(image, target, seed, samples) -> StepOutput``, the module that Accelerate
-    wraps.
+    """The training step of a model, ``forward(image, target, seed, samples) -> StepOutput``, which Accelerate wraps.
 
     Raises:
-        InputError: if the loss asks for a teacher that is not there.
+        InputError: if the teacher that the loss needs is missing.
     """
     if isinstance(model, MixtureOfExperts):
         return GateStep(model, config.clicks)
@@ -141,9 +196,7 @@ def step_of(config: TrainConfig, model: AnyModel) -> nn.Module:
 
 
 def data_of(config: TrainConfig, model: AnyModel) -> CropDataset | SemanticDataset:
-    """The training samples of a model, of length 0: the loop sets ``start`` and ``length`` once it knows how far the
-    run is.
-    """
+    """The training samples of a model, of length 0: the loop sets ``start`` and ``length``."""
     if isinstance(model, SemanticModel):
         return semantic_data(config, model)
     spec = model.spec
@@ -155,8 +208,3 @@ def data_of(config: TrainConfig, model: AnyModel) -> CropDataset | SemanticDatas
         tensor_axes=spec.tensor_axes,
         ct_clamp_hu=spec.ct_clamp_hu,
     )
-
-
-def unwrapped(accelerator: Accelerator, step: Any) -> Any:
-    """The network inside the prepared step."""
-    return accelerator.unwrap_model(step).model

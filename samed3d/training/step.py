@@ -1,9 +1,8 @@
-"""One training step as ONE module: encode once, click, decode, correct, sum the losses.
+"""One training step as one module: encode once, then click, decode and correct; the losses are summed.
 
 Accelerate wraps this module, not the network inside it, so that a data-parallel run synchronises gradients: everything
-that needs a gradient happens inside ``InteractiveStep.forward``. What is drawn for a sample follows from the step's
-seed and the sample's number alone, so that a batch spread over processes is clicked as it would be on one. No
-optimiser, no data, no logging here. Read ``clicks.py`` next, then a model.
+that needs a gradient happens inside ``forward``. Each sample's prompts follow from the step's seed and the sample's
+number alone, however a batch is spread over processes. Read ``clicks.py`` next.
 """
 
 from __future__ import annotations
@@ -13,30 +12,31 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from samed3d import losses
 from samed3d.clicks import jittered_boxes, sample_clicks, uniform_draws
 from samed3d.config import ClickConfig, LossConfig
 from samed3d.crops import BACKGROUND_LOGIT
+from samed3d.errors import InputError
 from samed3d.models.base import Features, PromptableModel, PromptBatch
-from samed3d.training.distill import Teacher, check_layers
 
 BOX_JITTER = 0.1
 WINDOW_EDGE = (0.5, 0.9)
-"""Least and greatest edge of the window in which an earlier mask is known after zooming out, as a share of the
-crop's."""
+"""Least and greatest edge of the window outside which a previous mask is hidden, as a share of the crop's edge."""
 FIRST_RANDOM_TURN = 2
-"""From 0: the turn without a click that ``clicks.mask_only_turns`` draws is never one of the first two (SAM-Med3D)."""
+"""From 0: ``clicks.mask_only_turns: random`` never draws one of the first two turns (SAM-Med3D)."""
 
 
 @dataclass
 class StepOutput:
-    """What one forward returns.
+    """Result of one forward.
 
     Attributes:
         loss: Scalar, over all interactions.
-        dice: (B, K) hard Dice after each of the K interactions, detached; the last columns are later clicks.
+        dice: (B, K) hard Dice after each of the K interactions, detached.
     """
 
     loss: Tensor
@@ -48,10 +48,10 @@ class InteractiveStep(nn.Module):
 
     Args:
         model: The network that is trained.
-        clicks: How the simulated user behaves.
+        clicks: The simulated user.
         weights: Weights of the loss's terms.
-        teacher: A frozen model to learn from, or None.
-        compiled: Whether the encoder goes through torch.compile.
+        teacher: For distillation, or None.
+        compiled: Whether torch.compile compiles the encoder.
 
     Raises:
         InputError: if there is a teacher and the model has no ``layer_features``.
@@ -67,9 +67,9 @@ class InteractiveStep(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.clicks, self.weights, self.teacher = model, clicks, weights, teacher
-        self.keep_all = (model.spec.click_memory if clicks.memory == "spec" else clicks.memory) == "all"
+        self.keep_all = keeps_all_clicks(model, clicks)
         if teacher is not None:
-            check_layers(model, "model.name with loss.distill")
+            check_layer_features(model, "model.name with loss.distill")
         encode = model.encode if teacher is None else self._encode_layers
         self._encode: Callable[[Tensor], tuple[Features, list[Tensor]] | Features] = (
             torch.compile(encode) if compiled else encode
@@ -82,16 +82,16 @@ class InteractiveStep(nn.Module):
             image: (B, C, D, H, W) normalised crops.
             target: (B, 1, D, H, W) bool.
             seed: Of this step, the same on every process.
-            samples: (B,) number of each sample within the run; None counts from 0. Same seed and number, same clicks
-                (on a CPU).
+            samples: (B,) number of each sample within the run; None counts from 0. Same seed and number, same clicks.
         """
-        numbers = range(image.shape[0]) if samples is None else samples.tolist()
-        generators = [torch.Generator().manual_seed(seed_of(seed, number)) for number in numbers]
+        generators = sample_generators(seed, len(image), samples)
         mask_only = self._mask_only_turns(torch.Generator().manual_seed(seed))
         history = PromptBatch.empty(image.shape[0], image.device)
         if "box" in self.model.spec.prompts:  # before the encoder: drawing boxes would wait for it
             history.boxes, history.box_valid = self._boxes(target, generators)
-        features, distance = self._features(image)
+        encoded = self._encode(image)
+        features, layers = encoded if isinstance(encoded, tuple) else (encoded, [])
+        distance = None if self.teacher is None else self.teacher.distance(layers, image)
         mask = torch.zeros_like(target)
         total, dices = image.new_zeros(()), []
         for turn in range(self.clicks.interactions):
@@ -107,21 +107,13 @@ class InteractiveStep(nn.Module):
             total if distance is None else total + self.weights.distill * distance, torch.stack(dices, dim=1)
         )
 
-    def _features(self, image: Tensor) -> tuple[Features, Tensor | None]:
-        """What is decoded, and the distance to the teacher's features where there is one."""
-        encoded = self._encode(image)
-        if self.teacher is None or isinstance(encoded, dict):
-            assert isinstance(encoded, dict)
-            return encoded, None
-        return encoded[0], self.teacher.distance(encoded[1], image)
-
     def _encode_layers(self, image: Tensor) -> tuple[Features, list[Tensor]]:
-        """Features from the last of the layers, so that the encoder runs once."""
+        """Features and every layer's output from one run of the encoder."""
         layers: list[Tensor] = self.model.layer_features(image)  # type: ignore[operator]
-        return {"image": layers[-1].movedim(-1, 1)}, layers
+        return {"image": rearrange(layers[-1], "b d h w c -> b c d h w")}, layers
 
     def _mask_only_turns(self, generator: torch.Generator) -> set[int]:
-        """The turns of this batch, from 0, that bring the previous mask and no new click."""
+        """The turns of this batch, from 0, with the previous mask and no new click."""
         count = self.clicks.interactions
         chance = torch.rand(count, generator=generator) < self.clicks.mask_only_probability
         turns = {turn for turn in range(1, count) if bool(chance[turn])}
@@ -175,13 +167,13 @@ class InteractiveStep(nn.Module):
 
 
 def windowed(logits: Tensor, points: Tensor, chance: float, generators: Sequence[torch.Generator]) -> Tensor:
-    """Earlier masks as they are after zooming out: by chance, one is known in a window of its crop only.
+    """Previous masks, some of them hidden outside a random window, as after zooming out.
 
     Args:
-        logits: (B, 1, d, h, w) of the earlier masks.
-        points: (B, 3) a position each, in voxels of ``logits``, that lies in the window.
-        chance: Of a window; else a mask's logits stay as they are.
-        generators: One per sample, on the tensors' device.
+        logits: (B, 1, d, h, w) of the previous masks.
+        points: (B, 3) in voxels of ``logits``; the window holds this position.
+        chance: Probability of a window for each sample.
+        generators: One CPU generator per sample.
     """
     draw = uniform_draws(generators, 5, logits.device)
     shape, at = torch.tensor(logits.shape[2:], device=logits.device), points.long()
@@ -189,13 +181,88 @@ def windowed(logits: Tensor, points: Tensor, chance: float, generators: Sequence
     first = (at - edge + 1).clamp(min=0)
     last = torch.minimum(at.clamp(min=0), shape - edge).maximum(first)
     low = (first + (last - first + 1) * draw[:, 2:]).long().minimum(last)
-    known = (draw[:, 0] >= chance).view(-1, 1, 1, 1)
-    inside = torch.ones_like(known)
+    visible = rearrange(draw[:, 0] >= chance, "b -> b 1 1 1")
+    inside = torch.ones_like(visible)
     for axis, size in enumerate(logits.shape[2:]):
         line = torch.arange(size, device=logits.device)
         within = (line >= low[:, axis : axis + 1]) & (line < low[:, axis : axis + 1] + edge[:, axis : axis + 1])
         inside = inside & within.view(-1, *(size if a == axis else 1 for a in range(3)))
-    return torch.where((known | inside)[:, None], logits, BACKGROUND_LOGIT)
+    return torch.where((visible | inside)[:, None], logits, BACKGROUND_LOGIT)
+
+
+class Teacher:
+    """A frozen model whose encoder features are learned: mean squared distance between layers of two encoders.
+
+    Both models must have ``layer_features(image) -> list[Tensor]``: each block's output (B, d, h, w, C), then the
+    encoder's output, channels last. The teacher is not a submodule of the step: it is neither saved nor averaged nor
+    synchronised.
+
+    Args:
+        model: Put in eval mode, without gradients.
+        pairs: (block of the student, block of the teacher), -1 for the encoder's output; empty compares the outputs
+            alone.
+
+    Raises:
+        InputError: if the model has no ``layer_features``.
+
+    Source: FastSAM3D, layer-wise distillation with teacher block 2i for student block i; its released code compares the
+        outputs alone.
+    """
+
+    def __init__(self, model: PromptableModel, pairs: Sequence[tuple[int, int]] = ()) -> None:
+        check_layer_features(model, "loss.teacher")
+        self.model = model.eval().requires_grad_(False)
+        self.pairs = list(pairs) or [(-1, -1)]
+
+    def distance(self, layers: list[Tensor], image: Tensor) -> Tensor:
+        """Mean squared distance over the pairs.
+
+        Args:
+            layers: The student's ``layer_features`` of the image.
+            image: (B, C, D, H, W).
+
+        Raises:
+            InputError: if a pair names a missing block, or two blocks of different shapes.
+        """
+        with torch.no_grad():
+            taught = self.model.to(image.device).layer_features(image)  # type: ignore[operator]
+        total = image.new_zeros(())
+        for own, other in self.pairs:
+            if not (-1 <= own < len(layers) and -1 <= other < len(taught)):
+                limits = f"-1 to {len(layers) - 1} and -1 to {len(taught) - 1}"
+                raise InputError(f"loss.distill_layers must be pairs from {limits}, got [{own}, {other}]")
+            student, teacher = layers[own], taught[other]
+            if student.shape != teacher.shape:
+                shapes = f"{tuple(student.shape[1:])} and {tuple(teacher.shape[1:])}"
+                raise InputError(
+                    f"loss.distill_layers must name blocks of one shape, got {shapes} for [{own}, {other}]"
+                )
+            total = total + F.mse_loss(student.float(), teacher.float())
+        return total / len(self.pairs)
+
+
+def check_layer_features(model: PromptableModel, key: str) -> None:
+    """Refuse a model without ``layer_features``.
+
+    Raises:
+        InputError: that names the config key.
+    """
+    if not hasattr(model, "layer_features"):
+        raise InputError(
+            f"{key} must be a model that hands out its layers' features (sam_med3d_*, fast_sam3d), "
+            f"got {model.spec.name!r}"
+        )
+
+
+def keeps_all_clicks(model: PromptableModel, clicks: ClickConfig) -> bool:
+    """Whether the model is given all clicks at each decode, or the newest only."""
+    return (model.spec.click_memory if clicks.memory == "spec" else clicks.memory) == "all"
+
+
+def sample_generators(seed: int, count: int, samples: Tensor | None) -> list[torch.Generator]:
+    """A CPU generator for each sample of a step, from the step's seed and the sample's number within the run."""
+    numbers = range(count) if samples is None else samples.tolist()
+    return [torch.Generator().manual_seed(seed_of(seed, number)) for number in numbers]
 
 
 def seed_of(*numbers: int) -> int:
