@@ -96,6 +96,11 @@ class Grid:
         """Whether the position falls in a voxel of the grid (voxel centres are integers, so -0.5 <= i < size - 0.5)."""
         return all(-0.5 <= v < n - 0.5 for v, n in zip(ijk, self.size_ijk, strict=True))
 
+    def part(self, region: Region) -> Grid:
+        """The grid of a region of the volume, which may reach beyond its ends."""
+        offset = np.reshape(self.direction_lps, (3, 3)) @ np.multiply(self.spacing_xyz_mm, region.start_zyx[::-1])
+        return replace(self, shape_zyx=region.shape_zyx, origin_lps_mm=as_triple(self.origin_lps_mm + offset))
+
 
 def as_triple(values: Iterable[float]) -> Triple:
     """Three Python floats from any three numbers."""

@@ -14,7 +14,7 @@ pytest.importorskip("fastapi", reason="the server needs samed3d[serve]")
 from samed3d.inference.session import Session
 from samed3d.prompts import PackedMask, Point
 from samed3d.volume import read_volume
-from samed3d.volume.untrusted import ReadLimits
+from samed3d.volume.files import ReadLimits
 from tests.server_tools import BALL_IJK, CLICK, masks_of, opened, served, tiny_model, write_ball
 
 

@@ -27,7 +27,7 @@ from samed3d.inference.model_prompts import to_model_prompts
 from samed3d.inference.session import Session
 from samed3d.prompts import Box, Mask, Point
 from samed3d.volume import Volume, read_volume
-from samed3d.volume.untrusted import ReadLimits
+from samed3d.volume.files import ReadLimits
 from tests.server_tools import BALL_IJK, ServerProcess, served, tiny_model, write_ball
 
 CENTRE = BALL_IJK[::-1]

@@ -23,7 +23,7 @@ from samed3d.apps.server.sessions import Limits, Registry
 from samed3d.cli import main
 from samed3d.errors import InputError
 from samed3d.geometry import Region
-from samed3d.volume.untrusted import ReadLimits, check_untrusted
+from samed3d.volume.files import ReadLimits, check_untrusted
 from tests.server_tools import served, tiny_model, write_ball
 
 TOKEN = "correct-horse-battery-staple"

@@ -19,7 +19,7 @@ from samed3d.errors import InputError
 from samed3d.inference.session import Session
 from samed3d.prompts import Box, Mask, Point, Scribble
 from samed3d.volume import read_volume
-from samed3d.volume.untrusted import ReadLimits
+from samed3d.volume.files import ReadLimits
 from tests.server_tools import BALL_IJK, CLICK, ServerProcess, masks_of, opened, served, tiny_model, write_ball
 
 

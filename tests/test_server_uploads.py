@@ -14,7 +14,7 @@ pytest.importorskip("fastapi", reason="the server needs samed3d[serve]")
 
 from samed3d.apps.server.security import Access
 from samed3d.volume import read_volume
-from samed3d.volume.untrusted import ReadLimits
+from samed3d.volume.files import ReadLimits
 from tests.server_tools import CLICK, served, write_ball
 
 

@@ -51,7 +51,7 @@ def serve(
     from samed3d.apps.server.security import Access, check_binding
     from samed3d.apps.server.service import ServerOptions
     from samed3d.apps.server.sessions import Limits
-    from samed3d.volume.untrusted import ReadLimits
+    from samed3d.volume.files import ReadLimits
 
     token = _read_token(token_file)
     check_binding(host, token)

@@ -21,8 +21,8 @@ from samed3d.crops import paste_crop, sample_crop
 from samed3d.errors import InputError
 from samed3d.geometry import CropFrame, IntTriple, Region, Triple, as_triple, bounding_region, ijk_to_zyx
 from samed3d.prompts import Box, Point, Prompt, Scribble, box_in_grid, point_in_grid
-from samed3d.volume import Volume, grow_region
-from samed3d.volume.regions import smoothed_gradient, travel_time
+from samed3d.volume import Volume
+from samed3d.volume.regions import grow_region, smoothed_gradient, travel_time
 
 
 @dataclass

@@ -1,10 +1,6 @@
-"""Volumes: read NIfTI, NRRD, MetaImage and DICOM folders into an array with its grid, and write masks on that same
-grid.
+"""Volumes: read NIfTI, NRRD, MetaImage and DICOM folders into an array with its grid, and write masks on that grid.
 
-Every way in which an image can be unfit is one ``InputError`` here, so that nothing behind this package has to doubt
-its input. SimpleITK is imported inside the functions that need it. Not here: resampling and normalising, which touch
-only a crop (``crops.py``). Read
-``geometry.py`` before this file, ``volume/files.py`` for what is checked, ``crops.py`` next.
+An image that cannot be used is refused here with an ``InputError``, so that all other code can rely on its input.
 """
 
 from __future__ import annotations
@@ -22,17 +18,17 @@ from samed3d.errors import InputError
 from samed3d.geometry import RAS_DIRECTION, CanonicalView, Grid, as_triple
 from samed3d.volume.dicom import read_dicom
 from samed3d.volume.files import check_dimensions, checked_array, read_file
-from samed3d.volume.itk import SUFFIXES, grow_region
+from samed3d.volume.itk import SUFFIXES, grid_of
 from samed3d.volume.writing import write_mask, write_volume
 
-__all__ = ["SUFFIXES", "Volume", "grow_region", "read_volume", "write_mask", "write_volume"]
+__all__ = ["SUFFIXES", "Volume", "read_volume", "write_mask", "write_volume"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class Volume:
-    """One image with its place in space.
+    """One image and its grid.
 
     Attributes:
         array: (D, H, W) intensities in the file's own type after its scaling (float64 becomes float32); finite, not
@@ -124,15 +120,9 @@ def read_volume(
         raise InputError(f"--series picks from a DICOM folder, got a file: {path}")
     else:
         image, tag = read_file(path, channel), ""
-    grid = Grid(
-        shape_zyx=(image.GetDepth(), image.GetHeight(), image.GetWidth()),
-        spacing_xyz_mm=image.GetSpacing(),
-        origin_lps_mm=image.GetOrigin(),
-        direction_lps=image.GetDirection(),
-    )
     import SimpleITK as sitk
 
     array = checked_array(sitk.GetArrayFromImage(image), path)
-    volume = Volume(array, grid, str(path), tag if modality is None else modality)
-    logger.info("read %s: %s voxels (i, j, k), %s", path.name, grid.size_ijk, volume.array.dtype)
+    volume = Volume(array, grid_of(image), str(path), tag if modality is None else modality)
+    logger.info("read %s: %s voxels (i, j, k), %s", path.name, volume.grid.size_ijk, array.dtype)
     return volume

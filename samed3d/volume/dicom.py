@@ -11,7 +11,7 @@ import numpy as np
 
 from samed3d.errors import InputError
 from samed3d.volume.files import check_dimensions, execute, one_channel
-from samed3d.volume.itk import itk_reason, silenced
+from samed3d.volume.itk import itk_reason, open_header, silenced
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
@@ -30,7 +30,7 @@ def read_dicom(folder: Path, series: str | int | None, channel: int | None) -> t
     uid, names = _files_of(folder, series)
     modality = _tag(names[0], "0008|0060")
     if len(names) == 1:  # a multi-frame file holds the whole volume
-        return execute(sitk.ImageFileReader(), Path(names[0]), channel), modality
+        return execute(Path(names[0]), channel), modality
     logger.info("reading %d slices of series %s", len(names), uid)
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(names)
@@ -92,12 +92,7 @@ def _picked_series(files: dict[str, Sequence[str]], series: str | int | None, fo
 
 def _tag(file: str, tag: str) -> str:
     """A DICOM attribute of a file as text; empty if the file lacks it."""
-    import SimpleITK as sitk
-
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(file)
-    with silenced([]):
-        reader.ReadImageInformation()
+    reader = open_header(Path(file))
     return reader.GetMetaData(tag).strip() if reader.HasMetaDataKey(tag) else ""
 
 

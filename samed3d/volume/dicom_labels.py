@@ -7,9 +7,9 @@ headers alone. Reading the image itself is in ``volume/dicom.py``, filling conto
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.errors import InputError
-from samed3d.geometry import Grid, as_triple
+from samed3d.geometry import Grid, Region, as_triple, bounding_region
 from samed3d.volume.contours import fill_contours
 from samed3d.volume.itk import silenced
 from samed3d.volume.label_maps import resample_labels
@@ -177,7 +177,7 @@ def read_dicom_labels(path: Path, grid: Grid) -> Iterator[tuple[str, NDArray[np.
                 logger.info("structure %r of %s holds no voxel of the image", name, path)
     except InputError as error:
         raise InputError(f"{error}: {path}") from error
-    except (AttributeError, IndexError, KeyError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"DICOM label is damaged or incomplete: {path} ({type(error).__name__}: {error})") from error
 
 
@@ -196,155 +196,58 @@ def _contoured(data: Dataset, grid: Grid) -> Iterator[tuple[str, NDArray[np.bool
         yield name, fill_contours([c for c in contours if len(c) >= 3], grid, name)
 
 
-@dataclass(frozen=True)
-class _Frame:
-    """Where one frame of a SEG lies: LPS position of its first pixel, step per column and per row, mm; and what it
-    shows.
-    """
-
-    number: int
-    segment: int
-    origin: NDArray
-    column_step: NDArray
-    row_step: NDArray
-    spacing_between: float
-
-
 def _segmented(data: Dataset, grid: Grid) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    names = {
-        int(s.SegmentNumber): str(s.get("SegmentLabel", "") or f"segment {s.SegmentNumber}")
-        for s in data.SegmentSequence
-    }
-    frames = _frames(data)
+    import highdicom as hd
+
+    positions = len(data.PerFrameFunctionalGroupsSequence)
+    frames = int(data.get("NumberOfFrames", 1))
+    if positions != frames:
+        raise ValueError(f"it states {positions} positions for {frames} frames")
+    found = hd.seg.Segmentation.from_dataset(data, copy=False)
+    names = {int(s.SegmentNumber): str(s.get("SegmentLabel", "")) for s in data.SegmentSequence}
     kind = str(data.get("SegmentationType", "BINARY"))
+    combined = None
     if kind == "LABELMAP":
-        labels = _placed(data, frames, grid, np.uint16, 0)
-        for number, name in names.items():
-            if not (number == 0 or name.lower() == "background"):
-                yield name, labels == number
-        return
-    threshold = 1
-    if kind == "FRACTIONAL":
-        threshold = (int(data.get("MaximumFractionalValue", 255)) + 1) // 2
+        names = {n: name for n, name in names.items() if n != 0 and name.lower() != "background"}
+        combined = found.get_volume(combine_segments=True)
+    elif kind == "FRACTIONAL":
         logger.warning("fractional segmentation: voxels of at least one half are taken")
-    by_segment: dict[int, list[_Frame]] = defaultdict(list)
-    for frame in frames:
-        by_segment[frame.segment].append(frame)
-    for number in sorted(by_segment):
-        yield names.get(number, f"segment {number}"), _placed(data, by_segment[number], grid, np.bool_, threshold)
+    for number, name in sorted(names.items()):
+        volume = combined or found.get_volume(segment_numbers=[number])
+        mask = volume.array == number if combined else volume.array[..., 0] >= 0.5
+        yield name or f"segment {number}", _placed(mask, volume.affine, grid)
 
 
-def _frames(data: Dataset) -> list[_Frame]:
-    shared = data.SharedFunctionalGroupsSequence[0] if data.get("SharedFunctionalGroupsSequence") else {}
-    found = []
-    for number, own in enumerate(data.PerFrameFunctionalGroupsSequence):
-
-        def group(keyword: str, own: Dataset = own) -> Dataset:
-            return (own if keyword in own else shared)[keyword][0]
-
-        measures = group("PixelMeasuresSequence")
-        cosines = np.asarray(group("PlaneOrientationSequence").ImageOrientationPatient, dtype=np.float64)
-        between_rows, between_columns = (float(v) for v in measures.PixelSpacing)
-        has_segment = "SegmentIdentificationSequence" in own or "SegmentIdentificationSequence" in shared
-        found.append(
-            _Frame(
-                number=number,
-                segment=int(group("SegmentIdentificationSequence").ReferencedSegmentNumber) if has_segment else 0,
-                origin=np.asarray(group("PlanePositionSequence").ImagePositionPatient, dtype=np.float64),
-                column_step=cosines[:3] * between_columns,
-                row_step=cosines[3:] * between_rows,
-                spacing_between=float(measures.get("SpacingBetweenSlices", 0) or 0),
-            )
-        )
-    return found
-
-
-def _placed(data: Dataset, frames: list[_Frame], grid: Grid, kind: type, threshold: int) -> NDArray:
-    """The frames as one (D, H, W) array on the image's grid: by index where the lattices coincide, else the nearest
-    voxel.
+def _placed(mask: NDArray[np.bool_], affine_lps: NDArray, grid: Grid) -> NDArray[np.bool_]:
+    """A mask on the image's grid by position, nearest voxel.
 
     Args:
-        data: The segmentation.
-        frames: Which of its frames.
+        mask: (D, H, W).
+        affine_lps: From its (slice, row, column) indices to patient coordinates, mm.
         grid: The image's grid.
-        kind: Type of the result; ``np.bool_`` marks pixels of at least ``threshold``, others keep their value.
-        threshold: See ``kind``.
-    """
-    to_ijk = np.linalg.inv(grid.affine_lps)
-    rows, columns = int(data.Rows), int(data.Columns)
-    placed: NDArray = np.zeros(grid.shape_zyx, dtype=kind)
-    planes = _planes(data, [frame.number for frame in frames])
-    elsewhere: list[tuple[_Frame, NDArray]] = []
-    cut = 0
-    for frame, pixels in zip(frames, planes, strict=True):
-        values = (pixels >= threshold) if kind is np.bool_ else pixels
-        start = to_ijk[:3, :3] @ frame.origin + to_ijk[:3, 3]
-        steps = to_ijk[:3, :3] @ np.stack([frame.column_step, frame.row_step], axis=1)
-        whole_start, whole_steps = np.rint(start), np.rint(steps)
-        off = np.abs(start - whole_start) + np.abs(steps - whole_steps) @ np.array([columns - 1, rows - 1])
-        if off.max() > _ON_LATTICE or np.linalg.matrix_rank(whole_steps) < 2:
-            elsewhere.append((frame, values))
-            continue
-        at_row, at_column = np.nonzero(values)
-        index = (whole_start[:, None] + whole_steps @ np.stack([at_column, at_row])).astype(np.intp)
-        inside = ((index >= 0) & (index < np.array(grid.size_ijk)[:, None])).all(axis=0)
-        cut += int(inside.size - inside.sum())
-        i, j, k = index[:, inside]
-        placed[k, j, i] = values[at_row[inside], at_column[inside]]
-    if elsewhere:
-        stack, stack_grid = _stacked(elsewhere, kind)
-        resampled: NDArray = resample_labels(stack, stack_grid, grid).astype(kind)
-        np.copyto(placed, resampled, where=resampled != 0)
-        cut += int(stack.any() and not resampled.any())
-    if cut and not placed.any():
-        raise InputError("segmentation lies outside the image; it was drawn on another series")
-    if cut:
-        logger.warning("%d voxels of a segmentation lie outside its image and are cut off", cut)
-    return placed
-
-
-def _planes(data: Dataset, numbers: list[int]) -> Iterator[NDArray]:
-    """The pixels of some frames, (rows, columns) each, one at a time."""
-    from pydicom.pixels import iter_pixels
-
-    if data.BitsAllocated != 1 or data.file_meta.TransferSyntaxUID.is_compressed:
-        yield from iter_pixels(data, indices=numbers, raw=True)
-        return
-    # Frames of packed bits follow one another without padding, so one may begin inside a byte.
-    stored = np.frombuffer(data.PixelData, dtype=np.uint8)
-    rows, columns = int(data.Rows), int(data.Columns)
-    for number in numbers:
-        first = number * rows * columns
-        bits = np.unpackbits(stored[first // 8 : -(-(first + rows * columns) // 8)], bitorder="little")
-        yield bits[first % 8 :][: rows * columns].reshape(rows, columns)
-
-
-def _stacked(planes: list[tuple[_Frame, NDArray]], kind: type) -> tuple[NDArray, Grid]:
-    """Frames of a lattice of their own as a volume with its grid.
 
     Raises:
-        InputError: if they are not parallel, or not evenly spaced.
+        InputError: if all of it lies outside the image.
     """
-    first = planes[0][0]
-    normal = np.cross(first.column_step, first.row_step)
-    normal /= np.linalg.norm(normal)
-    along = np.array([float(frame.origin @ normal) for frame, _ in planes])
-    gaps = np.diff(np.unique(along.round(4)))
-    between = first.spacing_between or (float(gaps.min()) if gaps.size else 1.0)
-    slots = (along - along.min()) / between
-    parallel = all(
-        np.allclose([f.column_step, f.row_step], [first.column_step, first.row_step], atol=1e-4) for f, _ in planes
+    placed = np.zeros(grid.shape_zyx, dtype=bool)
+    filled = bounding_region(mask)
+    if filled.is_empty:
+        return placed
+    axes = affine_lps[:3, 2::-1]
+    spacing = np.linalg.norm(axes, axis=0)
+    own = Grid(
+        mask.shape, as_triple(spacing), as_triple(affine_lps[:3, 3]), tuple(map(float, (axes / spacing).ravel()))
     )
-    if not parallel or np.abs(slots - np.rint(slots)).max() > 0.1:
-        raise InputError(
-            "frames of the segmentation are not evenly spaced and are not on the image's voxels; resample it first"
-        )
-    lowest = planes[int(along.argmin())][0]
-    stored = np.uint8 if kind is np.bool_ else kind
-    stack = np.zeros((int(np.rint(slots.max())) + 1, *planes[0][1].shape), dtype=stored)
-    for (_, values), slot in zip(planes, slots, strict=True):
-        stack[int(np.rint(slot))] = values
-    width, height = float(np.linalg.norm(first.column_step)), float(np.linalg.norm(first.row_step))
-    direction = np.stack([first.column_step / width, first.row_step / height, normal], axis=1)
-    spacing = as_triple([width, height, between])
-    return stack, Grid(stack.shape, spacing, as_triple(lowest.origin), tuple(float(v) for v in direction.ravel()))
+    ends = zip(filled.start_zyx[::-1], filled.stop_zyx[::-1], strict=True)
+    corners = np.array([(*corner, 1) for corner in itertools.product(*((a, b - 1) for a, b in ends))])
+    ijk = (corners @ (np.linalg.inv(grid.affine_lps) @ own.affine_lps).T)[:, 2::-1]
+    low, high = np.floor(ijk.min(axis=0)).astype(int), np.ceil(ijk.max(axis=0)).astype(int) + 1
+    under = Region(tuple(low.tolist()), tuple(high.tolist())).clip(grid.shape_zyx)
+    if not under.is_empty:
+        part = resample_labels(mask[filled.slices].astype(np.uint8), own.part(filled), grid.part(under))
+        placed[under.slices] = part.astype(bool)
+    if not placed.any():
+        raise InputError("segmentation lies outside the image; it was drawn on another series")
+    if (ijk < -0.5).any() or (ijk >= np.array(grid.shape_zyx) - 0.5).any():
+        logger.warning("part of a segmentation lies outside its image and is cut off")
+    return placed

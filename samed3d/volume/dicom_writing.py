@@ -1,9 +1,6 @@
-"""Segments as DICOM: a SEG or an RTSTRUCT that refers, slice by slice, to the image series they were drawn on.
+"""Writing segments as DICOM: a SEG or an RTSTRUCT that refers, slice by slice, to the image series of its image.
 
 The frames and contours carry the positions of the series' own files, so any reader puts them back on the same voxels.
-Reading both is in
-``dicom_labels.py``; the outline of a mask is found in ``contours.py``. Needs pydicom, and highdicom for SEG:
-``samed3d[dicom]``.
 """
 
 from __future__ import annotations
@@ -12,7 +9,7 @@ import datetime
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,22 +21,16 @@ from samed3d.volume.dicom import slice_files
 from samed3d.volume.writing import Segment
 
 if TYPE_CHECKING:
-    from highdicom.seg import SegmentDescription
     from pydicom import Dataset
 
 _RTSTRUCT_CLASS = "1.2.840.10008.5.1.4.1.1.481.3"
 _STUDY_CLASS = "1.2.840.10008.3.1.2.3.1"
 # A slice's file and the image's grid must put its first pixel at one place, to this share of the smallest voxel edge.
 _SAME_PLACE = 0.05
-_PATIENT = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex")
-_STUDY = (
-    "StudyInstanceUID",
-    "StudyDate",
-    "StudyTime",
-    "StudyID",
-    "AccessionNumber",
-    "ReferringPhysicianName",
-    "StudyDescription",
+_PATIENT_AND_STUDY = (
+    *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
+    *("StudyInstanceUID", "StudyDate", "StudyTime", "StudyID", "AccessionNumber"),
+    *("ReferringPhysicianName", "StudyDescription"),
 )
 
 
@@ -94,6 +85,7 @@ def write_dicom_seg(path: str | Path, segments: Sequence[Segment], slices: Seque
     if importlib.util.find_spec("highdicom") is None:
         raise InputError("writing DICOM-SEG needs highdicom: pip install 'samed3d[dicom]'")
     import highdicom as hd
+    from pydicom.sr.codedict import codes
     from pydicom.uid import generate_uid
 
     from samed3d import __version__
@@ -104,11 +96,26 @@ def write_dicom_seg(path: str | Path, segments: Sequence[Segment], slices: Seque
     for number, segment in enumerate(kept):
         z, y, x = segment.mask.region.slices
         pixels[z.start - first : z.stop - first, y, x, number] = segment.mask.inside()
+    algorithm = hd.AlgorithmIdentificationSequence(
+        name="samed3d", family=codes.DCM.ArtificialIntelligence, version=__version__
+    )
+    descriptions = [
+        hd.seg.SegmentDescription(
+            segment_number=number,
+            segment_label=segment.name[:64] or f"segment {number}",
+            segmented_property_category=codes.SCT.AnatomicalStructure,
+            segmented_property_type=codes.SCT.AnatomicalStructure,  # nobody stated which
+            algorithm_type=hd.seg.SegmentAlgorithmTypeValues.SEMIAUTOMATIC,
+            algorithm_identification=algorithm,
+            display_color=hd.color.CIELabColor.from_rgb(*segment.rgb),
+        )
+        for number, segment in enumerate(kept, start=1)
+    ]
     made = hd.seg.Segmentation(
         source_images=list(slices[first:last]),
         pixel_array=pixels,
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=[_described(number, segment) for number, segment in enumerate(kept, start=1)],
+        segment_descriptions=descriptions,
         series_instance_uid=generate_uid(),
         series_number=_new_series_number(slices),
         sop_instance_uid=generate_uid(),
@@ -122,26 +129,6 @@ def write_dicom_seg(path: str | Path, segments: Sequence[Segment], slices: Seque
     )
     with replacing(path) as partial:
         made.save_as(partial)
-
-
-def _described(number: int, segment: Segment) -> SegmentDescription:
-    import highdicom as hd
-    from pydicom.sr.codedict import codes
-
-    from samed3d import __version__
-
-    algorithm = hd.AlgorithmIdentificationSequence(
-        name="samed3d", family=codes.DCM.ArtificialIntelligence, version=__version__
-    )
-    return hd.seg.SegmentDescription(
-        segment_number=number,
-        segment_label=segment.name[:64] or f"segment {number}",
-        segmented_property_category=codes.SCT.AnatomicalStructure,
-        segmented_property_type=codes.SCT.AnatomicalStructure,  # nobody told which
-        algorithm_type=hd.seg.SegmentAlgorithmTypeValues.SEMIAUTOMATIC,
-        algorithm_identification=algorithm,
-        display_color=hd.color.CIELabColor.from_rgb(*segment.rgb),
-    )
 
 
 def write_rtstruct(path: str | Path, segments: Sequence[Segment], slices: Sequence[Dataset], grid: Grid) -> None:
@@ -158,23 +145,24 @@ def write_rtstruct(path: str | Path, segments: Sequence[Segment], slices: Sequen
         InputError: if no segment holds a voxel, or the file cannot be written.
     """
     kept = _holding_voxels(segments)
-    from pydicom.dataset import Dataset
-    from pydicom.sequence import Sequence as Items
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
 
-    data = _structure_set(slices)
-    data.StructureSetROISequence, data.ROIContourSequence, data.RTROIObservationsSequence = Items(), Items(), Items()
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = UID(_RTSTRUCT_CLASS), generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data = FileDataset("", _structure_set(slices), file_meta=meta, preamble=b"\0" * 128)
+    data.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
     for number, segment in enumerate(kept, start=1):
-        roi, drawn, seen = Dataset(), Dataset(), Dataset()
-        roi.ROINumber, roi.ReferencedFrameOfReferenceUID = number, slices[0].FrameOfReferenceUID
-        roi.ROIName, roi.ROIGenerationAlgorithm = segment.name[:64] or f"segment {number}", "SEMIAUTOMATIC"
-        drawn.ROIDisplayColor, drawn.ReferencedROINumber = list(segment.rgb), number
-        drawn.ContourSequence = Items(_contours(segment, slices, grid))
-        seen.ObservationNumber, seen.ReferencedROINumber, seen.RTROIInterpretedType, seen.ROIInterpreter = (
-            number,
-            number,
-            "",
-            "",
+        roi = _item(
+            ROINumber=number,
+            ROIName=segment.name[:64] or f"segment {number}",
+            ROIGenerationAlgorithm="SEMIAUTOMATIC",
+            ReferencedFrameOfReferenceUID=slices[0].FrameOfReferenceUID,
         )
+        contours = _contours(segment, slices, grid)
+        drawn = _item(ReferencedROINumber=number, ROIDisplayColor=list(segment.rgb), ContourSequence=contours)
+        seen = _item(ObservationNumber=number, ReferencedROINumber=number, RTROIInterpretedType="", ROIInterpreter="")
         data.StructureSetROISequence.append(roi)
         data.ROIContourSequence.append(drawn)
         data.RTROIObservationsSequence.append(seen)
@@ -184,74 +172,74 @@ def write_rtstruct(path: str | Path, segments: Sequence[Segment], slices: Sequen
 
 def _structure_set(slices: Sequence[Dataset]) -> Dataset:
     """An RTSTRUCT without structures for a series."""
-    from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-    from pydicom.sequence import Sequence as Items
-    from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
+    from pydicom.uid import generate_uid
 
     from samed3d import __version__
 
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = UID(_RTSTRUCT_CLASS), generate_uid()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    data = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
-    data.SOPClassUID, data.SOPInstanceUID, data.Modality = _RTSTRUCT_CLASS, meta.MediaStorageSOPInstanceUID, "RTSTRUCT"
-    first = slices[0]
-    for keyword in (*_PATIENT, *_STUDY):
-        setattr(data, keyword, first.get(keyword, ""))
-    if "SpecificCharacterSet" in first:
-        data.SpecificCharacterSet = first.SpecificCharacterSet
-    else:
-        data.SpecificCharacterSet = "ISO_IR 192"
-    data.SeriesInstanceUID, data.SeriesNumber, data.InstanceNumber = generate_uid(), _new_series_number(slices), 1
-    data.Manufacturer, data.ManufacturerModelName, data.SoftwareVersions, data.OperatorsName = (
-        "samed3d",
-        "samed3d",
-        __version__,
-        "",
+    first, now = slices[0], datetime.datetime.now()
+    series = _item(
+        SeriesInstanceUID=first.SeriesInstanceUID, ContourImageSequence=[_reference(header) for header in slices]
     )
-    now = datetime.datetime.now()
-    data.StructureSetLabel, data.StructureSetDate, data.StructureSetTime = (
-        "Segmentation",
-        f"{now:%Y%m%d}",
-        f"{now:%H%M%S}",
+    study = _item(
+        ReferencedSOPClassUID=_STUDY_CLASS,
+        ReferencedSOPInstanceUID=first.StudyInstanceUID,
+        RTReferencedSeriesSequence=[series],
     )
-    data.FrameOfReferenceUID = first.FrameOfReferenceUID
-    series, study, frame = Dataset(), Dataset(), Dataset()
-    series.SeriesInstanceUID, series.ContourImageSequence = (
-        first.SeriesInstanceUID,
-        Items([_reference(s) for s in slices]),
-    )
-    study.ReferencedSOPClassUID, study.ReferencedSOPInstanceUID = _STUDY_CLASS, first.StudyInstanceUID
-    study.RTReferencedSeriesSequence = Items([series])
-    frame.FrameOfReferenceUID, frame.RTReferencedStudySequence = first.FrameOfReferenceUID, Items([study])
-    data.ReferencedFrameOfReferenceSequence = Items([frame])
-    return data
+    frame = _item(FrameOfReferenceUID=first.FrameOfReferenceUID, RTReferencedStudySequence=[study])
+    elements: dict[str, Any] = {keyword: first.get(keyword, "") for keyword in _PATIENT_AND_STUDY}
+    elements |= {
+        "SOPClassUID": _RTSTRUCT_CLASS,
+        "SpecificCharacterSet": first.get("SpecificCharacterSet", "ISO_IR 192"),
+        "Modality": "RTSTRUCT",
+        "SeriesInstanceUID": generate_uid(),
+        "SeriesNumber": _new_series_number(slices),
+        "InstanceNumber": 1,
+        "Manufacturer": "samed3d",
+        "ManufacturerModelName": "samed3d",
+        "SoftwareVersions": __version__,
+        "OperatorsName": "",
+        "StructureSetLabel": "Segmentation",
+        "StructureSetDate": f"{now:%Y%m%d}",
+        "StructureSetTime": f"{now:%H%M%S}",
+        "FrameOfReferenceUID": first.FrameOfReferenceUID,
+        "ReferencedFrameOfReferenceSequence": [frame],
+        "StructureSetROISequence": [],
+        "ROIContourSequence": [],
+        "RTROIObservationsSequence": [],
+    }
+    return _item(**elements)
 
 
 def _contours(segment: Segment, slices: Sequence[Dataset], grid: Grid) -> list[Dataset]:
-    from pydicom.dataset import Dataset
-    from pydicom.sequence import Sequence as Items
-
     axes = np.array(grid.direction_lps).reshape(3, 3) * np.array(grid.spacing_xyz_mm)
     low = segment.mask.region.start_zyx
     found = []
-    for offset, plane in enumerate(segment.mask.inside()):
+    for k, plane in enumerate(segment.mask.inside(), start=low[0]):
         for outline in trace_contours(plane):
-            ijk = np.column_stack([outline + [low[2], low[1]], np.full(len(outline), low[0] + offset)])
-            contour = Dataset()
-            contour.ContourImageSequence = Items([_reference(slices[low[0] + offset])])
-            contour.ContourGeometricType, contour.NumberOfContourPoints = "CLOSED_PLANAR", len(outline)
-            contour.ContourData = [f"{v:.5f}" for v in (np.array(grid.origin_lps_mm) + ijk @ axes.T).ravel()]
+            ijk = np.column_stack([outline + [low[2], low[1]], np.full(len(outline), k)])
+            corners_lps_mm = np.array(grid.origin_lps_mm) + ijk @ axes.T
+            contour = _item(
+                ContourImageSequence=[_reference(slices[k])],
+                ContourGeometricType="CLOSED_PLANAR",
+                NumberOfContourPoints=len(outline),
+                ContourData=[f"{v:.5f}" for v in corners_lps_mm.ravel()],
+            )
             found.append(contour)
     return found
 
 
-def _reference(header: Dataset) -> Dataset:
+def _item(**elements: Any) -> Dataset:
+    """A DICOM data set with these elements, by keyword."""
     from pydicom.dataset import Dataset
 
     item = Dataset()
-    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = header.SOPClassUID, header.SOPInstanceUID
+    for keyword, value in elements.items():
+        setattr(item, keyword, value)
     return item
+
+
+def _reference(header: Dataset) -> Dataset:
+    return _item(ReferencedSOPClassUID=header.SOPClassUID, ReferencedSOPInstanceUID=header.SOPInstanceUID)
 
 
 def _new_series_number(slices: Sequence[Dataset]) -> int:

@@ -1,5 +1,5 @@
 """Reading image files: the header is judged before the voxels, and what ITK lets pass (cut NIfTI files, zero spacing)
-is refused here.
+is refused here; and the limits on files from untrusted users.
 """
 
 from __future__ import annotations
@@ -8,19 +8,20 @@ import gzip
 import logging
 import math
 import os
+import re
 import struct
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.errors import InputError
-from samed3d.volume.itk import NIFTI_SUFFIXES, SUFFIXES, itk_reason, silenced, suffix_of
+from samed3d.volume.itk import NIFTI_SUFFIXES, SUFFIXES, itk_reason, open_header, silenced, suffix_of
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
@@ -30,58 +31,63 @@ logger = logging.getLogger(__name__)
 # Cosine between two voxel axes up to which a skewed NIfTI matrix counts as rounding (half a degree) and is made
 # orthogonal.
 _SKEW_TOLERANCE = 0.01
+_LONGEST_TEXT_HEADER = 64 * 1024
+_BLOCK = 1 << 20
+_WIDEST_VOXEL = 16  # bytes of a complex double
+
+
+@dataclass(frozen=True)
+class ReadLimits:
+    """How large an image from an untrusted user may be.
+
+    Attributes:
+        voxels: Of all volumes and channels of the file together.
+        files: In a DICOM folder.
+    """
+
+    voxels: int = 2**29
+    files: int = 10_000
 
 
 def read_file(path: Path, channel: int | None) -> sitk.Image:
     """The 3D, one-channel image of a file."""
-    import SimpleITK as sitk
-
     suffix = suffix_of(path)
     if suffix not in SUFFIXES:
         raise InputError(f"image must be a folder of DICOM slices or end in one of {' '.join(SUFFIXES)}, got {path}")
     if suffix not in NIFTI_SUFFIXES:
-        return execute(sitk.ImageFileReader(), path, channel)
+        return execute(path, channel)
     # ITK reads a cut NIfTI file without complaint and turns NaN into 0. Checking the stream beside the reading costs
     # little on two cores.
-    layout = _nifti_layout(path)
+    header = _NiftiHeader.read(path)
     with ThreadPoolExecutor(1) as pool:
-        checked = pool.submit(_check_nifti_stream, path, layout)
+        checked = pool.submit(_check_nifti_stream, path, header)
         try:
-            image = execute(sitk.ImageFileReader(), path, channel)
+            image = execute(path, channel)
         except InputError as error:
             checked.result()
             if "orthonormal" not in str(error):
                 raise
-            image = _read_skewed_nifti(path, channel)
-        bad = int(checked.result()[channel or 0])
-    if bad:
-        raise _not_finite(bad, image.GetNumberOfPixels(), path)
+            image = _read_skewed_nifti(path, channel, header)
+        if bad := int(checked.result()[channel or 0]):
+            raise _not_finite(bad, image.GetNumberOfPixels(), path)
     return image
 
 
-def execute(reader: sitk.ImageFileReader, path: Path, channel: int | None) -> sitk.Image:
-    """Read with an ITK reader, judging the header before the voxels.
+def execute(path: Path, channel: int | None) -> sitk.Image:
+    """Read one 3D channel with ITK.
 
     Raises:
         InputError: as ``read_volume``.
     """
-    reader.SetFileName(str(path))
-    said: list[str] = []
-    try:
-        with silenced(said):
-            reader.ReadImageInformation()
-    except RuntimeError as error:
-        if "Unable to determine ImageIO" in str(error):
-            raise InputError(f"not an image, or its header is damaged: {path}") from error
-        raise InputError(f"image cannot be read: {path} ({itk_reason(error, said)})") from error
-    size, channels = list(reader.GetSize()), reader.GetNumberOfComponents()
+    reader = open_header(path)
+    size = list(reader.GetSize())
     check_dimensions(size, reader.GetSpacing(), path)
     if len(size) == 4:
-        picked = _picked_channel(channel, size[3], "volumes (4D)", path)
         reader.SetExtractSize([*size[:3], 0])
-        reader.SetExtractIndex([0, 0, 0, picked])
-    elif channels == 1 and channel not in (None, 0):
+        reader.SetExtractIndex([0, 0, 0, _picked_channel(channel, size[3], "volumes (4D)", path)])
+    elif reader.GetNumberOfComponents() == 1 and channel not in (None, 0):
         raise InputError(f"--channel must be 0 for an image of one channel, got {channel}: {path}")
+    said: list[str] = []
     try:
         with silenced(said):
             image = reader.Execute()
@@ -110,19 +116,23 @@ def _picked_channel(channel: int | None, count: int, what: str, path: Path) -> i
     return channel or 0
 
 
-def check_dimensions(size: Sequence[int], spacing: Sequence[float], path: Path | str) -> None:
+def check_dimensions(size: Sequence[int], spacing: Sequence[float], path: str | Path) -> None:
     """Refuse what is not a stack of slices (a fourth axis is left to ``execute``) or has no voxel size."""
+    shown = " x ".join(map(str, size[:3]))
     if len(size) not in (3, 4):
-        raise InputError(f"image must be 3D, got {len(size)}D ({' x '.join(map(str, size))}): {path}")
+        raise InputError(f"image must be 3D, got {len(size)}D ({shown}): {path}")
     if 1 in size[:3]:
-        raise InputError(
-            f"image must be 3D, got a single slice ({' x '.join(map(str, size[:3]))}): {path}; give the whole stack"
-        )
+        raise InputError(f"image must be 3D, got a single slice ({shown}): {path}; give the whole stack")
+    _check_spacing(spacing, path)
+
+
+def _check_spacing(spacing: Sequence[float], path: str | Path) -> None:
     if not all(0 < s < math.inf for s in spacing[:3]):
-        raise InputError(f"spacing must be > 0 on each axis, got {_shown(spacing[:3])} mm: {path}; correct the header")
+        shown = " x ".join(f"{s:g}" for s in spacing[:3])
+        raise InputError(f"spacing must be > 0 on each axis, got {shown} mm: {path}; correct the header")
 
 
-def checked_array(array: NDArray, path: Path | str) -> NDArray:
+def checked_array(array: NDArray, path: str | Path) -> NDArray:
     """The voxels, float64 as float32; refused if they are complex, not finite or all equal."""
     if array.dtype.kind == "c":
         raise InputError(f"image holds complex numbers: {path}; save its magnitude first")
@@ -131,21 +141,20 @@ def checked_array(array: NDArray, path: Path | str) -> NDArray:
             array = array.astype(np.float32)
     low, high = array.min(), array.max()
     if not (np.isfinite(low) and np.isfinite(high)):
-        bad = array.size - int(np.count_nonzero(np.isfinite(array)))
-        raise _not_finite(bad, array.size, path)
+        raise _not_finite(array.size - int(np.count_nonzero(np.isfinite(array))), array.size, path)
     if low == high:
         raise InputError(f"image is constant, every voxel is {low:g}: {path}; there is nothing to segment")
     return array
 
 
-def _not_finite(bad: int, count: int, path: Path | str) -> InputError:
+def _not_finite(bad: int, count: int, path: str | Path) -> InputError:
     return InputError(
         f"image holds {bad} NaN or infinite voxels of {count}: {path}; replace them with the background value"
     )
 
 
 @dataclass(frozen=True)
-class _NiftiLayout:
+class _NiftiHeader:
     """Where a NIfTI-1 file keeps its voxels.
 
     Attributes:
@@ -154,6 +163,7 @@ class _NiftiLayout:
         volumes: 3D volumes that follow one another (time points or channels).
         bits: Bits per voxel.
         floating: numpy type of floating-point voxels, else "".
+        axes: 3x3 columns of the sform matrix.
     """
 
     offset: int
@@ -161,89 +171,171 @@ class _NiftiLayout:
     volumes: int
     bits: int
     floating: str
+    axes: NDArray[np.float64]
 
     @property
     def length(self) -> int:
         """Bytes of the whole file."""
         return self.offset + self.voxels * self.volumes * self.bits // 8
 
+    @classmethod
+    def read(cls, path: Path, shown: str | Path = "") -> _NiftiHeader:
+        """Read a header and refuse a spacing that ITK would quietly replace by 1 mm; ``shown`` as in ``open_header``."""
+        shown = shown or path
+        try:
+            with _opened(path) as stream:
+                header = stream.read(348)
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"image is truncated or damaged: {shown} ({error})") from error
+        if header[:4] in (struct.pack("<i", 540), struct.pack(">i", 540)):
+            raise InputError(f"NIfTI-2 cannot be read: {shown}; save it as NIfTI-1 or .nrrd")
+        order = next((o for o in "<>" if len(header) == 348 and struct.unpack_from(f"{o}i", header)[0] == 348), "")
+        if not order or header[344:346] != b"n+":
+            raise InputError(f"not an image, or its header is damaged: {shown}")
+        dim = struct.unpack_from(f"{order}8h", header, 40)
+        if dim[0] >= 3:
+            _check_spacing(struct.unpack_from(f"{order}8f", header, 76)[1:4], shown)
+        sizes = [max(1, n) if axis <= dim[0] else 1 for axis, n in enumerate(dim[1:], start=1)]
+        kind, bits = struct.unpack_from(f"{order}2h", header, 70)
+        return cls(
+            offset=int(struct.unpack_from(f"{order}f", header, 108)[0]),
+            voxels=math.prod(sizes[:3]),
+            volumes=math.prod(sizes[3:]),
+            bits=bits,
+            floating={16: f"{order}f4", 64: f"{order}f8"}.get(kind, ""),
+            axes=np.array(struct.unpack_from(f"{order}12f", header, 280)).reshape(3, 4)[:, :3],
+        )
 
-def _nifti_layout(path: Path) -> _NiftiLayout:
-    """Read a NIfTI-1 header and refuse a spacing that ITK would quietly replace by 1 mm."""
-    try:
-        with _opened(path) as stream:
-            header = stream.read(348)
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"image is truncated or damaged: {path} ({error})") from error
-    order = next((o for o in "<>" if len(header) == 348 and struct.unpack_from(f"{o}i", header)[0] == 348), "")
-    if header[:4] in (struct.pack("<i", 540), struct.pack(">i", 540)):
-        raise InputError(f"NIfTI-2 cannot be read: {path}; save it as NIfTI-1 or .nrrd")
-    if not order or header[344:346] != b"n+":
-        raise InputError(f"not an image, or its header is damaged: {path}")
-    dim = struct.unpack_from(f"{order}8h", header, 40)
-    spacing = struct.unpack_from(f"{order}8f", header, 76)[1:4]
-    if dim[0] >= 3 and not all(0 < s < math.inf for s in spacing):
-        raise InputError(f"spacing must be > 0 on each axis, got {_shown(spacing)} mm: {path}; correct the header")
-    sizes = [max(1, n) if axis <= dim[0] else 1 for axis, n in enumerate(dim[1:], start=1)]
-    kind, bits = struct.unpack_from(f"{order}2h", header, 70)
-    offset = int(struct.unpack_from(f"{order}f", header, 108)[0])
-    floating = {16: f"{order}f4", 64: f"{order}f8"}.get(kind, "")
-    return _NiftiLayout(offset, math.prod(sizes[:3]), math.prod(sizes[3:]), bits, floating)
 
-
-def _check_nifti_stream(path: Path, layout: _NiftiLayout) -> NDArray[np.int64]:
+def _check_nifti_stream(path: Path, header: _NiftiHeader) -> NDArray[np.int64]:
     """Read a NIfTI file to its end: all bytes must be there and, in a .gz, the checksum must agree.
 
     Returns:
         For each volume of the file, how many of its voxels are NaN or infinite.
     """
-    bad, found = np.zeros(layout.volumes, np.int64), 0
+    bad, found = np.zeros(header.volumes, np.int64), 0
     try:
         with _opened(path) as stream:
-            found += len(stream.read(layout.offset))
-            while block := stream.read(1 << 20):
-                if layout.floating:
-                    values = np.frombuffer(block, layout.floating, count=len(block) * 8 // layout.bits)
-                    where = np.flatnonzero(~np.isfinite(values)) + (found - layout.offset) * 8 // layout.bits
-                    bad += np.bincount(where // layout.voxels, minlength=layout.volumes)[: layout.volumes]
+            found += len(stream.read(header.offset))
+            while block := stream.read(_BLOCK):
+                if header.floating:
+                    values = np.frombuffer(block, header.floating, count=len(block) * 8 // header.bits)
+                    where = np.flatnonzero(~np.isfinite(values)) + (found - header.offset) * 8 // header.bits
+                    bad += np.bincount(where // header.voxels, minlength=header.volumes)[: header.volumes]
                 found += len(block)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"image is truncated or damaged: {path} ({error})") from error
-    if found < layout.length:
-        raise InputError(f"image is truncated or damaged: {path} ({found} of {layout.length} bytes)")
+    if found < header.length:
+        raise InputError(f"image is truncated or damaged: {path} ({found} of {header.length} bytes)")
     return bad
 
 
-def _opened(path: Path) -> Any:
-    return gzip.open(path, "rb") if suffix_of(path) == ".nii.gz" else path.open("rb")
+def _opened(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path, "rb")) if suffix_of(path) == ".nii.gz" else path.open("rb")
 
 
-def _read_skewed_nifti(path: Path, channel: int | None) -> sitk.Image:
+def _read_skewed_nifti(path: Path, channel: int | None, header: _NiftiHeader) -> sitk.Image:
     """Read a NIfTI file whose matrix is not orthogonal, as long as it is by rounding only; a real shear is refused."""
-    import SimpleITK as sitk
-
-    with _opened(path) as stream:
-        header = stream.read(348)
-    order = "<" if struct.unpack_from("<i", header)[0] == 348 else ">"
-    axes = np.array(struct.unpack_from(f"{order}12f", header, 280)).reshape(3, 4)[:, :3]
-    axes = axes / np.maximum(np.linalg.norm(axes, axis=0), 1e-30)
+    axes = header.axes / np.maximum(np.linalg.norm(header.axes, axis=0), 1e-30)
     skew = float(np.abs(axes.T @ axes - np.eye(3)).max())
     if skew > _SKEW_TOLERANCE:
         degrees = math.degrees(math.asin(min(1.0, skew)))
         raise InputError(
-            f"voxel axes must be perpendicular, got {degrees:.1f} degrees of shear: {path}; resample to an orthogonal grid"
+            f"voxel axes must be perpendicular, got {degrees:.1f} degrees of shear: {path}; resample to an orthogonal "
+            "grid"
         )
     logger.warning("voxel axes of %s are not quite perpendicular; taking the nearest orthogonal axes", path)
-    before = os.environ.get("ITK_NIFTI_SFORM_PERMISSIVE")
-    os.environ["ITK_NIFTI_SFORM_PERMISSIVE"] = "1"  # the only switch that ITK has for this
+    name = "ITK_NIFTI_SFORM_PERMISSIVE"  # the only switch that ITK has for this
+    before = os.environ.get(name)
+    os.environ[name] = "1"
     try:
-        return execute(sitk.ImageFileReader(), path, channel)
+        return execute(path, channel)
     finally:
-        if before is None:
-            del os.environ["ITK_NIFTI_SFORM_PERMISSIVE"]
-        else:
-            os.environ["ITK_NIFTI_SFORM_PERMISSIVE"] = before
+        os.environ.pop(name)
+        os.environ |= {name: before} if before is not None else {}
 
 
-def _shown(values: Sequence[float]) -> str:
-    return " x ".join(f"{v:g}" for v in values)
+def check_untrusted(path: Path, limits: ReadLimits) -> None:
+    """Judge an image file or DICOM folder from an untrusted user by its headers, before it is read.
+
+    Refused are headers without an end, headers that name another file of the machine, and small files that unpack to
+    terabytes; nothing is unpacked into memory.
+
+    Raises:
+        InputError: if it cannot be an image, its header is too long or names another file, or it holds more than
+            ``limits`` allow.
+    """
+    if path.is_dir():
+        _check_folder(path, limits)
+        return
+    suffix = suffix_of(path)
+    if suffix not in SUFFIXES:
+        raise InputError(f"image must end in one of {' '.join(SUFFIXES)}, got {path.name!r}")
+    if suffix not in NIFTI_SUFFIXES:
+        _check_text_header(path)
+    _check_voxels(_declared(path), limits, path.name)
+    if suffix == ".nii.gz":
+        _check_gzip(path, limits)
+
+
+def _check_text_header(path: Path) -> None:
+    """NRRD and MetaImage: text that ends soon and keeps its voxels in the same file."""
+    with path.open("rb") as file:
+        head = file.read(_LONGEST_TEXT_HEADER)
+    if path.name.lower().endswith(".nrrd"):
+        end, elsewhere = re.search(rb"\r?\n\r?\n", head), rb"(?mi)^\s*data ?file\s*:"
+    else:
+        end = re.search(rb"(?m)^\s*ElementDataFile\s*=[^\n]*\n?", head)
+        elsewhere = rb"(?mi)^\s*ElementDataFile\s*=(?!\s*LOCAL\s*$)"
+    if end is None:
+        raise InputError(
+            f"the header must end within {_LONGEST_TEXT_HEADER} bytes, got a longer one or none: {path.name}"
+        )
+    if re.search(elsewhere, head[: end.end()]):
+        raise InputError(
+            f"the voxels must be in the same file as the header, got a header that names another file: {path.name}"
+        )
+
+
+def _check_gzip(path: Path, limits: ReadLimits) -> None:
+    """Unpack block by block, keeping nothing; what the header declares bounds what may follow."""
+    declared = _NiftiHeader.read(path, path.name).length
+    most, found = min(limits.voxels * _WIDEST_VOXEL, declared + _BLOCK), 0
+    try:
+        with gzip.open(path, "rb") as stream:
+            while found <= most and (block := stream.read(_BLOCK)):
+                found += len(block)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"image is truncated or damaged: {path.name} ({error})") from error
+    if found > most:
+        raise InputError(
+            f"the file must unpack to what its header declares (at most {most} bytes), got more: {path.name}"
+        )
+
+
+def _check_folder(path: Path, limits: ReadLimits) -> None:
+    files = [entry for entry in path.iterdir() if entry.is_file()]
+    if len(files) > limits.files:
+        raise InputError(f"a DICOM folder must hold at most {limits.files} files, got {len(files)}")
+    total = 0
+    for file in files:
+        try:
+            total += math.prod(_declared(file))
+        except InputError:
+            continue  # reading refuses a bad folder with its reason, and ignores files that are no slices
+        _check_voxels((total,), limits, path.name)
+
+
+def _declared(path: Path) -> tuple[int, ...]:
+    """Voxels along each axis, and channels, as the header states them."""
+    reader = open_header(path, path.name)
+    return (*reader.GetSize(), reader.GetNumberOfComponents())
+
+
+def _check_voxels(sizes: tuple[int, ...], limits: ReadLimits, name: str) -> None:
+    if math.prod(sizes) > limits.voxels:
+        shown = " x ".join(map(str, sizes))
+        raise InputError(
+            f"an image must have at most {limits.voxels} voxels here, got {shown}: {name}; crop it, or open it on the "
+            "machine"
+        )

@@ -1,6 +1,4 @@
-"""What all of this package needs around ITK: the suffixes, its messages kept off the terminal, its exceptions made
-readable.
-"""
+"""What reading with ITK needs: suffixes, its messages kept off the terminal, its exceptions made readable, headers."""
 
 from __future__ import annotations
 
@@ -11,9 +9,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+from samed3d.errors import InputError
+from samed3d.geometry import Grid
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ def silenced(said: list[str]) -> Iterator[None]:
 
 
 def itk_reason(error: BaseException, said: Sequence[str] = ()) -> str:
-    """The telling line of an ITK exception, without its source file and addresses; what the library printed goes
+    """The one informative line of an ITK exception, without source file and addresses; what the library printed goes
     first.
     """
     lines = [
@@ -64,23 +66,46 @@ def suffix_of(path: Path) -> str:
     return next((s for s in SUFFIXES if name.endswith(s)), path.suffix.lower())
 
 
-def grow_region(array: NDArray, seeds_zyx: Sequence[tuple[int, int, int]], multiplier: float) -> NDArray[np.uint8]:
-    """ITK's confidence-connected region growing: voxels connected to the seeds and within ``multiplier`` deviations of
-    their mean.
+def open_header(path: Path, shown: str | Path = "") -> sitk.ImageFileReader:
+    """An ITK reader that has read the header of an image file, and no voxel.
 
     Args:
-        array: (D, H, W) intensities.
-        seeds_zyx: Voxels inside the structure.
-        multiplier: Width of the accepted interval in standard deviations.
+        path: The file.
+        shown: How messages name it; the path by default.
 
-    Returns:
-        (D, H, W) uint8, 0 or 1.
+    Raises:
+        InputError: if it is not an image, or its header is damaged.
     """
     import SimpleITK as sitk
 
-    image = sitk.GetImageFromArray(array.astype(np.float32, copy=False))
-    seeds = [(int(x), int(y), int(z)) for z, y, x in seeds_zyx]
-    grown = sitk.ConfidenceConnected(
-        image, seeds, numberOfIterations=2, multiplier=multiplier, initialNeighborhoodRadius=2, replaceValue=1
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    said: list[str] = []
+    try:
+        with silenced(said):
+            reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise InputError(
+            f"not an image, or its header is damaged: {shown or path} ({itk_reason(error, said)})"
+        ) from error
+    return reader
+
+
+def count_volumes(path: str | Path) -> int:
+    """How many 3D volumes an image file holds: more than one for a 4D image; judged by the header alone.
+
+    Raises:
+        InputError: if the file is not an image.
+    """
+    size = open_header(Path(path)).GetSize()
+    return int(size[3]) if len(size) > 3 else 1
+
+
+def grid_of(image: sitk.Image) -> Grid:
+    """The grid of an ITK image, bit for bit."""
+    return Grid(
+        shape_zyx=(image.GetDepth(), image.GetHeight(), image.GetWidth()),
+        spacing_xyz_mm=image.GetSpacing(),
+        origin_lps_mm=image.GetOrigin(),
+        direction_lps=image.GetDirection(),
     )
-    return sitk.GetArrayFromImage(grown).astype(np.uint8)

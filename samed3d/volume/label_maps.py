@@ -1,8 +1,4 @@
-"""Reading label maps: whole numbers on a grid, with the checks that differ from an image's.
-
-A label map may be constant (an empty one is reported as that), must be integral, and must lie on its image's grid.
-Reading labels out of DICOM objects is in ``volume/dicom_labels.py``.
-"""
+"""Reading label maps: whole numbers, on the grid of their image or brought onto it."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from numpy.typing import NDArray
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
 from samed3d.volume.files import read_file
-from samed3d.volume.itk import SUFFIXES, itk_reason, silenced
+from samed3d.volume.itk import count_volumes, grid_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +44,7 @@ def read_label_map(path: str | Path) -> tuple[NDArray, Grid]:
     if volumes > 1:
         raise InputError(f"label must be 3D, got 4D with {volumes} volumes: {path}; save each volume as its own label")
     image = read_file(path, None)
-    grid = Grid(
-        shape_zyx=(image.GetDepth(), image.GetHeight(), image.GetWidth()),
-        spacing_xyz_mm=image.GetSpacing(),
-        origin_lps_mm=image.GetOrigin(),
-        direction_lps=image.GetDirection(),
-    )
-    return whole_numbers(sitk.GetArrayFromImage(image), str(path)), grid
+    return whole_numbers(sitk.GetArrayFromImage(image), str(path)), grid_of(image)
 
 
 def whole_numbers(array: NDArray, name: str) -> NDArray:
@@ -88,28 +78,6 @@ def whole_numbers(array: NDArray, name: str) -> NDArray:
         raise InputError(f"label values must be below 2^32, got {high}: {name}; renumber them")
     small = np.uint8 if high <= 255 else np.uint16 if high <= 65535 else np.uint32
     return array.astype(small, copy=False)
-
-
-def count_volumes(path: str | Path) -> int:
-    """How many 3D volumes an image file holds: more than one for a 4D image; judged by the header alone.
-
-    Raises:
-        InputError: if the file is not an image.
-    """
-    import SimpleITK as sitk
-
-    if not str(path).lower().endswith(SUFFIXES):
-        raise InputError(f"image must end in one of {' '.join(SUFFIXES)}, got {path}")
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    said: list[str] = []
-    try:
-        with silenced(said):
-            reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise InputError(f"image is truncated, damaged or missing: {path} ({itk_reason(error, said)})") from error
-    size = reader.GetSize()
-    return int(size[3]) if len(size) > 3 else 1
 
 
 def read_label_on(path: str | Path, grid: Grid, image: str, *, repair: bool = False) -> NDArray:
@@ -151,7 +119,8 @@ def read_label_on(path: str | Path, grid: Grid, image: str, *, repair: bool = Fa
 def grid_difference(one: Grid, other: Grid) -> str:
     """What keeps two grids from being the same, in words; empty where they agree (see ``GRID_TOLERANCE``)."""
     if one.shape_zyx != other.shape_zyx:
-        return f"sizes (i, j, k) are {_shown(one.size_ijk)} and {_shown(other.size_ijk)}"
+        sizes = (" x ".join(map(str, grid.size_ijk)) for grid in (one, other))
+        return f"sizes (i, j, k) are {' and '.join(sizes)}"
     corners = np.array([[*corner, 1.0] for corner in itertools.product(*((0, n - 1) for n in one.size_ijk))])
     apart = float(np.linalg.norm(corners @ (one.affine_ras - other.affine_ras).T, axis=1).max())
     if apart <= GRID_TOLERANCE * min(one.spacing_xyz_mm):
@@ -181,7 +150,3 @@ def resample_labels(array: NDArray, grid: Grid, onto: Grid) -> NDArray:
     resampler.SetOutputDirection(onto.direction_lps)
     resampler.SetInterpolator(sitk.sitkNearestNeighbor)
     return sitk.GetArrayFromImage(resampler.Execute(image))
-
-
-def _shown(size: tuple[int, int, int]) -> str:
-    return " x ".join(map(str, size))

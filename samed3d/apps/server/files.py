@@ -20,7 +20,7 @@ from starlette.responses import FileResponse
 from samed3d.apps.server.security import ApiError
 from samed3d.errors import InputError
 from samed3d.volume import write_volume
-from samed3d.volume.untrusted import ReadLimits, check_untrusted
+from samed3d.volume.files import ReadLimits, check_untrusted
 
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha")
 """Formats that are one file. MetaImage's .mhd keeps its voxels in a second one."""

@@ -22,7 +22,7 @@ from samed3d.geometry import Region, bounding_region
 from samed3d.inference.session import Session, SessionObject
 from samed3d.models.base import PromptableModel
 from samed3d.prompts import Mask, PackedMask, Prompt, prompt_from_json, prompt_to_json
-from samed3d.volume.untrusted import ReadLimits
+from samed3d.volume.files import ReadLimits
 
 T = TypeVar("T")
 Json = dict[str, Any]
