@@ -73,7 +73,7 @@ def rules_from(preset: str, changes: list[str]) -> Rules:
     """
     if preset not in PRESETS:
         raise InputError(f"--rules must be one of {', '.join(PRESETS)}, got {preset!r}")
-    kinds = {field.name: type(field.default) for field in fields(Rules)}
+    kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(Rules)}
     values: dict[str, Any] = {}
     for change in changes:
         name, _, text = change.partition("=")

@@ -39,7 +39,9 @@ def write_manifest(folder: Path, settings: dict[str, Any], problems: list[tuple[
     sources = {path.parent.name: _read(path) for path in sorted(folder.glob("records/*/source.json"))}
     groups, splits = draw_splits(records, settings["validation_share"])
     twins = _duplicates(records)
-    cases, labels, points = [], [], []
+    cases: list[Record] = []
+    labels: list[Record] = []
+    points = []
     for r in records:
         facts = sources.get(r["source"], {})
         shared = {key: r[key] for key in ("case", "source", "subject")}

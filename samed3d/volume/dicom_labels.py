@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.errors import InputError
-from samed3d.geometry import Grid, Region, as_triple, bounding_region
+from samed3d.geometry import Grid, Region, bounding_region
 from samed3d.volume.contours import fill_contours
 from samed3d.volume.itk import silenced
 from samed3d.volume.label_maps import resample_labels
@@ -233,11 +233,7 @@ def _placed(mask: NDArray[np.bool_], affine_lps: NDArray, grid: Grid) -> NDArray
     filled = bounding_region(mask)
     if filled.is_empty:
         return placed
-    axes = affine_lps[:3, 2::-1]
-    spacing = np.linalg.norm(axes, axis=0)
-    own = Grid(
-        mask.shape, as_triple(spacing), as_triple(affine_lps[:3, 3]), tuple(map(float, (axes / spacing).ravel()))
-    )
+    own = Grid.from_affine_ras(mask.shape, np.diag([-1, -1, 1, 1]) @ affine_lps[:, [2, 1, 0, 3]])
     ends = zip(filled.start_zyx[::-1], filled.stop_zyx[::-1], strict=True)
     corners = np.array([(*corner, 1) for corner in itertools.product(*((a, b - 1) for a, b in ends))])
     ijk = (corners @ (np.linalg.inv(grid.affine_lps) @ own.affine_lps).T)[:, 2::-1]

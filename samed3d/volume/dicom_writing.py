@@ -59,9 +59,8 @@ def source_slices(folder: str | Path, series: str | int | None, grid: Grid) -> l
         raise InputError(
             f"DICOM can be written for a series of single slices only, got {len(slices)} files for {grid.shape_zyx[0]} slices"
         )
-    axes = np.array(grid.direction_lps).reshape(3, 3) * np.array(grid.spacing_xyz_mm)
     for k, header in enumerate(slices):
-        expected = np.array(grid.origin_lps_mm) + axes[:, 2] * k
+        expected = (grid.affine_lps @ [0, 0, k, 1])[:3]
         off = float(np.linalg.norm(np.asarray(header.ImagePositionPatient, dtype=float) - expected))
         if off > _SAME_PLACE * min(grid.spacing_xyz_mm):
             raise InputError(
@@ -211,13 +210,13 @@ def _structure_set(slices: Sequence[Dataset]) -> Dataset:
 
 
 def _contours(segment: Segment, slices: Sequence[Dataset], grid: Grid) -> list[Dataset]:
-    axes = np.array(grid.direction_lps).reshape(3, 3) * np.array(grid.spacing_xyz_mm)
+    to_lps_mm = grid.affine_lps
     low = segment.mask.region.start_zyx
     found = []
     for k, plane in enumerate(segment.mask.inside(), start=low[0]):
         for outline in trace_contours(plane):
             ijk = np.column_stack([outline + [low[2], low[1]], np.full(len(outline), k)])
-            corners_lps_mm = np.array(grid.origin_lps_mm) + ijk @ axes.T
+            corners_lps_mm = ijk @ to_lps_mm[:3, :3].T + to_lps_mm[:3, 3]
             contour = _item(
                 ContourImageSequence=[_reference(slices[k])],
                 ContourGeometricType="CLOSED_PLANAR",
