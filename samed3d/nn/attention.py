@@ -30,11 +30,11 @@ class _Terms:
     """The relative position bias of one window as a sum of three terms, over the full window edge K on every key axis.
 
     For real queries (a, b, c) and keys (x, y, z), with n over batch and heads:
-    correct: ``first[n,a,b,c,x] + second[n,a,b,c,y] + third[n,a,b,c,z]``;
+    correct: ``first[n,a,b,c,x] + second[n,a,b,c,y] + third[n,a,b,c,z]``, without ``first`` in 2D;
     as released: ``first[n,a,b,c,z] + second[n,a,b,x,z] + third[n,a,b,y,z]``.
     """
 
-    first: Tensor
+    first: Tensor | None
     second: Tensor
     third: Tensor
 
@@ -62,7 +62,13 @@ class GridAttention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, heads: int, grid: IntTriple, window: int, misbroadcast_relpos: bool, pad_sink: bool
+        self,
+        dim: int,
+        heads: int,
+        grid: IntTriple,
+        window: int = 0,
+        misbroadcast_relpos: bool = False,
+        pad_sink: bool = False,
     ) -> None:
         super().__init__()
         if misbroadcast_relpos and len(set(grid)) > 1:
@@ -77,41 +83,57 @@ class GridAttention(nn.Module):
         self.extent: IntTriple = (window, window, window) if window else grid
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.rel_pos_d = nn.Parameter(torch.zeros(2 * self.extent[0] - 1, head_dim))
+        self.rel_pos_d: nn.Parameter | None = nn.Parameter(torch.zeros(2 * self.extent[0] - 1, head_dim))
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * self.extent[1] - 1, head_dim))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * self.extent[2] - 1, head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, H, W, C) to the same shape."""
-        q, k, v = rearrange(self.qkv(x), "b d h w (three heads e) -> three b heads d h w e", three=3, heads=self.heads)
-        starts = (range(0, n, edge) for n, edge in zip(x.shape[1:4], self.extent, strict=True))
-        windows = [
-            tuple(slice(a, a + edge) for a, edge in zip(corner, self.extent, strict=True))
-            for corner in itertools.product(*starts)
-        ]
-        if len(windows) == 1:
-            return self.proj(self._attend(q, k, v))
-        out = v.new_empty(x.shape)
-        for d, h, w in windows:
-            out[:, d, h, w] = self._attend(q[:, :, d, h, w], k[:, :, d, h, w], v[:, :, d, h, w])
+        batch, extent = x.shape[0], self.extent_on(x)
+        qkv = rearrange(self.qkv(x), "b d h w (three heads e) -> three b heads d h w e", three=3, heads=self.heads)
+        regions = list(itertools.product(*map(_regions, x.shape[1:4], extent)))
+        out = x if len(regions) == 1 else qkv.new_empty(x.shape)
+        for d, h, w in regions:
+            part = qkv[..., d, h, w, :]
+            i, j, k = map(min, part.shape[3:6], extent)
+            windows = rearrange(
+                part, "three b heads (d i) (h j) (w k) e -> three (b d h w) heads i j k e", i=i, j=j, k=k
+            )
+            counts = {"b": batch, "d": part.shape[3] // i, "h": part.shape[4] // j}
+            answer = rearrange(self._attend(*windows, extent), "(b d h w) i j k c -> b (d i) (h j) (w k) c", **counts)
+            if len(regions) == 1:
+                out = answer
+            else:
+                out[:, d, h, w] = answer
         return self.proj(out)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention between the real tokens of one window; (B, heads, d, h, w, e) each to (B, d, h, w, C)."""
-        batch, heads, *real, _ = q.shape
-        terms = self._released_terms(q) if self.misbroadcast_relpos else self._correct_terms(q)
+    def extent_on(self, x: Tensor) -> IntTriple:
+        """Window edges in tokens on a (B, D, H, W, C) grid; the whole grid for global attention."""
+        return self.extent
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, extent: IntTriple) -> Tensor:
+        """Attention between the real tokens of windows; (B, heads, d, h, w, e) each to (B, d, h, w, C)."""
+        batch, heads, d, h, w, _ = q.shape
         queries, keys, values = (rearrange(t, "b heads d h w e -> b heads (d h w) e") for t in (q, k, v))
-        sink = None
-        if self.pad_sink and tuple(real) != self.extent:
-            _, k_pad, v_pad = repeat(
-                self.qkv.bias, "(three heads e) -> three b heads 1 e", three=3, heads=heads, b=batch
-            )
+        if self.pad_sink and (d, h, w) != extent:
+            bias = self.qkv.bias.to(k.dtype)
+            _, k_pad, v_pad = repeat(bias, "(three heads e) -> three b heads 1 e", three=3, heads=heads, b=batch)
             keys, values = torch.cat([keys, k_pad], 2), torch.cat([values, v_pad], 2)
-            sink = _released_sink(terms, real) if self.misbroadcast_relpos else _correct_sink(terms, real)
-        bias = _logit_bias(terms, sink, real, self.misbroadcast_relpos).unflatten(0, (batch, heads))
+        bias = self._bias(q, extent)
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=self.scale)
-        d, h, w = real
         return rearrange(out, "b heads (d h w) e -> b d h w (heads e)", d=d, h=h, w=w)
+
+    def _bias(self, q: Tensor, extent: IntTriple) -> Tensor:
+        """(B, heads, N, N) logits of the relative positions of a window's N tokens, and of its sink where it has one."""
+        batch, real = q.shape[0], list(q.shape[2:5])
+        padded = self.pad_sink and tuple(real) != extent
+        if self.misbroadcast_relpos:
+            terms = self._released_terms(q)
+            sink = _released_sink(terms, real) if padded else None
+        else:
+            terms = self._correct_terms(q, extent)
+            sink = _correct_sink(terms, real) if padded else None
+        return _logit_bias(terms, sink, real, self.misbroadcast_relpos).unflatten(0, (batch, -1))
 
     def _released_terms(self, q: Tensor) -> _Terms:
         d, h, w = q.shape[2:5]
@@ -121,26 +143,33 @@ class GridAttention(nn.Module):
         pad_query = self.qkv.bias.unflatten(0, (3, self.heads, -1))[0].repeat(q.shape[0] // self.heads, 1)
         pad_queries = pad_query[:, None, None, None].expand(-1, d, h, edge - w, -1)
         line = torch.cat([q, pad_queries], 3) if w < edge else q
+        assert self.rel_pos_d is not None  # in 3D
         return _Terms(
             first=torch.einsum("nabce,aze->nabcz", q, relative_table(self.rel_pos_d, edge)[:d]),
             second=torch.einsum("nabxe,bze->nabxz", line, relative_table(self.rel_pos_h, edge)[:h]),
             third=torch.einsum("nabye,yze->nabyz", line, relative_table(self.rel_pos_w, edge)),
         )
 
-    def _correct_terms(self, q: Tensor) -> _Terms:
+    def _correct_terms(self, q: Tensor, extent: IntTriple) -> _Terms:
         """Per query the bias of each key position along z, y and x."""
         q = q.flatten(0, 1)
         d, h, w = (
-            relative_table(table, edge)[:n]
+            None if table is None else relative_table(table, edge)[:n].to(q.dtype)
             for table, edge, n in zip(
-                (self.rel_pos_d, self.rel_pos_h, self.rel_pos_w), self.extent, q.shape[1:4], strict=True
+                (self.rel_pos_d, self.rel_pos_h, self.rel_pos_w), extent, q.shape[1:4], strict=True
             )
         )
         return _Terms(
-            first=torch.einsum("nabce,axe->nabcx", q, d),
+            first=None if d is None else torch.einsum("nabce,axe->nabcx", q, d),
             second=torch.einsum("nabce,bye->nabcy", q, h),
             third=torch.einsum("nabce,cze->nabcz", q, w),
         )
+
+
+def _regions(size: int, window: int) -> list[slice]:
+    """The stretch of an axis that full windows cover, and the rest."""
+    full = size // window * window
+    return [slice(a, b) for a, b in ((0, full), (full, size)) if b > a]
 
 
 def relative_table(table: Tensor, edge: int) -> Tensor:
@@ -167,16 +196,22 @@ def _logit_bias(terms: _Terms, sink: Tensor | None, real: list[int], released: b
     dominates the time.
     """
     d, h, w = real
+    shared: Tensor | None = None
     if released:
+        assert terms.first is not None
         per_query = terms.first[..., None, :w].expand(-1, -1, -1, -1, h, -1).flatten(4)[..., None, :]
         shared = (terms.second[:, :, :, :d, None, :w] + terms.third[:, :, :, None, :h, :w]).flatten(4)[:, :, :, None]
     else:
         per_query = (terms.second[..., :h, None] + terms.third[..., None, :w]).flatten(4)[..., None, :]
-        shared = terms.first[..., :d, None]
+        if terms.first is not None:
+            shared = terms.first[..., :d, None]
+    if shared is None and sink is None:
+        return per_query.flatten(4).flatten(1, 3)
     bias = per_query.new_empty(*per_query.shape[:4], d * h * w + (0 if sink is None else 1))
     to_real = bias[..., : d * h * w].unflatten(-1, (d, h * w))
     to_real.copy_(per_query.expand_as(to_real))  # an ONNX exporter does not widen a copy by itself
-    to_real.add_(shared)
+    if shared is not None:
+        to_real.add_(shared)
     if sink is not None:
         bias[..., -1] = sink
     return bias.flatten(1, 3)
@@ -186,6 +221,7 @@ def _released_sink(terms: _Terms, real: list[int]) -> Tensor:
     """(n, a, b, c) log-sum-exp over the padding keys: the disjoint sets of padded x, padded y and padded z."""
     d, h, w = real
     first, second, third = terms.first, terms.second, terms.third
+    assert first is not None
     x_real, y_real = second[:, :, :, :d].logsumexp(3), third[:, :, :, :h].logsumexp(3)
     parts = [first[..., w:] + (x_real + y_real)[:, :, :, None, w:]]
     if d < second.shape[3]:
@@ -197,16 +233,15 @@ def _released_sink(terms: _Terms, real: list[int]) -> Tensor:
 
 def _correct_sink(terms: _Terms, real: list[int]) -> Tensor:
     """As ``_released_sink`` for the correct bias, where each term has a key axis of its own."""
-    d, h, w = real
-    first, second, third = terms.first, terms.second, terms.third
-    x_real, y_real = first[..., :d].logsumexp(-1), second[..., :h].logsumexp(-1)
-    parts = []
-    if d < first.shape[-1]:
-        parts.append(first[..., d:].logsumexp(-1) + second.logsumexp(-1) + third.logsumexp(-1))
-    if h < second.shape[-1]:
-        parts.append(x_real + second[..., h:].logsumexp(-1) + third.logsumexp(-1))
-    if w < third.shape[-1]:
-        parts.append(x_real + y_real + third[..., w:].logsumexp(-1))
+    given = [
+        (t.float(), n) for t, n in zip((terms.first, terms.second, terms.third), real, strict=True) if t is not None
+    ]
+    every = [term.logsumexp(-1) for term, _ in given]
+    inside, parts = torch.zeros_like(every[0]), []
+    for axis, (term, n) in enumerate(given):  # keys padded on this axis, real on those before, anything on those after
+        if n < term.shape[-1]:
+            parts.append(sum(every[axis + 1 :], inside + term[..., n:].logsumexp(-1)))
+        inside = inside + term[..., :n].logsumexp(-1)
     return torch.stack(parts, -1).logsumexp(-1)
 
 
@@ -232,7 +267,7 @@ class DilatedAttention(GridAttention):
     """
 
     def __init__(self, dim: int, heads: int, grid: IntTriple, patterns: tuple[tuple[int, int], ...]) -> None:
-        super().__init__(dim, heads, grid, 0, misbroadcast_relpos=False, pad_sink=False)
+        super().__init__(dim, heads, grid)
         count = math.prod(grid)
         for segment, dilation in patterns:
             if segment < 1 or dilation < 1 or count % segment or segment % dilation:
@@ -242,10 +277,10 @@ class DilatedAttention(GridAttention):
             raise InputError("patterns must hold at least one (segment, dilation), got none")
         self.patterns = patterns
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, extent: IntTriple) -> Tensor:
         """(B, heads, d, h, w, e) each; returns (B, d, h, w, C)."""
         heads, (d, h, w) = q.shape[1], q.shape[2:5]
-        terms = self._correct_terms(q)
+        terms = self._correct_terms(q, extent)
         q, k, v = (rearrange(t, "b heads d h w e -> (b heads) (d h w) e") for t in (q, k, v))
         at = torch.cartesian_prod(*(torch.arange(n, device=q.device) for n in (d, h, w)))
         logits, values = [], []
@@ -253,6 +288,7 @@ class DilatedAttention(GridAttention):
             group = token_groups(q.shape[1], segment, dilation, q.device)
             scores = torch.einsum("ngqe,ngke->ngqk", q[:, group] * self.scale, k[:, group])
             for term, axis in zip((terms.first, terms.second, terms.third), at.T, strict=True):
+                assert term is not None  # in 3D
                 by_key = term.flatten(1, 3)[:, group]
                 scores = scores + by_key.gather(-1, axis[group][None, :, None, :].expand_as(scores))
             back = group.flatten().argsort()

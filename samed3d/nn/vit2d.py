@@ -9,17 +9,17 @@ encoders.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 from samed3d.errors import InputError
-from samed3d.nn.attention import relative_table
+from samed3d.geometry import IntTriple
+from samed3d.nn.attention import GridAttention
 from samed3d.nn.layers import neck
 from samed3d.nn.vit import Block
 
@@ -34,8 +34,8 @@ SAM_SIZES: dict[str, dict[str, Any]] = {
 TIMM_PREFIX = "timm:"
 
 
-class Attention2d(nn.Module):
-    """Multi-head self-attention on a (B, H, W, C) grid with decomposed relative positions, global or in windows.
+class Attention2d(GridAttention):
+    """``GridAttention`` on a (B, H, W, C) grid of any size, with SAM's two tables and its padded windows.
 
     Args:
         dim: Channels.
@@ -47,64 +47,16 @@ class Attention2d(nn.Module):
     """
 
     def __init__(self, dim: int, heads: int, grid: int, window: int) -> None:
-        super().__init__()
-        self.heads, self.window, self.scale = heads, window, (dim // heads) ** -0.5
-        self.qkv: nn.Module = nn.Linear(dim, 3 * dim)  # a module of any kind: adapters wrap it
-        self.proj = nn.Linear(dim, dim)
-        rows = 2 * (window or grid) - 1
-        self.rel_pos_h = nn.Parameter(torch.zeros(rows, dim // heads))
-        self.rel_pos_w = nn.Parameter(torch.zeros(rows, dim // heads))
+        super().__init__(dim, heads, (1, grid, grid), window, pad_sink=True)
+        self.rel_pos_d = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
-        height, width = x.shape[1:3]
-        q, k, v = rearrange(self.qkv(x), "b h w (three heads e) -> three b heads h w e", three=3, heads=self.heads)
-        if not self.window or (height == self.window and width == self.window):
-            return self.proj(self._attend(q, k, v))
-        out = v.new_empty(x.shape)
-        for rows, columns in itertools.product(_spans(height, self.window), _spans(width, self.window)):
-            high, wide = rows.stop - rows.start, columns.stop - columns.start
-            h, w = min(self.window, high), min(self.window, wide)
-            part = (
-                rearrange(t[:, :, rows, columns], "b heads (i h) (j w) e -> (b i j) heads h w e", h=h, w=w)
-                for t in (q, k, v)
-            )
-            answer = self._attend(*part)
-            out[:, rows, columns] = rearrange(answer, "(b i j) h w c -> b (i h) (j w) c", i=high // h, j=wide // w)
-        return self.proj(out)
+        return super().forward(x[:, None])[:, 0]
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Within windows; (B, heads, h, w, e) each, real tokens only; returns (B, h, w, C)."""
-        batch, heads, h, w, e = q.shape
-        edges = (self.window or h, self.window or w)
-        row = torch.einsum("bnhwe,hke->bnhwk", q, relative_table(self.rel_pos_h, edges[0])[:h].to(q.dtype))
-        column = torch.einsum("bnhwe,wke->bnhwk", q, relative_table(self.rel_pos_w, edges[1])[:w].to(q.dtype))
-        queries, keys, values = (rearrange(t, "b heads h w e -> b heads (h w) e") for t in (q, k, v))
-        bias = (row[..., :h, None] + column[..., None, :w]).flatten(4)
-        if (h, w) != edges:
-            # All padding keys share one key and one value, those of a zero token (see ``attention.py``).
-            pad = self.qkv(q.new_zeros(1, heads * e))
-            _, k_pad, v_pad = repeat(pad, "1 (three heads e) -> three b heads 1 e", three=3, heads=heads, b=batch)
-            keys, values = torch.cat([keys, k_pad], 2), torch.cat([values, v_pad], 2)
-            bias = torch.cat([bias, _sink(row.float(), column.float(), h, w).to(bias.dtype)[..., None]], -1)
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias.flatten(2, 3), scale=self.scale)
-        return rearrange(out, "b heads (h w) e -> b h w (heads e)", h=h, w=w)
-
-
-def _sink(row: Tensor, column: Tensor, h: int, w: int) -> Tensor:
-    """Log-sum-exp of the bias over a window's padding keys: rows below h, and columns beyond w in real rows."""
-    parts = []
-    if h < row.shape[-1]:
-        parts.append(row[..., h:].logsumexp(-1) + column.logsumexp(-1))
-    if w < column.shape[-1]:
-        parts.append(row[..., :h].logsumexp(-1) + column[..., w:].logsumexp(-1))
-    return torch.stack(parts, -1).logsumexp(-1)
-
-
-def _spans(size: int, window: int) -> list[slice]:
-    """The stretch covered by full windows, and the rest."""
-    full = size // window * window
-    return [slice(a, b) for a, b in ((0, full), (full, size)) if b > a]
+    def extent_on(self, x: Tensor) -> IntTriple:
+        """Window edges in tokens on a (B, 1, H, W, C) grid."""
+        return (1, self.window or x.shape[2], self.window or x.shape[3])
 
 
 class SamEncoder2d(nn.Module):

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple
-from samed3d.nn.attention import relative_table
+from samed3d.nn.attention import GridAttention
 from samed3d.nn.layers import neck
 from samed3d.nn.vit import Block
 from samed3d.nn.vit2d import Attention2d, SamEncoder2d, resampled_positions
@@ -99,7 +99,7 @@ class DepthPatchEmbed(nn.Module):
         return gathered if self.depth.bias is None else gathered + self.depth.bias
 
 
-class WindowAttention3d(nn.Module):
+class WindowAttention3d(GridAttention):
     """SAM's attention weights in shifted 3D windows, with a relative position table for depth beside SAM's two.
 
     Args:
@@ -112,8 +112,9 @@ class WindowAttention3d(nn.Module):
     part: Tensor
 
     def __init__(self, attention: Attention2d, grid: IntTriple, window: int, shift: int) -> None:
-        super().__init__()
-        self.heads, self.scale, self.window, self.shift = attention.heads, attention.scale, window, shift
+        with torch.device("meta"):
+            super().__init__(attention.qkv.in_features, attention.heads, grid, window)
+        self.shift = shift
         self.qkv, self.proj = attention.qkv, attention.proj
         self.rel_pos_h, self.rel_pos_w = attention.rel_pos_h, attention.rel_pos_w
         self.rel_pos_d = nn.Parameter(0.5 * (self.rel_pos_h.detach() + self.rel_pos_w.detach()))
@@ -121,30 +122,17 @@ class WindowAttention3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, H, W, C) to the same shape."""
-        batch, n, axes = x.shape[0], self.window, (1, 2, 3)
-        d, h, w = (size // n for size in x.shape[1:4])
-        if self.shift:
-            x = x.roll((-self.shift,) * 3, axes)
-        x = rearrange(x, "b (d i) (h j) (w k) c -> (b d h w) i j k c", i=n, j=n, k=n)
-        x = self.proj(self._attend(x, batch))
-        x = rearrange(x, "(b d h w) i j k c -> b (d i) (h j) (w k) c", d=d, h=h, w=w)
-        return x.roll((self.shift,) * 3, axes) if self.shift else x
+        if not self.shift:
+            return super().forward(x)
+        axes = (1, 2, 3)
+        return super().forward(x.roll((-self.shift,) * 3, axes)).roll((self.shift,) * 3, axes)
 
-    def _attend(self, x: Tensor, batch: int) -> Tensor:
-        """(B * windows, n, n, n, C) to the same shape."""
-        n = self.window
-        q, k, v = rearrange(self.qkv(x), "b x y z (three heads e) -> three b heads x y z e", three=3, heads=self.heads)
-        d, h, w = (relative_table(t, n).to(q.dtype) for t in (self.rel_pos_d, self.rel_pos_h, self.rel_pos_w))
-        along_d = torch.einsum("bsxyze,xke->bsxyzk", q, d)[..., :, None, None]
-        along_h = torch.einsum("bsxyze,yke->bsxyzk", q, h)[..., None, :, None]
-        along_w = torch.einsum("bsxyze,zke->bsxyzk", q, w)[..., None, None, :]
-        bias = rearrange(along_d + along_h + along_w, "b heads x y z i j k -> b heads (x y z) (i j k)")
-        if self.shift:
-            apart = (self.part[:, :, None] != self.part[:, None])[None, :, None]
-            bias = bias.unflatten(0, (batch, -1)).masked_fill(apart, FAR).flatten(0, 1)
-        queries, keys, values = (rearrange(t, "b heads x y z e -> b heads (x y z) e") for t in (q, k, v))
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=self.scale)
-        return rearrange(out, "b heads (x y z) e -> b x y z (heads e)", x=n, y=n)
+    def _bias(self, q: Tensor, extent: IntTriple) -> Tensor:
+        bias = super()._bias(q, extent)
+        if not self.shift:
+            return bias
+        apart = self.part[:, :, None] != self.part[:, None]
+        return bias.unflatten(0, (-1, len(apart))).masked_fill(apart[None, :, None], FAR).flatten(0, 1)
 
 
 def _parts(grid: IntTriple, window: int, shift: int) -> Tensor:
