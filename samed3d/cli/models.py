@@ -1,4 +1,4 @@
-"""``samed3d models``, ``import-weights`` and ``export``: the architectures, published weights, models for other programs."""
+"""``samed3d models``, ``import-weights`` and ``export``: architectures, published weights, and other programs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def import_weights(
     model: Annotated[str, typer.Option(help="The architecture it belongs to.")] = "sam_med3d_b",
     quiet: Quiet = False,
 ) -> None:
-    """Convert a published checkpoint: SAM-Med3D and its variants, SAM's 2D encoders, or a teacher as a student's start."""
+    """Convert a published checkpoint: SAM-Med3D's, SAM's 2D encoders, or a teacher's as the start of a student."""
     from samed3d.models import create_model
     from samed3d.models.sam_backbone import import_sam
     from samed3d.models.sam_med3d import from_teacher, variant_of

@@ -1,4 +1,4 @@
-"""The registry: every architecture by name. ``create_model`` builds one with random weights, ``load`` reads trained ones.
+"""The registry: ``create_model`` builds an architecture by name with random weights, ``load`` reads trained ones.
 
 The numbers of an architecture are in the table at the end of its file, the contract of all models is in ``base.py``.
 """

@@ -123,7 +123,7 @@ class Adaptation:
 
 
 Features = dict[str, Tensor]
-"""What ``encode`` returns: named tensors, batch first, which callers keep and give to ``decode`` any number of times."""
+"""What ``encode`` returns: named tensors, batch first, which callers keep for any number of ``decode`` calls."""
 
 
 class PromptableModel(nn.Module, ABC):

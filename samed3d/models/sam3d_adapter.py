@@ -40,7 +40,7 @@ class Sam3DAdapterConfig(BackboneConfig):
 
     Attributes:
         class_names: What the semantic variant segments, background not listed; unused by the promptable one.
-        input_shape: Crop (D, H, W) in voxels; ``upsample`` times that is a multiple of a window (8 tokens of 16 voxels).
+        input_shape: Crop (D, H, W) in voxels; after upsampling multiples of a window (8 tokens of 16 voxels).
         spacing_mm: Isotropic spacing of the crops, or None for any.
         upsample: How many times finer the encoder sees the crop: 4 for 128^3, 2 for 256^3 (semantic).
         window: Window edge of attention in tokens; every second block is shifted by half of it.

@@ -145,10 +145,9 @@ def open_encoder(
         logger.warning("the frozen encoder %s has random weights; name its file in backbone_weights", name)
     actual = tensors_sha256(encoder.state_dict())
     if sha256 and actual != sha256:
-        raise InputError(
-            f"backbone_weights must be the file that this model was trained on (sha256 of its tensors {sha256[:16]}...), "
-            f"got {weights or 'random weights'} ({actual[:16]}...); give the right file"
-        )
+        rule = f"the file that this model was trained on (sha256 of its tensors {sha256[:16]}...)"
+        found = f"{weights or 'random weights'} ({actual[:16]}...)"
+        raise InputError(f"backbone_weights must be {rule}, got {found}; give the right file")
     return encoder, actual, state
 
 

@@ -80,7 +80,7 @@ class JointBlock(nn.Module):
 
 
 class PromptTokens(nn.Module):
-    """Clicks and box corners as tokens: position in the crop (Fourier features), type, and the features under a click."""
+    """Clicks and box corners as tokens: position in the crop (Fourier features), type, features under a click."""
 
     def __init__(self, dim: int, feature_dim: int) -> None:
         super().__init__()

@@ -37,9 +37,8 @@ class AdaptedLinear(nn.Linear):
 
     def __init__(self, linear: nn.Linear) -> None:
         if linear.out_features % 3:
-            raise InputError(
-                f"an adapter needs a projection to queries, keys and values of equal width, got {linear.out_features} outputs"
-            )
+            rule = "an adapter needs a projection to queries, keys and values of equal width"
+            raise InputError(f"{rule}, got {linear.out_features} outputs")
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.width = linear.out_features // 3
@@ -83,7 +82,7 @@ class LoraLinear(AdaptedLinear):
 
 
 class FactShared(nn.Module):
-    """The outer factors that all layers of one width share: ``u`` (in, rank), and ``v`` (rank, out) that starts at 0."""
+    """The outer factors that layers of one width share: ``u`` (in, rank), ``v`` (rank, out), which starts at zero."""
 
     def __init__(self, dim_in: int, rank: int, dim_out: int | None = None) -> None:
         super().__init__()

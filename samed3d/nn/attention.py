@@ -96,11 +96,11 @@ class GridAttention(nn.Module):
         for d, h, w in regions:
             part = qkv[..., d, h, w, :]
             i, j, k = map(min, part.shape[3:6], extent)
-            windows = rearrange(
-                part, "three b heads (d i) (h j) (w k) e -> three (b d h w) heads i j k e", i=i, j=j, k=k
-            )
+            in_windows = "three b heads (d i) (h j) (w k) e -> three (b d h w) heads i j k e"
+            queries, keys, values = rearrange(part, in_windows, i=i, j=j, k=k)
+            answer = self._attend(queries, keys, values, extent)
             counts = {"b": batch, "d": part.shape[3] // i, "h": part.shape[4] // j}
-            answer = rearrange(self._attend(*windows, extent), "(b d h w) i j k c -> b (d i) (h j) (w k) c", **counts)
+            answer = rearrange(answer, "(b d h w) i j k c -> b (d i) (h j) (w k) c", **counts)
             if len(regions) == 1:
                 out = answer
             else:
@@ -124,7 +124,7 @@ class GridAttention(nn.Module):
         return rearrange(out, "b heads (d h w) e -> b d h w (heads e)", d=d, h=h, w=w)
 
     def _bias(self, q: Tensor, extent: IntTriple) -> Tensor:
-        """(B, heads, N, N) logits of the relative positions of a window's N tokens, and of its sink where it has one."""
+        """(B, heads, N, N) bias between a window's N real tokens, or (B, heads, N, N + 1) with the sink."""
         batch, real = q.shape[0], list(q.shape[2:5])
         padded = self.pad_sink and tuple(real) != extent
         if self.misbroadcast_relpos:

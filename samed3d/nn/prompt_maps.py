@@ -28,7 +28,7 @@ def positions_at(points: Tensor, stride: float) -> Tensor:
 
 
 def click_bumps(prompts: PromptBatch, stride: int, shape: IntTriple) -> Tensor:
-    """Strongest Gaussian bump per voxel, (B, d, h, w, 2 * len(SIGMAS)): per width of object, then of background clicks."""
+    """Strongest Gaussian bump per voxel, (B, d, h, w, 2 * len(SIGMAS)): per width object, then background clicks."""
     points = positions_at(prompts.points, stride)
     if points.shape[1] == 0:
         return points.new_zeros(points.shape[0], *shape, 2 * len(SIGMAS))
