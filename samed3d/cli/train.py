@@ -40,7 +40,7 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train a promptable model with simulated clicks, or fine-tune one on a folder of labelled volumes."""
-    options = dict(train=train_, adapter=adapter, rank=rank, steps=steps)
+    options: dict[str, Any] = dict(train=train_, adapter=adapter, rank=rank, steps=steps)
     options |= dict(minutes=minutes, structures=structures, seeds=seeds)
     given = {name: value for name, value in options.items() if value is not None}
     if finetune is not None:
