@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from benchmarks.collect import describe_machine, write_result  # noqa: E402
 from data_prep.clean import rules_from  # noqa: E402
 from data_prep.convert import Settings  # noqa: E402
 from data_prep.pipeline import prepare  # noqa: E402
-from samed3d.data.corpus import LABEL_COLUMNS, Corpus, Table  # noqa: E402
+from samed3d.data.corpus import Corpus  # noqa: E402
 from samed3d.geometry import Grid  # noqa: E402
 from samed3d.volume import read_volume, write_volume  # noqa: E402
 
@@ -70,9 +71,7 @@ def data_sets(data: Path, names: list[str]) -> list[Path]:
 
 
 def plain_loop(sets: list[Path], out: Path) -> int:
-    """The released script's work: one binary label and one image copy per class and case. Returns the number of
-    masks.
-    """
+    """The released script's work: one binary label and one image copy per class and case; the number of masks."""
     import SimpleITK as sitk
 
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
@@ -117,27 +116,20 @@ def compare_preparation(data: Path, names: list[str], place: Path) -> dict[str, 
         "data_sets": len(sets),
         "loop": {"wall_s": wall, "processor_s": busy, "bytes": size, "masks": masks},
     }
-    rules = rules_from("lenient", [])
-    jobs = os.cpu_count() or 1
+    rules, jobs = rules_from("lenient", []), os.cpu_count() or 1
     runs = (
         ("at 1.5 mm, 1 process", SPACING_MM, 1),
         (f"at 1.5 mm, {jobs} processes", SPACING_MM, jobs),
         ("native, 1 process", None, 1),
     )
-    for number, (title, spacing, count) in enumerate(runs):
+    for number, (title, spacing, processes) in enumerate(runs):
         target = place / f"corpus{number}"
-        one_wall, one_busy, made = clock(
-            lambda t=target, s=spacing, c=count: prepare(sets, t, Settings(rules, s), jobs=c)
-        )
-        held = folder_bytes(target)
-        result[title] = {
-            "wall_s": one_wall,
-            "bytes": held,
-            "masks": made.counts["masks"],
-            "faster_wall": wall / one_wall,
-            "smaller": size / held,
-        }
-        if count == 1:  # the time of pooled processes is not known here
+        make = partial(prepare, sets, target, Settings(rules, spacing), jobs=processes)
+        one_wall, one_busy, made = clock(make)
+        held, masks = folder_bytes(target), made.counts["masks"]
+        found = {"wall_s": one_wall, "bytes": held, "masks": masks}
+        result[title] = found | {"faster_wall": wall / one_wall, "smaller": size / held}
+        if processes == 1:  # the processor time of pooled processes cannot be read here
             result[title] |= {"processor_s": one_busy, "faster_processor": busy / one_busy}
     return result
 
@@ -170,27 +162,17 @@ def measure_memory(source: Path, out: Path) -> dict[str, float]:
         "if len(sys.argv) > 1: prepare([Path(sys.argv[1])], Path(sys.argv[2]))\n"
         "print(next(int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
-
-    def peak(*arguments: str) -> int:
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        return int(done.stdout.split()[-1])
-
-    idle, used = peak(), peak(str(source), str(out))
+    idle, used = (
+        int(subprocess.check_output([sys.executable, "-c", code, *words], cwd=ROOT, text=True).split()[-1])
+        for words in ((), (str(source), str(out)))
+    )
     volume = int(np.prod(LARGE)) * 3  # int16 image, uint8 labels
-    return {
-        "idle_bytes": idle,
-        "peak_bytes": used,
-        "volume_bytes": volume,
-        "peak_above_idle_in_volumes": (used - idle) / volume,
-    }
+    above = (used - idle) / volume
+    return {"idle_bytes": idle, "peak_bytes": used, "volume_bytes": volume, "peak_above_idle_in_volumes": above}
 
 
 def measure_crops(corpus: Path, source: Path, repeats: int = 20) -> dict[str, float]:
-    """A random crop of image and labels from the corpus, the file opened afresh each time, beside reading the two
-    .nii.gz.
-    """
+    """A random crop of image and labels from newly opened files of the corpus, beside reading the two .nii.gz."""
     rng = np.random.default_rng(0)
     case = Corpus(corpus).cases[0]
     times = []
@@ -211,25 +193,6 @@ def measure_crops(corpus: Path, source: Path, repeats: int = 20) -> dict[str, fl
     return {"crop_ms": 1e3 * crop, "nii_gz_ms": 1e3 * whole, "faster": whole / crop}
 
 
-def measure_manifest(folder: Path, rows: int = 100_000) -> dict[str, float]:
-    """Seconds to open a table of that many rows and to filter it."""
-    names = ["liver", "spleen", "left kidney", "right kidney", "tumor"]
-    path = folder / "labels.csv"
-    with path.open("w") as file:
-        file.write(",".join(LABEL_COLUMNS) + "\n")
-        for row in range(rows):
-            category = names[row % 5]
-            known = f"set{row % 40}/case{row // 8},set{row % 40},p{row // 16},train,CT,0,{row % 5 + 1},{category},{category},abdomen,"
-            file.write(
-                f"{known},{1000 + row},{2.5 * row},1,2,3,40,50,60,1,{int(row % 3 > 0)},side of 9 mm under 15,CC-BY-4.0\n"
-            )
-    start = time.perf_counter()
-    table = Table.read(path)
-    opened = time.perf_counter() - start
-    chosen = table.where(category="liver", kept="1", source=["set0", "set5"])
-    return {"rows": rows, "chosen": len(chosen), "open_s": opened, "open_and_filter_s": time.perf_counter() - start}
-
-
 def rounded(value: Any) -> Any:
     """Three significant digits all through."""
     if isinstance(value, dict):
@@ -238,7 +201,6 @@ def rounded(value: Any) -> Any:
 
 
 def main() -> None:
-    """Run all parts and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of nnU-Net data sets")
     parser.add_argument("--sets", nargs="*", default=[], help="only these data sets")
@@ -256,7 +218,6 @@ def main() -> None:
         if real.is_dir():
             prepare([real], place / "real", Settings(rules_from("lenient", [])))
             result["crops_of_512x512x78"] = measure_crops(place / "real", real)
-        result["manifest"] = measure_manifest(place)
     write_result(options.out, rounded(result))
 
 

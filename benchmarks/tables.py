@@ -135,7 +135,7 @@ def gpu(body: Body) -> str:
 
 
 def preparation(body: Body) -> str:
-    """A corpus against a plain loop; random crops, memory and the table of structures."""
+    """A corpus against a plain loop; random crops and memory."""
     loop = body["preparation"]["loop"]
     rows = [["plain loop, one process", _s(loop["wall_s"]), "", _mb(loop["bytes"]), "", loop["masks"]]]
     for name, found in body["preparation"].items():
@@ -148,9 +148,8 @@ def preparation(body: Body) -> str:
             size = name.removeprefix("crops_of_").replace("x", " x ")
             speed = f"{found['crop_ms']:.3g} ms, {found['faster']:.3g} x faster than reading both .nii.gz"
             more.append([f"random 128³ crop of image and labels, {size}", speed])
-    peak, manifest = body["memory"]["peak_above_idle_in_volumes"], body["manifest"]
+    peak = body["memory"]["peak_above_idle_in_volumes"]
     more.append(["peak memory above idle, 512 x 512 x 600", f"{peak:.2f} x the volume as stored"])
-    more.append([f"open and filter a table of {manifest['rows']:,} structures", _s(manifest["open_and_filter_s"])])
     return f"{table(['', 'wall time', 'faster', 'size', 'smaller', 'masks'], rows)}\n\n{table(['', 'measured'], more)}"
 
 

@@ -127,10 +127,10 @@ def chart(
         yield figure, figure.add_axes((left / width_px, bottom / height_px, *size))
 
 
-def svg_of(figure: Figure) -> str:
-    """A figure as an SVG file, on white; called in the block of ``chart``."""
+def svg_of(figure: Figure, ground: str = "white") -> str:
+    """A figure as the text of an SVG file; called in the block of ``chart``."""
     data = io.StringIO()
-    figure.savefig(data, format="svg", metadata={"Date": None, "Creator": None}, facecolor="white")
+    figure.savefig(data, format="svg", metadata={"Date": None, "Creator": None}, facecolor=ground)
     return data.getvalue()
 
 
@@ -143,9 +143,7 @@ def svg_in_page(figure: Figure, label: str) -> Any:
     """
     from markupsafe import Markup, escape
 
-    data = io.StringIO()
-    figure.savefig(data, format="svg", metadata={"Date": None, "Creator": None})
-    text = data.getvalue()
+    text = svg_of(figure, ground="none")
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same names would recur in each drawing of a page
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -241,19 +242,16 @@ def score_tables(rows: Sequence[Row]) -> list[Table]:
 def own_scores(run: SavedRun, strategy: PromptStrategy) -> list[Table]:
     """The protocol's own scores, which only ``results.json`` has, one per column; no table where it has none."""
     rows: dict[tuple[str, str], dict[str, Cell]] = {}
-    names: dict[str, None] = {}
     for line in run.results.get("scores", []):
-        of_strategy = tuple(line.get(k) for k in ("protocol", "policy", "prompt"))
-        if of_strategy != (strategy.protocol, strategy.policy, strategy.prompt):
-            continue
-        if line.get("score", "").startswith(_IN_THE_TABLES):
+        name = line.get("score", "")
+        if name.startswith(_IN_THE_TABLES) or any(line.get(k) != v for k, v in asdict(strategy).items()):
             continue
         low, high = line.get("interval") or (math.nan, math.nan)
         value = math.nan if line.get("value") is None else float(line["value"])
-        e = Estimate(value, low, high, int(line.get("subjects", 0)), int(line.get("measurements", 0)))
-        rows.setdefault((str(line.get("group", "")), str(line["model"])), {})[line["score"]] = estimate_cell(e, 3)
-        names[line["score"]] = None
-    cells = [[group, model, *(found.get(n, "") for n in names)] for (group, model), found in rows.items()]
+        who = (str(line.get("group", "")), str(line["model"]))
+        rows.setdefault(who, {})[name] = estimate_cell(Estimate(value, low, high, 0, 0), 3)
+    names = list(dict.fromkeys(name for found in rows.values() for name in found))
+    cells = [[*who, *(found.get(name, "") for name in names)] for who, found in rows.items()]
     return [Table(["group", "model", *names], cells, left=2)] if cells else []
 
 
