@@ -1,4 +1,4 @@
-# make demo | app | test | lint | bench. Each makes .venv and installs what it needs, once; only Python >= 3.11, pip and make are assumed.
+# make demo | app | test | lint | docs | bench. Each makes .venv and installs what it needs, once; only Python >= 3.11, pip and make are assumed.
 #   SAMED3D_VENV=DIR   use (or make) that environment instead of .venv
 #   PYTHON=python3.12  make the environment with that interpreter
 #   ARGS="..."         further arguments of the command
@@ -23,7 +23,7 @@ NEEDED_DEV := $(NEEDED_SERVE) jinja2 matplotlib accelerate torchio pydicom highd
 # True where an environment that already existed holds all of these packages (-I: do not count this folder itself).
 HAS = $(PY) -I -c "import sys; from importlib.util import find_spec; sys.exit(any(find_spec(n) is None for n in sys.argv[1:]))"
 
-.PHONY: demo app viewer test test-browser lint bench help
+.PHONY: demo app viewer test test-browser lint docs bench help
 help:
 	@sed -n '1,4s/^# *//p' Makefile
 
@@ -49,6 +49,11 @@ lint: $(DEV)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# The pages of docs/ and the API reference as a site, in site/. A warning is an error.
+docs: $(DEV)
+	$(PIP) install -q $(CONSTRAINT) -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 bench: $(DEV)
 	$(PY) benchmarks/collect.py $(ARGS)

@@ -294,7 +294,7 @@ def test_no_file_is_over_16_mib():
 
 # The README's code layout
 
-GENERATED = {"runs", "out", "build", "dist", "wandb", "corpus", "vendor", "node_modules", "__pycache__"}
+GENERATED = {"runs", "out", "build", "dist", "site", "wandb", "corpus", "vendor", "node_modules", "__pycache__"}
 
 
 def layout_lines() -> list[str]:
