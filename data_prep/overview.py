@@ -165,7 +165,7 @@ def _by_source(corpus: Corpus) -> Table:
 
 
 def _examples(corpus: Corpus, count: int) -> dict[str, list[tuple[CaseRecord, LabelRecord]]]:
-    """Category to a few structures: with image before without, of middling size first, one per source before any second."""
+    """Category to a few structures: with image first, then of middling size, one per source before any second."""
     held: dict[str, list[tuple[CaseRecord, LabelRecord]]] = defaultdict(list)
     for case in corpus.cases:
         if not case.channel or case.channel.endswith("_0000"):
