@@ -10,13 +10,13 @@ import pytest
 from data_prep.pipeline import cached_corpus
 from samed3d.data.corpus import Corpus
 from samed3d.models.weights import find_checkpoint, read_header
-from samed3d.training.before_after import Score, choose_targets, compare, to_markdown
+from samed3d.training.before_after import ClickScore, choose_targets, compare, to_markdown
 from samed3d.training.finetune import exposure_of, split_subjects
 from tests.corpus_sources import make_source
 
 
-def scores(values: dict[tuple[str, int], float]) -> list[Score]:
-    return [Score(f"case of {who}", who, "0/1 a", seed, 1, dice) for (who, seed), dice in values.items()]
+def scores(values: dict[tuple[str, int], float]) -> list[ClickScore]:
+    return [ClickScore(f"case of {who}", who, "0/1 a", seed, 1, dice) for (who, seed), dice in values.items()]
 
 
 def test_the_split_keeps_a_fifth_and_at_least_one_by_subject(tmp_path):
@@ -47,7 +47,7 @@ def test_the_table_compares_with_the_chance_of_the_clicks():
     [unsure] = compare(before, [replace(s, dice=s.dice + (0.35 if s.seed else -0.05)) for s in before])
     assert unsure.change == pytest.approx(0.15) and not unsure.beyond_noise
     text = to_markdown([line, unsure], before, "default", [("p", "trained on"), ("q", "never")])
-    assert "2 structures of 2 kept-back subjects, 2 seeds of the clicks" in text
+    assert "2 structures of 2 held-out subjects, 2 seeds of the clicks" in text
     assert "| 1 | 0.350 | 0.650 | +0.300 | +0.300 to +0.300 | ± 0.141 | yes | 100% |" in text
     assert (
         "`default` was trained on p: its Dice before is not that of an unseen subject" in text

@@ -71,7 +71,7 @@ def test_five_cases_in_one_command(base, five, tmp_path, capsys):
     out = tmp_path / "run"
     assert command(base, five, out) == 0
     shown = capsys.readouterr().out
-    assert "2 structures of 1 kept-back subject, 2 seeds of the clicks" in shown
+    assert "2 structures of 1 held-out subject, 2 seeds of the clicks" in shown
     assert (out / "table.md").read_text() in shown
     lines = json.loads((out / "table.json").read_text())["here"]
     assert [line["click"] for line in lines] == [1, 3, 5]
@@ -404,7 +404,7 @@ def test_the_default_on_five_real_volumes_that_it_never_saw(data_dir, tmp_path, 
     arguments = ["--steps", "3", "--structures", "2", "--seeds", "1", "--adapter", "lora"]
     assert main(["train", "--finetune", "default", "--data", str(folder), "-o", str(out), *arguments]) == 0
     shown = capsys.readouterr().out
-    assert "2 structures of 1 kept-back subject, 1 seed of the clicks" in shown
+    assert "2 structures of 1 held-out subject, 1 seed of the clicks" in shown
     assert "was trained on" not in shown  # the default held this source out
     assert len(read_header(out / "model.safetensors")["trained_on"]["mouse_brain_fvb_mr"]) == 4
     assert (out / "model.safetensors").stat().st_size < 8 << 20  # LoRA and decoder, not the base

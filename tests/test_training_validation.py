@@ -13,13 +13,14 @@ import torch
 from samed3d.config import TrainConfig, load_config
 from samed3d.data.corpus import Corpus, in_validation
 from samed3d.errors import InputError
+from samed3d.evaluation.measuring import dice_by_click
 from samed3d.geometry import Grid
 from samed3d.models import load
 from samed3d.models.weights import read_header
 from samed3d.training import validation
 from samed3d.training.loop import train
 from samed3d.training.start import make_accelerator
-from samed3d.training.validation import Validation, click_through, held_cases
+from samed3d.training.validation import Validation, held_cases
 from samed3d.volume import Volume
 from tests.corpus_sources import store_case, store_corpus
 from tests.test_training import SMALL, metrics, narrow_model
@@ -111,7 +112,8 @@ def test_clicks_follow_the_error_and_a_perfect_mask_keeps_its_dice():
     target = np.zeros(SHAPE, bool)
     target[6:14, 4:12, 4:12] = True  # 4 of 8 slices lie in the lower half
     painter = Painter(target)
-    found = click_through(painter, target, 4, np.random.default_rng(0), 1)
+    volume = Volume(np.zeros(SHAPE, np.float32), Grid(SHAPE), "memory")
+    found = dice_by_click(painter, volume, target, 4, np.random.default_rng(0))
     assert found == pytest.approx([2 / 3, 1.0, 1.0, 1.0]) and len(painter.clicks) == 2
     first, second = (tuple(int(v) for v in reversed(p.at)) for p in painter.clicks)
     assert target[first] and target[second] and second[0] >= 10, "the second click is in what was missed"
@@ -119,7 +121,9 @@ def test_clicks_follow_the_error_and_a_perfect_mask_keeps_its_dice():
 
 def test_the_best_is_chosen_by_the_last_click_and_pictures_are_written(corpus, tmp_path, monkeypatch):
     dice = iter([[0.5, 0.6], [0.9, 0.5]])
-    monkeypatch.setattr(Validation, "measure", lambda self, model, step, stopped: validation.Found(next(dice), 3, 0.1))
+    monkeypatch.setattr(
+        Validation, "measure", lambda self, model, step, stopped: validation.ValidationResult(next(dice), 3, 0.1)
+    )
     folder = train(config_of(corpus, tmp_path / "run"), quiet=True)
     rows = [r for r in metrics(folder) if "validation_dice" in r]
     assert [(r["step"], r["validation_dice"], r["structures"]) for r in rows] == [
@@ -161,25 +165,25 @@ def test_a_damaged_case_is_passed_over(corpus, tmp_path, monkeypatch, caplog):
     config = config_of(corpus, tmp_path)
     whole = Validation(config, make_accelerator(config), tmp_path)
     bad = whole.held[0].case.id
-    read = validation.Held.read
+    read = validation.ValidationCase.read
 
-    def damaged(self: validation.Held) -> Volume:
+    def damaged(self: validation.ValidationCase) -> Volume:
         if self.case.id == bad:
             raise OSError("cut off")
         return read(self)
 
-    monkeypatch.setattr(validation.Held, "read", damaged)
+    monkeypatch.setattr(validation.ValidationCase, "read", damaged)
     found = whole.measure(narrow_model().eval(), 1, lambda: False)
-    assert found.structures == 2 * 2 and f"passes over a damaged case: {bad} (cut off)" in caplog.text
+    assert found.structures == 2 * 2 and f"leaves out a damaged case: {bad} (cut off)" in caplog.text
 
 
 def test_nothing_to_measure_is_refused_before_the_run(corpus, tmp_path):
     with pytest.raises(
         InputError,
-        match=r"validation\.every is 2, but no labelled image of .* is held back; raise data\.validation_share",
+        match=r"validation\.every is 2, but no labelled image of .* is held out; raise data\.validation_share",
     ):
         train(config_of(corpus, tmp_path / "run", "data.validation_share=0"), quiet=True)
-    with pytest.raises(InputError, match=r"no labelled image of data\.corpus \(empty\) is held back"):
+    with pytest.raises(InputError, match=r"no labelled image of data\.corpus \(empty\) is held out"):
         train(
             load_config(TrainConfig, None, [*SMALL, "validation.every=1", f"run.folder={tmp_path / 'b'}"]), quiet=True
         )

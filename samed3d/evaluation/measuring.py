@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from samed3d.errors import InputError
 from samed3d.evaluation.cases import LabelledCase, LoadedCase
-from samed3d.evaluation.methods import MeteredSession, Method
+from samed3d.evaluation.methods import MeteredSession, Method, MethodSession
 from samed3d.evaluation.protocols.base import EvaluationProtocol, EvaluationSettings, StructureRun, StructureTask, Turn
 from samed3d.evaluation.protocols.samed3d import prompt_structure
 from samed3d.evaluation.results import PROMPT_KEY, Row
 from samed3d.metrics import dice, surface_scores, volume_error
 from samed3d.prompts import prompt_to_json
+from samed3d.volume import Volume
 from samed3d.volume.label_maps import EmptyLabelError
 
 logger = logging.getLogger(__name__)
@@ -68,21 +69,33 @@ def measure(
             for click in range(rows[-1]["click"] + 1, protocol.clicks(settings) + 1):
                 rows.append(rows[-1] | {"click": click, "seconds": 0.0, "encode_seconds": 0.0, "added_voxels": 0})
         results.rows += rows
-        files = {"image": str(case.image_path), "labels_file": str(case.label_path)}
+        files = {"image": str(case.image_path), "labels_file": str(case.label_path), "modality": case.modality}
         results.lines.append({key: about[key] for key in PROMPT_KEY} | files | {"turns": turns})
     return results
 
 
-def dice_by_click(session: MeteredSession, task: StructureTask, object_id: int = 1) -> list[float]:
+def dice_by_click(
+    session: MethodSession,
+    volume: Volume,
+    target: NDArray[np.bool_],
+    clicks: int,
+    rng: np.random.Generator,
+    object_id: int = 1,
+) -> list[float]:
     """Dice of a structure's whole mask after each click of protocol ``samed3d``; a perfect mask keeps its Dice.
 
     Args:
-        session: On the task's volume.
-        task: The structure.
+        session: On the volume.
+        volume: The image.
+        target: (D, H, W) bool, not empty.
+        clicks: How many.
+        rng: Of the first click.
         object_id: Not used before on ``session``.
     """
-    found = [dice(turn.mask, task.target) for turn in prompt_structure(session, task, object_id)]
-    return found + found[-1:] * (task.clicks - len(found))
+    task = StructureTask(volume, target, rng, clicks)
+    turns = prompt_structure(MeteredSession(session, volume, "model"), task, object_id)
+    found = [dice(turn.mask, target) for turn in turns]
+    return found + found[-1:] * (clicks - len(found))
 
 
 def measurable(

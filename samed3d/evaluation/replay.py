@@ -95,7 +95,7 @@ def _read(line: dict[str, Any]) -> LoadedCase:
         if not path.exists():
             raise InputError(f"the file is not there any more: {path}")
     if image.is_file() and image.suffix != ".npz":
-        return LoadedCase(read_volume(image), read_label_map(labels)[0])
+        return LoadedCase(read_volume(image, modality=line.get("modality")), read_label_map(labels)[0])
     folder = image if image.is_dir() else image.parent
     for case in find_cases([folder], TrainingSplit(), "all"):
         if (case.source, case.case) == (line["source"], line["case"]):

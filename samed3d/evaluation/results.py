@@ -42,7 +42,7 @@ An empty cell means "does not apply" or "not measured". A perfect mask gets no f
 protocol's own such as ``DSC_AUC``). An interval is null where there is one subject.
 
 ``prompts.jsonl``: one line per model, protocol, case, structure, seed, policy and first prompt, from which every mask
-can be made again: ``model protocol source case label seed policy prompt image labels_file turns``; ``turns`` is a list
+can be made again: ``model protocol source case label seed policy prompt image labels_file modality turns``; ``turns`` is a list
 of ``{"click": n, "prompts": [...]}`` with prompts as in ``docs/click.md``, in ijk of the image.
 """
 

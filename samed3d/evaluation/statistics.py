@@ -1,8 +1,7 @@
 """Statistics of result rows: means with bootstrap intervals, click curves, clicks to a quality, paired tests.
 
 Structures and seeds of one subject are not independent: the bootstrap draws subjects, each with everything that was
-measured on it. Structures weigh equally within a mean. ``summarise`` and ``score_series`` make the ``summary`` and
-``scores`` of ``results.json``; ``headline``, ``model_curves`` and ``differences`` the numbers of reports.
+measured on it. Structures weigh equally within a mean.
 """
 
 from __future__ import annotations
@@ -80,47 +79,30 @@ class PairedDifference:
     unpaired: int = 0
 
 
-def mean_with_interval(
-    values: Sequence[float], subjects: Sequence[Hashable], rng: np.random.Generator | None = None, draws: int = DRAWS
-) -> Estimate:
-    """The mean of some values with a 95 % percentile bootstrap interval over subjects.
+def mean_with_interval(values: Sequence[float], subjects: Sequence[Hashable]) -> Estimate:
+    """The mean of some values with a 95 % percentile bootstrap interval over the subject of each value; nan is missing.
 
-    Args:
-        values: One per measurement; nan counts as missing.
-        subjects: The subject of each value.
-        rng: Of the draws; None takes seed 0, so that the same values give the same interval.
-        draws: Number of bootstrap draws.
+    The draws have a fixed seed, so that the same values give the same interval.
 
     Raises:
-        ValueError: if they differ in length.
+        ValueError: if the two differ in length.
 
     Source:
         Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 13.3; clusters drawn whole.
     """
-    sums, counts, missing = _per_subject(values, subjects)
+    sums, counts = _per_subject(values, subjects)
     total = int(counts.sum())
+    low = high = math.nan
+    if len(sums) > 1:
+        low, high = map(float, np.percentile(_drawn_means(sums, counts), [50 * (1 - LEVEL), 50 * (1 + LEVEL)]))
     mean = float(sums.sum() / total) if total else math.nan
-    if len(sums) < 2:
-        return Estimate(mean, math.nan, math.nan, len(sums), total, missing)
-    low, high = np.percentile(_drawn_means(sums, counts, rng, draws), [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
-    return Estimate(mean, float(low), float(high), len(sums), total, missing)
+    return Estimate(mean, low, high, len(sums), total, len(values) - total)
 
 
 def paired_difference(
-    first: Mapping[Hashable, float],
-    second: Mapping[Hashable, float],
-    subject_of: Mapping[Hashable, Hashable],
-    rng: np.random.Generator | None = None,
-    draws: int = DRAWS,
+    first: Mapping[Hashable, float], second: Mapping[Hashable, float], subject_of: Mapping[Hashable, Hashable]
 ) -> PairedDifference:
-    """Compare two models on the measurements that both have.
-
-    Args:
-        first: The first model's score of each measurement, by a key for structure, seed and click.
-        second: The second model's scores.
-        subject_of: The subject of each key.
-        rng: Of the draws; None takes seed 0.
-        draws: Number of bootstrap draws.
+    """Compare two models on the measurements that both have; keys are structure, seed and click.
 
     Raises:
         ValueError: if they have no measurement in common.
@@ -130,16 +112,15 @@ def paired_difference(
         raise ValueError("the two have no measurement in common")
     differences = np.array([first[k] - second[k] for k in keys])
     subjects = [subject_of[k] for k in keys]
-    sums, counts, _ = _per_subject(differences, subjects)
-    estimate = mean_with_interval(differences.tolist(), subjects, rng, draws)
+    sums, counts = _per_subject(differences, subjects)
     p_bootstrap = math.nan
     if len(sums) > 1:
-        means = _drawn_means(sums, counts, rng, draws)
+        means = _drawn_means(sums, counts)
         # One is added to both so that no p is zero: the bootstrap resolves no less than one in its draws.
         tail = min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0))
-        p_bootstrap = min(1.0, 2 * (tail + 1) / (draws + 1))
+        p_bootstrap = min(1.0, 2 * (tail + 1) / (DRAWS + 1))
     return PairedDifference(
-        estimate,
+        mean_with_interval(differences.tolist(), subjects),
         p_bootstrap,
         wilcoxon(sums / counts),
         better=int(np.count_nonzero(differences > 0)),
@@ -175,44 +156,32 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _per_subject(values: Sequence[float] | NDArray, subjects: Sequence[Hashable]) -> tuple[NDArray, NDArray, int]:
-    """Sum and number of each subject's values, and how many values were nan."""
+def _per_subject(values: Sequence[float] | NDArray, subjects: Sequence[Hashable]) -> tuple[NDArray, NDArray]:
+    """Sum and number of each subject's values that are not nan."""
     if len(values) != len(subjects):
         raise ValueError(f"values and subjects must have one length, got {len(values)} and {len(subjects)}")
-    numbers: dict[Hashable, int] = {}
-    index = np.array([numbers.setdefault(s, len(numbers)) for s in subjects], dtype=np.int64)
-    array = np.asarray(values, dtype=np.float64)
-    known = ~np.isnan(array)
-    sums = np.bincount(index[known], weights=array[known], minlength=len(numbers))
-    counts = np.bincount(index[known], minlength=len(numbers))
-    return sums[counts > 0], counts[counts > 0].astype(np.float64), int(np.count_nonzero(~known))
+    known = [(value, subject) for value, subject in zip(values, subjects, strict=True) if not math.isnan(value)]
+    by_subject = group_by(known, lambda pair: pair[1]).values()
+    sums = np.array([sum(value for value, _ in mine) for mine in by_subject], dtype=np.float64)
+    return sums, np.array([len(mine) for mine in by_subject], dtype=np.float64)
 
 
-def _drawn_means(sums: NDArray, counts: NDArray, rng: np.random.Generator | None, draws: int) -> NDArray[np.float64]:
+def _drawn_means(sums: NDArray, counts: NDArray) -> NDArray[np.float64]:
     """The mean of each draw of as many subjects as there are."""
-    times = _default_draws(len(sums), draws) if rng is None else _draw(len(sums), draws, rng)
+    times = _draws(len(sums))
     return (times @ sums) / (times @ counts)
 
 
 @lru_cache(maxsize=32)  # a report asks for thousands of intervals over the same few numbers of subjects
-def _default_draws(subjects: int, draws: int) -> NDArray[np.float32]:
-    return _draw(subjects, draws, np.random.default_rng(0))
-
-
-def _draw(subjects: int, draws: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    """How often each subject is drawn, (draws, subjects)."""
-    return rng.multinomial(subjects, np.full(subjects, 1 / subjects), size=draws).astype(np.float32)
+def _draws(subjects: int) -> NDArray[np.float32]:
+    """How often each subject is drawn, (DRAWS, subjects)."""
+    chances = np.full(subjects, 1 / subjects)
+    return np.random.default_rng(0).multinomial(subjects, chances, size=DRAWS).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Clicks needed for a Dice of ``quality``.
-
-    Attributes:
-        quality: The Dice.
-        clicks: Mean number of clicks; one more than were given where the quality was not reached.
-        failed: Share of click curves that did not reach it.
-    """
+    """Mean clicks to a Dice of ``quality`` (one more than were given where it was not reached), and share of failures."""
 
     quality: float
     clicks: Estimate
@@ -337,7 +306,7 @@ def corrected(found: Sequence[tuple[str, str, str, PairedDifference]]) -> list[C
 
 
 def compare_rows(first: Sequence[Row], second: Sequence[Row]) -> list[tuple[str, PairedDifference]]:
-    """Paired differences of two models by structure and seed; empty where they share none, or no click."""
+    """Paired differences of two models by structure and seed; none where they share no structure or no click."""
     shared = sorted(set(clicks_of(first)) & set(clicks_of(second)))
     subjects = {structure_key(row): subject_key(row) for row in (*first, *second)}
     scores = [_scores_by_structure(rows, shared) for rows in (first, second)]
@@ -367,24 +336,21 @@ def click_text(click: int) -> str:
 
 
 def summarise(rows: Sequence[Row], clicks: Sequence[int]) -> list[dict[str, Any]]:
-    """The ``summary`` of ``results.json``: means per model, prompt strategy, group or source, and click.
+    """The ``summary`` of ``results.json``: means per model, prompt strategy, group or source, and click of ``clicks``.
 
-    Args:
-        rows: Of ``cases.csv``.
-        clicks: Which clicks to report; protocols with a fixed number of clicks report all of theirs, a first box or
-            scribble is click 0.
+    Protocols with a fixed number of clicks report all of theirs; a first box or scribble is click 0.
     """
     lines = []
     for key, mine in group_by(rows, _model_and_strategy).items():
         protocol = PROTOCOLS.get(key[1])
         fixed = protocol is not None and protocol.fixed_clicks is not None
+        shown = [click for click in clicks_of(mine) if fixed or click == 0 or click in clicks]
         for column in protocol.summary_columns if protocol else ("group", "source"):
             for value in sorted({row[column] for row in mine}):
-                by_click = group_by([row for row in mine if row[column] == value], lambda row: int(row["click"]))
-                for click in sorted(by_click):
-                    if fixed or click == 0 or click in clicks:
+                for click in shown:
+                    if chosen := [row for row in mine if row[column] == value and row["click"] == click]:
                         about = dict(zip(_MODEL_AND_STRATEGY, key, strict=True))
-                        lines.append(about | {"by": column, "value": value, "click": click} | _means(by_click[click]))
+                        lines.append(about | {"by": column, "value": value, "click": click} | _means(chosen))
     return lines
 
 

@@ -25,7 +25,7 @@ from samed3d.models import load, load_promptable
 from samed3d.models.base import PromptableModel
 from samed3d.models.weights import ADAPTER_KEY, amend_header, find_checkpoint, read_header, read_weights, tensors_sha256
 from samed3d.output import replacing, write_json, write_text
-from samed3d.training.before_after import Change, Score, Target, choose_targets, compare, measure, to_markdown
+from samed3d.training.before_after import ClickScore, DiceChange, Target, choose_targets, compare, measure, to_markdown
 from samed3d.training.loop import train
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class Finetuned:
     """Run folder (``model.safetensors``, ``table.md``, ``table.json``, ``scores.csv``), and the table as lines and text."""
 
     folder: Path
-    changes: list[Change]
+    changes: list[DiceChange]
     table: str
 
 
@@ -189,8 +189,8 @@ def _finished(
     header: dict[str, Any],
     split: Split,
     measured: Mapping[str, Sequence[Target]],
-    before: Mapping[str, list[Score]],
-    after: Mapping[str, list[Score]],
+    before: Mapping[str, list[ClickScore]],
+    after: Mapping[str, list[ClickScore]],
 ) -> Finetuned:
     """Write ``table.md``, ``table.json``, ``scores.csv``, and the model's header: its base and its training subjects."""
     changes = {place: compare(before[place], after[place]) for place in measured}
@@ -227,7 +227,7 @@ def _finished(
 
 def _measure_all(
     model: PromptableModel, measured: Mapping[str, Sequence[Target]], seeds: int, what: str
-) -> dict[str, list[Score]]:
+) -> dict[str, list[ClickScore]]:
     """Scores by place; empty on all processes but the first."""
     if os.environ.get("RANK", "0") != "0":
         return {}
@@ -321,7 +321,7 @@ def _fitted_to(config: TrainConfig, minutes: float) -> TrainConfig:
     return replace(config, optim=replace(config.optim, steps=steps, warmup_steps=max(1, round(WARMUP_SHARE * steps))))
 
 
-def _stopped_run(out: Path, base: str, split: Split) -> tuple[TrainConfig, dict[str, list[Score]]]:
+def _stopped_run(out: Path, base: str, split: Split) -> tuple[TrainConfig, dict[str, list[ClickScore]]]:
     """Config and first measurement of a stopped run; refused if it had another base or other data."""
     if not (out / "last.pt").is_file() or not (out / BEFORE).is_file():
         raise InputError(
@@ -333,7 +333,7 @@ def _stopped_run(out: Path, base: str, split: Split) -> tuple[TrainConfig, dict[
             f"--resume must be given the --finetune and --data that {out} was started with ({config.model.weights})"
         )
     before = json.loads((out / BEFORE).read_text(encoding="utf-8"))
-    return config, {place: [Score(**score) for score in scores] for place, scores in before.items()}
+    return config, {place: [ClickScore(**score) for score in scores] for place, scores in before.items()}
 
 
 def _done(out: Path) -> int:

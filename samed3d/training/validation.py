@@ -1,9 +1,7 @@
-"""Validation while a run goes on: simulated clicks on whole volumes of subjects that are never trained on.
+"""Validation during training: simulated clicks on whole volumes of held-out subjects, as ``samed3d evaluate`` does.
 
-The rule is that of ``samed3d evaluate`` with protocol ``samed3d`` and its user ``centre``: native grid, full mask, the
-first click uniform in the structure, each next one in the middle of the largest error, no ground truth but through the
-clicks. The cases are drawn once per run and shared out over the processes. Read ``evaluation/protocols/samed3d.py`` for
-other users.
+The protocol is ``samed3d`` with the click policy ``centre``. The cases are drawn once per run and distributed over the
+processes.
 """
 
 from __future__ import annotations
@@ -17,21 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from samed3d.clicks import next_click
 from samed3d.config import TrainConfig
 from samed3d.data.corpus import CaseRecord, Corpus, LabelRecord
 from samed3d.data.sampling import in_validation_part, split_weight
 from samed3d.data.semantic import class_number
 from samed3d.errors import InputError
-from samed3d.geometry import RAS_DIRECTION, Grid, as_triple, zyx_to_ijk
+from samed3d.evaluation.cases import corpus_volume
+from samed3d.evaluation.measuring import dice_by_click
 from samed3d.inference.session import Session
 from samed3d.inference.sliding_window import segment_volume
 from samed3d.metrics import dice
 from samed3d.models.base import AnyModel, SemanticModel
-from samed3d.prompts import Point
 from samed3d.volume import Volume
 
 if TYPE_CHECKING:
@@ -40,32 +35,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MIN_VOXELS = 100
-"""Structures with fewer voxels are not measured: a few voxels more or less would be all that counts."""
+"""Structures with fewer voxels are not measured, because a few voxels would decide their Dice."""
 PICTURES = 4
-"""Cases of which a picture is written at each validation."""
+"""Number of cases of which each validation writes a picture."""
 
 
 @dataclass
-class Held:
-    """An image of validation and its structures that are clicked."""
+class ValidationCase:
+    """An image of validation and its structures that are measured."""
 
     corpus: Corpus
     case: CaseRecord
     labels: list[LabelRecord]
 
     def read(self) -> Volume:
-        """The whole image, as a volume in canonical axes."""
-        z, y, x = self.case.spacing_zyx_mm
-        return Volume(
-            np.asarray(self.corpus.image(self.case)[:]),
-            Grid(self.case.shape_zyx, (x, y, z), direction_lps=RAS_DIRECTION),
-            self.case.id,
-            self.case.modality,
-        )
+        """The whole image."""
+        return corpus_volume(self.corpus, self.case)
 
 
 @dataclass
-class Found:
+class ValidationResult:
     """Mean Dice over structures after each click, how many structures, and the seconds it took."""
 
     dice: list[float]
@@ -74,64 +63,66 @@ class Found:
 
 
 class Validation:
-    """The held-back volumes of a run.
+    """The held-out volumes of a run.
 
     Raises:
-        InputError: if the corpus holds no subject back.
+        InputError: if no subject of the corpus is held out.
     """
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator, folder: Path) -> None:
         self.config, self.accelerator, self.folder = config, accelerator, folder
         self.held = held_cases(config)
 
-    def measure(self, model: AnyModel, step: int, stopped: Callable[[], bool]) -> Found | None:
-        """Click through this process's share of the cases and gather; None if the run was asked to stop meanwhile.
-
-        An automatic model is not clicked: its one Dice per structure stands where the clicks would.
+    def measure(self, model: AnyModel, step: int, stopped: Callable[[], bool]) -> ValidationResult | None:
+        """Measure this process's share of the cases and gather; None if the run was asked to stop meanwhile.
 
         Args:
-            model: Left in eval mode.
+            model: In eval mode; a semantic segmentation model has one Dice per structure instead of one per click.
             step: For the names of the pictures.
-            stopped: Asked between structures.
+            stopped: Called between cases.
         """
         began = time.monotonic()
         rows: list[list[float]] = []
-        broken = False
+        interrupted = False
         for number in range(self.accelerator.process_index, len(self.held), self.accelerator.num_processes):
-            if broken := stopped():
+            if interrupted := stopped():
                 break
-            rows += self._click(model, number, step)
+            rows += self._measure_case(model, number, step)
         if self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object
 
-            rows, broken = gather_object(rows), any(gather_object([broken]))
-        if broken or not rows:
+            rows, interrupted = gather_object(rows), any(gather_object([interrupted]))
+        if interrupted or not rows:
             return None
-        return Found(np.mean(sorted(rows), axis=0).tolist(), len(rows), time.monotonic() - began)
+        return ValidationResult(np.mean(sorted(rows), axis=0).tolist(), len(rows), time.monotonic() - began)
 
-    def _click(self, model: AnyModel, number: int, step: int) -> list[list[float]]:
+    def _measure_case(self, model: AnyModel, number: int, step: int) -> list[list[float]]:
         """Dice by click of each structure of one case."""
         settings, held = self.config.validation, self.held[number]
         try:
             volume = held.read()
-            layers = {
-                layer: np.asarray(held.corpus.labels(held.case, layer)[:]) for layer in {r.layer for r in held.labels}
-            }
+            layers = {r.layer: np.asarray(held.corpus.labels(held.case, r.layer)[:]) for r in held.labels}
         except (InputError, OSError, RuntimeError, ValueError) as error:
-            logger.warning("validation passes over a damaged case: %s (%s)", held.case.id, error)
+            logger.warning("validation leaves out a damaged case: %s (%s)", held.case.id, error)
             return []
+        targets = [layers[label.layer] == label.value for label in held.labels]
         if isinstance(model, SemanticModel):
-            return automatic_dice(model, volume, layers, held.labels, self.accelerator.device)
+            numbers = {name: number for number, name in enumerate(model.config["class_names"], start=1)}
+            classes = [class_number(label, numbers) for label in held.labels]
+            if not any(classes):
+                return []
+            predicted = segment_volume(volume, model, device=self.accelerator.device)
+            return [[dice(predicted == c, target)] for c, target in zip(classes, targets, strict=True) if c]
         session = Session(volume, model, "cpu" if self.accelerator.device.type == "cpu" else "auto")
         rows = []
-        for position, label in enumerate(held.labels):
+        for position, target in enumerate(targets):
             rng = np.random.default_rng([settings.seed, number, position])
-            rows.append(click_through(session, layers[label.layer] == label.value, settings.clicks, rng, position + 1))
+            rows.append(dice_by_click(session, volume, target, settings.clicks, rng, position + 1))
         if settings.images and number < PICTURES and rows:
             self._draw(session, volume, held, step, rows[0][-1])
         return rows
 
-    def _draw(self, session: Session, volume: Volume, held: Held, step: int, dice: float) -> None:
+    def _draw(self, session: Session, volume: Volume, held: ValidationCase, step: int, dice: float) -> None:
         try:
             from samed3d.drawing import write_preview
 
@@ -144,64 +135,29 @@ class Validation:
             logger.warning("no picture of a validation case: %s", error)
 
 
-def automatic_dice(
-    model: SemanticModel, volume: Volume, layers: dict[int, NDArray], labels: list[LabelRecord], device: torch.device
-) -> list[list[float]]:
-    """Dice, alone in a list, of each structure that is one of the model's classes."""
-    numbers = {name: number for number, name in enumerate(model.config["class_names"], start=1)}
-    known = [(class_number(label, numbers), label) for label in labels if class_number(label, numbers)]
-    if not known:
-        return []
-    predicted = segment_volume(volume, model, device=device)
-    return [[dice(predicted == number, layers[label.layer] == label.value)] for number, label in known]
-
-
-def click_through(
-    session: Session, target: NDArray[np.bool_], clicks: int, rng: np.random.Generator, object_id: int
-) -> list[float]:
-    """Dice of a structure's mask on the whole volume after each click; a perfect mask needs no further click and keeps
-    its Dice.
-
-    Args:
-        session: On the volume.
-        target: (D, H, W) bool, on the volume's grid; not empty.
-        clicks: How many.
-        rng: Of the first click.
-        object_id: Not used before on ``session``.
-    """
-    mask = np.zeros(target.shape, dtype=bool)
-    found: list[float] = []
-    for turn in range(clicks):
-        click = next_click(mask, target, "uniform" if turn == 0 else "centre", rng)
-        if click is not None:
-            session.add(Point(zyx_to_ijk(as_triple(list(click[0]))), click[1]), object_id=object_id)
-            mask = session.mask_of(object_id).astype(bool)
-        found.append(dice(mask, target))
-    return found
-
-
-def held_cases(config: TrainConfig) -> list[Held]:
-    """The cases to measure: held-back subjects that have an image, spread over the sources, the same for the same seed.
+def held_cases(config: TrainConfig) -> list[ValidationCase]:
+    """The cases to measure: held-out subjects that have an image, spread over the sources, the same for the same seed.
 
     Raises:
         InputError: if there are none.
     """
     settings = config.validation
-    by_source: dict[str, list[Held]] = {}
+    by_source: dict[str, list[ValidationCase]] = {}
     for entry in config.data.corpus:
         corpus = Corpus(Path(split_weight(entry)[0]))
         for case in corpus.cases:
             labels = [label for label in case.labels if label.voxels >= MIN_VOXELS]
             if case.has_image and labels and _is_measured(case, config):
-                by_source.setdefault(case.source, []).append(Held(corpus, case, labels))
+                by_source.setdefault(case.source, []).append(ValidationCase(corpus, case, labels))
     rng = np.random.default_rng(settings.seed)
     mixed = [[cases[int(i)] for i in rng.permutation(len(cases))] for _, cases in sorted(by_source.items())]
     mixed = [mixed[int(i)] for i in rng.permutation(len(mixed))]
     chosen = [held for layer in zip_longest(*mixed) for held in layer if held is not None][: settings.cases]
     if not chosen:
+        corpora = ", ".join(config.data.corpus) or "data.corpus (empty)"
         raise InputError(
-            f"validation.every is {settings.every}, but no labelled image of {', '.join(config.data.corpus) or 'data.corpus (empty)'} is "
-            f"held back; raise data.validation_share ({config.data.validation_share:g}) or set validation.every=0"
+            f"validation.every is {settings.every}, but no labelled image of {corpora} is held out; raise "
+            f"data.validation_share ({config.data.validation_share:g}) or set validation.every=0"
         )
     for held in chosen:
         picked = rng.permutation(len(held.labels))[: settings.structures]
