@@ -1,18 +1,14 @@
-"""``samed3d demo``: a generated body, its organs clicked as a user would, and what came of it.
+"""``samed3d demo``: clicks the organs of a generated body, as a user would through ``Session``, and reports the Dice.
 
-The body is made of tissue-like intensities, so it needs no data and no licence; it is not a patient, and its Dice says
-only that the program works. Everything goes through ``Session``, as it does for a user. Read ``inference/session.py``
-next, ``data/phantom.py`` for the body.
+The body has tissue-like intensities and needs neither data nor a licence. It is not a patient: its Dice shows only that
+the program works. Read ``inference/session.py`` next, ``data/phantom.py`` for the body.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +23,7 @@ from samed3d.geometry import zyx_to_ijk
 from samed3d.inference.session import Session
 from samed3d.metrics import dice
 from samed3d.models import load_promptable
+from samed3d.output import write_json
 from samed3d.prompts import Point, dump_prompts
 from samed3d.volume import Volume, write_volume
 
@@ -40,8 +37,7 @@ class OrganResult:
 
     Attributes:
         name: The organ.
-        dice: Overlap with the generated label after each click, 0 to 1; shorter than ``CLICKS`` where a mask became
-            perfect.
+        dice: Dice with the generated label after each click, 0 to 1; fewer than ``CLICKS`` if a mask became perfect.
         seconds: Duration of each click's prediction.
     """
 
@@ -55,15 +51,8 @@ def run_demo(
 ) -> list[OrganResult]:
     """Generate a body, click each organ up to five times, write volume, masks, prompts, picture and table to ``out``.
 
-    Args:
-        out: Folder to write to; made if missing.
-        model: Checkpoint name or ``.safetensors`` file.
-        seed: Seed of the body.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        quiet: Print no table.
-
     Raises:
-        InputError: if the folder cannot be written, or the model or the device is not there.
+        InputError: if the folder cannot be written, or the model or the device is not available.
     """
     started = time.perf_counter()
     pick_device(device)
@@ -75,27 +64,24 @@ def run_demo(
     array, labels, grid, names = anatomical_phantom(np.random.default_rng(seed))
     logger.info("generated a body of %s voxels (i, j, k)", grid.size_ijk)
     session = Session.open(Volume(array, grid, "phantom"), model=network, device=device)
-    results = [_click_organ(session, labels == label, label, name) for label, name in _organs(names, labels)]
+    present = [label for label in np.unique(labels).tolist() if label in names and label != 0]
+    results = [_click_organ(session, labels == label, label, names[label]) for label in present]
 
     write_volume(out / "ct.nii.gz", array, grid)
     session.save(out / "masks.nii.gz")
     dump_prompts(session.objects(), out / "prompts.json")
-    write_preview(
-        out / "preview.png", session.volume, session.labels, session.objects(), title="samed3d demo: a generated body"
-    )
-    _write_results(out / "results.json", results, session, model, seed)
+    title = "samed3d demo: a generated body"
+    write_preview(out / "preview.png", session.volume, session.labels, session.objects(), title=title)
+    organs = [asdict(result) for result in results]
+    body = {"model": model, "seed": seed, "organs": organs, "session": session.report()}
+    write_json(out / "results.json", body)
     if not quiet:
         _print_table(results, out, time.perf_counter() - started)
     return results
 
 
-def _organs(names: dict[int, str], labels: NDArray[np.integer]) -> Iterable[tuple[int, str]]:
-    present = set(np.unique(labels).tolist())
-    return [(label, name) for label, name in sorted(names.items()) if label in present and label != 0]
-
-
 def _click_organ(session: Session, target_mask: NDArray[np.bool_], label: int, name: str) -> OrganResult:
-    """Click the organ's most central voxel, then the centre of whatever is still most wrong."""
+    """Click the organ's most central voxel, then the centre of the largest error."""
     result = OrganResult(name)
     mask = np.zeros_like(target_mask)
     for _ in range(CLICKS):
@@ -111,27 +97,14 @@ def _click_organ(session: Session, target_mask: NDArray[np.bool_], label: int, n
     return result
 
 
-def _write_results(path: Path, results: list[OrganResult], session: Session, model: str, seed: int) -> None:
-    body = {
-        "model": model,
-        "seed": seed,
-        "organs": [{"name": r.name, "dice": r.dice, "seconds": r.seconds} for r in results],
-        "session": session.report(),
-    }
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    partial.write_text(json.dumps(body, indent=1) + "\n")
-    os.replace(partial, path)
-
-
 def _print_table(results: list[OrganResult], out: Path, seconds: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title="Dice after n clicks", title_justify="left", box=None)
     table.add_column("organ", no_wrap=True)
-    for number in range(1, CLICKS + 1):
-        table.add_column(str(number), justify="right")
-    table.add_column("s/click", justify="right")
+    for name in (*map(str, range(1, CLICKS + 1)), "s/click"):
+        table.add_column(name, justify="right")
     for result in results:
         # A mask that became perfect needs no further click: its last Dice stands.
         scores = result.dice + result.dice[-1:] * (CLICKS - len(result.dice))

@@ -1,9 +1,7 @@
-"""Puts the volume viewer (NiiVue, pinned in ``viewer/package-lock.json``) and the shipped checkpoints into the package.
+"""Copies the volume viewer (NiiVue, pinned in ``viewer/package-lock.json``) and the checkpoints into the package.
 
-Runs when the package is built: by ``make`` for the viewer, and by pip and wheel builds through ``BuildPackage``. The
-viewer needs npm and a network once; at run time nothing of node is used. Where npm is missing the package is built
-without the viewer, and ``samed3d app`` says what to do. This file imports nothing of the project, because a build loads
-it alone.
+``make``, pip and wheel builds run it; the viewer needs npm and a network once. Without npm the package is built without
+it. This file imports nothing of the project, because setuptools loads it alone.
 """
 
 from __future__ import annotations
@@ -22,11 +20,9 @@ VIEWER = Path(__file__).resolve().parent / "viewer"
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
 BUILT = Path("vendor") / "niivue.js"
 PUBLISHED = Path("node_modules/@niivue/niivue/dist/index.js")
-NOTICE = """NiiVue {version}, https://github.com/niivue/niivue; licence in ../LICENSE.niivue; sha256 of niivue.js:
-{digest}
-"""
-
+COMMAND = ["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1"]
 NPM_SECONDS = 120
+_REMEDY = "check the network, then run: make viewer"
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +32,10 @@ class ViewerError(RuntimeError):
 
 
 def fetch(into: Path = VIEWER) -> Path:
-    """Install the pinned viewer with npm and copy its build; an existing copy is kept.
-
-    Args:
-        into: The viewer's folder, which gets ``vendor/niivue.js`` and its notice.
-
-    Returns:
-        The file.
+    """Install the pinned viewer with npm and copy its build, with a notice, to ``into``; an existing copy is kept.
 
     Raises:
-        ViewerError: if npm is not there or fails.
+        ViewerError: if npm is missing or fails.
     """
     target = into / BUILT
     if target.is_file():
@@ -56,28 +46,23 @@ def fetch(into: Path = VIEWER) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("package.json", "package-lock.json"):
             shutil.copy(VIEWER / name, folder)
-        command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1"]
+        run = {"cwd": folder, "capture_output": True, "text": True, "timeout": NPM_SECONDS}
         try:
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=NPM_SECONDS)
+            done = subprocess.run([npm, *COMMAND], check=False, **run)
         except subprocess.TimeoutExpired as error:
-            raise ViewerError(
-                f"npm did not answer within {NPM_SECONDS} s; check the network, then run: make viewer"
-            ) from error
+            raise ViewerError(f"npm did not answer within {NPM_SECONDS} s; {_REMEDY}") from error
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ViewerError(f"npm could not install the viewer ({reason}); check the network, then run: make viewer")
+            raise ViewerError(f"npm could not install the viewer ({reason}); {_REMEDY}")
         body = (Path(folder) / PUBLISHED).read_bytes()
-        version = _version((Path(folder) / "package.json").read_text())
+        version = json.loads((Path(folder) / "package.json").read_text())["dependencies"]["@niivue/niivue"]
     target.parent.mkdir(parents=True, exist_ok=True)
-    (target.parent / "NOTICE").write_text(NOTICE.format(version=version, digest=hashlib.sha256(body).hexdigest()))
+    source = f"NiiVue {version}, https://github.com/niivue/niivue; licence in ../LICENSE.niivue"
+    (target.parent / "NOTICE").write_text(f"{source}; sha256 of niivue.js:\n{hashlib.sha256(body).hexdigest()}\n")
     partial = target.with_name("niivue.js.part")
     partial.write_bytes(body)
     partial.replace(target)
     return target
-
-
-def _version(package: str) -> str:
-    return str(json.loads(package)["dependencies"]["@niivue/niivue"])
 
 
 class BuildPackage(build_py):
