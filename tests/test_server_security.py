@@ -18,7 +18,7 @@ pytest.importorskip("fastapi", reason="the server needs samed3d[serve]")
 from samed3d.apps.client import update_from_json
 from samed3d.apps.server.files import confined, safe_name
 from samed3d.apps.server.security import Access, ApiError, check_binding
-from samed3d.apps.server.service import Metrics, update_to_json
+from samed3d.apps.server.service import ServerOptions, Service, update_to_json
 from samed3d.apps.server.sessions import Limits, Registry
 from samed3d.cli import main
 from samed3d.errors import InputError
@@ -228,19 +228,18 @@ def test_the_registry_survives_a_damaged_session_file(tmp_path):
 
 
 def test_counters_as_prometheus_text(tmp_path):
-    registry = Registry(tmp_path / "s", tiny_model)
-    metrics = Metrics(registry)
-    metrics.requests.labels("GET", "/x", 200).inc()
-    metrics.predictions.observe(0.2)
-    metrics.predictions.observe(40.0)
-    registry.create()
-    lines = metrics.text().decode().splitlines()
+    service = Service(ServerOptions(tmp_path / "s"), tiny_model)
+    service.requests.labels("GET", "/x", 200).inc()
+    service.predictions.observe(0.2)
+    service.predictions.observe(40.0)
+    service.registry.create()
+    lines = service.metrics().decode().splitlines()
     assert 'samed3d_prediction_seconds_bucket{le="0.25"} 1.0' in lines
     assert 'samed3d_prediction_seconds_bucket{le="+Inf"} 2.0' in lines
     assert 'samed3d_requests_total{method="GET",route="/x",status="200"} 1.0' in lines
     assert "samed3d_sessions_stored 1.0" in lines and "samed3d_sessions_loaded 0.0" in lines
     assert next(float(line.split()[1]) for line in lines if line.startswith("process_resident_memory_bytes")) > 2**20
-    registry.close()
+    service.registry.close()
 
 
 def test_serve_says_what_is_wrong_before_it_listens(tmp_path: Path, monkeypatch, capsys):

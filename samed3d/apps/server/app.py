@@ -162,7 +162,7 @@ def _add_server_routes(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", tags=["server"], response_class=Response)
     async def metrics() -> Response:
         """Counters, as Prometheus text."""
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(service.metrics(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
@@ -183,31 +183,28 @@ def _add_error_answers(app: FastAPI, options: ServerOptions) -> None:
     def answer(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
         return JSONResponse({"detail": inside_folders.sub("", " ".join(message.split()))}, status, headers)
 
-    @app.exception_handler(ApiError)
-    async def api_error(_: Request, error: ApiError) -> Response:
-        return error.response()
-
-    @app.exception_handler(InputError)
-    async def input_error(_: Request, error: InputError) -> Response:
-        return answer(400, str(error))
-
-    @app.exception_handler(RequestValidationError)
-    async def validation_error(_: Request, error: RequestValidationError) -> Response:
+    def invalid(error: RequestValidationError) -> str:
         problems = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()[:5]]
-        return answer(422, "the request does not fit: " + "; ".join(problems))
+        return "the request does not fit: " + "; ".join(problems)
 
-    @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> Response:
-        return answer(error.status_code, str(error.detail), dict(error.headers or {}))
+    answers: dict[type[Exception], Callable[[Any], Response]] = {
+        ApiError: lambda error: error.response(),
+        InputError: lambda error: answer(400, str(error)),
+        RequestValidationError: lambda error: answer(422, invalid(error)),
+        HTTPException: lambda error: answer(error.status_code, str(error.detail), dict(error.headers or {})),
+        # Nobody receives this answer, and nothing is logged.
+        ClientDisconnect: lambda error: answer(499, "the client closed the connection"),
+        Exception: lambda error: answer(500, f"internal error ({type(error).__name__}); see the server's log"),
+    }
 
-    @app.exception_handler(ClientDisconnect)
-    async def client_disconnected(_: Request, error: ClientDisconnect) -> Response:
-        return answer(499, "the client closed the connection")  # nobody receives this answer, and nothing is logged
+    async def answered(request: Request, error: Exception) -> Response:
+        found = next(kind for kind in answers if isinstance(error, kind))
+        if found is Exception:
+            logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return answers[found](error)
 
-    @app.exception_handler(Exception)
-    async def internal_error(request: Request, error: Exception) -> Response:
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return answer(500, f"internal error ({type(error).__name__}); the server's log has the details")
+    for kind in answers:
+        app.add_exception_handler(kind, answered)
 
 
 class _CountAnswers:
@@ -229,7 +226,7 @@ class _CountAnswers:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 route = getattr(scope.get("route"), "path", "other")
-                self.service.metrics.requests.labels(scope["method"], route, message["status"]).inc()
+                self.service.requests.labels(scope["method"], route, message["status"]).inc()
                 message["headers"] = [*message.get("headers", []), *self.HEADERS]
             await send(message)
 

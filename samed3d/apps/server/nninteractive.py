@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import numpy as np
 from fastapi import APIRouter, Depends, Header, Request, Response
@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from samed3d.apps.server import nninteractive_arrays as arrays
 from samed3d.apps.server.security import ApiError
-from samed3d.apps.server.service import Json, Service, SharedService, parse_json
-from samed3d.apps.server.sessions import ServerSession, SessionInfo
+from samed3d.apps.server.service import Json, Service, SessionWork, SharedService, parse_json
+from samed3d.apps.server.sessions import SessionInfo
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple, Region
 from samed3d.inference.session import MaskUpdate, Session
@@ -32,7 +32,6 @@ from samed3d.output import write_json
 from samed3d.prompts import Prompt
 from samed3d.volume import write_volume
 
-T = TypeVar("T")
 PROTOCOL_VERSION = "2.6.0"
 _LONGEST_META = 16 * 1024
 _IMAGE = "image.nii"
@@ -60,11 +59,8 @@ class LeaseState:
     target: str | None = None
 
 
-class Lease:
+class Lease(SessionWork):
     """A client's lease: a session, its state, and the request that names it."""
-
-    def __init__(self, entry: ServerSession, service: Service, request: Request) -> None:
-        self.entry, self.service, self.request = entry, service, request
 
     @property
     def state(self) -> LeaseState:
@@ -81,10 +77,6 @@ class Lease:
     def remaining_seconds(self) -> float:
         """Time until the session is unloaded."""
         return max(0.0, self.service.options.limits.idle_seconds - (time.monotonic() - self.entry.used))
-
-    async def run(self, job: Callable[[Session], T]) -> T:
-        """Run a job on the session in its turn."""
-        return await self.service.registry.use(self.entry, job, self.request.is_disconnected)
 
     async def interact(self, prompts: Callable[[IntTriple], list[Prompt]], predict: bool) -> Response:
         """Add the prompts of one interaction in order, and predict once after the last."""
@@ -104,7 +96,7 @@ class Lease:
                 raise
             self.state = replace(before, steps=(*before.steps, len(updates)))
             if predict:
-                self.service.metrics.predictions.observe(sum(u.seconds for u in updates))
+                self.service.predictions.observe(sum(u.seconds for u in updates))
             return (_combined(session, updates, before.object_id) if predict else None), before.target
 
         return await self.answer(job)
@@ -299,7 +291,7 @@ async def reset_interactions(lease: OneLease) -> Json:
         state = lease.state
         lease.state = replace(state, object_id=state.object_id + bool(state.steps), steps=())
 
-    await lease.service.registry.queue.run(lease.entry.id, job, lease.request.is_disconnected)
+    await lease.service.registry.queue.run(lease.entry.id, job, lease.is_gone)
     return {}
 
 
@@ -361,7 +353,7 @@ async def predict(lease: OneLease) -> Response:
             return None, state.target
         update = session.predict(state.object_id)
         lease.state = replace(state, steps=(*state.steps[:-1], state.steps[-1] + 1))
-        lease.service.metrics.predictions.observe(update.seconds)
+        lease.service.predictions.observe(update.seconds)
         return update, state.target
 
     return await lease.answer(job)

@@ -230,7 +230,7 @@ async def edited(
             if update.changed:
                 body["updates"] = [update_to_json(update.object_id, update.region, update.mask)]
             if timed:
-                work.service.metrics.predictions.observe(update.seconds)
+                work.service.predictions.observe(update.seconds)
         return {**body, "session": session_to_json(work.entry, session)}
 
     return await work.run(job, revision)

@@ -59,50 +59,35 @@ class ServerOptions:
     page: Path | None = None
 
 
-class Metrics:
-    """Counters of one server, as Prometheus text.
-
-    Attributes:
-        requests: Answered requests by method, route (the pattern, so that ids do not become labels) and status.
-        predictions: Seconds from a prompt's turn to its mask.
-    """
-
-    def __init__(self, sessions: Registry) -> None:
-        self._registry = CollectorRegistry()
-        ProcessCollector(registry=self._registry)
-        self.requests = Counter(
-            "samed3d_requests", "Answered requests.", ["method", "route", "status"], registry=self._registry
-        )
-        self.predictions = Histogram(
-            "samed3d_prediction_seconds",
-            "Time from a prompt's turn to its mask.",
-            buckets=BUCKETS_S,
-            registry=self._registry,
-        )
-        for name, meaning, value in (
-            ("sessions_loaded", "Sessions in memory.", lambda: len(sessions.loaded())),
-            ("sessions_stored", "Sessions on disk.", lambda: len(sessions.stored())),
-            ("jobs_waiting", "Jobs that wait or run.", sessions.queue.depth),
-        ):
-            Gauge(f"samed3d_{name}", meaning, registry=self._registry).set_function(value)
-
-    def text(self) -> bytes:
-        """The page ``/metrics``."""
-        return generate_latest(self._registry)
-
-
 class Service:
     """A server's options, sessions and metrics.
 
     Attributes:
+        requests: Counts answers by method, route (the pattern, so that ids do not become labels) and status.
+        predictions: Histogram of the seconds from a prompt's turn to its mask.
         uploads: Held while a volume is received or decoded; bounds how many are in memory at once.
     """
 
     def __init__(self, options: ServerOptions, load: Callable[[str], PromptableModel]) -> None:
         self.options = options
-        self.registry = Registry(options.sessions, load, options.limits, options.device)
-        self.metrics = Metrics(self.registry)
+        self.registry = registry = Registry(options.sessions, load, options.limits, options.device)
         self.uploads = asyncio.Semaphore(_UPLOADS_AT_ONCE)
+        self._metrics = metrics = CollectorRegistry()
+        ProcessCollector(registry=metrics)
+        labels = ("method", "route", "status")
+        self.requests = Counter("samed3d_requests", "Answered requests.", labels, registry=metrics)
+        meaning = "Time from a prompt's turn to its mask."
+        self.predictions = Histogram("samed3d_prediction_seconds", meaning, buckets=BUCKETS_S, registry=metrics)
+        for name, meaning, value in (
+            ("sessions_loaded", "Sessions in memory.", lambda: len(registry.loaded())),
+            ("sessions_stored", "Sessions on disk.", lambda: len(registry.stored())),
+            ("jobs_waiting", "Jobs that wait or run.", registry.queue.depth),
+        ):
+            Gauge(f"samed3d_{name}", meaning, registry=metrics).set_function(value)
+
+    def metrics(self) -> bytes:
+        """The page ``/metrics``, as Prometheus text."""
+        return generate_latest(self._metrics)
 
     @property
     def models(self) -> list[str]:
@@ -139,14 +124,15 @@ class SessionWork:
     Attributes:
         entry: The session.
         service: The server's.
+        is_gone: Whether the client has disconnected.
     """
 
     def __init__(self, entry: ServerSession, service: Service, request: Request) -> None:
-        self.entry, self.service, self._request = entry, service, request
+        self.entry, self.service, self.is_gone = entry, service, request.is_disconnected
 
     async def run(self, job: Callable[[Session], T], revision: int | None = None) -> T:
         """Run a job on the session in its turn; arguments and errors as ``Registry.use``."""
-        return await self.service.registry.use(self.entry, job, self._request.is_disconnected, revision)
+        return await self.service.registry.use(self.entry, job, self.is_gone, revision)
 
 
 async def _service(request: Request) -> Service:

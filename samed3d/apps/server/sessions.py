@@ -59,10 +59,6 @@ class Limits:
     busy_seconds: float = 30.0
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 @dataclass(frozen=True)
 class SessionInfo:
     """How to open a session again: the content of ``session.json``."""
@@ -73,7 +69,7 @@ class SessionInfo:
     channel: int | None = None
     series: str | None = None
     kind: str = "rest"
-    created: str = field(default_factory=_now)
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 @dataclass
@@ -143,8 +139,7 @@ class Registry:
         Raises:
             ApiError: 503 when all places in memory are in use, 507 when too many sessions are stored.
         """
-        if len(self.loaded()) >= self.limits.loaded and self._replaceable(None) is None:
-            raise self._full()
+        self._make_room(None)
         if len(self.stored()) >= self.limits.stored:
             raise ApiError(507, f"the server keeps at most {self.limits.stored} sessions; delete some")
         session_id = secrets.token_urlsafe(16)
@@ -251,7 +246,8 @@ class Registry:
                 self._sessions.pop(entry.id, None)  # ``get`` reads it again from its folder
             else:
                 expired.append(entry.id)
-                self.queue.submit(entry.id, lambda entry=entry: self._unload_unused(entry))  # type: ignore[misc]
+                # Unless requests arrive before this job runs, which then has other jobs behind it.
+                self.queue.submit(entry.id, lambda e=entry: e.unload() if self.queue.depth(e.id) <= 1 else None)  # type: ignore[misc]
         return expired
 
     def close(self) -> None:
@@ -276,28 +272,23 @@ class Registry:
         info = entry.info
         if info is None:
             raise ApiError(409, "the session has no image yet; send one first")
-        while len(self.loaded()) >= self.limits.loaded:
-            unused = self._replaceable(entry)
-            if unused is None:
-                raise self._full()
-            unused.unload()
+        self._make_room(entry)
         image, journal = entry.image or info.image, entry.folder / JOURNAL
         entry.session = Session.open(image, self.model(info.model), self.device, info.channel, info.series, journal)
         entry.image = None
         return entry.session
 
-    def _replaceable(self, new: ServerSession | None) -> ServerSession | None:
-        """The loaded session that was used longest ago, if nobody uses one of them now."""
-        since = time.monotonic() - self.limits.busy_seconds
-        unused = [e for e in self.loaded() if e is not new and e.used < since and self.queue.depth(e.id) == 0]
-        return min(unused, key=lambda e: e.used, default=None)
-
-    def _unload_unused(self, entry: ServerSession) -> None:
-        if self.queue.depth(entry.id) <= 1:  # this job alone
-            entry.unload()
-
-    def _full(self) -> ApiError:
-        return ApiError(503, f"all {self.limits.loaded} places are in use; try again in a moment", retry_after=10)
+    def _make_room(self, new: ServerSession | None) -> None:
+        """Unload the sessions that were unused the longest until ``new`` fits; None only checks that one would."""
+        while len(self.loaded()) >= self.limits.loaded:
+            since = time.monotonic() - self.limits.busy_seconds
+            unused = [e for e in self.loaded() if e is not new and e.used < since and self.queue.depth(e.id) == 0]
+            if not unused:
+                message = f"all {self.limits.loaded} places are in use; try again in a moment"
+                raise ApiError(503, message, retry_after=10)
+            if new is None:
+                return
+            min(unused, key=lambda e: e.used).unload()
 
 
 def read_info(folder: Path) -> SessionInfo | None:
