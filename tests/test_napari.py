@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from samed3d.apps.client import Client
-from samed3d.apps.napari_plugin.controller import Controller, open_remote
+from samed3d.apps.napari_plugin.controller import Controller, error_message, open_remote
 from samed3d.inference.session import Session
 from samed3d.prompts import Box, Point, point_in_grid
 from samed3d.volume import Volume, read_volume
@@ -30,7 +30,7 @@ def started(volume: Volume, model=None) -> Controller:
 
 def refused(controller: Controller) -> list[str]:
     messages: list[str] = []
-    controller.on_error.append(messages.append)
+    controller.on_error.append(lambda error: messages.append(error_message(error)))
     return messages
 
 

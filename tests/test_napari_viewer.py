@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from samed3d.apps.napari_plugin.controller import Controller
+from samed3d.apps.napari_plugin.controller import Controller, error_message
 from samed3d.apps.napari_plugin.coordinates import Frame, affine_for, volume_of
 from samed3d.errors import InputError
 from samed3d.inference.session import Session
@@ -42,8 +42,12 @@ def scene(tmp_path: Path) -> Any:
     image = viewer.add_image(volume.array, affine=affine_for(volume.grid), units=("mm",) * 3)
     controller = Controller(Session(volume, ClickedModel()))
     said: list[str] = []
-    controller.on_error.append(said.append)
-    layers = SessionLayers(viewer, image, controller, said.append)
+
+    def say(error: Exception) -> None:
+        said.append(error_message(error))
+
+    controller.on_error.append(say)
+    layers = SessionLayers(viewer, image, controller, say)
     return SimpleNamespace(
         viewer=viewer, image=image, controller=controller, layers=layers, said=said, session=controller.session
     )

@@ -122,7 +122,7 @@ class Controller:
         labels: uint8 (D, H, W), the ids of the visible objects, as after the last finished edit.
         state: The last change.
         on_change: Called with each change.
-        on_error: Called with one line for the user.
+        on_error: Called with each error.
     """
 
     def __init__(self, session: Any, runner: Runner = run_now) -> None:
@@ -135,7 +135,7 @@ class Controller:
         self.labels = np.zeros(self.shape_zyx, np.uint8)
         self.state = Change()
         self.on_change: list[Callable[[Change], None]] = []
-        self.on_error: list[Callable[[str], None]] = []
+        self.on_error: list[Callable[[Exception], None]] = []
         self._masks: dict[int, PackedMask] = {}
         self._objects: dict[int, ShownObject] = {}  # as after the last job
 
@@ -247,9 +247,8 @@ class Controller:
         self._runner(job, done, failed)
 
     def _failed(self, error: Exception) -> None:
-        message = error_message(error)
         for listener in self.on_error:
-            listener(message)
+            listener(error)
 
     # The methods below run where the runner runs its jobs.
 

@@ -14,18 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from samed3d.apps.napari_plugin import coordinates
 from samed3d.apps.napari_plugin.controller import Change, Controller, ShownObject
-from samed3d.apps.napari_plugin.coordinates import (
-    Drawn,
-    Frame,
-    compared,
-    differs,
-    flat_axis,
-    moved_shape,
-    point_at,
-    prompt_to_shape,
-    shape_to_prompt,
-)
+from samed3d.apps.napari_plugin.coordinates import Drawn, Frame
 from samed3d.errors import InputError
 from samed3d.prompts import Point, Prompt, Scribble
 
@@ -70,14 +61,14 @@ class SessionLayers:
         radius_vox: Radius of a new scribble's brush.
     """
 
-    def __init__(self, viewer: Any, image: Any, controller: Controller, report: Callable[[str], None]) -> None:
+    def __init__(self, viewer: Any, image: Any, controller: Controller, report: Callable[[Exception], None]) -> None:
         """Add the layers above ``image``, at its position in space, and show what the session holds.
 
         Args:
             viewer: napari's ``Viewer`` or ``ViewerModel``.
             image: The Image layer.
             controller: The session's.
-            report: Called with one line when something drawn cannot be a prompt.
+            report: Called with the error when something drawn cannot be a prompt.
         """
         self._viewer, self._image, self._controller, self._report = viewer, image, controller, report
         self.object_id, self.positive, self.depth, self.radius_vox = 1, True, 1, 1.0
@@ -146,9 +137,11 @@ class SessionLayers:
             return
         if hasattr(layer, "shape_type"):
             drawn = [Drawn(str(k), frame.to(image, v)) for k, v in zip(layer.shape_type, layer.data, strict=True)]
-            prompts = [shape_to_prompt(shape, self.positive, self.depth, self.radius_vox) for shape in drawn]
+            prompts = [
+                coordinates.shape_to_prompt(shape, self.positive, self.depth, self.radius_vox) for shape in drawn
+            ]
         elif hasattr(layer, "border_color"):
-            prompts = [point_at(at, self.positive) for at in frame.to(image, layer.data)]
+            prompts = [coordinates.point_at(at, self.positive) for at in frame.to(image, layer.data)]
         else:
             raise InputError(f"layer {layer.name!r} must be of points, shapes or labels")
         for prompt in prompts:
@@ -204,11 +197,11 @@ class SessionLayers:
         if self._held[kind]:
             return
         numbers, rows, known = self._row_numbers(kind), self._rows(kind), self._shown[kind]
-        new, kept, gone = compared(known, numbers)
+        new, kept, gone = coordinates.compared(known, numbers)
         for number in gone:
             self._edit("remove", number)
         for index in kept:
-            if differs(rows[index].vertices_zyx, known[numbers[index]]):
+            if coordinates.differs(rows[index].vertices_zyx, known[numbers[index]]):
                 self._move(numbers[index], rows[index])
         positive, self._reversed = self.positive != self._reversed, False
         tickets = []
@@ -226,9 +219,9 @@ class SessionLayers:
         vertices = pending.drawn.vertices_zyx
         try:
             if pending.kind == "points":
-                prompt: Prompt = point_at(vertices, pending.positive)
+                prompt: Prompt = coordinates.point_at(vertices, pending.positive)
             else:
-                prompt = shape_to_prompt(pending.drawn, pending.positive, self.depth, self.radius_vox)
+                prompt = coordinates.shape_to_prompt(pending.drawn, pending.positive, self.depth, self.radius_vox)
         except InputError as error:
             del self._pending[ticket]
             self._refuse(error)
@@ -238,7 +231,7 @@ class SessionLayers:
             self._pending.pop(ticket, None)
             if number:
                 self._numbers[ticket] = number
-                self._across[number] = flat_axis(vertices) if pending.kind == "shapes" else 0
+                self._across[number] = coordinates.flat_axis(vertices) if pending.kind == "shapes" else 0
 
         self._controller.edit(lambda session: session.add(prompt, pending.object_id), answered)
 
@@ -249,10 +242,10 @@ class SessionLayers:
         before = holders[0]
         try:
             if isinstance(before, Point):
-                to: Prompt = point_at(drawn.vertices_zyx, before.positive)
+                to: Prompt = coordinates.point_at(drawn.vertices_zyx, before.positive)
             else:
-                to = moved_shape(before, drawn, self._across.get(number, 0))
-                self._across[number] = flat_axis(drawn.vertices_zyx)
+                to = coordinates.moved_shape(before, drawn, self._across.get(number, 0))
+                self._across[number] = coordinates.flat_axis(drawn.vertices_zyx)
         except InputError as error:
             self._refuse(error)
             return
@@ -262,7 +255,7 @@ class SessionLayers:
         self._controller.edit(lambda session: getattr(session, method)(*arguments))
 
     def _refuse(self, error: InputError) -> None:
-        self._report(str(error))
+        self._report(error)
         self._show(self._controller.state)
 
     # From the session to the layers.
@@ -299,7 +292,7 @@ class SessionLayers:
         wanted: dict[int, Row] = {}
         for shown in visible:
             for number, prompt in shown.prompts.items():
-                drawn = prompt_to_shape(prompt, self._across.get(number, 0))
+                drawn = coordinates.prompt_to_shape(prompt, self._across.get(number, 0))
                 if isinstance(prompt, Point):
                     drawn = Drawn("point", np.array(prompt.at[::-1]))
                 if drawn is not None and (drawn.kind == "point") == (kind == "points"):
@@ -315,7 +308,7 @@ class SessionLayers:
         layer, numbers = getattr(self, kind), self._row_numbers(kind)
         self._shown[kind] = {number: row.drawn.vertices_zyx for number, row in wanted.items() if number > 0}
         same = sorted(numbers) == sorted(wanted) and not any(
-            differs(row.vertices_zyx, wanted[number].drawn.vertices_zyx)
+            coordinates.differs(row.vertices_zyx, wanted[number].drawn.vertices_zyx)
             for row, number in zip(self._rows(kind), numbers, strict=True)
         )
         if not same:

@@ -10,23 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from qtpy import QtWidgets as qw
 from qtpy.QtCore import Qt
-from qtpy.QtWidgets import (
-    QCheckBox,
-    QColorDialog,
-    QComboBox,
-    QDoubleSpinBox,
-    QFileDialog,
-    QGridLayout,
-    QGroupBox,
-    QLabel,
-    QLineEdit,
-    QProgressBar,
-    QPushButton,
-    QSpinBox,
-    QVBoxLayout,
-    QWidget,
-)
 
 from samed3d.apps.client import Client
 from samed3d.apps.napari_plugin.controller import Change, Controller, error_message, open_local, open_remote
@@ -56,7 +41,7 @@ _SAVED = {
 _OPENED = "Images and sessions (*.nii *.nii.gz *.nrrd *.mha *.mhd *.json);;All (*)"
 
 
-class PromptWidget(QWidget):
+class PromptWidget(qw.QWidget):
     """The dock widget.
 
     Attributes:
@@ -74,17 +59,13 @@ class PromptWidget(QWidget):
         self.layers: SessionLayers | None = None
         self._image: Any = None
         self._current = 0
-        layout = QVBoxLayout(self)
+        layout = qw.QVBoxLayout(self)
         for part in (self._image_box(), self._prompt_box(), self._object_box(), self._result_box()):
             layout.addWidget(part)
-        self._busy = QProgressBar()
-        self._busy.setRange(0, 0)
-        self._busy.setTextVisible(False)
-        self._busy.setMaximumHeight(6)
-        self._busy.setVisible(False)
-        self._status = QLabel("Open an image, or choose one of the viewer's.")
-        self._status.setWordWrap(True)
-        self._status.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
+        self._busy = qw.QProgressBar(maximum=0, textVisible=False, maximumHeight=6, visible=False)
+        selectable = Qt.TextInteractionFlag.TextSelectableByMouse
+        text = "Open an image, or choose one of the viewer's."
+        self._status = qw.QLabel(text, wordWrap=True, textInteractionFlags=selectable)
         layout.addWidget(self._busy)
         layout.addWidget(self._status)
         layout.addStretch(1)
@@ -129,10 +110,10 @@ class PromptWidget(QWidget):
             try:
                 then(result)
             except InputError as error:
-                self._say_error(error)
+                self._say(error)
 
         self._say(f"Opening {name} ...")
-        self.worker(job, done, self._say_error)
+        self.worker(job, done, self._say)
 
     def _start(self, volume: Volume, image: Any) -> None:
         def take(session: Any) -> None:
@@ -150,8 +131,8 @@ class PromptWidget(QWidget):
         self._image = image
         self.controller = Controller(session, self.worker)
         self.controller.on_change.append(self._changed)
-        self.controller.on_error.append(self._say_wrong)
-        self.layers = SessionLayers(self._viewer, image, self.controller, self._say_wrong)
+        self.controller.on_error.append(self._say)
+        self.layers = SessionLayers(self._viewer, image, self.controller, self._say)
         self.layers.depth, self.layers.radius_vox = self._depth.value(), self._radius.value()
         self._use_tool("Click")
         where = f"session {session.id} on the server" if self.controller.is_remote else "in this program"
@@ -188,12 +169,11 @@ class PromptWidget(QWidget):
 
     # Parts of the window
 
-    def _image_box(self) -> QGroupBox:
-        self._images = QComboBox()
-        self._model, self._url, self._token, self._session = QLineEdit("default"), QLineEdit(), QLineEdit(), QLineEdit()
-        self._session.setPlaceholderText("empty: a new one; or the id of one on the server")
-        self._url.setPlaceholderText("empty: in this program")
-        self._token.setEchoMode(QLineEdit.EchoMode.Password)
+    def _image_box(self) -> qw.QGroupBox:
+        self._images = qw.QComboBox()
+        self._model, self._url = qw.QLineEdit("default"), qw.QLineEdit(placeholderText="empty: in this program")
+        self._token = qw.QLineEdit(echoMode=qw.QLineEdit.EchoMode.Password)
+        self._session = qw.QLineEdit(placeholderText="empty: a new one; or the id of one on the server")
         self._start_button = _button("Start on layer", self._start_chosen)
         open_file = _button("Open a file...", lambda: self._open_chosen(folder=False))
         open_folder = _button("DICOM folder...", lambda: self._open_chosen(folder=True))
@@ -207,30 +187,22 @@ class PromptWidget(QWidget):
             (self._start_button, open_file, open_folder),
         )
 
-    def _prompt_box(self) -> QGroupBox:
-        self._tools = {name: _button(name, lambda _=False, name=name: self._use_tool(name)) for name in _TOOLS}
-        for button in self._tools.values():
-            button.setCheckable(True)
-        self._negative = QCheckBox("off the object (T)")
+    def _prompt_box(self) -> qw.QGroupBox:
+        self._tools = {n: _button(n, lambda _=False, n=n: self._use_tool(n), checkable=True) for n in _TOOLS}
+        self._negative = qw.QCheckBox("off the object (T)")
         self._negative.toggled.connect(lambda on: self.layers.choose(positive=not on) if self.layers else None)
-        self._depth, self._radius = QSpinBox(), QDoubleSpinBox()
-        self._depth.setRange(1, 9999)
-        self._depth.setToolTip("Slices of a box; 1 bounds the object in its slice only")
-        self._radius.setRange(0, 50)
-        self._radius.setValue(1)
+        tip = "Slices of a box; 1 bounds the object in its slice only"
+        self._depth = qw.QSpinBox(minimum=1, maximum=9999, toolTip=tip)
+        self._radius = qw.QDoubleSpinBox(maximum=50, value=1)
         for field, name in ((self._depth, "depth"), (self._radius, "radius_vox")):
-            field.valueChanged.connect(
-                lambda value, name=name: setattr(self.layers, name, value) if self.layers else None
-            )
-        self._use_layer = _button("Use the selected layer", self._use_selected)
-        self._use_layer.setToolTip(
-            "Its points or shapes become prompts; the selected label of a Labels layer becomes a mask to start from"
-        )
+            field.valueChanged.connect(lambda value, n=name: setattr(self.layers, n, value) if self.layers else None)
+        tip = "Its points or shapes become prompts; its selected label becomes a mask to start from"
+        self._use_layer = _button("Use the selected layer", self._use_selected, toolTip=tip)
         tools = list(self._tools.values())
         fields = (("Box depth", self._depth), ("Brush radius", self._radius))
         return _box("Prompts", tools[:3], tools[3:], (self._negative,), *fields, (self._use_layer,))
 
-    def _object_box(self) -> QGroupBox:
+    def _object_box(self) -> qw.QGroupBox:
         self._objects = ObjectTable()
         self._objects.picked.connect(lambda number: self.layers.choose(object_id=number) if self.layers else None)
         self._objects.edited.connect(lambda number, changes: self._edit(lambda s: s.edit_object(number, **changes)))
@@ -238,7 +210,7 @@ class PromptWidget(QWidget):
         self._object_parts = _box("Objects", (self._objects,), buttons)
         return self._object_parts
 
-    def _result_box(self) -> QGroupBox:
+    def _result_box(self) -> qw.QGroupBox:
         self._undo = _button("Undo", lambda: self._edit(lambda s: s.undo()))
         self._redo = _button("Redo", lambda: self._edit(lambda s: s.redo()))
         self._suggest = _button("Where next?", self._suggest_click)
@@ -250,7 +222,7 @@ class PromptWidget(QWidget):
     def _start_chosen(self) -> None:
         image, session_id = self._images.currentData(), self._session.text().strip()
         if image is None:
-            self._say_wrong("There is no image layer: open a file.")
+            self._say("There is no image layer: open a file.", wrong=True)
         elif self._url.text().strip() and session_id:
             self.resume(session_id, image)
         else:
@@ -258,14 +230,14 @@ class PromptWidget(QWidget):
 
     def _open_chosen(self, folder: bool) -> None:
         if folder:
-            path = QFileDialog.getExistingDirectory(self, "Open a folder of DICOM slices")
+            path = qw.QFileDialog.getExistingDirectory(self, "Open a folder of DICOM slices")
         else:
-            path, _ = QFileDialog.getOpenFileName(self, "Open", "", _OPENED)
+            path, _ = qw.QFileDialog.getOpenFileName(self, "Open", "", _OPENED)
         if path:
             self.open_file(path)
 
     def _save_chosen(self) -> None:
-        path, kind = QFileDialog.getSaveFileName(self, "Save", "", ";;".join(_SAVED))
+        path, kind = qw.QFileDialog.getSaveFileName(self, "Save", "", ";;".join(_SAVED))
         if path:
             self.save(path, kind)
 
@@ -289,12 +261,12 @@ class PromptWidget(QWidget):
     def _use_selected(self) -> None:
         chosen = self._viewer.layers.selection.active
         if self.layers is None or chosen is None or chosen in self.layers.layers:
-            self._say_wrong("Select a Points, Shapes or Labels layer of your own first.")
+            self._say("Select a Points, Shapes or Labels layer of your own first.", wrong=True)
             return
         try:
             self.layers.use(chosen)
         except InputError as error:
-            self._say_error(error)
+            self._say(error)
 
     def _edit(self, call: Callable[[Any], Any]) -> None:
         if self.controller is not None:
@@ -310,7 +282,7 @@ class PromptWidget(QWidget):
 
     def _recolour(self) -> None:
         number = self._objects.chosen
-        if number and (colour := QColorDialog.getColor(parent=self)).isValid():
+        if number and (colour := qw.QColorDialog.getColor(parent=self)).isValid():
             self._edit(lambda session: session.edit_object(number, colour=colour.name()))
 
     def _suggest_click(self) -> None:
@@ -367,31 +339,27 @@ class PromptWidget(QWidget):
         self._redo.setEnabled(state.can_redo)
         self._suggest.setEnabled(any(shown.voxels for shown in state.objects))
 
-    def _say(self, message: str, colour: str = "") -> None:
-        self._status.setStyleSheet(colour and f"color: {colour}")
-        self._status.setText(message)
-
-    def _say_wrong(self, message: str) -> None:
-        self._say(message, "#ff6060")
-
-    def _say_error(self, error: Exception) -> None:
-        self._say_wrong(error_message(error))
+    def _say(self, message: str | Exception, wrong: bool = False) -> None:
+        """Show a message, or an error as one."""
+        text = error_message(message) if isinstance(message, Exception) else message
+        self._status.setStyleSheet("color: #ff6060" if wrong or text is not message else "")
+        self._status.setText(text)
 
 
-def _button(text: str, call: Callable[..., Any]) -> QPushButton:
-    button = QPushButton(text)
+def _button(text: str, call: Callable[..., Any], **properties: Any) -> qw.QPushButton:
+    button = qw.QPushButton(text, **properties)
     button.clicked.connect(call)
     return button
 
 
-def _box(title: str, *rows: Sequence[str | QWidget]) -> QGroupBox:
+def _box(title: str, *rows: Sequence[str | qw.QWidget]) -> qw.QGroupBox:
     """A box with rows of equally wide parts, or of a label and a field."""
-    box = QGroupBox(title)
-    grid = QGridLayout(box)
+    box = qw.QGroupBox(title)
+    grid = qw.QGridLayout(box)
     for number, row in enumerate(rows):
         column = 0
         for part in row:
             span = 2 if isinstance(part, str) else (6 - column if isinstance(row[0], str) else 6 // len(row))
-            grid.addWidget(QLabel(part) if isinstance(part, str) else part, number, column, 1, span)
+            grid.addWidget(qw.QLabel(part) if isinstance(part, str) else part, number, column, 1, span)
             column += span
     return box

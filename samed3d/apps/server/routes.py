@@ -19,17 +19,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import FileResponse
 
-from samed3d.apps.server.files import (
-    FORMATS,
-    accept,
-    confined,
-    exported,
-    exporting,
-    receive,
-    safe_name,
-    suffix_of,
-    write_example,
-)
+from samed3d.apps.server import files
 from samed3d.apps.server.security import ApiError
 from samed3d.apps.server.service import (
     Json,
@@ -119,7 +109,7 @@ async def about(service: SharedService) -> Json:
         "api": API_VERSION,
         "version": __version__,
         "models": service.models,
-        "formats": [{"id": key, "name": name} for key, (_, name) in FORMATS.items()],
+        "formats": [{"id": key, "name": name} for key, (_, name) in files.FORMATS.items()],
         "roots": [str(root) for root in service.options.roots],
         "example": True,
     }
@@ -152,16 +142,14 @@ async def open_session(body: OpenBody, request: Request, service: SharedService)
     if (body.path is None) == (not body.example):
         raise ApiError(400, "give either path or example: true")
     model = service.model_name(body.model)
+    image, name = None, "example"
     if body.path is not None:
-        image = await asyncio.to_thread(confined, body.path, service.options.roots, service.options.images)
-        entry = service.registry.create()
+        image = await asyncio.to_thread(files.confined, body.path, service.options.roots, service.options.images)
         name = image.name[:200]
-    else:
-        entry = service.registry.create()
-        image = await asyncio.to_thread(write_example, entry.folder)
-        name = "example"
-    info = SessionInfo(str(image), name, model, body.channel, body.series)
-    return await service.open(entry, info, request, lambda session: session_to_json(entry, session))
+    async with service.new_session() as entry:
+        image = image or await asyncio.to_thread(files.write_example, entry.folder)
+        info = SessionInfo(str(image), name, model, body.channel, body.series)
+        return await service.open(entry, info, request)
 
 
 @api.post(
@@ -180,18 +168,14 @@ async def upload(
 ) -> Json:
     """Open an image that is the body of the request (.nii .nii.gz .nrrd .mha, or .zip of a DICOM folder)."""
     model, options = service.model_name(model), service.options
-    file_name = f"upload_{safe_name(name)}"  # never the name of a file of the server
-    entry = service.registry.create()
-    try:
+    file_name = f"upload_{files.safe_name(name)}"  # never the name of a file of the server
+    async with service.new_session() as entry:
         async with service.uploads:
             file = entry.folder / file_name
-            await receive(request.stream(), file)
-            image = await asyncio.to_thread(accept, file, options.images, options.access.largest_upload)
-    except BaseException:
-        await service.registry.delete(entry)
-        raise
-    info = SessionInfo(str(image), name[:200], model, channel, series)
-    return await service.open(entry, info, request, lambda session: session_to_json(entry, session))
+            await files.receive(request.stream(), file)
+            image = await asyncio.to_thread(files.accept, file, options.images, options.access.largest_upload)
+        info = SessionInfo(str(image), name[:200], model, channel, series)
+        return await service.open(entry, info, request)
 
 
 @api.get(_SESSION, tags=["sessions"])
@@ -358,10 +342,10 @@ async def report(work: OneSession) -> Json:
 @api.get(_SESSION + "/export", tags=["results"], response_class=FileResponse)
 async def export(work: OneSession, format: str = "nifti") -> FileResponse:
     """The result as a file."""
-    suffix = suffix_of(format)
+    suffix = files.suffix_of(format)
     name = Path(work.entry.info.name if work.entry.info else "image").name.split(".")[0]
     stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:80] or "image"
-    with exporting(work.service.options.sessions) as folder:
+    with files.exporting(work.service.options.sessions) as folder:
         target = folder / f"segmentation{suffix}"
         await work.run(lambda s: s.export(target, format))
-        return exported(target, f"{stem}_segmentation{suffix}")
+        return files.exported(target, f"{stem}_segmentation{suffix}")

@@ -10,7 +10,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 from starlette.responses import FileResponse
 
-from samed3d.apps.server.files import FORMATS, accept, confined, exported, exporting, safe_name, suffix_of
+from samed3d.apps.server import files
 from samed3d.apps.server.security import ApiError
 from samed3d.apps.server.service import Json, Service, SharedService, parse_json, prompt_from_client
 from samed3d.inference.session import Session
@@ -20,7 +20,7 @@ from samed3d.volume import read_volume
 _BLOCK = 1 << 20
 one_shot = APIRouter()
 
-_FIELDS: Json = {"model": {"type": "string"}, "format": {"type": "string", "enum": list(FORMATS)}}
+_FIELDS: Json = {"model": {"type": "string"}, "format": {"type": "string", "enum": list(files.FORMATS)}}
 _FORM = {
     "image": {"type": "string", "format": "binary"},
     "prompts": {"type": "string", "description": "a prompt file (JSON)"},
@@ -42,10 +42,10 @@ _SEGMENT_SCHEMA = {
 @one_shot.post("/segment", tags=["one shot"], openapi_extra=_SEGMENT_SCHEMA)
 async def segment(request: Request, service: SharedService) -> FileResponse:
     """An image and its prompts in, the mask out."""
-    with exporting(service.options.sessions) as folder:
+    with files.exporting(service.options.sessions) as folder:
         image, fields = await _image_and_fields(request, service, folder)
         format = str(fields.get("format") or "nifti")
-        target = folder / f"segmentation{suffix_of(format)}"
+        target = folder / f"segmentation{files.suffix_of(format)}"
         model = service.model_name(None if fields.get("model") is None else str(fields["model"]))
         prompts = fields.get("prompts")
         prompts = parse_json(prompts, "prompts") if isinstance(prompts, str) else prompts
@@ -58,7 +58,7 @@ async def segment(request: Request, service: SharedService) -> FileResponse:
                 session.export(target, format)
 
         await service.registry.queue.run(folder.name, job, request.is_disconnected)
-        return exported(target, target.name)
+        return files.exported(target, target.name)
 
 
 async def _image_and_fields(request: Request, service: Service, folder: Path) -> tuple[Path, Json]:
@@ -71,7 +71,7 @@ async def _image_and_fields(request: Request, service: Service, folder: Path) ->
     fields = parse_json(await request.body(), "the body")
     if not isinstance(fields, dict) or not isinstance(fields.get("path"), str):
         raise ApiError(400, 'the body must be an object with "path" and "prompts"')
-    image = await asyncio.to_thread(confined, fields["path"], service.options.roots, service.options.images)
+    image = await asyncio.to_thread(files.confined, fields["path"], service.options.roots, service.options.images)
     return image, fields
 
 
@@ -86,11 +86,11 @@ async def _from_form(request: Request, service: Service, folder: Path) -> tuple[
             sent = form.get("image")
             if not isinstance(sent, UploadFile) or not sent.filename:
                 raise ApiError(400, "the form needs a file called image")
-            file = folder / safe_name(sent.filename)
+            file = folder / files.safe_name(sent.filename)
             with file.open("wb") as out:
                 while block := await sent.read(_BLOCK):
                     out.write(block)
             fields = {key: value for key, value in form.items() if isinstance(value, str)}
         finally:
             await form.close()
-        return await asyncio.to_thread(accept, file, options.images, options.access.largest_upload), fields
+        return await asyncio.to_thread(files.accept, file, options.images, options.access.largest_upload), fields

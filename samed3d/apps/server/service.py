@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -106,16 +107,21 @@ class Service:
             raise ApiError(400, f"model must be one of {', '.join(self.models)}, got {requested[:80]!r}")
         return requested
 
-    async def open(self, entry: ServerSession, info: SessionInfo, request: Request, job: Callable[[Session], T]) -> T:
-        """Open an image in a new session and run a job on it; an image that cannot be opened leaves no session."""
+    @asynccontextmanager
+    async def new_session(self) -> AsyncIterator[ServerSession]:
+        """A new session, which is deleted if the block fails."""
+        entry = self.registry.create()
         try:
-            await self.registry.queue.run(
-                entry.id, lambda: self.registry.set_image(entry, info), request.is_disconnected
-            )
-            return await self.registry.use(entry, job, request.is_disconnected)
+            yield entry
         except BaseException:
             await self.registry.delete(entry)
             raise
+
+    async def open(self, entry: ServerSession, info: SessionInfo, request: Request) -> Json:
+        """Open an image in a session; the session as JSON."""
+        gone = request.is_disconnected
+        await self.registry.queue.run(entry.id, lambda: self.registry.set_image(entry, info), gone)
+        return await self.registry.use(entry, lambda session: session_to_json(entry, session), gone)
 
 
 class SessionWork:
