@@ -117,7 +117,6 @@ def run_server(
             ) from error
         app = create_app(options, load)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        logger.info("listening on %s", address)
         ready(address)
         # uvicorn's own log would hold addresses, and proxy headers could forge them.
         config = uvicorn.Config(
