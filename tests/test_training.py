@@ -371,7 +371,7 @@ def test_a_run_is_not_overwritten_nor_resumed_with_another_config(tmp_path):
         train(tiny_config(tmp_path, "optim.steps=2"), quiet=True)
     with pytest.raises(
         InputError,
-        match=r"must keep its config; changed: clicks\.policy 'uniform' -> 'centre'; optim\.lr 0\.004 -> 0\.1$",
+        match=r"must keep its config; changed: clicks\.policy 'uniform' -> 'centre'; optim\.lr 0\.001 -> 0\.1$",
     ):
         train(
             tiny_config(tmp_path, "optim.steps=4", "optim.lr=0.1", "clicks.policy=centre", "run.log_every=7"),

@@ -52,6 +52,28 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.parametrize(
+    ("launcher", "processes"),
+    [
+        (["accelerate-launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"], 1),
+        pytest.param(["torchrun", "--standalone", "--nproc_per_node", "2"], 2, marks=pytest.mark.slow),
+    ],
+    ids=["accelerate-launch", "torchrun"],
+)
+def test_both_launchers_of_docs_scale_run_in_this_environment(launcher, processes, tmp_path):
+    """``accelerate launch`` imports timm, and with it a torchvision that may not fit torch; ``accelerate-launch`` does
+    not."""
+    assert launcher[0] in (ROOT / "docs" / "scale.md").read_text()
+    changes = [*SMALL, "optim.steps=1", "optim.warmup_steps=0", "run.device=cpu", f"run.folder={tmp_path / 'run'}"]
+    command = [Path(sys.executable).with_name(launcher[0]), *launcher[1:], "train.py", "--quiet"]
+    command += ["--config", "configs/tiny_cpu.yaml", *(part for change in changes for part in ("--set", change))]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (start_of_run,) = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert start_of_run["processes"] == processes
+
+
 def test_there_are_two_processes(ranks):
     assert [(r["processes"], r["rank"]) for r in ranks] == [(2, 0), (2, 1)]
 
