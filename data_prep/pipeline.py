@@ -180,18 +180,18 @@ def _check_target(out: Path, settings: Settings) -> None:
         raise InputError(f"output must be a folder, got a file: {out}")
     try:
         body = json.loads((out / "settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        version, stored = body["version"], {**body["settings"], **body["settings"]["rules"]}
+    except (OSError, ValueError, KeyError, TypeError):
         if any(p.name != ".lock" and not p.name.startswith(TEMPORARY_PREFIX) for p in out.iterdir()):
             raise InputError(f"output folder is not empty and holds no corpus of ours: {out}; choose another") from None
         return
-    if body["version"] != VERSION:
+    if version != VERSION:
         raise InputError(
-            f"output holds a corpus of version {body['version']}, this is version {VERSION}: {out}; "
-            "choose another folder"
+            f"output holds a corpus of version {version}, this is version {VERSION}: {out}; choose another folder"
         )
-    there, now = ({**s, **s["rules"]} for s in (body["settings"], _as_json(settings)))
+    now = {**_as_json(settings), **_as_json(settings)["rules"]}
     changed = [
-        f"{k} {there.get(k)} there, {now[k]} now" for k in sorted(now) if k != "rules" and there.get(k) != now[k]
+        f"{k} {stored.get(k)} there, {now[k]} now" for k in sorted(now) if k != "rules" and stored.get(k) != now[k]
     ]
     if changed:
         raise InputError(
@@ -291,7 +291,8 @@ def _begin(out: Path, listed: list[_Source], settings: Settings) -> None:
     """
     write_text(out / "settings.json", json.dumps({"version": VERSION, "settings": _as_json(settings)}, indent=1) + "\n")
     for part in out.rglob(f"{TEMPORARY_PREFIX}*"):
-        part.unlink(missing_ok=True)
+        if part.is_file():
+            part.unlink(missing_ok=True)
     for source in listed:
         facts = {**asdict(source.facts), "folder": source.folder}
         at = record_path(out, source.facts.name, "source")

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -24,17 +24,16 @@ TEMPORARY_PREFIX = ".part-"
 
 
 def check_output(path: str | Path, *, suffixes: Sequence[str] = ()) -> None:
-    """Refuse an output path that could not be written, before any work is done.
+    """Refuse an output path that could not or must not be written, before any work is done.
 
     Raises:
-        InputError: if the suffix is not one of ``suffixes``, the path is a folder, or its folder is missing or not
-            writable.
+        InputError: if the suffix is not one of ``suffixes``, the path is a folder, a device or a write-protected file,
+            or its folder is missing or not writable.
     """
     path = Path(path)
     if suffixes and not path.name.lower().endswith(tuple(suffixes)):
         raise InputError(f"output name must end in one of {' '.join(suffixes)}, got {path.name!r}")
-    if path.is_dir():
-        raise InputError(f"output must be a file, got a folder: {path}")
+    _check_replaceable(path)
     folder = path.resolve().parent
     if not folder.is_dir():
         raise InputError(f"output folder does not exist: {folder}; create it first")
@@ -43,6 +42,62 @@ def check_output(path: str | Path, *, suffixes: Sequence[str] = ()) -> None:
             pass
     except OSError as error:
         raise InputError(f"output folder is not writable: {folder} ({error.strerror})") from error
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse what a file must not be put in place of."""
+    if path.is_dir():
+        raise InputError(f"output must be a file, got a folder: {path}")
+    if path.exists() and not path.is_file():
+        raise InputError(f"output must be a file, got a device or pipe: {path}")
+    if path.exists() and not path.stat().st_mode & 0o222:
+        raise InputError(f"output is write-protected: {path}; choose another name")
+
+
+def check_spares(path: str | Path, source: str | Path) -> None:
+    """Refuse an output that would replace the image it is made from.
+
+    Args:
+        path: The output.
+        source: The image file, or the folder of its DICOM slices.
+
+    Raises:
+        InputError: if the output is that file, or an existing DICOM file in that folder.
+    """
+    target, origin = Path(path).resolve(), Path(source).resolve()
+    if not target.exists() or not origin.exists():
+        return
+    if target.is_dir():
+        return  # which ``check_output`` refuses
+    is_slice = origin.is_dir() and origin in target.parents and target.read_bytes()[128:132] == b"DICM"
+    if target.samefile(origin) or is_slice:
+        raise InputError(f"output must not replace the image it is made from, got {path}; choose another name")
+
+
+def check_results_folder(folder: Path, names: Sequence[str], ours: Callable[[Path], bool]) -> None:
+    """Refuse a folder that holds files under the names of a run's results and that no such run wrote.
+
+    Args:
+        folder: The output folder, which may be missing.
+        names: Files and folders that the run will write.
+        ours: Whether a file of the folder shows that such a run wrote it; may raise if it is damaged.
+
+    Raises:
+        InputError: naming the file that would be replaced.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output must be a folder, got a file: {folder}")
+    there = [folder / name for name in names if (folder / name).exists()]
+    for path in there:
+        try:
+            if ours(path):
+                return
+        except (OSError, ValueError, AttributeError, TypeError, KeyError):
+            continue
+    if there:
+        raise InputError(
+            f"output folder holds a {there[0].name} that was not written by this command: {there[0]}; choose another"
+        )
 
 
 def check_distinct(paths: dict[str, Path | None]) -> None:
@@ -69,6 +124,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         InputError: if the file system refuses.
     """
     target = Path(path).resolve()
+    _check_replaceable(target)
     partial = target.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:12]}-{target.name}")
     try:
         yield partial
@@ -164,7 +220,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    with (folder / ".lock").open("a") as file:  # "a" keeps what another program may have put there
         if not lock(file):
             raise InputError(f"another run is writing to {folder}; wait for it")
         try:

@@ -23,7 +23,7 @@ from samed3d.geometry import zyx_to_ijk
 from samed3d.inference.session import Session
 from samed3d.metrics import dice
 from samed3d.models import load_promptable
-from samed3d.output import write_json
+from samed3d.output import check_results_folder, write_json
 from samed3d.prompts import Point, dump_prompts
 from samed3d.volume import Volume, write_volume
 
@@ -61,6 +61,8 @@ def run_demo(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output must be a folder that can be made, got {out} ({error.strerror})") from error
+    written = ("results.json", "ct.nii.gz", "masks.nii.gz", "prompts.json", "preview.png")
+    check_results_folder(out, written, lambda path: "organs" in json.loads(path.read_text()))
     array, labels, grid, names = anatomical_phantom(np.random.default_rng(seed))
     logger.info("generated a body of %s voxels (i, j, k)", grid.size_ijk)
     session = Session.open(Volume(array, grid, "phantom"), model=network, device=device)

@@ -38,7 +38,7 @@ from samed3d.evaluation.statistics import (
     corrected,
     headline,
 )
-from samed3d.output import write_text
+from samed3d.output import check_output, write_text
 from samed3d.pages import Cell, Table, check_installed, interval_text, render, seconds_text
 
 COMPARE_HTML = "compare.html"
@@ -179,6 +179,7 @@ def write_comparison(comparison: Comparison, path: Path) -> Path:
             }
         )
     path.parent.mkdir(parents=True, exist_ok=True)
+    check_output(path, suffixes=(".html", ".htm"))
     page = render(
         "comparison.html", title=f"Comparison: {runs}", runs=runs, unlike=comparison.unlike, sections=sections
     )

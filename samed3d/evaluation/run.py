@@ -35,9 +35,10 @@ from samed3d.evaluation.protocols import PROTOCOLS, protocol_of
 from samed3d.evaluation.protocols.base import EvaluationSettings
 from samed3d.evaluation.protocols.samed3d import POLICIES, PROMPTS
 from samed3d.evaluation.protocols.semantic import SemanticProtocol
+from samed3d.evaluation.report import REPORT_HTML
 from samed3d.evaluation.results import CASES_CSV, PROMPTS_JSONL, RESULTS_JSON, write_lines, write_rows
 from samed3d.evaluation.statistics import score_series, summarise
-from samed3d.output import only_writer, write_json, write_text
+from samed3d.output import check_results_folder, only_writer, write_json, write_text
 from samed3d.volume.label_maps import EmptyLabelError
 
 logger = logging.getLogger(__name__)
@@ -252,13 +253,14 @@ def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
     begun = out / PARTS / SETTINGS_JSON
     path = next((path for path in (begun, out / RESULTS_JSON) if path.exists()), None)
     if path is None and not (out / CASES_CSV).exists():
+        check_results_folder(out, (PROMPTS_JSONL, REPORT_HTML, PARTS), _holds_nothing)
         return False
     stored: dict[str, Any] = {}
     if path is not None:
         try:
             body = json.loads(path.read_text(encoding="utf-8"))
             stored = body.get("settings", body)
-        except ValueError:
+        except (ValueError, AttributeError):
             pass  # written by something else
     if stored.get("hash") != settings["hash"]:
         differs = ", ".join(k for k in settings if k != "hash" and json.dumps(stored.get(k)) != json.dumps(settings[k]))
@@ -267,6 +269,11 @@ def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
             "choose another"
         )
     return not begun.exists()
+
+
+def _holds_nothing(folder: Path) -> bool:
+    """Whether a folder of parts is as a run leaves it that was stopped before its first result."""
+    return all(entry.name.startswith(".") for entry in folder.iterdir())
 
 
 def _merge(plan: EvaluationPlan, settings: dict[str, Any], clicks: Sequence[int], processes: int) -> None:

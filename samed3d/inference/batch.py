@@ -24,7 +24,7 @@ from samed3d.inference.mask_files import FORMATS
 from samed3d.inference.session import Session
 from samed3d.inference.session_store import weights_hash
 from samed3d.models.base import PromptableModel
-from samed3d.output import check_output, write_json
+from samed3d.output import check_output, check_results_folder, write_json
 from samed3d.prompts import Box, ObjectPrompts, Point, load_prompts, parse_numbers, prompt_to_json
 from samed3d.volume import SUFFIXES
 
@@ -179,6 +179,7 @@ def run_jobs(
     except OSError as error:
         raise InputError(f"--output must be a folder that can be made, got {folder} ({error.strerror})") from error
     check_output(folder / REPORT, suffixes=(".json",))
+    check_results_folder(folder, (DONE, REPORT), _is_ours)
     finished = _finished(folder / DONE)
     weights, rows = weights_hash(model), []
     for job in jobs:
@@ -247,6 +248,13 @@ def _finished(path: Path) -> dict[str, dict[str, Any]]:
                 continue
             found[row.pop("key")] = row
     return found
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a ``done.jsonl`` or ``report.json`` was written by a batch; an empty one may have been."""
+    text = path.read_text()
+    body = json.loads(text if path.name == REPORT else text.partition("\n")[0] or '{"key": ""}')
+    return ("images" if path.name == REPORT else "key") in body
 
 
 def _remember(path: Path, row: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ from samed3d.inference.session_store import Journal, check_same, describe, ident
 from samed3d.inference.uncertainty import least_certain
 from samed3d.models import load_promptable
 from samed3d.models.base import PromptableModel
+from samed3d.output import check_spares
 from samed3d.prompts import ObjectPrompts, Point, Prompt, is_positive
 from samed3d.volume import Volume, read_volume, write_mask, write_volume
 
@@ -349,6 +350,7 @@ class Session:
         every edit for undo and redo, and the path of the image.
         """
         if Path(path).name.lower().endswith(".json"):
+            check_spares(path, self.volume.source)
             save_session(Path(path), self._identity(), self.objects(), self._history.log())
         else:
             self.export(path)
@@ -365,6 +367,7 @@ class Session:
                 is asked for and the image was not read from a DICOM series.
         """
         kind, path = checked_format(path, format), Path(path)
+        check_spares(path, self.volume.source)
         if kind in LABEL_MAP_FORMATS:
             write_mask(path, self.labels if len(self._state.objects) > 1 else self.mask, self.volume.grid)
         else:
@@ -372,6 +375,7 @@ class Session:
 
     def save_probability(self, path: str | Path) -> None:
         """Write the current object's probability, float32."""
+        check_spares(path, self.volume.source)
         write_volume(Path(path), self.probability(), self.volume.grid)
 
     def report(self) -> dict[str, Any]:

@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 """Of both files."""
+_LONGEST_HEADER = 1 << 20
 
 _EDITS: dict[str, tuple[type[Edit], tuple[str, ...]]] = {
     "add": (AddPrompt, ("object_id", "prompt_id", "prompt")),
@@ -114,6 +115,7 @@ class Journal:
         """
         self.path = Path(path)
         try:
+            _check_is_journal(self.path, header)
             self._file = self.path.open("a+b", buffering=0)
         except OSError as error:
             raise InputError(f"journal cannot be opened: {self.path} ({error.strerror})") from error
@@ -141,11 +143,9 @@ class Journal:
         self._file.seek(0)
         content = self._file.read()
         whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            logger.warning("the last line of %s was not finished and is left out", self.path)
-            self._file.truncate(whole)
         lines = content[:whole].splitlines()
         if not lines:
+            self._file.truncate(0)
             self._write({"journal": VERSION, **header})
             _sync_folder(self.path)
             return []
@@ -157,15 +157,15 @@ class Journal:
                 raise InputError(
                     f"journal is damaged in line {number}: {self.path} ({error}); move it away to begin anew"
                 ) from error
-        if not isinstance(bodies[0], dict) or bodies[0].get("journal") != VERSION:
-            raise InputError(
-                f"journal must be one of version {VERSION}: {self.path}; give the path of a journal or of no file"
-            )
         check_same(bodies[0], header, f"journal {self.path}")
-        return [edit_from_json(body, f"{self.path}, line {number}") for number, body in enumerate(bodies[1:], start=2)]
+        edits = [edit_from_json(body, f"{self.path}, line {n}") for n, body in enumerate(bodies[1:], start=2)]
+        if whole < len(content):
+            logger.warning("the last line of %s was not finished and is left out", self.path)
+            self._file.truncate(whole)
+        return edits
 
     def _write(self, body: dict[str, Any]) -> None:
-        line = json.dumps(body, separators=(",", ":")).encode() + b"\n"
+        line = _line_of(body)
         end = self._file.seek(0, os.SEEK_END)
         try:
             written = 0
@@ -175,6 +175,34 @@ class Journal:
         except OSError:
             self._file.truncate(end)  # the journal could not be read any more after half a line
             raise
+
+
+def _check_is_journal(path: Path, header: dict[str, Any]) -> None:
+    """Refuse an existing file that does not begin as a journal does, before it is opened for writing.
+
+    A file without a whole line is a journal only if it is empty or holds the beginning of this session's first line,
+    as a process leaves it that was killed while it began the journal.
+    """
+    if not path.exists():
+        return
+    refusal = InputError(f"journal must be one of version {VERSION}: {path}; give the path of a journal or of no file")
+    if not path.is_file():
+        raise refusal
+    with path.open("rb") as file:
+        line = file.readline(_LONGEST_HEADER)
+    if line.endswith(b"\n"):
+        try:
+            body = json.loads(line)
+        except ValueError:
+            raise refusal from None
+        if not isinstance(body, dict) or body.get("journal") != VERSION:
+            raise refusal
+    elif not _line_of({"journal": VERSION, **header}).startswith(line):
+        raise refusal
+
+
+def _line_of(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, separators=(",", ":")).encode() + b"\n"
 
 
 def _sync_folder(path: Path) -> None:

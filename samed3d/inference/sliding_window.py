@@ -31,6 +31,7 @@ from samed3d.inference.mask_files import LABEL_MAP_FORMATS, checked_format, expo
 from samed3d.models import load
 from samed3d.models.base import SemanticModel
 from samed3d.models.weights import find_checkpoint, read_header
+from samed3d.output import check_spares
 from samed3d.prompts import PackedMask
 from samed3d.volume import Volume, read_volume, write_mask
 from samed3d.volume.writing import Segment
@@ -236,6 +237,8 @@ def segment_file(
     kind = checked_format(output, format)
     began = time.perf_counter()
     paths = [images] if isinstance(images, Path) else images
+    for path in paths:
+        check_spares(output, path)
     volumes = [read_volume(path, channel=channel, series=series) for path in paths]
     network: Any = load(model)
     chosen = pick_device(device)

@@ -18,7 +18,7 @@ from samed3d.config import TrainConfig, config_of, to_dict
 from samed3d.errors import InputError
 from samed3d.models.base import AnyModel
 from samed3d.models.weights import load_state_strict, save_weights
-from samed3d.output import replacing
+from samed3d.output import check_results_folder, replacing
 from samed3d.training.optimiser import EmaWeights
 
 MAY_CHANGE = (
@@ -52,14 +52,18 @@ class TrainingState:
     best: float | None = None
 
 
+_WRITTEN = ("model.safetensors", "best.safetensors", "config.json", "environment.json", "skipped.json", "curves.svg")
+
+
 def check_new(folder: Path) -> None:
-    """Refuse a folder that holds a run.
+    """Refuse a folder that holds a run, or other files under the names that a run writes.
 
     Raises:
         InputError: if it does.
     """
     if (folder / "last.pt").exists() or (folder / "metrics.jsonl").exists():
         raise InputError(f"run.folder already holds a run: {folder}; add --resume to continue it, or choose another")
+    check_results_folder(folder, _WRITTEN, lambda _: False)
 
 
 def save(folder: Path, config: TrainConfig, state: TrainingState, scaler: Any = None) -> None:

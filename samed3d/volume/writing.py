@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
-from samed3d.output import check_output, replacing
+from samed3d.output import check_output, replacing, write_bytes
 from samed3d.prompts import PackedMask
 from samed3d.volume.itk import NIFTI_SUFFIXES, SUFFIXES, silenced, suffix_of
 
@@ -254,8 +254,10 @@ def _write_metaimage(path: Path, array: NDArray, grid: Grid, header_only_at: Pat
     if header_only_at is None:
         path.write_bytes(header + voxels)
         return
-    with replacing(header_only_at.with_suffix(".zraw")) as beside:  # first: no header names a file that is not there
-        beside.write_bytes(voxels)
+    beside = header_only_at.with_suffix(".zraw")
+    if beside.exists() and not (header_only_at.exists() and beside.name.encode() in header_only_at.read_bytes()):
+        raise InputError(f"cannot write {header_only_at.name}: its voxels would replace {beside}; choose another name")
+    write_bytes(beside, voxels)  # first: no header names a file that is not there
     path.write_bytes(header)
 
 

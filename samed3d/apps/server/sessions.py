@@ -306,7 +306,7 @@ def _locked(folder: Path) -> IO[str]:
     """The folder's lock, held until the file is closed or the process ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        file = (folder / "lock").open("w")
+        file = (folder / "lock").open("a")
     except OSError as error:
         raise InputError(f"--sessions must be a writable folder, got {folder} ({error.strerror})") from error
     if not lock(file):
