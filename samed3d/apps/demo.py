@@ -6,6 +6,7 @@ the program works. Read ``inference/session.py`` next, ``data/phantom.py`` for t
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import asdict, dataclass, field
