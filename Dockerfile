@@ -17,10 +17,10 @@ ARG DEVICE=cpu
 # PyPI's torch for Linux is the CUDA build and brings the CUDA libraries; the CPU build has an index of its own.
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
     if [ "$DEVICE" = cpu ]; then pip install --no-cache-dir torch --index-url https://download.pytorch.org/whl/cpu; fi \
-    && pip install --no-cache-dir "$(ls /wheels/samed3d-*.whl)[serve,dicom]" \
+    && pip install --no-cache-dir "$(ls /wheels/samed3d-*.whl)[dicom]" \
     && useradd --create-home --uid 1000 samed3d \
     && install -d -o samed3d -g samed3d /sessions /data
-USER samed3d
+USER 1000
 WORKDIR /data
 ENV PYTHONUNBUFFERED=1
 VOLUME /sessions

@@ -7,7 +7,6 @@ VENV := $(or $(SAMED3D_VENV),.venv)
 PY := $(VENV)/bin/python
 CORE := $(VENV)/.samed3d-core
 DEV := $(VENV)/.samed3d-dev
-SERVE := $(VENV)/.samed3d-serve
 MANIFEST := setup.cfg pyproject.toml constraints-cpu.txt
 
 # Without an NVIDIA GPU every pip call is held to the CPU build of torch: one call without it may bring several GB of CUDA packages.
@@ -17,9 +16,8 @@ CONSTRAINT := $(if $(GPU),,-c constraints-cpu.txt)
 # pip's own torch for Linux may be the CUDA build. TORCH_INDEX=URL names the index of CPU wheels that pytorch.org's install page gives.
 TORCH_INDEX ?=
 
-NEEDED_CORE := samed3d torch numpy scipy SimpleITK einops safetensors edt cc3d typer rich yaml PIL httpx
-NEEDED_SERVE := $(NEEDED_CORE) fastapi uvicorn multipart blosc2 prometheus_client
-NEEDED_DEV := $(NEEDED_SERVE) jinja2 matplotlib accelerate torchio pydicom highdicom joblib distributed timm onnx onnxscript onnxruntime huggingface_hub skimage pytest xdist pytest_timeout hypothesis ruff mypy
+NEEDED_CORE := samed3d torch numpy scipy SimpleITK einops safetensors edt cc3d typer rich yaml PIL httpx fastapi uvicorn multipart blosc2 prometheus_client psutil packaging
+NEEDED_DEV := $(NEEDED_CORE) jinja2 matplotlib accelerate torchio pydicom highdicom joblib distributed timm onnx onnxscript onnxruntime huggingface_hub skimage pytest xdist pytest_timeout hypothesis ruff mypy
 # True where an environment that already existed holds all of these packages (-I: do not count this folder itself).
 HAS = $(PY) -I -c "import sys; from importlib.util import find_spec; sys.exit(any(find_spec(n) is None for n in sys.argv[1:]))"
 
@@ -30,7 +28,7 @@ help:
 demo: $(CORE)
 	$(PY) -m samed3d demo -o out/demo $(ARGS)
 
-app: $(SERVE) viewer
+app: viewer
 	$(PY) -m samed3d app $(ARGS)
 
 # The published build of the web viewer, by npm; needs node once, not at run time.
@@ -79,9 +77,6 @@ endef
 
 $(CORE): $(MANIFEST) | $(PY)
 	$(call install,samed3d and what it runs with,$(NEEDED_CORE),.)
-
-$(SERVE): $(MANIFEST) | $(PY)
-	$(call install,samed3d with its server,$(NEEDED_SERVE),.[serve])
 
 $(DEV): $(MANIFEST) | $(PY)
 	$(call install,samed3d with its training and test tools,$(NEEDED_DEV),.[dev])

@@ -8,8 +8,6 @@ import time
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the server needs samed3d[serve]")
-
 from samed3d.apps.server.fair_queue import FairQueue
 from samed3d.apps.server.security import ApiError
 

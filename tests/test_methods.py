@@ -92,7 +92,6 @@ def test_commands_that_cannot_be_run_are_named():
 @pytest.mark.slow
 def test_a_server_of_the_nninteractive_protocol_scores_as_the_session_behind_it(tmp_path):
     pytest.importorskip("nnInteractive.inference.remote", reason="needs the package nninteractive-client")
-    pytest.importorskip("fastapi", reason="the server needs samed3d[serve]")
     from tests.server_tools import ServerProcess, write_ball
 
     volume = write_ball(tmp_path / "ball.nii.gz")

@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("fastapi", reason="the server needs samed3d[serve]")
-
 from samed3d.inference.session import Session
 from samed3d.prompts import PackedMask, Point
 from samed3d.volume import read_volume

@@ -9,9 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("fastapi", reason="the server needs samed3d[serve]")
-pytest.importorskip("blosc2", reason="the server needs samed3d[serve]")
-
 from samed3d.apps.server.nninteractive_arrays import (
     box_prompt,
     drawn_region,

@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("fastapi", reason="the server needs samed3d[serve]")
-
 from samed3d.apps.client import update_from_json
 from samed3d.apps.server.files import confined, safe_name
 from samed3d.apps.server.security import Access, ApiError, check_binding

@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("fastapi", reason="the server needs samed3d[serve]")
-
 from samed3d.apps.client import Client, RemoteError
 from samed3d.apps.server.sessions import Limits
 from samed3d.errors import InputError

@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("fastapi", reason="the server needs samed3d[serve]")
-
 from samed3d.apps.server.security import Access
 from samed3d.volume import read_volume
 from samed3d.volume.files import ReadLimits

@@ -46,7 +46,6 @@ def serve(
     quiet: Quiet = False,
 ) -> None:
     """Serve sessions over HTTP: a REST API, and nnInteractive's protocol for napari, 3D Slicer and others."""
-    _check_installed()
     from samed3d.apps.server.app import run_server
     from samed3d.apps.server.security import Access, check_binding
     from samed3d.apps.server.service import ServerOptions
@@ -90,7 +89,6 @@ def app(
     quiet: Quiet = False,
 ) -> None:
     """Click on volumes in the browser: three planes and 3D, on this machine only. Work is kept across restarts."""
-    _check_installed()
     import samed3d.apps
     from samed3d.apps.server.app import run_server
     from samed3d.apps.server.service import ServerOptions
@@ -138,16 +136,6 @@ def _open_page(address: str, volume: Path | None, browser: bool, quiet: bool) ->
             typer.echo(f"samed3d: error: {error}", err=True)
     if browser:
         webbrowser.open(page)
-
-
-def _check_installed() -> None:
-    """Say what to install if the server's libraries are missing."""
-    from importlib.util import find_spec
-
-    needed = ("fastapi", "uvicorn", "python_multipart", "blosc2", "prometheus_client")
-    missing = [name for name in needed if find_spec(name) is None]
-    if missing:
-        raise InputError(f"the server needs {', '.join(missing)}: pip install 'samed3d[serve]'")
 
 
 def _check_models(options: ServerOptions) -> None:

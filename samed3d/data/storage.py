@@ -122,7 +122,5 @@ def _blosc2() -> Any:
     try:
         import blosc2
     except ModuleNotFoundError as error:
-        raise InputError(
-            "a .b2nd corpus needs blosc2: pip install 'samed3d[corpus]', or prepare with --storage npz"
-        ) from error
+        raise InputError("a .b2nd corpus needs blosc2: pip install blosc2, or prepare with --storage npz") from error
     return blosc2
