@@ -122,7 +122,7 @@ class Reader:
 
     def recognises(self, folder: Path) -> bool:
         """Whether ``folder`` is laid out the way this reader expects; cheap, never raises."""
-        raise NotImplementedError
+        return False
 
     def source(self, folder: Path) -> SourceFacts:
         """What is known of the data set in ``folder``."""

@@ -83,28 +83,28 @@ def categorise(name: str, context: str = "") -> Category:
         name: As the source calls it.
         context: Name of the source, for the group of a name that says nothing ("anterior" in "msd_hippocampus").
     """
-    whole = _plain(name)
-    if re.fullmatch(
-        r"(label|structure|class|value|object|roi|) ?\d*", whole
-    ):  # a number means something only within its source
-        whole = f"{_plain(context)} {whole}".strip()
+    table, whole, source = _by_name(), _plain(name), _plain(context)
+    if re.fullmatch(r"(label|structure|class|value|object|roi|) ?\d*", whole):
+        whole = f"{source} {whole}".strip()  # a number means something only within its source
         return Category(whole or "unnamed", _group_by_words(whole) or "other")
-    table = _by_name()
     if whole in table and "*" not in table[whole][0]:
-        category, group = table[whole]
-        return Category(category, group)
-    if numbered := _numbered(whole):
-        return numbered
+        return Category(*table[whole])
     side, rest = _side_of(whole)
-    for form in (rest, _singular(rest)):
+    # Vertebrae and ribs go by number: "vertebra L4", "left rib 7".
+    vertebra = r"(?:vertebrae?|vert) ?([ctls]) ?(\d{1,2})|([ctls]) ?(\d{1,2})(?: vertebrae?)"
+    if found := re.fullmatch(vertebra, whole):
+        return Category(f"vertebra {(found[1] or found[3]).upper()}{int(found[2] or found[4])}", "bone")
+    if found := re.fullmatch(r"ribs? ?(\d{1,2})", rest):
+        return Category(f"{side} rib {int(found[1])}".strip(), "bone", side)
+    singular = re.sub(r"(?<=[a-z]{3})s$", "", rest)
+    for form in (rest, singular):
         if form in table:
             category, group = table[form]
             bare = category.removesuffix("*")
-            sided = f"{side} {bare}" if side else bare
-            return Category(sided, group, side, category.endswith("*") and not side)
+            return Category(f"{side} {bare}".strip(), group, side, category != bare and not side)
     if rest in _PLACES:
-        rest = f"{_plain(context)} {rest}".strip()
-    group = _group_by_words(rest) or _group_by_words(_plain(context)) or "other"
+        rest = f"{source} {rest}".strip()
+    group = _group_by_words(rest) or _group_by_words(source) or "other"
     return Category(f"{side} {rest}".strip(), group, side)
 
 
@@ -138,21 +138,6 @@ def _side_of(plain: str) -> tuple[str, str]:
         if word in _SIDES and len(words) > 1:
             return _SIDES[word], " ".join(words[:place] + words[place + 1 :])
     return "", plain
-
-
-def _numbered(plain: str) -> Category | None:
-    """Vertebrae and ribs, which go by number: "vertebra L4", "left rib 7"."""
-    if found := re.fullmatch(r"(?:vertebrae?|vert) ?([ctls]) ?(\d{1,2})|([ctls]) ?(\d{1,2})(?: vertebrae?)", plain):
-        letter, number = (found[1], found[2]) if found[1] else (found[3], found[4])
-        return Category(f"vertebra {letter.upper()}{int(number)}", "bone")
-    side, rest = _side_of(plain)
-    if found := re.fullmatch(r"ribs? ?(\d{1,2})", rest):
-        return Category(f"{side} rib {int(found[1])}".strip(), "bone", side)
-    return None
-
-
-def _singular(plain: str) -> str:
-    return re.sub(r"(?<=[a-z]{3})s$", "", plain)
 
 
 def _group_by_words(plain: str) -> str:

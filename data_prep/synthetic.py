@@ -1,8 +1,4 @@
-"""Generated cases as a source like any other: listed by number, loaded by making them. Same seed, same corpus.
-
-So they are stored, resumed, spread over processes and shown like real ones. What is made:
-``samed3d/data/synthesis.py``.
-"""
+"""Generated cases as a source like any other: listed by number, loaded by making them. Same seed, same corpus."""
 
 from __future__ import annotations
 
@@ -49,10 +45,6 @@ class SyntheticReader(Reader):
                 f"--label-maps must be given with --kind labelmaps and with no other, got --kind {self.kind}"
             )
 
-    def recognises(self, folder: Path) -> bool:
-        """Never: it is asked for by name."""
-        return False
-
     def source(self, folder: Path) -> SourceFacts:
         """A source of its own for every kind and seed."""
         name = f"{NAME}_{self.kind}_{self.seed}"
@@ -66,11 +58,8 @@ class SyntheticReader(Reader):
         well.
         """
         source = self.source(folder).name
-        maps = (
-            [case for reader, place in find_sources(self.label_maps) for case in reader.cases(place)[0]]
-            if self.label_maps
-            else []
-        )
+        found = find_sources(self.label_maps) if self.label_maps else []
+        maps = [case for reader, place in found for case in reader.cases(place)[0]]
         if self.label_maps and not maps:
             raise InputError(
                 f"--label-maps must hold labelled cases, got none in {', '.join(map(str, self.label_maps))}"

@@ -62,7 +62,7 @@ def find_sources(
 
     Args:
         paths: Data sets, or folders of data sets (of folders of data sets).
-        format: Name of a reader that all of them need, or None to recognise each by itself.
+        format: Name of the reader for all of them, or None to recognise each by itself.
         image_pattern: For plain folders, where the images are; see ``PlainReader``. Given together with
             ``label_pattern``; implies the format ``plain``.
         label_pattern: For plain folders, where the labels are.

@@ -1,16 +1,17 @@
 """DICOM: any tree of image series with DICOM-SEG or RTSTRUCT, as hospitals and The Cancer Imaging Archive deliver it.
 
-Headers tell what belongs together: a case is one image series with all SEGs and RTSTRUCTs that refer to it; other
-series are left alone. The subject is the patient ID, or the folder at the top where there is none.
+A case is one image series with all SEGs and RTSTRUCTs that refer to it, by their headers; other series are left out.
+The subject is the patient ID, or the folder at the top where there is none.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
+import itertools
 import os
 from collections import defaultdict
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +32,8 @@ from samed3d.volume.dicom_labels import (
     series_identifier,
 )
 
-logger = logging.getLogger(__name__)
-
-_MODALITIES = {"CT": "CT", "MR": "MR", "PT": "PET", "US": "US", "NM": "NM", "CR": "X-ray", "DX": "X-ray"}
-# How many files to look at before a folder counts as not DICOM.
-_GLANCE = 64
+_MODALITIES = {"PT": "PET", "CR": "X-ray", "DX": "X-ray"}
+_FILES_TO_RECOGNISE_BY = 64
 
 
 class DicomReader(Reader):
@@ -46,16 +44,8 @@ class DicomReader(Reader):
 
     def recognises(self, folder: Path) -> bool:
         """Whether one of the first files below the folder is DICOM."""
-        looked = 0
-        for root, folders, names in os.walk(folder):
-            folders.sort()
-            for name in sorted(names):
-                looked += 1
-                if looks_like_dicom(Path(root, name)):
-                    return True
-                if looked >= _GLANCE:
-                    return False
-        return False
+        files = (Path(root, name) for root, _, names in _sorted_walk(folder) for name in sorted(names))
+        return any(looks_like_dicom(path) for path in itertools.islice(files, _FILES_TO_RECOGNISE_BY))
 
     def source(self, folder: Path) -> SourceFacts:
         """Facts from ``source.json``; the modality is that of each case."""
@@ -76,38 +66,35 @@ class DicomReader(Reader):
             if file.modality not in LABEL_MODALITIES:
                 series[file.series].append(file)
         labels_of: dict[str, list[DicomFile]] = defaultdict(list)
-        tried: set[str] = set()
+        labelled: set[str] = set()
         for file in files:
             if file.modality in LABEL_MODALITIES:
-                target = _series_of(file, series)
-                if isinstance(target, Problem):
-                    problems.append(target)
-                    tried.add(_person(file, folder))
+                uid, reason = _series_of(file, series)
+                if uid:
+                    labels_of[uid].append(file)
                 else:
-                    labels_of[target].append(file)
+                    problems.append(Problem(str(file.path), reason))
+                    labelled.add(_person(file, folder))
         cases = []
         for uid, labels in sorted(labels_of.items(), key=lambda item: str(series[item[0]][0].path)):
-            first = series[uid][0]
-            if len({file.path.parent for file in series[uid]}) > 1:
-                where = ", ".join(sorted({str(file.path.parent) for file in series[uid]}))
-                problems.append(
-                    Problem(
-                        str(first.path.parent), f"series {uid} is spread over several folders: {where}; keep one copy"
-                    )
-                )
+            folders = sorted({str(file.path.parent) for file in series[uid]})
+            if len(folders) > 1:
+                reason = f"series {uid} is spread over several folders: {', '.join(folders)}; keep one copy"
+                problems.append(Problem(str(series[uid][0].path.parent), reason))
                 continue
-            person = _person(first, folder)
+            person = _person(series[uid][0], folder)
+            labelled.add(person)
             case_id = f"{safe_name(person)}-{hashlib.sha256(uid.encode()).hexdigest()[:8]}"
-            modality = _MODALITIES.get(first.modality, first.modality)
-            images, masks = ((modality, str(first.path.parent)),), tuple(("", str(f.path)) for f in labels)
+            modality = _MODALITIES.get(series[uid][0].modality, series[uid][0].modality)
             about = (case_id, facts.name, person, modality, None, self.name)
-            cases.append(RawCase(*about, images, masks, {"series": uid}))
-        labelled = {case.subject for case in cases} | tried
-        for person, path in sorted({_person(s[0], folder): s[0].path.parent for s in series.values()}.items()):
-            if person not in labelled:
-                problems.append(
-                    Problem(str(path), f"image has no label: no SEG or RTSTRUCT refers to a series of {person}")
-                )
+            masks = tuple(("", str(file.path)) for file in labels)
+            cases.append(RawCase(*about, ((modality, folders[0]),), masks, {"series": uid}))
+        people = {_person(files[0], folder): files[0].path.parent for files in series.values()}
+        problems += [
+            Problem(str(path), f"image has no label: no SEG or RTSTRUCT refers to a series of {person}")
+            for person, path in sorted(people.items())
+            if person not in labelled
+        ]
         return cases, problems
 
     def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
@@ -124,38 +111,43 @@ class DicomReader(Reader):
         return RawArrays([(case.modality, image)], image.grid, layers)
 
 
+def _sorted_walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    for root, folders, names in os.walk(folder):
+        folders.sort()
+        yield root, folders, names
+
+
 def _all_masks(labels: list[Path], grid: Grid) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    """The structures of all files; a name that a second file uses again is told apart by the file's name."""
+    """The structures of all files; a name that a second file uses again gets that file's name."""
     owner: dict[str, Path] = {}
     for path in labels:
         for name, mask in read_dicom_labels(path, grid):
             yield (name if owner.setdefault(name, path) == path else f"{name} ({path.stem})"), mask
 
 
-def _series_of(label: DicomFile, series: dict[str, list[DicomFile]]) -> str | Problem:
-    """The image series a SEG or RTSTRUCT was drawn on: the one it names, else the only one of its patient in its
-    coordinate system.
+def _series_of(label: DicomFile, series: dict[str, list[DicomFile]]) -> tuple[str, str]:
+    """The image series that a SEG or RTSTRUCT was drawn on, or why there is none: the one it names, else the only one
+    of its patient in its frame of reference.
     """
+    kind = label.modality
     held = [uid for uid in label.refers_to if uid in series]
-    if len(held) == 1:
-        return held[0]
     if len(held) > 1:
-        reason = f"{label.modality} refers to {len(held)} series: {', '.join(held)}; leave only the one it was drawn on"
-    elif label.refers_to:
+        return "", f"{kind} refers to {len(held)} series: {', '.join(held)}; leave only the one it was drawn on"
+    if held:
+        return held[0], ""
+    if label.refers_to:
         there = sorted({uid for uid, files in series.items() if files[0].patient == label.patient})
         holds = ", ".join(there) or "no image series of this patient"
-        reason = f"{label.modality} points at another series, {', '.join(label.refers_to)}, which is not there; there is {holds}"
-    else:
-        near = [
-            uid
-            for uid, files in series.items()
-            if label.frame_of_reference
-            and (files[0].frame_of_reference, files[0].patient) == (label.frame_of_reference, label.patient)
-        ]
-        if len(near) == 1:
-            return near[0]
-        reason = f"{label.modality} names no series, and {len(near)} series of this patient share its coordinate system; one is needed"
-    return Problem(str(label.path), reason)
+        others = ", ".join(label.refers_to)
+        return "", f"{kind} points at another series, {others}, which is not there; there is {holds}"
+    place = (label.frame_of_reference, label.patient)
+    near = [
+        uid for uid, (first, *_) in series.items() if place[0] and (first.frame_of_reference, first.patient) == place
+    ]
+    if len(near) == 1:
+        return near[0], ""
+    among = f"{len(near)} series of this patient share its coordinate system"
+    return "", f"{kind} names no series, and {among}; one is needed"
 
 
 def _person(file: DicomFile, folder: Path) -> str:
@@ -164,7 +156,5 @@ def _person(file: DicomFile, folder: Path) -> str:
 
 
 def _check_pydicom() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("pydicom") is None:
-        raise InputError("reading DICOM labels needs pydicom, which is not installed; pip install 'samed3d[dicom]'")
+    if find_spec("pydicom") is None or find_spec("highdicom") is None:
+        raise InputError("reading DICOM labels needs pydicom and highdicom; pip install 'samed3d[dicom]'")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,9 @@ from data_prep.readers.facts import (
 from samed3d.errors import InputError
 from samed3d.volume import SUFFIXES, Volume
 from samed3d.volume.label_maps import grid_difference
+
+_Matches = dict[str, list[tuple[str, str]]]
+"""Case to (channel or structure, path) of its files."""
 
 
 class TotalsegReader(FileReader):
@@ -94,14 +97,6 @@ class TotalsegReader(FileReader):
             return {row["image_id"]: self._splits[row["split"]] for row in rows if row.get("split") in self._splits}
 
 
-@dataclass
-class _Copies:
-    """One case of SA-Med3D: its image and its label by category."""
-
-    images: dict[str, Path] = field(default_factory=dict)
-    labels: dict[str, Path] = field(default_factory=dict)
-
-
 class SaMed3dReader(FileReader):
     """What SAM-Med3D trains on: ``CATEGORY/DATASET/imagesTr/CASE.nii.gz`` with one binary ``labelsTr/CASE.nii.gz``.
 
@@ -128,25 +123,24 @@ class SaMed3dReader(FileReader):
         facts, person = self.source(folder), subject_rule(folder)
         cases: list[RawCase] = []
         problems = []
-        for (dataset, part, name), copies in sorted(self._copies(folder).items()):
-            unlabelled = [str(path) for category, path in copies.images.items() if category not in copies.labels]
-            if not copies.labels:
+        for (dataset, part, name), (copies, masks) in sorted(self._copies(folder).items()):
+            unlabelled = [path for category, path in copies.items() if category not in masks]
+            if not masks:
                 if part == "Tr":
                     problems += [Problem(path, "image has no label in labelsTr") for path in unlabelled]
                 continue
-            if not copies.images:
-                problems += [Problem(str(p), f"label has no image in images{part}") for p in copies.labels.values()]
+            if not copies:
+                problems += [Problem(path, f"label has no image in images{part}") for path in masks.values()]
                 continue
             reason = f"image has no label in labels{part} of this category; the case is taken with its other labels"
             problems += [Problem(path, reason) for path in unlabelled]
             case_id = safe_name(f"{dataset}.{name}" if part == "Tr" else f"{dataset}.{name}.{part}")
             modality = self._modalities.get(dataset.split("_")[0].lower(), facts.modality)
             split = None if part == "Tr" else "test"
-            first, *others = (str(path) for _, path in sorted(copies.images.items()))
-            labels = tuple((category, str(path)) for category, path in sorted(copies.labels.items()))
+            first, *others = (path for _, path in sorted(copies.items()))
             about = (case_id, facts.name, f"{dataset}.{person(name)}", modality, split, self.name)
             extra = {f"copy_{number}": path for number, path in enumerate(others)}
-            cases.append(RawCase(*about, ((modality, first),), labels, extra))
+            cases.append(RawCase(*about, ((modality, first),), tuple(sorted(masks.items())), extra))
         return cases, problems
 
     def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
@@ -161,15 +155,14 @@ class SaMed3dReader(FileReader):
                 _check_copy(raw.images[0][1], case.images[0][1], copy)
         return raw
 
-    def _copies(self, folder: Path) -> dict[tuple[str, str, str], _Copies]:
-        found: dict[tuple[str, str, str], _Copies] = defaultdict(_Copies)
-        for category in subfolders(folder):
-            for dataset in subfolders(category):
-                for part in ("Tr", "Ts", "Val"):
-                    for path in image_files(dataset / f"images{part}"):
-                        found[dataset.name, part, without_suffix(path)].images[category.name] = path
-                    for path in image_files(dataset / f"labels{part}"):
-                        found[dataset.name, part, without_suffix(path)].labels[category.name] = path
+    def _copies(self, folder: Path) -> dict[tuple[str, str, str], tuple[dict[str, str], dict[str, str]]]:
+        """(data set, part, case) to its images and its labels, each by category."""
+        found: dict[tuple[str, str, str], tuple[dict[str, str], dict[str, str]]] = defaultdict(lambda: ({}, {}))
+        datasets = [dataset for category in subfolders(folder) for dataset in subfolders(category)]
+        for dataset, part in itertools.product(datasets, ("Tr", "Ts", "Val")):
+            for number, kind in enumerate(("images", "labels")):
+                for path in image_files(dataset / f"{kind}{part}"):
+                    found[dataset.name, part, without_suffix(path)][number][dataset.parent.name] = str(path)
         return found
 
 
@@ -230,7 +223,7 @@ class PlainReader(FileReader):
 
     def recognises(self, folder: Path) -> bool:
         """Whether some image has a label by the patterns."""
-        return self._fitting(folder) is not None
+        return self._matches(folder) is not None
 
     def cases(self, folder: Path) -> tuple[list[RawCase], list[Problem]]:
         """Every image with its label or labels.
@@ -238,13 +231,13 @@ class PlainReader(FileReader):
         Raises:
             InputError: if no image has a label by the patterns.
         """
-        patterns = self._fitting(folder)
-        if patterns is None:
+        matched = self._matches(folder)
+        if matched is None:
             raise InputError(
                 f"no image with a label in {folder}; say where they are with --image-pattern and --label-pattern"
             )
         facts, person = self.source(folder), subject_rule(folder)
-        images, labels = (match_files(folder, pattern) for pattern in patterns)
+        images, labels = matched
         of_labels = {path for files in labels.values() for _, path in files}
         images = {case: [f for f in files if f[1] not in of_labels] for case, files in images.items()}
         source_json = folder / "source.json"
@@ -263,11 +256,10 @@ class PlainReader(FileReader):
                 cases.append(RawCase(*about, tuple(mine), tuple(masks), extra))
         return cases, problems
 
-    def _fitting(self, folder: Path) -> tuple[str, str] | None:
-        """The first patterns by which an image of the folder has a label."""
-        return next(
-            (p for p in self._patterns if set(match_files(folder, p[0])) & set(match_files(folder, p[1]))), None
-        )
+    def _matches(self, folder: Path) -> tuple[_Matches, _Matches] | None:
+        """Images and labels by the first patterns by which an image of the folder has a label."""
+        found = ((match_files(folder, image), match_files(folder, label)) for image, label in self._patterns)
+        return next(((images, labels) for images, labels in found if set(images) & set(labels)), None)
 
 
 def _check_pattern(flag: str, pattern: str, other: str) -> None:
@@ -278,7 +270,7 @@ def _check_pattern(flag: str, pattern: str, other: str) -> None:
         raise InputError(f"{flag} must be a path below the source, got {pattern!r}")
 
 
-def match_files(folder: Path, pattern: str) -> dict[str, list[tuple[str, str]]]:
+def match_files(folder: Path, pattern: str) -> _Matches:
     """The files of a folder that follow a pattern.
 
     Args:
@@ -302,7 +294,7 @@ def match_files(folder: Path, pattern: str) -> dict[str, list[tuple[str, str]]]:
             expression += f"(?P<{place}>[^/]+{'' if place == 'case' else '?'})"
             seen.add(place)
     regex = re.compile(expression)
-    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    found: _Matches = defaultdict(list)
     for path in sorted(folder.glob("/".join("*" for _ in Path(pattern).parts))):
         relative = path.relative_to(folder)
         match = regex.fullmatch(relative.as_posix())
