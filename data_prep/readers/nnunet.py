@@ -1,13 +1,7 @@
 """Layouts that a ``dataset.json`` describes: nnU-Net raw data (version 1 and 2) and the Medical Segmentation Decathlon.
 
-nnU-Net has ``imagesTr/CASE_0000.nii.gz``, one file per channel, ``labelsTr/CASE.nii.gz``, and the same with Ts. Version
-2 may list its files in ``dataset`` instead, name regions made of several values, and use another ``file_ending``. A
-folder without any image is a set of label maps, from which images can be generated. Images in ``imagesTs`` without a
-``labelsTs`` are no cases.
-
-The Decathlon lists image and label of each case in ``training``; several modalities are one 4D image. nnU-Net 1 has the
-same ``dataset.json``, but a channel number in its file names: a list whose first image exists under the listed name is
-the Decathlon's.
+nnU-Net 1 has the same ``dataset.json`` as the Decathlon, but a channel number in its file names: a list whose first
+image exists under the listed name is the Decathlon's.
 """
 
 from __future__ import annotations
@@ -16,7 +10,6 @@ import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +31,9 @@ from samed3d.volume import SUFFIXES
 logger = logging.getLogger(__name__)
 
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
+_ABSENT = "listed in dataset.json but not there"
+_Files = tuple[list[Path], dict[int, Path]]
+"""The labels of a case (one or none), and its images by channel number."""
 
 
 class _DatasetJsonReader(FileReader):
@@ -50,13 +46,17 @@ class _DatasetJsonReader(FileReader):
         modality = stated if isinstance(stated, str) else ", ".join(channel_names(about))
         return facts_of(folder, self.name, about, modality=modality)
 
-    def _extra(self, folder: Path) -> dict[str, str]:
-        files = {"dataset_json": folder / "dataset.json", "source_json": folder / "source.json"}
-        return {key: str(path) for key, path in files.items() if path.is_file()}
+    def _about(self, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+        """``dataset.json``, which must name its labels, and ``RawCase.extra`` of the cases that it describes."""
+        path = folder / "dataset.json"
+        about = read_json(path)
+        table_of_dataset_json(about, path)
+        files = {"dataset_json": path, "source_json": folder / "source.json"}
+        return about, {key: str(file) for key, file in files.items() if file.is_file()}
 
 
 class MsdReader(_DatasetJsonReader):
-    """Tasks of the Decathlon; see the module."""
+    """The Decathlon: ``training`` lists image and label of each case; several modalities are one 4D image."""
 
     name = "msd"
     looks_for = "dataset.json that lists its files in training (Decathlon)"
@@ -64,11 +64,10 @@ class MsdReader(_DatasetJsonReader):
     def recognises(self, folder: Path) -> bool:
         """Whether ``dataset.json`` lists cases whose image has the listed name."""
         try:
-            training = read_json(folder / "dataset.json").get("training")
+            about = read_json(folder / "dataset.json")
         except InputError:
             return False
-        entries = training if isinstance(training, list) else []
-        return any((folder / e["image"]).is_file() for e in entries if isinstance(e, dict) and _is_text(e, "image"))
+        return any((folder / entry["image"]).is_file() for entry in _entries(about, "training", "image"))
 
     def cases(self, folder: Path) -> tuple[list[RawCase], list[Problem]]:
         """Every entry of ``training``, and of ``validation`` as in AMOS; ``test`` has no labels.
@@ -76,67 +75,51 @@ class MsdReader(_DatasetJsonReader):
         Raises:
             InputError: if ``dataset.json`` is damaged or names no labels.
         """
-        path = folder / "dataset.json"
-        about = read_json(path)
-        table_of_dataset_json(about, path)
+        about, extra = self._about(folder)
         facts, person = self.source(folder), subject_rule(folder)
         channels = channel_names(about) or [facts.modality or "image"]
         cases: dict[str, RawCase] = {}
         problems = []
         listed: set[Path] = set()
         for entry in [*about["training"], *about.get("validation", ())]:
-            if not (isinstance(entry, dict) and _is_text(entry, "image", "label")):
-                problems.append(Problem(str(path), f"training entry must name image and label, got {entry!r}"))
+            if not _has_text(entry, "image", "label"):
+                reason = f"training entry must name image and label, got {entry!r}"
+                problems.append(Problem(str(folder / "dataset.json"), reason))
                 continue
             image, label = folder / entry["image"], folder / entry["label"]
             listed |= {image.resolve(), label.resolve()}
             name = without_suffix(image)
             case_id = safe_name(name)
-            if absent := [p for p in (image, label) if not p.is_file()]:
-                problems.append(Problem(str(absent[0]), "listed in dataset.json but not there"))
+            if absent := [path for path in (image, label) if not path.is_file()]:
+                problems.append(Problem(str(absent[0]), _ABSENT))
             elif case_id in cases:
                 reason = f"two cases have the id {case_id}; this one is left out, rename it"
                 problems.append(Problem(str(image), reason))
             else:
-                images, labels = tuple((channel, str(image)) for channel in channels), (("", str(label)),)
+                images = tuple((channel, str(image)) for channel in channels)
                 about_case = (case_id, facts.name, person(name), facts.modality, None, self.name)
-                cases[case_id] = RawCase(*about_case, images, labels, self._extra(folder))
+                cases[case_id] = RawCase(*about_case, images, (("", str(label)),), extra)
         for part, what in (("imagesTr", "image"), ("labelsTr", "label")):
             spare = [p for p in image_files(folder / part) if p.resolve() not in listed]
             problems += [Problem(str(p), f"{what} is not listed in dataset.json") for p in spare]
         return list(cases.values()), problems
 
 
-@dataclass
-class _Files:
-    """What was found of one case of nnU-Net."""
-
-    label: Path | None = None
-    channels: dict[int, Path] = field(default_factory=dict)
-
-    def incomplete(self, channels: int) -> str:
-        """Why the case cannot be used; empty where all is there. ``channels``: how many ``dataset.json`` names."""
-        if self.label is None:
-            return "image has no label in the folder of labels"
-        if not self.channels:
-            return "label has no image in the folder of images"
-        expected = channels or max(self.channels) + 1
-        missing = sorted(set(range(expected)) - set(self.channels))
-        return f"channel {missing[0]:04d} is missing ({expected} in dataset.json)" if missing else ""
-
-
 class NnunetReader(_DatasetJsonReader):
-    """nnU-Net raw data; see the module."""
+    """nnU-Net: ``imagesTr/CASE_0000.nii.gz`` (a file per channel), ``labelsTr/CASE.nii.gz``, and the same with Ts.
+
+    Version 2 may list its files in ``dataset`` instead, name regions made of several values, and use another
+    ``file_ending``. A folder without any image is a set of label maps, from which images can be generated. Images in
+    ``imagesTs`` without a ``labelsTs`` are no cases.
+    """
 
     name = "nnunet"
     looks_for = "dataset.json with labelsTr/ (nnU-Net)"
 
     def recognises(self, folder: Path) -> bool:
         """Whether there is a ``dataset.json`` with a folder of labels, or one that lists its files."""
-        if not (folder / "dataset.json").is_file():
-            return False
-        if (folder / "labelsTr").is_dir():
-            return True
+        if not (folder / "dataset.json").is_file() or (folder / "labelsTr").is_dir():
+            return (folder / "dataset.json").is_file()
         try:
             return isinstance(read_json(folder / "dataset.json").get("dataset"), dict)
         except InputError:
@@ -148,13 +131,12 @@ class NnunetReader(_DatasetJsonReader):
         Raises:
             InputError: if ``dataset.json`` is damaged or names no labels.
         """
-        path = folder / "dataset.json"
-        about = read_json(path)
-        table_of_dataset_json(about, path)
+        about, extra = self._about(folder)
         ending = str(about.get("file_ending", ".nii.gz")).lower()
         if ending not in SUFFIXES:
+            known = " ".join(SUFFIXES)
             raise InputError(
-                f"file_ending must be one of {' '.join(SUFFIXES)}, got {ending!r}: {path}; convert the files"
+                f"file_ending must be one of {known}, got {ending!r}: {folder / 'dataset.json'}; convert the files"
             )
         facts, person, channels = self.source(folder), subject_rule(folder), dict(enumerate(channel_names(about)))
         subjects = {str(c["case"]): str(c["subject"]) for c in about.get("cases", ()) if "case" in c and "subject" in c}
@@ -165,48 +147,59 @@ class NnunetReader(_DatasetJsonReader):
             label_maps_only = bool(part) and not image_files(folder / f"images{part}")
             if label_maps_only and not about.get("labels_only"):
                 logger.warning("%s has no images%s; its labels are taken as label maps without image", folder, part)
-            for name, files in sorted(found.items()):
-                reason = "" if label_maps_only and files.label else files.incomplete(len(channels))
-                if reason:
-                    problems.append(Problem(str(files.label or next(iter(files.channels.values()))), reason))
+            for name, (labels, files) in sorted(found.items()):
+                if reason := "" if label_maps_only and labels else _incomplete(labels, files, len(channels)):
+                    problems.append(Problem(str([*labels, *files.values()][0]), reason))
                     continue
                 case_id = safe_name(name)
                 case_id += f".{part}" if case_id in cases else ""  # the same name in Tr and Ts
                 images = tuple(
-                    (channels.get(number, facts.modality or f"image_{number:04d}"), str(p))
-                    for number, p in sorted(files.channels.items())
+                    (channels.get(number, facts.modality or f"image_{number:04d}"), str(path))
+                    for number, path in sorted(files.items())
                 )
                 split = "test" if part == "Ts" else "train" if tested else None
                 subject = subjects.get(name) or person(name)
                 about_case = (case_id, facts.name, subject, facts.modality, split, self.name)
-                cases[case_id] = RawCase(*about_case, images, (("", str(files.label)),), self._extra(folder))
-        return list(cases.values()), problems + _listed_but_absent(folder, about)
+                cases[case_id] = RawCase(*about_case, images, (("", str(labels[0])),), extra)
+        # The training list of version 1 names its labels.
+        counts = Counter(folder / entry["label"] for entry in _entries(about, "training", "label"))
+        twice = "listed twice in dataset.json; two cases cannot have one id, it is taken once"
+        reasons = {p: twice if n > 1 else _ABSENT for p, n in counts.items() if n > 1 or not p.is_file()}
+        return list(cases.values()), problems + [Problem(str(path), reason) for path, reason in reasons.items()]
+
+
+def _incomplete(labels: list[Path], files: dict[int, Path], channels: int) -> str:
+    """Why a case cannot be used; empty where all is there. ``channels``: how many ``dataset.json`` names, or 0."""
+    if not labels:
+        return "image has no label in the folder of labels"
+    if not files:
+        return "label has no image in the folder of images"
+    expected = channels or max(files) + 1
+    missing = sorted(set(range(expected)) - set(files))
+    return f"channel {missing[0]:04d} is missing ({expected} in dataset.json)" if missing else ""
 
 
 def _parts(
     folder: Path, about: dict[str, Any], ending: str, problems: list[Problem]
 ) -> Iterator[tuple[str, dict[str, _Files]]]:
-    """Files by case of each part ("Tr", "Ts", or "" for what ``dataset`` lists); what has no case's name goes to
-    ``problems``.
-    """
+    """Files by case of each part ("Tr", "Ts", or "" for what ``dataset`` lists); other files go to ``problems``."""
     if isinstance(about.get("dataset"), dict):
         yield "", _listed(folder, about["dataset"], problems)
         return
     for part in ("Tr", "Ts"):
-        found: dict[str, _Files] = defaultdict(_Files)
+        found: dict[str, _Files] = defaultdict(lambda: ([], {}))
         labels = image_files(folder / f"labels{part}", (ending,))
         if part == "Ts" and not labels:
             if unlabelled := len(image_files(folder / "imagesTs", (ending,))):
                 logger.info("%s: %d images in imagesTs have no labelsTs and are left out", folder.name, unlabelled)
             continue
         for path in labels:
-            found[without_suffix(path, (ending,))].label = path
+            found[without_suffix(path, (ending,))][0].append(path)
         for path in image_files(folder / f"images{part}", (ending,)):
-            match = _CHANNEL.fullmatch(without_suffix(path, (ending,)))
-            if match is None:
-                problems.append(Problem(str(path), f"image name must end in a channel number, CASE_0000{ending}"))
+            if match := _CHANNEL.fullmatch(without_suffix(path, (ending,))):
+                found[match.group(1)][1][int(match.group(2))] = path
             else:
-                found[match.group(1)].channels[int(match.group(2))] = path
+                problems.append(Problem(str(path), f"image name must end in a channel number, CASE_0000{ending}"))
         files = [p for what in ("images", "labels") for p in image_files(folder / f"{what}{part}")]
         strange = [p for p in files if not p.name.lower().endswith(ending)]
         problems += [Problem(str(p), f"name must end in {ending} (file_ending of dataset.json)") for p in strange]
@@ -218,30 +211,22 @@ def _listed(folder: Path, listed: dict[str, Any], problems: list[Problem]) -> di
     found: dict[str, _Files] = {}
     for name, entry in listed.items():
         try:
-            files = _Files(folder / entry["label"], {n: folder / p for n, p in enumerate(entry["images"])})
+            files = [folder / entry["label"]], {n: folder / p for n, p in enumerate(entry["images"])}
         except (KeyError, TypeError):
             problems.append(Problem(str(folder / "dataset.json"), f"dataset entry {name!r} must have images and label"))
             continue
-        if absent := [p for p in (files.label, *files.channels.values()) if p and not p.is_file()]:
+        if absent := [path for path in (*files[0], *files[1].values()) if not path.is_file()]:
             problems.append(Problem(str(absent[0]), f"listed in dataset.json for case {name!r} but not there"))
         else:
             found[name] = files
     return found
 
 
-def _listed_but_absent(folder: Path, about: dict[str, Any]) -> list[Problem]:
-    """Labels that the ``training`` list of version 1 names and that are not there, or that it names twice."""
-    training = about.get("training")
-    entries = training if isinstance(training, list) else []
-    labels = [folder / e["label"] for e in entries if isinstance(e, dict) and _is_text(e, "label")]
-    twice = "listed twice in dataset.json; two cases cannot have one id, it is taken once"
-    reasons = {
-        label: twice if count > 1 else "listed in dataset.json but not there"
-        for label, count in Counter(labels).items()
-        if count > 1 or not label.is_file()
-    }
-    return [Problem(str(label), reason) for label, reason in reasons.items()]
+def _entries(about: dict[str, Any], key: str, *texts: str) -> list[dict[str, Any]]:
+    """The entries of a list in ``dataset.json`` that have these texts."""
+    entries = about.get(key)
+    return [entry for entry in entries if _has_text(entry, *texts)] if isinstance(entries, list) else []
 
 
-def _is_text(entry: dict[str, Any], *keys: str) -> bool:
-    return all(isinstance(entry.get(key), str) for key in keys)
+def _has_text(entry: Any, *keys: str) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in keys)
