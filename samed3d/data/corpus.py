@@ -1,17 +1,14 @@
-"""A prepared corpus: one JSON of what it is, two CSV tables of what is in it, one chunked array per image and per label
-map.
-
-Every image is stored once, in canonical axes (z, y, x of RAS+); its labels are one integer map beside it, with a
-further layer only where structures overlap. ``data_prep/`` writes corpora, ``sampling.py`` draws training crops from
-them. Numpy only (blosc2 when a chunk is read).
+"""Reading a prepared corpus: each image once, in canonical axes (z, y, x of RAS+), its labels as integer maps beside it.
 
 ::
 
-    corpus.json              version, settings, sources with licence and attribution, counts
-    cases.csv                one row per image        labels.csv     one row per structure, kept or dropped with the
-    reason points.npy               voxels inside each structure, in the order of labels.csv
-    problems.csv             inputs that could not be used, with the reason
-    arrays/SOURCE/CASE...    .b2nd or .npz            records/SOURCE/CASE.json   what the tables are made of
+    corpus.json            version, settings, sources with licence and attribution, counts
+    cases.csv              one row per image
+    labels.csv             one row per structure, kept or dropped with the reason
+    points.npy             voxels inside each structure, in the order of labels.csv
+    problems.csv           inputs that could not be used, with the reason
+    arrays/SOURCE/CASE...  .b2nd or .npz, one per image and per label map (layers of structures that overlap)
+    records/SOURCE/...     one JSON per case, from which the tables are made
 """
 
 from __future__ import annotations
@@ -39,11 +36,12 @@ POINTS = 32
 """Voxels remembered per structure: a crop can be placed on one without reading the label map."""
 
 CASE_COLUMNS = (
-    "id case source subject split_group split modality channel depth height width spacing_z_mm spacing_y_mm spacing_x_mm dtype has_image "
-    "stored layers kept dropped licence licence_flag content_hash duplicate_of"
+    "id case source subject split_group split modality channel depth height width spacing_z_mm spacing_y_mm "
+    "spacing_x_mm dtype has_image stored layers kept dropped licence licence_flag content_hash duplicate_of"
 ).split()
 LABEL_COLUMNS = (
-    "case source subject split modality layer value name category anatomy side voxels mm3 z0 y0 x0 z1 y1 x1 components kept reason licence"
+    "case source subject split modality layer value name category anatomy side voxels mm3 z0 y0 x0 z1 y1 x1 components "
+    "kept reason licence"
 ).split()
 _HELD_BYTES = 1 << 30
 
@@ -78,7 +76,7 @@ class CaseRecord:
     Attributes:
         id: Unique in the corpus.
         source: Dataset it comes from.
-        subject: Person or animal; cases of one subject never stand on both sides of a split.
+        subject: Person or animal; a split never separates the cases of one subject.
         modality: Of the image.
         shape_zyx: Of the image and its label map.
         spacing_zyx_mm: Voxel edges.
@@ -105,9 +103,7 @@ class CaseRecord:
 
 
 class Table:
-    """A manifest table in columns of text (arrays of Python strings: quick to make, and most columns are never looked
-    at).
-    """
+    """A manifest table in columns of text, which are quick to read; most columns are never used as numbers."""
 
     def __init__(self, columns: dict[str, NDArray[np.object_]]) -> None:
         """From columns of one length."""

@@ -1,8 +1,5 @@
-"""Arrays on disk: chunked and compressed (``.b2nd``), so that a crop reads only the chunks under it, or plain numpy
-(``.npz``).
-
-``b2nd`` needs blosc2, imported when first used; ``npz`` needs numpy alone and reads whole arrays, for carrying a small
-corpus to a machine that has only torch.
+"""Arrays on disk: chunked and compressed (``.b2nd``, by blosc2), so that a crop reads only the chunks under it, or
+plain numpy (``.npz``), which is read whole, for a machine that has only torch.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ _LEVEL = 1
 
 
 class StoredArray:
-    """An array on disk that is read by slicing; looks like a numpy array to whoever needs only its shape and slices."""
+    """An array on disk that is read by slicing, with the shape and slices of a numpy array."""
 
     def __init__(self, array: Any) -> None:
         """Wrap an opened array (blosc2 or numpy)."""
