@@ -44,7 +44,7 @@ def test_a_click_changes_its_part_of_the_label_map(tmp_path):
     assert numbers == [1] and change.current == 1 and change.can_undo and change.seconds > 0
     assert 0 < change.labels.sum() and change.labels.shape == change.region.shape_zyx
     np.testing.assert_array_equal(controller.labels, controller.session.labels)
-    assert change.objects[0].prompts == {1: Point(BALL_IJK)}
+    assert change.objects[0].numbered == {1: Point(BALL_IJK)}
 
 
 def test_undo_and_redo_bring_masks_and_prompts_back_exactly(tmp_path):
@@ -158,7 +158,7 @@ def test_a_session_that_goes_on_is_shown_with_its_prompts_in_voxels(tmp_path):
     session.add(Box(tuple(np.minimum(low, high)), tuple(np.maximum(low, high)), space="ras"))
     controller = Controller(session)
     controller.start()
-    point, box = controller.state.objects[0].prompts.values()
+    point, box = map(controller.in_voxels, controller.state.objects[0].prompts)
     assert point.space == box.space == "ijk"
     assert point_in_grid(point, volume.grid) == pytest.approx(BALL_IJK)
     assert box.min == pytest.approx((9, 10, 8)) and box.max == pytest.approx((17, 19, 15))
@@ -210,7 +210,7 @@ def test_a_session_on_a_server_is_the_same(tmp_path):
             np.testing.assert_array_equal(there.session.mask_of(number), here.session.mask_of(number))
             np.testing.assert_array_equal(array_only.session.mask_of(number), here.session.mask_of(number))
         np.testing.assert_array_equal(there.labels > 0, here.labels > 0)
-        assert [list(e.prompts) for e in there.state.objects] == [
+        assert [list(e.numbered) for e in there.state.objects] == [
             [1],
             [2],
             [],

@@ -76,6 +76,8 @@ def test_delete(client, tmp_path):
 def test_the_clients_calls_are_the_sessions(tmp_path, ball):
     with ServerProcess(tmp_path) as server:
         with Client(server.url).open(tmp_path / "ball.nii.gz") as remote, Session.open(ball, tiny_model()) as alone:
+            assert remote.grid.shape_zyx == ball.array.shape
+            np.testing.assert_allclose(remote.grid.affine_ras, ball.grid.affine_ras, atol=1e-6)
             prior = np.zeros(ball.array.shape, np.uint8)
             prior[9:13, 13:17, 11:15] = 1
             for number, prompt in enumerate(

@@ -27,9 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.errors import InputError
-from samed3d.geometry import IntTriple, Region
+from samed3d.geometry import Grid, IntTriple, Region, as_triple
 from samed3d.output import replacing
-from samed3d.prompts import Mask, PackedMask, Point, Prompt, prompt_to_json
+from samed3d.prompts import Mask, PackedMask, Point, Prompt, prompt_from_json, prompt_to_json
 
 IDLE_SECONDS = 2.0
 """An unused connection is closed after this time. Servers close theirs after about five seconds, and an edit that is
@@ -79,6 +79,11 @@ class RemoteObject:
     locked: bool
     voxels: int
     prompts: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def numbered(self) -> dict[int, Prompt]:
+        """The prompts by their numbers, without masks, whose bits the server does not list."""
+        return {int(body["id"]): prompt_from_json(body) for body in self.prompts if body["type"] != "mask"}
 
 
 class Client:
@@ -191,8 +196,7 @@ class RemoteSession:
     Attributes:
         id: ``Client.resume`` finds the session by it.
         size_ijk: Of the image.
-        spacing_mm: Of the image, along i, j, k.
-        affine_ras: 4x4 matrix from ijk to RAS millimetres.
+        grid: Of the image.
     """
 
     def __init__(self, client: Client, state: dict[str, Any]) -> None:
@@ -201,8 +205,9 @@ class RemoteSession:
         self.id: str = state["id"]
         i, j, k = state["size_ijk"]
         self.size_ijk: IntTriple = (i, j, k)
-        self.spacing_mm = tuple(state["spacing_mm"])
-        self.affine_ras = np.array(state["affine_ras"])
+        lps, spacing = np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.array(state["affine_ras"]), state["spacing_mm"]
+        direction = tuple((lps[:3, :3] / spacing).ravel().tolist())
+        self.grid = Grid((k, j, i), as_triple(spacing), as_triple(lps[:3, 3]), direction)
         self._masks: dict[int, NDArray[np.uint8]] = {}
         self._read_masks()
 

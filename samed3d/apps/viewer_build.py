@@ -46,9 +46,9 @@ def fetch(into: Path = VIEWER) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("package.json", "package-lock.json"):
             shutil.copy(VIEWER / name, folder)
-        run = {"cwd": folder, "capture_output": True, "text": True, "timeout": NPM_SECONDS}
+        command = [npm, *COMMAND]
         try:
-            done = subprocess.run([npm, *COMMAND], check=False, **run)
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=NPM_SECONDS)
         except subprocess.TimeoutExpired as error:
             raise ViewerError(f"npm did not answer within {NPM_SECONDS} s; {_REMEDY}") from error
         if done.returncode:

@@ -6,7 +6,6 @@ Qt nor napari. The layers that show it are in ``layers.py``.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import tempfile
 from collections.abc import Callable
@@ -19,8 +18,8 @@ from numpy.typing import NDArray
 
 from samed3d.apps.client import Client, RemoteError
 from samed3d.errors import InputError
-from samed3d.geometry import IntTriple, Region, Triple, as_triple, bounding_region
-from samed3d.prompts import Box, Mask, PackedMask, Point, Prompt, Scribble, prompt_from_json
+from samed3d.geometry import Grid, Region, Triple, as_triple, bounding_region
+from samed3d.prompts import Box, Mask, PackedMask, Point, Prompt, Scribble, box_in_grid, path_in_grid, point_in_grid
 from samed3d.volume import SUFFIXES, Volume, write_volume
 
 logger = logging.getLogger(__name__)
@@ -58,24 +57,11 @@ def open_remote(volume: Volume, url: str, token: str | None = None, model: str |
 
 
 @dataclass(frozen=True)
-class ShownObject:
-    """An object as it is shown; ``prompts`` by number, with positions in ijk."""
-
-    id: int
-    name: str
-    colour: str
-    visible: bool
-    locked: bool
-    voxels: int
-    prompts: dict[int, Prompt] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Change:
     """The objects after an edit, and what the edit changed.
 
     Attributes:
-        objects: All objects, by id.
+        objects: All objects, ``SessionObject`` or ``RemoteObject``.
         current: The object that was prompted last; 0 before any.
         region: The changed part of the label map, zyx; empty where no voxel changed.
         labels: uint8, of the region's shape.
@@ -84,7 +70,7 @@ class Change:
         note: A message for the user, or "".
     """
 
-    objects: tuple[ShownObject, ...] = ()
+    objects: tuple[Any, ...] = ()
     current: int = 0
     can_undo: bool = False
     can_redo: bool = False
@@ -118,6 +104,7 @@ class Controller:
 
     Attributes:
         session: ``Session`` or ``RemoteSession``; used by jobs only.
+        grid: Of the image.
         shape_zyx: Of the image.
         labels: uint8 (D, H, W), the ids of the visible objects, as after the last finished edit.
         state: The last change.
@@ -129,15 +116,14 @@ class Controller:
         """Take an open session; ``start`` reads what it holds."""
         self.session, self._runner = session, runner
         self.is_remote = not hasattr(session, "volume")
-        self.shape_zyx: IntTriple = tuple(session.size_ijk[::-1]) if self.is_remote else session.volume.grid.shape_zyx
-        affine = session.affine_ras if self.is_remote else session.volume.grid.affine_ras
-        self._ijk_from_ras = np.linalg.inv(affine)
+        self.grid: Grid = session.grid if self.is_remote else session.volume.grid
+        self.shape_zyx = self.grid.shape_zyx
         self.labels = np.zeros(self.shape_zyx, np.uint8)
         self.state = Change()
         self.on_change: list[Callable[[Change], None]] = []
         self.on_error: list[Callable[[Exception], None]] = []
         self._masks: dict[int, PackedMask] = {}
-        self._objects: dict[int, ShownObject] = {}  # as after the last job
+        self._objects: dict[int, Any] = {}  # as after the last job
 
     def start(self) -> None:
         """Show what the session holds already."""
@@ -196,11 +182,24 @@ class Controller:
 
         self.edit(add)
 
+    def in_voxels(self, prompt: Prompt) -> Prompt:
+        """The same prompt with its positions in ijk."""
+        if isinstance(prompt, Mask) or prompt.space == "ijk":
+            return prompt
+        if isinstance(prompt, Point):
+            return replace(prompt, at=point_in_grid(prompt, self.grid), space="ijk")
+        if isinstance(prompt, Box):
+            return Box(*box_in_grid(prompt, self.grid))
+        path = tuple(path_in_grid(prompt, self.grid))
+        if isinstance(prompt, Scribble):
+            return replace(prompt, path=path, space="ijk")
+        return replace(prompt, outline=path, space="ijk")
+
     def suggest_click(self, then: Callable[[Triple, bool], None]) -> None:
         """Call ``then`` with the voxel (zyx) where the model is least certain, and whether it predicts the object there."""
 
         def found(point: Point) -> None:
-            then(as_triple(self._in_voxels(point).at[::-1]), point.positive)  # type: ignore[union-attr]
+            then(as_triple(self.in_voxels(point).at[::-1]), point.positive)  # type: ignore[union-attr]
 
         self._runner(self.session.suggest_click, found, self._failed)
 
@@ -271,12 +270,15 @@ class Controller:
         return self._change(region, getattr(update, "prompt_id", 0), getattr(update, "seconds", 0.0))
 
     def _read_everything(self) -> Change:
-        self._masks = {shown.id: PackedMask.of(self.session.mask_of(shown.id)) for shown in self._shown_objects()}
+        self._masks = {shown.id: PackedMask.of(self.session.mask_of(shown.id)) for shown in self.session.objects()}
         return self._change(Region((0, 0, 0), self.shape_zyx))
 
     def _change(self, changed: Region, prompt_id: int = 0, seconds: float = 0.0) -> Change:
         """The state now; the changed region grows by the masks of objects that were shown, hidden, locked or removed."""
-        objects = {shown.id: shown for shown in self._shown_objects()}
+        objects = {shown.id: shown for shown in self.session.objects()}
+        if max(objects, default=0) > MOST_OBJECTS:
+            expected = f"1 to {MOST_OBJECTS} here, got {max(objects)}"
+            raise InputError(f"object ids must be {expected}; open this session in another program")
         for number in objects.keys() | self._objects.keys():
             old, new = self._objects.get(number), objects.get(number)
             if old is None or new is None or (old.visible, old.locked) != (new.visible, new.locked):
@@ -304,35 +306,3 @@ class Controller:
             clash &= np.isin(settled, [entry.id for entry in shown])
             part[clash] = settled[clash]
         return part
-
-    def _shown_objects(self) -> list[ShownObject]:
-        found = []
-        for item in self.session.objects():
-            if item.id > MOST_OBJECTS:
-                expected = f"1 to {MOST_OBJECTS} here, got {item.id}"
-                raise InputError(f"object ids must be {expected}; open this session in another program")
-            if self.is_remote:  # a server lists a mask without its bits; masks are not drawn as prompts anyway
-                given = {int(body["id"]): prompt_from_json(body) for body in item.prompts if body["type"] != "mask"}
-            else:
-                given = item.numbered
-            prompts = {number: self._in_voxels(prompt) for number, prompt in given.items()}
-            found.append(ShownObject(item.id, item.name, item.colour, item.visible, item.locked, item.voxels, prompts))
-        return found
-
-    def _in_voxels(self, prompt: Prompt) -> Prompt:
-        """The same prompt with its positions in ijk."""
-
-        def ijk(ras: Triple) -> Triple:
-            return as_triple((self._ijk_from_ras @ np.array([*ras, 1.0]))[:3])
-
-        if prompt.space == "ijk" or isinstance(prompt, Mask):
-            return prompt
-        if isinstance(prompt, Point):
-            return replace(prompt, at=ijk(prompt.at), space="ijk")
-        if isinstance(prompt, Box):
-            corners = itertools.product(*zip(prompt.min, prompt.max, strict=True))
-            ends = np.array([ijk(as_triple(corner)) for corner in corners])
-            return Box(as_triple(ends.min(0)), as_triple(ends.max(0)))
-        if isinstance(prompt, Scribble):
-            return replace(prompt, path=tuple(ijk(at) for at in prompt.path), space="ijk")
-        return replace(prompt, outline=tuple(ijk(at) for at in prompt.outline), space="ijk")

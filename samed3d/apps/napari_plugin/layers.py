@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.apps.napari_plugin import coordinates
-from samed3d.apps.napari_plugin.controller import Change, Controller, ShownObject
+from samed3d.apps.napari_plugin.controller import Change, Controller
 from samed3d.apps.napari_plugin.coordinates import Drawn, Frame
 from samed3d.errors import InputError
 from samed3d.prompts import Point, Prompt, Scribble
@@ -236,10 +236,10 @@ class SessionLayers:
         self._controller.edit(lambda session: session.add(prompt, pending.object_id), answered)
 
     def _move(self, number: int, drawn: Drawn) -> None:
-        holders = [shown.prompts[number] for shown in self._controller.state.objects if number in shown.prompts]
+        holders = [shown for shown in self._controller.state.objects if number in shown.numbered]
         if not holders:
             return
-        before = holders[0]
+        before = self._controller.in_voxels(holders[0].numbered[number])
         try:
             if isinstance(before, Point):
                 to: Prompt = coordinates.point_at(drawn.vertices_zyx, before.positive)
@@ -287,11 +287,12 @@ class SessionLayers:
         finally:
             self._updating = False
 
-    def _wanted(self, kind: str, visible: Iterable[ShownObject]) -> dict[int, Row]:
+    def _wanted(self, kind: str, visible: Iterable[Any]) -> dict[int, Row]:
         """The rows that a layer should have, by prompt number or ticket."""
         wanted: dict[int, Row] = {}
         for shown in visible:
-            for number, prompt in shown.prompts.items():
+            for number, given in shown.numbered.items():
+                prompt = self._controller.in_voxels(given)
                 drawn = coordinates.prompt_to_shape(prompt, self._across.get(number, 0))
                 if isinstance(prompt, Point):
                     drawn = Drawn("point", np.array(prompt.at[::-1]))

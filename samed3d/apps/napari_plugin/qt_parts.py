@@ -10,7 +10,7 @@ from qtpy.QtCore import QObject, Qt, Signal
 from qtpy.QtGui import QColor
 from qtpy.QtWidgets import QTreeWidget, QTreeWidgetItem, QWidget
 
-from samed3d.apps.napari_plugin.controller import ShownObject, run_now
+from samed3d.apps.napari_plugin.controller import run_now
 
 _VISIBLE, _LOCKED, _NAME, _VOXELS = range(4)
 _CHECKED, _UNCHECKED = Qt.CheckState.Checked, Qt.CheckState.Unchecked
@@ -45,7 +45,7 @@ class ObjectTable(QTreeWidget):
         item = self.currentItem()
         return int(item.data(_NAME, _ID)) if item is not None else 0
 
-    def fill(self, objects: Iterable[ShownObject], chosen: int) -> None:
+    def fill(self, objects: Iterable[Any], chosen: int) -> None:
         """Show these objects, one of them chosen."""
         self._filling = True
         self.clear()
