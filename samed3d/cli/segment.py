@@ -158,11 +158,11 @@ def _segment_list(
     check_exists(path, "batch list")
     from samed3d.devices import pick_device
     from samed3d.inference.batch import REPORT, read_jobs, run_jobs
-    from samed3d.inference.mask_files import FORMATS
     from samed3d.models import load_promptable
+    from samed3d.volume.writing import MASK_FORMATS
 
-    if format is not None and format not in FORMATS:
-        raise InputError(f"--format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if format is not None and format not in MASK_FORMATS:
+        raise InputError(f"--format must be one of {', '.join(MASK_FORMATS)}, got {format!r}")
     jobs = read_jobs(path, folder, format, space)
     pick_device(device)
     network = load_promptable(model)

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from samed3d.errors import InputError
-from samed3d.inference.mask_files import FORMATS
 from samed3d.inference.session import Session
 from samed3d.inference.session_store import weights_hash
 from samed3d.models.base import PromptableModel
 from samed3d.output import check_output, check_results_folder, write_json
 from samed3d.prompts import Box, ObjectPrompts, Point, load_prompts, parse_numbers, prompt_to_json
 from samed3d.volume import SUFFIXES
+from samed3d.volume.writing import MASK_FORMATS
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def read_jobs(path: Path, folder: Path, format: str | None = None, space: str = 
     Args:
         path: The CSV.
         folder: Where outputs go.
-        format: One of ``mask_files.FORMATS``; None writes ``.nii.gz`` where no ``output`` is named.
+        format: One of ``volume.writing.MASK_FORMATS``; None writes ``.nii.gz`` where no ``output`` is named.
         space: Of the positions in the columns.
 
     Raises:
@@ -99,11 +99,11 @@ def _job(row: dict[str, str], line: int, path: Path, folder: Path, format: str |
     image = path.parent / cells["image"]
     if not cells["image"] or not image.exists():
         raise InputError(f"{where}: image does not exist: {image if cells['image'] else '(empty)'}")
-    suffix = FORMATS[format][0] if format else SUFFIXES[0]
+    suffix = MASK_FORMATS[format][0] if format else SUFFIXES[0]
     output = folder / (cells["output"] or _stem(image.resolve()) + suffix)
-    if format and not output.name.lower().endswith(FORMATS[format]):
+    if format and not output.name.lower().endswith(MASK_FORMATS[format]):
         raise InputError(
-            f"{where}: output of format {format} must end in {' or '.join(FORMATS[format])}, got {output.name!r}"
+            f"{where}: output of format {format} must end in {' or '.join(MASK_FORMATS[format])}, got {output.name!r}"
         )
     if ".." in Path(cells["output"]).parts or Path(cells["output"]).is_absolute():
         raise InputError(f"{where}: output must be a name inside the output folder, got {cells['output']!r}")

@@ -20,17 +20,8 @@ from samed3d.output import check_output
 from samed3d.prompts import PackedMask
 from samed3d.volume import Volume
 from samed3d.volume.dicom_writing import source_slices, write_dicom_seg, write_rtstruct
-from samed3d.volume.writing import Segment, write_seg_nrrd
+from samed3d.volume.writing import MASK_FORMATS, Segment, write_seg_nrrd
 
-FORMATS = {
-    "nifti": (".nii.gz", ".nii"),
-    "nrrd": (".nrrd",),
-    "mha": (".mha", ".mhd"),
-    "seg.nrrd": (".seg.nrrd",),
-    "dicom-seg": (".dcm",),
-    "rtstruct": (".dcm",),
-}
-"""Suffixes by format."""
 LABEL_MAP_FORMATS = ("nifti", "nrrd", "mha")
 
 
@@ -40,14 +31,14 @@ def checked_format(path: str | Path, format: str | None = None) -> str:
     Raises:
         InputError: for an unknown format, a suffix that is not the format's, or a folder that cannot be written to.
     """
-    if format is not None and format not in FORMATS:
-        raise InputError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    known = sorted({suffix for suffixes in FORMATS.values() for suffix in suffixes})
-    check_output(path, suffixes=FORMATS[format] if format else known)
+    if format is not None and format not in MASK_FORMATS:
+        raise InputError(f"format must be one of {', '.join(MASK_FORMATS)}, got {format!r}")
+    known = sorted({suffix for suffixes in MASK_FORMATS.values() for suffix in suffixes})
+    check_output(path, suffixes=MASK_FORMATS[format] if format else known)
     name = Path(path).name.lower()
-    fitting = [kind for kind, suffixes in FORMATS.items() if name.endswith(suffixes)]
+    fitting = [kind for kind, suffixes in MASK_FORMATS.items() if name.endswith(suffixes)]
     return format or max(
-        fitting, key=lambda kind: (max(len(s) for s in FORMATS[kind] if name.endswith(s)), kind == "dicom-seg")
+        fitting, key=lambda kind: (max(len(s) for s in MASK_FORMATS[kind] if name.endswith(s)), kind == "dicom-seg")
     )
 
 

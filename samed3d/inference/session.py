@@ -356,7 +356,7 @@ class Session:
             self.export(path)
 
     def export(self, path: str | Path, format: str | None = None) -> None:
-        """Write the masks in a format of ``mask_files.FORMATS``: nifti, nrrd, mha, seg.nrrd, dicom-seg or rtstruct.
+        """Write the masks in a format of ``volume.writing.MASK_FORMATS``: nifti, nrrd, mha, seg.nrrd, dicom-seg or rtstruct.
 
         Args:
             path: The file.

@@ -26,6 +26,24 @@ from samed3d.output import check_output, replacing, write_bytes
 from samed3d.prompts import PackedMask
 from samed3d.volume.itk import NIFTI_SUFFIXES, SUFFIXES, silenced, suffix_of
 
+MASK_FORMATS = {
+    "nifti": (".nii.gz", ".nii"),
+    "nrrd": (".nrrd",),
+    "mha": (".mha", ".mhd"),
+    "seg.nrrd": (".seg.nrrd",),
+    "dicom-seg": (".dcm",),
+    "rtstruct": (".dcm",),
+}
+"""Suffixes of the formats in which masks can be written, the usual one first."""
+MASK_FORMAT_NAMES = {
+    "nifti": "NIfTI label map",
+    "nrrd": "NRRD label map",
+    "mha": "MetaImage label map",
+    "seg.nrrd": "3D Slicer segmentation",
+    "dicom-seg": "DICOM-SEG",
+    "rtstruct": "DICOM RTSTRUCT",
+}
+"""The same formats, as a user interface names them."""
 # Masks are mostly zeros and small at any level; floats hardly shrink at all. A low level keeps saving quick.
 _COMPRESSION = 3
 # The names of voxel types in NRRD and MetaImage.

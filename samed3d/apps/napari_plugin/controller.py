@@ -208,7 +208,7 @@ class Controller:
 
         Args:
             path: The file.
-            format: One of ``inference.mask_files.FORMATS``; not used for ``.json``.
+            format: One of ``volume.writing.MASK_FORMATS``; not used for ``.json``.
             then: Called when the file is written.
         """
 

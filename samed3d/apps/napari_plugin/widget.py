@@ -20,6 +20,7 @@ from samed3d.apps.napari_plugin.layers import SessionLayers
 from samed3d.apps.napari_plugin.qt_parts import ObjectTable, Worker
 from samed3d.errors import InputError
 from samed3d.volume import Volume, read_volume
+from samed3d.volume.writing import MASK_FORMAT_NAMES, MASK_FORMATS
 
 _TOOLS = {
     "Click": ("points", "add"),
@@ -29,13 +30,8 @@ _TOOLS = {
     "Paint": ("masks", "paint"),
     "Move": ("points", "select"),
 }
-_LABEL_MAP = "NIfTI label map (*.nii.gz)"
 _SAVED = {
-    _LABEL_MAP: ("nifti", ".nii.gz"),
-    "NRRD label map (*.nrrd)": ("nrrd", ".nrrd"),
-    "3D Slicer segmentation (*.seg.nrrd)": ("seg.nrrd", ".seg.nrrd"),
-    "DICOM-SEG (*.dcm)": ("dicom-seg", ".dcm"),
-    "RTSTRUCT (*.dcm)": ("rtstruct", ".dcm"),
+    **{f"{name} (*{MASK_FORMATS[key][0]})": (key, MASK_FORMATS[key][0]) for key, name in MASK_FORMAT_NAMES.items()},
     "Session (*.json)": ("", ".json"),
 }
 _OPENED = "Images and sessions (*.nii *.nii.gz *.nrrd *.mha *.mhd *.json);;All (*)"
@@ -241,7 +237,7 @@ class PromptWidget(qw.QWidget):
         if path:
             self.save(path, kind)
 
-    def save(self, path: str, kind: str = _LABEL_MAP) -> None:
+    def save(self, path: str, kind: str = next(iter(_SAVED))) -> None:
         """Write the masks; ``kind`` is one of the dialog's, whose suffix is added to a path without one."""
         format, suffix = _SAVED[kind]
         path = path if "." in path.replace("\\", "/").rsplit("/", 1)[-1] else path + suffix

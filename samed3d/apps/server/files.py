@@ -21,18 +21,10 @@ from samed3d.apps.server.security import ApiError
 from samed3d.errors import InputError
 from samed3d.volume import write_volume
 from samed3d.volume.files import ReadLimits, check_untrusted
+from samed3d.volume.writing import MASK_FORMATS
 
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha")
 """Formats that are one file. MetaImage's .mhd keeps its voxels in a second one."""
-FORMATS = {
-    "nifti": (".nii.gz", "NIfTI label map"),
-    "nrrd": (".nrrd", "NRRD label map"),
-    "mha": (".mha", "MetaImage label map"),
-    "seg.nrrd": (".seg.nrrd", "3D Slicer segmentation (seg.nrrd)"),
-    "dicom-seg": (".dcm", "DICOM-SEG"),
-    "rtstruct": (".dcm", "DICOM RTSTRUCT"),
-}
-"""Export formats: suffix, and the name that the page shows."""
 EXAMPLE_SEED = 0
 _BLOCK = 1 << 20
 
@@ -157,9 +149,9 @@ def suffix_of(format: str) -> str:
     Raises:
         ApiError: 400 for an unknown format.
     """
-    if format not in FORMATS:
-        raise ApiError(400, f"format must be one of {', '.join(FORMATS)}, got {format[:40]!r}")
-    return FORMATS[format][0]
+    if format not in MASK_FORMATS:
+        raise ApiError(400, f"format must be one of {', '.join(MASK_FORMATS)}, got {format[:40]!r}")
+    return MASK_FORMATS[format][0]
 
 
 @contextmanager

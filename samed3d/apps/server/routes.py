@@ -34,6 +34,7 @@ from samed3d.apps.server.service import (
 from samed3d.apps.server.sessions import VIEWED, SessionInfo, read_info
 from samed3d.inference.session import MaskUpdate, Session
 from samed3d.volume import write_volume
+from samed3d.volume.writing import MASK_FORMAT_NAMES
 
 API_VERSION = 1
 _BINARY = "application/octet-stream"
@@ -109,7 +110,7 @@ async def about(service: SharedService) -> Json:
         "api": API_VERSION,
         "version": __version__,
         "models": service.models,
-        "formats": [{"id": key, "name": name} for key, (_, name) in files.FORMATS.items()],
+        "formats": [{"id": key, "name": name} for key, name in MASK_FORMAT_NAMES.items()],
         "roots": [str(root) for root in service.options.roots],
         "example": True,
     }

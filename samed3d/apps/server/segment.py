@@ -16,11 +16,12 @@ from samed3d.apps.server.service import Json, Service, SharedService, parse_json
 from samed3d.inference.session import Session
 from samed3d.prompts import objects_from_json
 from samed3d.volume import read_volume
+from samed3d.volume.writing import MASK_FORMATS
 
 _BLOCK = 1 << 20
 one_shot = APIRouter()
 
-_FIELDS: Json = {"model": {"type": "string"}, "format": {"type": "string", "enum": list(files.FORMATS)}}
+_FIELDS: Json = {"model": {"type": "string"}, "format": {"type": "string", "enum": list(MASK_FORMATS)}}
 _FORM = {
     "image": {"type": "string", "format": "binary"},
     "prompts": {"type": "string", "description": "a prompt file (JSON)"},
