@@ -38,7 +38,10 @@ def write_manifest(folder: Path, settings: dict[str, Any], problems: list[tuple[
     records = [_read(path) for path in sorted(folder.glob("records/*/*.json")) if path.name != "source.json"]
     sources = {path.parent.name: _read(path) for path in sorted(folder.glob("records/*/source.json"))}
     groups, splits = draw_splits(records, settings["validation_share"])
-    twins = _duplicates(records)
+    twins: dict[str, str] = {}  # image id to the id of the first image with the same voxels, for all but the first
+    for members in _by_hash(records).values():
+        ids = sorted(_image_id(r, image["channel"]) for r, image in members)
+        twins.update(dict.fromkeys(ids[1:], ids[0]))
     cases: list[Record] = []
     labels: list[Record] = []
     points = []
@@ -118,15 +121,6 @@ def draw_splits(records: list[Record], validation_share: float) -> tuple[dict[st
         held = any(in_validation(name, validation_share) for name in members[root(r["subject"])])
         splits[r["case"]] = "test" if (r["source"], r["subject"]) in tested else "val" if held else "train"
     return groups, splits
-
-
-def _duplicates(records: list[Record]) -> dict[str, str]:
-    """Image id to the id of the first image with the same voxels, for every image that is not the first."""
-    twins = {}
-    for members in _by_hash(records).values():
-        ids = sorted(_image_id(r, image["channel"]) for r, image in members)
-        twins.update(dict.fromkeys(ids[1:], ids[0]))
-    return twins
 
 
 def _by_hash(records: list[Record]) -> dict[str, list[tuple[Record, dict[str, Any]]]]:

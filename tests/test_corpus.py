@@ -191,7 +191,7 @@ def test_a_missing_blosc2_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "blosc2", None)
     with pytest.raises(
         InputError,
-        match=r"a \.b2nd corpus needs blosc2: pip install 'samed3d\[corpus\]', or prepare with --storage npz",
+        match=r"a \.b2nd corpus needs blosc2: pip install blosc2, or prepare with --storage npz",
     ):
         open_array(tmp_path / "a.b2nd")
 

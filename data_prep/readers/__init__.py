@@ -96,21 +96,16 @@ def find_sources(
 
 
 def _below(folder: Path, readers: Sequence[Reader], depth: int) -> list[tuple[Reader, Path]]:
+    subs = subfolders(folder) if depth else []
     for reader in readers:
-        if reader.recognises(folder) and not (reader.name == "dicom" and _holds_data_sets(folder, readers, depth)):
-            return [(reader, folder)]
-    if depth == 0:
-        return []
-    subs = subfolders(folder)
+        if reader.recognises(folder):
+            # DICOM files at some depth may lie in a folder of data sets, of which some are in another layout.
+            others = [other for other in readers if other is not reader] if reader.name == "dicom" else []
+            if not any(_below(sub, others, depth - 1) for sub in subs if others):
+                return [(reader, folder)]
     found = [entry for sub in subs for entry in _below(sub, readers, depth - 1)]
     if found:
         for sub in subs:
             if not any(sub == known or sub in known.parents for _, known in found):
                 logger.warning("nothing recognised in %s, which is left out", sub)
     return found
-
-
-def _holds_data_sets(folder: Path, readers: Sequence[Reader], depth: int) -> bool:
-    """Whether a folder of DICOM files at some depth is a folder of data sets, of which some are in another layout."""
-    others = [reader for reader in readers if reader.name != "dicom"]
-    return bool(others) and depth > 0 and any(_below(sub, others, depth - 1) for sub in subfolders(folder))

@@ -7,7 +7,6 @@ The subject is the patient ID, or the folder at the top where there is none.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -44,8 +43,16 @@ class DicomReader(Reader):
 
     def recognises(self, folder: Path) -> bool:
         """Whether one of the first files below the folder is DICOM."""
-        files = (Path(root, name) for root, _, names in _sorted_walk(folder) for name in sorted(names))
-        return any(looks_like_dicom(path) for path in itertools.islice(files, _FILES_TO_RECOGNISE_BY))
+        looked = 0
+        for root, folders, names in os.walk(folder):
+            folders.sort()
+            first = sorted(names)[: _FILES_TO_RECOGNISE_BY - looked]
+            looked += len(first)
+            if any(looks_like_dicom(Path(root, name)) for name in first):
+                return True
+            if looked == _FILES_TO_RECOGNISE_BY:
+                break
+        return False
 
     def source(self, folder: Path) -> SourceFacts:
         """Facts from ``source.json``; the modality is that of each case."""
@@ -109,12 +116,6 @@ class DicomReader(Reader):
         labels = [Path(path) for _, path in case.labels]
         layers = pack_layers(_all_masks(labels, image.grid), image.grid.shape_zyx, ", ".join(map(str, labels)))
         return RawArrays([(case.modality, image)], image.grid, layers)
-
-
-def _sorted_walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    for root, folders, names in os.walk(folder):
-        folders.sort()
-        yield root, folders, names
 
 
 def _all_masks(labels: list[Path], grid: Grid) -> Iterator[tuple[str, NDArray[np.bool_]]]:

@@ -24,7 +24,7 @@ from data_prep.readers.facts import (
     without_suffix,
 )
 from samed3d.errors import InputError
-from samed3d.volume import SUFFIXES, Volume
+from samed3d.volume import SUFFIXES
 from samed3d.volume.label_maps import grid_difference
 
 _Matches = dict[str, list[tuple[str, str]]]
@@ -150,9 +150,15 @@ class SaMed3dReader(FileReader):
             InputError: as ``FileReader.load``, or if the copies of the image are not one image.
         """
         raw = super().load(case, repair_geometry=repair_geometry)
-        for key, copy in case.extra.items():
-            if key.startswith("copy_"):
-                _check_copy(raw.images[0][1], case.images[0][1], copy)
+        image, path = raw.images[0][1], case.images[0][1]
+        for copy in (text for key, text in case.extra.items() if key.startswith("copy_")):
+            if _digest(copy) == _digest(path):
+                continue
+            [(_, other)] = read_images([("", copy)])
+            if grid_difference(image.grid, other.grid) or not np.array_equal(image.array, other.array):
+                raise InputError(
+                    f"two different images have one dataset and name: {path} and {copy}; rename one with its label"
+                )
         return raw
 
     def _copies(self, folder: Path) -> dict[tuple[str, str, str], tuple[dict[str, str], dict[str, str]]]:
@@ -164,17 +170,6 @@ class SaMed3dReader(FileReader):
                 for path in image_files(dataset / f"{kind}{part}"):
                     found[dataset.name, part, without_suffix(path)][number][dataset.parent.name] = str(path)
         return found
-
-
-def _check_copy(image: Volume, path: str, copy: str) -> None:
-    """Refuse a copy of an image whose bytes differ and whose voxels or grid differ as well."""
-    if _digest(copy) == _digest(path):
-        return
-    [(_, other)] = read_images([("", copy)])
-    if grid_difference(image.grid, other.grid) or not np.array_equal(image.array, other.array):
-        raise InputError(
-            f"two different images have one dataset and name: {path} and {copy}; rename one with its label"
-        )
 
 
 def _digest(path: str) -> str:

@@ -154,8 +154,11 @@ def pack_layers(masks: Iterable[tuple[str, NDArray[np.bool_]]], shape_zyx: IntTr
         if not voxels.size:
             continue
         value = value_of.setdefault(name, len(value_of) + 1)
-        layer = next((known for known in layers if _free(known.array[box], voxels, value)), None)
-        if layer is None:
+        for layer in layers:
+            held = layer.array[box][voxels]
+            if not ((held != 0) & (held != value)).any():
+                break
+        else:
             layer = LabelLayer(np.zeros(shape_zyx, np.uint8), {})
             layers.append(layer)
         if value > np.iinfo(layer.array.dtype).max:
@@ -176,11 +179,6 @@ def present_values(array: NDArray) -> list[int]:
         else:
             found.update(np.unique(plane).tolist())
     return sorted(found - {0})
-
-
-def _free(held: NDArray, voxels: NDArray[np.bool_], value: int) -> bool:
-    """Whether the voxels hold nothing but, at most, ``value`` itself."""
-    return not ((held != 0) & (held != value) & voxels).any()
 
 
 def _mapped(array: NDArray, mapping: dict[int, int]) -> NDArray:

@@ -117,17 +117,14 @@ def read_objects(path: Path, name: str) -> list[Any]:
         version = np.lib.format.read_magic(file)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         _, _, kind = header(file)
-        values = (
-            _Unpickler(file).load() if kind.hasobject else np.lib.format.read_array(_rewound(file), allow_pickle=False)
-        )
+        if kind.hasobject:
+            values = _Unpickler(file).load()
+        else:
+            file.seek(0)
+            values = np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         raise InputError(f"npz has no readable {name!r}: {path} ({error})") from error
     return list(np.asarray(values, dtype=object).reshape(-1))
-
-
-def _rewound(file: io.BytesIO) -> io.BytesIO:
-    file.seek(0)
-    return file
 
 
 def read_boxes(path: Path) -> list[ChallengeBox] | None:

@@ -1,9 +1,5 @@
-"""Planar contours to voxels and back: a voxel belongs to a structure if its centre lies inside by the even-odd rule.
-Numpy only.
-
-The rule is the one of radiotherapy contours: a contour inside another cuts a hole, one inside that an island, and the
-two sides of a "keyhole" channel cancel. A polygon may be given in any direction. Used by ``volume/dicom_labels.py`` and
-``volume/dicom_writing.py``.
+"""Planar contours to voxels and back: a voxel belongs to a structure if its centre lies inside by the even-odd rule,
+as radiotherapy contours have it: a contour inside another cuts a hole, one inside that fills it again.
 """
 
 from __future__ import annotations
@@ -64,7 +60,7 @@ def fill_contours(contours_lps_mm: Iterable[NDArray], grid: Grid, name: str) -> 
 
 
 def toggle_polygon(plane: NDArray[np.bool_], points_ij: NDArray) -> None:
-    """Mark where a polygon's edges cross the rows of voxel centres; the running exclusive-or along each row is the
+    """Mark where a polygon's edges cross the rows of voxel centres; the cumulative exclusive-or along each row is the
     filled polygon.
 
     Args:
@@ -121,12 +117,8 @@ def trace_contours(plane: NDArray[np.bool_]) -> list[NDArray[np.float64]]:
             row, column = row + step[0], column + step[1]
             # Turning towards the inside first keeps pixels that touch at a corner apart.
             way = next((w % 4 for w in (way + 1, way, way + 3) if (row, column, w % 4) in cracks), way)
-        outlines.append(_without_straight(np.array(corners)))
+        outline = np.array(corners)
+        before, after = outline - np.roll(outline, 1, axis=0), np.roll(outline, -1, axis=0) - outline
+        turns = np.abs(before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0]) > 1e-9
+        outlines.append(outline[turns])  # without the corners at which it does not turn
     return outlines
-
-
-def _without_straight(corners: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A closed polygon without the corners at which it goes straight on."""
-    before, after = corners - np.roll(corners, 1, axis=0), np.roll(corners, -1, axis=0) - corners
-    turns = np.abs(before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0]) > 1e-9
-    return corners[turns]

@@ -1,8 +1,6 @@
-"""DICOM-SEG and RTSTRUCT as masks on the grid of the image series they belong to.
+"""Reading DICOM-SEG and RTSTRUCT as masks on the grid of the image series they belong to, placed by position.
 
-A segmentation may be stored in any slice order, without its empty slices, and with overlapping segments; everything is
-placed by the position that each frame states. ``scan_dicom`` tells which files of a folder belong together from their
-headers alone. Reading the image itself is in ``volume/dicom.py``, filling contours in ``volume/contours.py``.
+``scan_dicom`` lists the DICOM files of a folder with what their headers say about which belong together.
 """
 
 from __future__ import annotations
@@ -32,13 +30,11 @@ logger = logging.getLogger(__name__)
 LABEL_MODALITIES = ("SEG", "RTSTRUCT")
 _NOT_IMAGES = ("RTPLAN", "RTDOSE", "RTRECORD", "SR", "PR", "KO", "REG", "FID", "DOC", "PLAN", "RWV")
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
-# A frame lies on the image's own voxels if its corners are this close to them (in voxels); otherwise it is resampled.
-_ON_LATTICE = 0.25
 
 
 @dataclass(frozen=True)
 class DicomFile:
-    """What the header of one DICOM file says about where it belongs.
+    """The attributes of one DICOM file by which files belong together.
 
     Attributes:
         path: The file.

@@ -105,7 +105,8 @@ def write_volume(path: str | Path, array: NDArray, grid: Grid) -> None:
     if array.shape != grid.shape_zyx:
         raise ValueError(f"array must have the grid's shape {grid.shape_zyx}, got {array.shape}")
     check_output(path, suffixes=SUFFIXES)
-    array = np.ascontiguousarray(array, dtype=_stored_type(array.dtype))
+    stored = {"b": np.dtype(np.uint8), "f": np.dtype(np.float32)}.get(array.dtype.kind, array.dtype.newbyteorder("="))
+    array = np.ascontiguousarray(array, dtype=stored)
     suffix = suffix_of(path)
     with replacing(path) as partial:
         if suffix in NIFTI_SUFFIXES:
@@ -311,15 +312,9 @@ def _double_axis(direction: NDArray, spacing: float) -> NDArray:
     return direction * spacing
 
 
-def _stored_type(dtype: np.dtype) -> np.dtype:
-    if dtype == np.bool_:
-        return np.dtype(np.uint8)
-    return np.dtype(np.float32) if dtype.kind == "f" else dtype.newbyteorder("=")
-
-
 def _numbers(values: Sequence[float] | NDArray) -> str:
     return " ".join(f"{v:.17g}" for v in values)
 
 
 def _vector(values: Sequence[float] | NDArray) -> str:
-    return f"({','.join(f'{v:.17g}' for v in values)})"
+    return f"({_numbers(values).replace(' ', ',')})"
