@@ -1,4 +1,4 @@
-"""What a reader of source data passes to the pipeline: facts about the source, its cases, and the arrays of one case."""
+"""What a reader of source data passes to the pipeline: facts about the source, its cases, and their arrays."""
 
 from __future__ import annotations
 

@@ -15,14 +15,16 @@ from pathlib import Path
 _WORDS = (
     (
         "lesion",
-        "tumou?r|lesion|sarcoma|metasta|cancer|carcinoma|glioma|nodule|cyst|polyp|infarct|stroke|ptv|gtv|ctv|plaque|aneurysm",
+        "tumou?r|lesion|sarcoma|metasta|cancer|carcinoma|glioma|nodule|cyst|polyp|infarct|stroke|ptv|gtv|ctv|plaque"
+        "|aneurysm",
     ),
     ("cell", "cells?|nuclei|mitochondri|organoid|ovule|plantseg"),
     ("heart", "ventricular myocard|myocard|atri(um|al)|cardiac|heart|aortic valve"),
     ("vessel", "arter(y|ial|ies)|veins?|vena|venous|vessels?|aort|sinus of"),
     (
         "muscle",
-        "muscle|musculus|gluteus|psoas|masseter|pterygoid|rectus|oblique|constrictor|scalenus|capitis|palatoglossus|buccinator",
+        "muscle|musculus|gluteus|psoas|masseter|pterygoid|rectus|oblique|constrictor|scalenus|capitis|palatoglossus"
+        "|buccinator",
     ),
     (
         "bone",
@@ -30,8 +32,9 @@ _WORDS = (
     ),
     (
         "brain",
-        "brain|cerebr|cerebell|cort(ex|ical)|gyrus|sulcus|lobule|thalam|hypothal|hippocamp|amygdal|putamen|pallid|caudate|capsule|callos"
-        "|ventricle|matter|nucleus|nuclei|colliculus|pons|medulla|commissure|fornix|insula|hemisphere|midbrain|septum|crus|dentate|csf",
+        "brain|cerebr|cerebell|cort(ex|ical)|gyrus|sulcus|lobule|thalam|hypothal|hippocamp|amygdal|putamen|pallid"
+        "|caudate|capsule|callos|ventricle|matter|nucleus|nuclei|colliculus|pons|medulla|commissure|fornix|insula"
+        "|hemisphere|midbrain|septum|crus|dentate|csf",
     ),
     ("head and neck", "nerve|gland|orbit|eye|larynx|pharynx|tongue|palat|uvula|nasal|sinus|ear|jaw|neck|head"),
     ("thorax", "lung|pulmon|bronch|pleura|chest|thora"),

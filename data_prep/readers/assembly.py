@@ -79,8 +79,8 @@ def _check_volumes(path: str, wanted: int) -> None:
     volumes = count_volumes(path)
     if volumes != wanted == 1:
         raise InputError(
-            f"image must be 3D, got 4D with {volumes} volumes: {path}; save each as its own file (CASE_0000, CASE_0001, "
-            "...), or use --format msd with a dataset.json that names each modality"
+            f"image must be 3D, got 4D with {volumes} volumes: {path}; save each as its own file (CASE_0000, CASE_0001), "
+            "or use --format msd with a dataset.json that names each modality"
         )
     if volumes != wanted:
         raise InputError(f"image must hold one volume per modality of dataset.json ({wanted}), got {volumes}: {path}")

@@ -1,4 +1,4 @@
-"""Reading a prepared corpus: each image once, in canonical axes (z, y, x of RAS+), its labels as integer maps beside it.
+"""Reading a prepared corpus: each image once, in canonical axes (z, y, x of RAS+), and its labels as integer maps.
 
 ::
 

@@ -89,9 +89,12 @@ def open_array(path: Path) -> StoredArray:
         return StoredArray(blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=1)))
     except InputError:
         raise
-    except Exception as error:  # zipfile, zlib, OSError and blosc2's RuntimeError: a damaged file has many faces
+    except (
+        Exception
+    ) as error:  # zipfile, zlib, OSError and blosc2's RuntimeError: a damaged file makes them raise almost anything
         raise InputError(
-            f"array is missing or damaged: {path} ({type(error).__name__}: {error}); delete its record and prepare again"
+            f"array is missing or damaged: {path} ({type(error).__name__}: {error}); delete its record and prepare "
+            "again"
         ) from error
 
 

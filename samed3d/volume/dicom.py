@@ -103,7 +103,7 @@ def _check_slice_positions(positions: Sequence[str], direction: Sequence[float],
     gaps = np.diff(along)
     if gaps.size and gaps.min() < 1e-3:
         raise InputError(
-            f"DICOM series has several slices at one position (phases or echoes?): {folder}; keep one slice per position"
+            f"DICOM series has several slices at one position (phases or echoes?): {folder}; keep one of them each"
         )
     if gaps.size and gaps.max() - gaps.min() > 0.01 * gaps.mean():
         logger.warning(

@@ -136,7 +136,7 @@ def series_identifier(folder: Path, uid: str) -> str:
         raise InputError(f"DICOM series {uid} cannot be read as a stack of images: {folder}")
     if len(matching) > 1:
         raise InputError(
-            f"DICOM series {uid} holds {len(matching)} stacks of different size or orientation: {folder}; keep one of them"
+            f"DICOM series {uid} holds {len(matching)} stacks of different size or orientation: {folder}; keep one"
         )
     return matching[0]
 

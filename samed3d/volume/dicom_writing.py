@@ -50,21 +50,24 @@ def source_slices(folder: str | Path, series: str | int | None, grid: Grid) -> l
         raise InputError("writing DICOM needs pydicom and highdicom: pip install 'samed3d[dicom]'")
     if not folder.is_dir():
         raise InputError(
-            f"DICOM can be written for an image that was read from a DICOM folder only, got {folder}; write .nii.gz or .seg.nrrd"
+            f"DICOM can be written for an image that was read from a DICOM folder only, got {folder}; write .nii.gz or "
+            ".seg.nrrd"
         )
     from pydicom import dcmread
 
     slices: list[Dataset] = [dcmread(file, stop_before_pixels=True) for file in slice_files(folder, series)]
     if len(slices) != grid.shape_zyx[0]:
         raise InputError(
-            f"DICOM can be written for a series of single slices only, got {len(slices)} files for {grid.shape_zyx[0]} slices"
+            f"DICOM can be written for a series of single slices only, got {len(slices)} files for "
+            f"{grid.shape_zyx[0]} slices"
         )
     for k, header in enumerate(slices):
         expected = (grid.affine_lps @ [0, 0, k, 1])[:3]
         off = float(np.linalg.norm(np.asarray(header.ImagePositionPatient, dtype=float) - expected))
         if off > _SAME_PLACE * min(grid.spacing_xyz_mm):
             raise InputError(
-                f"DICOM slices must be evenly spaced, slice {k} of {folder} lies {off:.3g} mm from its place; write .nii.gz"
+                f"DICOM slices must be evenly spaced, slice {k} of {folder} lies {off:.3g} mm from its place; "
+                "write .nii.gz"
             )
     return slices
 

@@ -180,7 +180,7 @@ class _NiftiHeader:
 
     @classmethod
     def read(cls, path: Path, shown: str | Path = "") -> _NiftiHeader:
-        """Read a header and refuse a spacing that ITK would quietly replace by 1 mm; ``shown`` as in ``open_header``."""
+        """Read a header and refuse a spacing that ITK would replace by 1 mm; ``shown`` as in ``open_header``."""
         shown = shown or path
         try:
             with _opened(path) as stream:
