@@ -1,4 +1,4 @@
-"""nnInteractive's protocol, driven by its own client package, and messages that no client of good will sends."""
+"""nnInteractive's protocol, driven by its own client package, and damaged messages."""
 
 from __future__ import annotations
 

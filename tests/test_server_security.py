@@ -1,4 +1,4 @@
-"""Who is let in: addresses, tokens, other sites, sizes; files from strangers; counters."""
+"""Checks of requests: addresses, tokens, other sites, sizes, untrusted files, disconnected clients; metrics."""
 
 from __future__ import annotations
 

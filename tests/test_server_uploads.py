@@ -1,4 +1,4 @@
-"""Images that come to a server: by path, by upload, in one shot, and from people who mean ill."""
+"""Images that come to a server: by path, by upload, in one shot, and in damaged or malicious files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One session as napari needs it: edits run in order outside the window's thread, and listeners learn what each changed.
+"""One session as napari needs it: edits run in order outside the window's thread, and each reports what it changed.
 
 The session is a ``Session`` of this process or a ``RemoteSession`` of a server, whose calls are the same. Needs neither
 Qt nor napari. The layers that show it are in ``layers.py``.
@@ -196,7 +196,7 @@ class Controller:
         return replace(prompt, outline=path, space="ijk")
 
     def suggest_click(self, then: Callable[[Triple, bool], None]) -> None:
-        """Call ``then`` with the voxel (zyx) where the model is least certain, and whether it predicts the object there."""
+        """Call ``then`` with the least certain voxel (zyx), and whether the model predicts the object there."""
 
         def found(point: Point) -> None:
             then(as_triple(self.in_voxels(point).at[::-1]), point.positive)  # type: ignore[union-attr]
@@ -274,7 +274,7 @@ class Controller:
         return self._change(Region((0, 0, 0), self.shape_zyx))
 
     def _change(self, changed: Region, prompt_id: int = 0, seconds: float = 0.0) -> Change:
-        """The state now; the changed region grows by the masks of objects that were shown, hidden, locked or removed."""
+        """The state now; the region grows by the masks of objects that were shown, hidden, locked or removed."""
         objects = {shown.id: shown for shown in self.session.objects()}
         if max(objects, default=0) > MOST_OBJECTS:
             expected = f"1 to {MOST_OBJECTS} here, got {max(objects)}"

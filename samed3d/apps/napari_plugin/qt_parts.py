@@ -76,7 +76,7 @@ class ObjectTable(QTreeWidget):
 
 
 class Worker(QObject):
-    """A runner for ``Controller``: one thread runs the jobs in order, and their ends are reported in the window's thread.
+    """A runner for ``Controller``: one thread runs the jobs in order and reports their ends in the window's thread.
 
     Attributes:
         busy_changed: Signal with the number of unfinished jobs.

@@ -235,9 +235,11 @@ class _CountAnswers:
 # The page /docs: every route of the OpenAPI description, without scripts and without anything from another site.
 
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;background:#14171c;color:#dfe4ea}
+body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;
+background:#14171c;color:#dfe4ea}
 h2{margin:1.8rem 0 .4rem;font-size:1.05rem;color:#9fb3c8;text-transform:uppercase;letter-spacing:.06em}
-details{border-bottom:1px solid #2a313b;padding:.35rem 0}summary{cursor:pointer}code{color:#8fd3ff}b{display:inline-block;width:4.2rem}
+details{border-bottom:1px solid #2a313b;padding:.35rem 0}summary{cursor:pointer}code{color:#8fd3ff}
+b{display:inline-block;width:4.2rem}
 a{color:#8fd3ff}pre{white-space:pre-wrap;background:#1c2128;padding:.6rem;border-radius:.4rem}
 """
 

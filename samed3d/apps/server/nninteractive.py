@@ -102,7 +102,7 @@ class Lease(SessionWork):
         return await self.answer(job)
 
     async def answer(self, job: Callable[[Session], tuple[MaskUpdate | None, str | None]]) -> Response:
-        """Run a job that returns an update and the client's data type, and send the changed box of the client's array."""
+        """Run a job that returns an update and the client's data type, and send the changed box of its array."""
         update, target = await self.run(job)
         meta: Json = {"ran_prediction": update is not None, "bbox": None}
         body = b""

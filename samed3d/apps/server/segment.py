@@ -1,4 +1,4 @@
-"""``POST /segment``: one image and its prompts in, the mask file out, nothing kept. Repeated clicks use ``routes.py``."""
+"""``POST /segment``: one image and its prompts in, the mask file out, nothing kept. Sessions are in ``routes.py``."""
 
 from __future__ import annotations
 

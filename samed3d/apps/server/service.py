@@ -1,4 +1,4 @@
-"""What all routes of a server share: its options, sessions and metrics, work on one session, JSON and prompts of requests."""
+"""What all routes of a server share: options, sessions, metrics, work on one session, JSON of requests and answers."""
 
 from __future__ import annotations
 

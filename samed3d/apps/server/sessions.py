@@ -246,8 +246,7 @@ class Registry:
                 self._sessions.pop(entry.id, None)  # ``get`` reads it again from its folder
             else:
                 expired.append(entry.id)
-                # Unless requests arrive before this job runs, which then has other jobs behind it.
-                self.queue.submit(entry.id, lambda e=entry: e.unload() if self.queue.depth(e.id) <= 1 else None)  # type: ignore[misc]
+                self.queue.submit(entry.id, lambda entry=entry: self._unload_if_last(entry))  # type: ignore[misc]
         return expired
 
     def close(self) -> None:
@@ -277,6 +276,11 @@ class Registry:
         entry.session = Session.open(image, self.model(info.model), self.device, info.channel, info.series, journal)
         entry.image = None
         return entry.session
+
+    def _unload_if_last(self, entry: ServerSession) -> None:
+        """Unload a session unless further requests arrived before this job ran."""
+        if self.queue.depth(entry.id) <= 1:
+            entry.unload()
 
     def _make_room(self, new: ServerSession | None) -> None:
         """Unload the sessions that were unused the longest until ``new`` fits; None only checks that one would."""
