@@ -79,7 +79,7 @@ def _check_volumes(path: str, wanted: int) -> None:
     volumes = count_volumes(path)
     if volumes != wanted == 1:
         raise InputError(
-            f"image must be 3D, got 4D with {volumes} volumes: {path}; save each as its own file (CASE_0000, CASE_0001), "
+            f"image must be 3D, got 4D with {volumes} volumes: {path}; save each as its own file (CASE_0000), "
             "or use --format msd with a dataset.json that names each modality"
         )
     if volumes != wanted:
