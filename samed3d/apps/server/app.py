@@ -24,6 +24,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from samed3d.apps.server.itksnap import itksnap
 from samed3d.apps.server.nninteractive import nninteractive
 from samed3d.apps.server.routes import api
 from samed3d.apps.server.security import ApiError, Guard, check_binding
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PAGE_FOLDER = "/app/"
-_UPLOAD_PATHS = ("/api/sessions/upload", "/segment", "/set_image", "_interaction")
+_UPLOAD_PATHS = ("/api/sessions/upload", "/segment", "/set_image", "/upload_raw", "_interaction")
 _EXPIRE_EVERY_S = 5.0
 _STOP_SECONDS = 20
 
@@ -67,7 +68,7 @@ def create_app(options: ServerOptions, load: Callable[[str], PromptableModel] = 
 
     app = FastAPI(title="samed3d", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
-    for router in (api, one_shot, nninteractive):
+    for router in (api, one_shot, nninteractive, itksnap):
         app.include_router(router)
     _add_server_routes(app, service)
     _add_error_answers(app, options)

@@ -1,9 +1,7 @@
 """The protocol of nnInteractive 2.x, so that programs written for its server work with this one by changing a URL.
 
-A lease is a session of ``sessions.py`` with a ``lease.json`` beside its journal, so it survives a pause and a restart
-of the server. Resetting the interactions begins a new object; the earlier ones stay in the session, where the REST API
-finds them. Arrays and prompts are translated in ``nninteractive_arrays.py``. Source: what ``nninteractive-client``
-2.6.0 sends and expects.
+Leases are in ``leases.py``; arrays and prompts are translated in ``nninteractive_arrays.py``. Source: what
+``nninteractive-client`` 2.6.0 sends and expects.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Annotated
 
 import numpy as np
@@ -21,110 +19,22 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 from numpy.typing import NDArray
 
 from samed3d.apps.server import nninteractive_arrays as arrays
+from samed3d.apps.server.leases import Lease, LeaseState, combined
 from samed3d.apps.server.security import ApiError
-from samed3d.apps.server.service import Json, Service, SessionWork, SharedService, parse_json
-from samed3d.apps.server.sessions import SessionInfo
+from samed3d.apps.server.service import Json, Service, SharedService, parse_json
 from samed3d.errors import InputError
-from samed3d.geometry import IntTriple, Region
+from samed3d.geometry import IntTriple
 from samed3d.inference.session import MaskUpdate, Session
 from samed3d.models.weights import licence_of
-from samed3d.output import write_json
 from samed3d.prompts import Prompt
-from samed3d.volume import write_volume
 
 PROTOCOL_VERSION = "2.6.0"
 _LONGEST_META = 16 * 1024
-_IMAGE = "image.nii"
 _STORED = {"bool": np.uint8, "float16": np.float32, "float64": np.float32, "int64": np.float32, "uint64": np.float32}
 
 LeaseToken = Annotated[str | None, Header(alias="X-Lease-Token")]
 nninteractive = APIRouter(tags=["nnInteractive"])
 """The routes that nnInteractive's clients call."""
-
-
-@dataclass(frozen=True)
-class LeaseState:
-    """What a lease keeps in ``lease.json``.
-
-    Attributes:
-        object_id: The object that interactions prompt.
-        steps: For each interaction since the last reset, how many edits of the session it made.
-        shape: Of the image's array, or None.
-        target: Data type of the client's result array, or None if the client has none.
-    """
-
-    object_id: int = 1
-    steps: tuple[int, ...] = ()
-    shape: IntTriple | None = None
-    target: str | None = None
-
-
-class Lease(SessionWork):
-    """A client's lease: a session, its state, and the request that names it."""
-
-    @property
-    def state(self) -> LeaseState:
-        """The state on disk."""
-        body = json.loads((self.entry.folder / "lease.json").read_text())
-        steps, shape = tuple(body.get("steps", ())), tuple(body.get("shape") or ()) or None
-        return LeaseState(body.get("object_id", 1), steps, shape, body.get("target"))
-
-    @state.setter
-    def state(self, state: LeaseState) -> None:
-        write_json(self.entry.folder / "lease.json", asdict(state))
-
-    @property
-    def remaining_seconds(self) -> float:
-        """Time until the session is unloaded."""
-        return max(0.0, self.service.options.limits.idle_seconds - (time.monotonic() - self.entry.used))
-
-    async def interact(self, prompts: Callable[[IntTriple], list[Prompt]], predict: bool) -> Response:
-        """Add the prompts of one interaction in order, and predict once after the last."""
-        shape = self.state.shape
-        if shape is None:
-            raise ApiError(400, "there is no image yet; call set_image first")
-        added = await asyncio.to_thread(prompts, shape)
-
-        def job(session: Session) -> tuple[MaskUpdate | None, str | None]:
-            before, updates = self.state, []
-            try:
-                for number, prompt in enumerate(added, start=1):
-                    updates.append(session.add(prompt, before.object_id, predict=predict and number == len(added)))
-            except InputError:
-                for _ in updates:  # an interaction is added as a whole or not at all
-                    session.undo()
-                raise
-            self.state = replace(before, steps=(*before.steps, len(updates)))
-            if predict:
-                self.service.predictions.observe(sum(u.seconds for u in updates))
-            return (_combined(session, updates, before.object_id) if predict else None), before.target
-
-        return await self.answer(job)
-
-    async def answer(self, job: Callable[[Session], tuple[MaskUpdate | None, str | None]]) -> Response:
-        """Run a job that returns an update and the client's data type, and send the changed box of its array."""
-        update, target = await self.run(job)
-        meta: Json = {"ran_prediction": update is not None, "bbox": None}
-        body = b""
-        if update is not None and update.changed and target is not None:
-            part, region = update.mask.astype(target), update.region
-            meta["bbox"] = [list(ends) for ends in zip(region.start_zyx, region.stop_zyx, strict=True)]
-            meta |= {"dtype": target, "shape": list(part.shape)}
-            body = await asyncio.to_thread(arrays.pack_array, part)
-        headers = {"X-Meta": json.dumps(meta, separators=(",", ":"))}
-        return Response(body, media_type="application/octet-stream", headers=headers)
-
-
-def _combined(session: Session, updates: list[MaskUpdate], object_id: int) -> MaskUpdate | None:
-    """Several updates of one object as one: its mask now, in the box around all of them."""
-    if len(updates) == 1:
-        return updates[0]
-    region = Region((0, 0, 0), (0, 0, 0))
-    for update in updates:
-        region = region.union(update.region)
-    exists = any(o.id == object_id for o in session.objects())
-    mask = session.mask_of(object_id)[region.slices] if exists else np.zeros(region.shape_zyx, np.uint8)
-    return MaskUpdate(region, mask, sum(u.seconds for u in updates), object_id)
 
 
 async def _lease(request: Request, service: SharedService, token: LeaseToken = None) -> Lease:
@@ -237,30 +147,23 @@ async def lease_status(lease: OneLease) -> dict[str, float]:
 @nninteractive.post("/set_image")
 async def set_image(request: Request, lease: OneLease, meta: MetaHeader) -> Json:
     """The image, an array of one channel and three axes."""
-    service, image = lease.service, lease.entry.folder / _IMAGE
-    async with service.uploads:
-        array = await _array(request, service)
+    async with lease.service.uploads:
+        array = await _array(request, lease.service)
         if array.ndim != 4 or array.shape[0] != 1:
             raise ApiError(400, f"image must have one channel and three axes, (1, X, Y, Z), got {array.shape}")
         shape: IntTriple = (array.shape[1], array.shape[2], array.shape[3])
         stored = array[0].astype(_STORED.get(array.dtype.name, array.dtype), copy=False)
-        incoming = image.with_name("incoming.nii")  # the session may still read the earlier image
-        await asyncio.to_thread(write_volume, incoming, stored, arrays.grid_of(shape, meta.get("image_properties")))
-        del array, stored
-
-    def job() -> None:
-        incoming.replace(image)
-        info = SessionInfo(str(image), "array", service.options.model, kind="nninteractive")
-        service.registry.set_image(lease.entry, info)
-        lease.state = LeaseState(shape=shape)
-
-    await service.registry.queue.run(lease.entry.id, job, request.is_disconnected)
-    try:
-        await lease.run(lambda session: None)
-    except InputError:
-        lease.state = LeaseState()
-        raise
+        await lease.open_array(stored, arrays.grid_of(shape, meta.get("image_properties")), "array")
     return {"original_image_shape": [1, *shape]}
+
+
+@nninteractive.post("/upload_image", include_in_schema=False)
+@nninteractive.post("/upload_segment", include_in_schema=False)
+async def earlier_protocol() -> Json:
+    """The routes of nnInteractive's servers before 2.0, which had no leases."""
+    raise ApiError(
+        426, "this client uses nnInteractive's protocol before 2.0; update the client (the Slicer extension)"
+    )
 
 
 @nninteractive.post("/set_target_buffer")
@@ -286,12 +189,7 @@ async def set_do_autozoom(lease: OneLease, body: JsonBody) -> dict[str, bool]:
 @nninteractive.post("/reset_interactions")
 async def reset_interactions(lease: OneLease) -> Json:
     """Begin a new object."""
-
-    def job() -> None:
-        state = lease.state
-        lease.state = replace(state, object_id=state.object_id + bool(state.steps), steps=())
-
-    await lease.service.registry.queue.run(lease.entry.id, job, lease.is_gone)
+    await lease.reset()
     return {}
 
 
@@ -302,15 +200,15 @@ async def reset_interactions(lease: OneLease) -> Json:
 async def add_point(lease: OneLease, body: JsonBody) -> Response:
     """A click."""
     prompt = arrays.point_prompt(body.get("coordinates"), _flag(body, "include_interaction"))
-    return await lease.interact(lambda _: [prompt], _flag(body, "run_prediction", True))
+    return await _interact(lease, lambda _: [prompt], _flag(body, "run_prediction", True))
 
 
 @nninteractive.post("/add_bbox_interaction")
 async def add_bbox(lease: OneLease, body: JsonBody) -> Response:
     """A box."""
     include, box = _flag(body, "include_interaction"), body.get("bbox_coords")
-    return await lease.interact(
-        lambda shape: [arrays.box_prompt(box, include, shape)], _flag(body, "run_prediction", True)
+    return await _interact(
+        lease, lambda shape: [arrays.box_prompt(box, include, shape)], _flag(body, "run_prediction", True)
     )
 
 
@@ -331,8 +229,10 @@ async def _add_drawn(
 ) -> Response:
     include, box = _flag(meta, "include_interaction"), meta.get("interaction_bbox")
     mask = await _array(request, lease.service)
-    return await lease.interact(
-        lambda shape: translate(*arrays.drawn_region(mask, box, shape), include), _flag(meta, "run_prediction", True)
+    return await _interact(
+        lease,
+        lambda shape: translate(*arrays.drawn_region(mask, box, shape), include),
+        _flag(meta, "run_prediction", True),
     )
 
 
@@ -340,41 +240,60 @@ async def _add_drawn(
 async def add_initial_seg(request: Request, lease: OneLease, meta: MetaHeader) -> Response:
     """A segmentation to start from; replaces earlier prompts."""
     mask = await _array(request, lease.service)
-    return await lease.interact(lambda shape: [arrays.mask_prompt(mask, shape)], _flag(meta, "run_prediction", False))
+    return await _interact(lease, lambda shape: [arrays.mask_prompt(mask, shape)], _flag(meta, "run_prediction", False))
 
 
 @nninteractive.post("/predict")
 async def predict(lease: OneLease) -> Response:
     """Predict with the prompts that were added without a prediction."""
 
-    def job(session: Session) -> tuple[MaskUpdate | None, str | None]:
+    def job(session: Session) -> MaskUpdate | None:
         state = lease.state
         if not state.steps:
-            return None, state.target
+            return None
         update = session.predict(state.object_id)
         lease.state = replace(state, steps=(*state.steps[:-1], state.steps[-1] + 1))
         lease.service.predictions.observe(update.seconds)
-        return update, state.target
+        return update
 
-    return await lease.answer(job)
+    return await _answer(lease, await lease.run(job))
 
 
 @nninteractive.post("/undo")
 async def undo(lease: OneLease) -> Response:
     """Undo the last interaction; repeatable until the first."""
 
-    def job(session: Session) -> tuple[MaskUpdate | None, str | None]:
+    def job(session: Session) -> MaskUpdate | None:
         state = lease.state
         if not state.steps:
-            return None, state.target
+            return None
         updates = [u for u in (session.undo() for _ in range(state.steps[-1])) if u is not None]
         lease.state = replace(state, steps=state.steps[:-1])
-        return _combined(session, updates, state.object_id), state.target
+        return combined(session, updates, state.object_id)
 
-    return await lease.answer(job)
+    return await _answer(lease, await lease.run(job))
 
 
-# What requests hold
+# Answers, and what requests hold
+
+
+async def _interact(lease: Lease, prompts: Callable[[IntTriple], list[Prompt]], predict: bool) -> Response:
+    """Add the prompts of one interaction and send what changed."""
+    return await _answer(lease, await lease.add(prompts, predict))
+
+
+async def _answer(lease: Lease, update: MaskUpdate | None) -> Response:
+    """Send the changed box of the client's array."""
+    target = lease.state.target
+    meta: Json = {"ran_prediction": update is not None, "bbox": None}
+    body = b""
+    if update is not None and update.changed and target is not None:
+        part, region = update.mask.astype(target), update.region
+        meta["bbox"] = [list(ends) for ends in zip(region.start_zyx, region.stop_zyx, strict=True)]
+        meta |= {"dtype": target, "shape": list(part.shape)}
+        body = await asyncio.to_thread(arrays.pack_array, part)
+    headers = {"X-Meta": json.dumps(meta, separators=(",", ":"))}
+    return Response(body, media_type="application/octet-stream", headers=headers)
 
 
 async def _array(request: Request, service: Service) -> NDArray:

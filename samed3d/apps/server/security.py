@@ -152,7 +152,9 @@ class Guard:
     def _body_limit(self, path: str, headers: Headers) -> int:
         if headers.get("content-encoding", "identity") != "identity":
             raise ApiError(415, "compressed request bodies are not accepted; send it without Content-Encoding")
-        limit = self.access.largest_upload if path.endswith(self.upload_paths) else self.access.largest_json
+        # ITK-SNAP's routes end in the session's id.
+        is_upload = path.endswith(self.upload_paths) or path.rpartition("/")[0].endswith(self.upload_paths)
+        limit = self.access.largest_upload if is_upload else self.access.largest_json
         length = headers.get("content-length", "0")
         if not length.isdigit():
             raise ApiError(400, f"Content-Length must be a number, got {length[:40]!r}")
