@@ -51,7 +51,8 @@ def test_the_text_holds_every_number_of_the_table(tmp_path):
         next(line for line in text.splitlines() if line.startswith(name)) for name in ("old: ours", "new: ours")
     )
     # Mean over eight subjects of value + 0.01 n is value + 0.035; the last click of the newer run is capped at 1.
-    assert old.split()[2:] == ["8", "8", "0.335", "0.635", "0.935", "0.635", "500", "ms", "50", "ms"]
+    assert old.split()[2:8] == ["8", "8", "0.335", "0.635", "0.935", "0.635"]
+    assert old.split()[-4:] == ["500", "ms", "50", "ms"]
     assert new.split()[4:6] == ["0.385", "0.685"]
     assert "+0.050" in text and "0.0078" in text
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from samed3d.data.challenge_npz import ChallengeBox, members, read_boxes, read_case
 from samed3d.data.corpus import CaseRecord, Corpus, in_validation
 from samed3d.errors import InputError
+from samed3d.evaluation.results import TRAINED_ON, group_by
 from samed3d.geometry import RAS_DIRECTION, Grid, Triple
 from samed3d.models.weights import find_checkpoint, read_header
 from samed3d.volume import Volume, read_volume
@@ -54,14 +55,12 @@ class TrainingSplit:
         """``"held-out source"``, ``"unseen subject"`` or ``"trained on"``."""
         if source in self.hold_out:
             return "held-out source"
-        return "unseen subject" if in_validation(subject, self.validation_share, self.seed) else "trained on"
+        return "unseen subject" if in_validation(subject, self.validation_share, self.seed) else TRAINED_ON
 
 
 @dataclass
 class LoadedCase:
-    """A case in memory: the image, its (D, H, W) labels; of a challenge file also the boxes, and the spacing in the
-    order of the file.
-    """
+    """A case in memory: image and (D, H, W) labels; of a challenge file also boxes, and spacing in the file's order."""
 
     volume: Volume
     labels: NDArray
@@ -109,18 +108,17 @@ class LabelledCase:
             InputError: if image and labels do not share one grid, or the label map is not one.
             EmptyLabelError: if nothing is labelled.
         """
-        found = self._read_files() if self.load is None else self.load()
+        if self.load is not None:
+            found = self.load()
+        else:
+            labels, grid = read_label_map(self.label_path)
+            found = LoadedCase(read_volume(self.image_path), labels)
+            if difference := grid_difference(found.volume.grid, grid):
+                raise InputError(
+                    f"image and label must share one grid ({difference}): {self.image_path} and {self.label_path}"
+                )
         found.volume.modality = found.volume.modality or self.modality
         return found
-
-    def _read_files(self) -> LoadedCase:
-        image = read_volume(self.image_path)
-        labels, grid = read_label_map(self.label_path)
-        if difference := grid_difference(image.grid, grid):
-            raise InputError(
-                f"image and label must share one grid ({difference}): {self.image_path} and {self.label_path}"
-            )
-        return LoadedCase(image, labels)
 
 
 def find_cases(folders: list[Path], split: TrainingSplit, which: str, limit: int | None = None) -> list[LabelledCase]:
@@ -142,20 +140,16 @@ def find_cases(folders: list[Path], split: TrainingSplit, which: str, limit: int
     for folder in folders:
         datasets = [folder] if _kind(folder) else sorted(p for p in folder.iterdir() if p.is_dir() and _kind(p))
         for dataset in datasets:
-            by_source: dict[str, list[LabelledCase]] = {}
-            for case in _READERS[_kind(dataset)](dataset, split):
-                if which == "all" or (case.group == "trained on") == (which == "train"):
-                    by_source.setdefault(case.source, []).append(case)
-            found += [case for cases in by_source.values() for case in cases[:limit]]
+            cases = _READERS[_kind(dataset)](dataset, split)
+            wanted = [case for case in cases if which in ("all", "train" if case.group == TRAINED_ON else "val")]
+            found += [case for mine in group_by(wanted, lambda case: case.source).values() for case in mine[:limit]]
     if not found:
         raise InputError(f"no labelled case on side {which!r} of the split in {', '.join(map(str, folders))}")
-    seen: dict[tuple[str, str], LabelledCase] = {}
-    for case in found:
-        if (other := seen.setdefault((case.source, case.case), case)) is not case:
-            where = f"{other.image_path} and {case.image_path}"
+    for (source, name), same in group_by(found, lambda case: (case.source, case.case)).items():
+        if len(same) > 1:
             raise InputError(
-                f"case ids must be unique within a source, got {case.case!r} of {case.source!r} twice: {where}; "
-                "give each once"
+                f"case ids must be unique within a source, got {name!r} of {source!r} twice: {same[0].image_path} and "
+                f"{same[1].image_path}; give each once"
             )
     return found
 
@@ -194,7 +188,7 @@ def _corpus_cases(folder: Path, split: TrainingSplit) -> Iterator[LabelledCase]:
             load = functools.partial(_load_from_corpus, folder, record.id)
             people = (record.split_group or record.subject).split("|")
             groups = [split.group(record.source, person) for person in people]
-            group = next((g for g in groups if g != "trained on"), "trained on")
+            group = next((g for g in groups if g != TRAINED_ON), TRAINED_ON)
             yield LabelledCase(
                 record.source, record.id, record.subject, record.modality, group, folder, folder, names, load=load
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
 from pathlib import Path
 
 from samed3d.errors import InputError
@@ -18,7 +19,6 @@ from samed3d.evaluation.report import (
     difference_chart,
     difference_table,
     estimate_cell,
-    p_text,
     some_clicks,
 )
 from samed3d.evaluation.results import (
@@ -39,22 +39,22 @@ from samed3d.evaluation.statistics import (
     headline,
 )
 from samed3d.output import check_output, write_text
-from samed3d.pages import Cell, Table, check_installed, interval_text, render, seconds_text
+from samed3d.pages import Cell, Table, check_installed, render, seconds_text
 
 COMPARE_HTML = "compare.html"
 _SHOWN_CLICKS = 3
 
 
 @dataclass(frozen=True)
-class Entry:
+class ComparedModel:
     """One model of one run under one prompt strategy.
 
     Attributes:
         name: ``RUN: MODEL``, the model alone where only one run has it.
-        run: Which run.
-        model: As the run calls it.
+        run: Name of the run.
+        model: Name in the run.
         strategy: How it was prompted.
-        rows: Its rows of subjects it was not trained on.
+        rows: Of subjects that it was not trained on.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Entry:
 class Comparison:
     """Runs side by side: every model of every run, what is not alike between the runs, and the paired differences."""
 
-    entries: list[Entry]
+    entries: list[ComparedModel]
     unlike: list[str]
     differences: list[tuple[PromptStrategy, list[Compared]]]
 
@@ -82,8 +82,7 @@ def compare_runs(folders: Sequence[Path], *, anyway: bool = False) -> Comparison
 
     Raises:
         InputError: if fewer than two folders are given, one holds no results or is given twice, or the runs are not
-            alike and
-            ``anyway`` was not said.
+            alike and ``anyway`` is False.
     """
     if len(folders) < 2:
         raise InputError(f"comparing needs at least two results folders, got {len(folders)}")
@@ -92,13 +91,10 @@ def compare_runs(folders: Sequence[Path], *, anyway: bool = False) -> Comparison
     runs = dict(zip(_short_names(folders), map(read_run, folders), strict=True))
     unlike = differences_of_settings(runs)
     if unlike and not anyway:
-        raise InputError(
-            f"these runs do not compare: {'; '.join(unlike)}; measure them alike, or give --anyway to see them side by "
-            "side"
-        )
+        raise InputError(f"these runs do not compare: {'; '.join(unlike)}; measure them alike, or give --anyway")
     models = [model for run in runs.values() for model in run.models]
     entries = [
-        Entry(model if models.count(model) == 1 else f"{short}: {model}", short, model, strategy, mine)
+        ComparedModel(model if models.count(model) == 1 else f"{short}: {model}", short, model, strategy, mine)
         for short, run in runs.items()
         for strategy in run.strategies
         for model in run.models
@@ -108,14 +104,12 @@ def compare_runs(folders: Sequence[Path], *, anyway: bool = False) -> Comparison
 
 
 def differences_of_settings(runs: dict[str, SavedRun]) -> list[str]:
-    """What makes runs incomparable, in words: other prompt strategies, other subjects kept back, another split, data
-    with nothing shared.
-    """
+    """What makes runs incomparable: prompt strategies, held-out subjects, split, tolerance, data without overlap."""
     found = []
     for what, value_of in (
         ("prompt strategies", lambda run: " / ".join(sorted(map(str, run.strategies)))),
         ("split", lambda run: str(run.settings.get("split", "not stated"))),
-        ("subjects kept from training", lambda run: _kept(run)),
+        ("subjects kept from training", _held_out),
         ("tolerance of NSD in mm", lambda run: str(run.settings.get("ask", {}).get("tolerance_mm", "not stated"))),
     ):
         values = {short: value_of(run) for short, run in runs.items()}
@@ -130,27 +124,10 @@ def differences_of_settings(runs: dict[str, SavedRun]) -> list[str]:
 def comparison_text(comparison: Comparison) -> str:
     """The tables as plain text for a terminal."""
     parts = [f"Not alike: {told}" for told in comparison.unlike]
-    for strategy in dict.fromkeys(e.strategy for e in comparison.entries):
-        entries = [e for e in comparison.entries if e.strategy == strategy]
-        clicks = some_clicks([row for e in entries for row in e.rows], _SHOWN_CLICKS)
-        lines = [["", "subjects", "measured", *map(click_head, clicks), "area", "first", "later"]]
-        for entry in entries:
-            curve, h = click_curve(entry.rows), headline(entry.rows, entry.model)
-            last = curve[max(curve)]
-            scores = [f"{curve[c].mean:.3f}" if c in curve else "" for c in clicks]
-            times = [seconds_text(h.first_seconds), seconds_text(h.later_seconds)]
-            lines.append(
-                [entry.name, str(last.subjects), str(last.measurements), *scores, f"{h.area.mean:.3f}", *times]
-            )
-        parts += [f"Dice, {strategy}", _aligned(lines)]
+    for strategy, entries in group_by(comparison.entries, lambda entry: entry.strategy).items():
+        parts += [f"Dice, {strategy}", _as_text(_score_table(entries))]
     for strategy, found in comparison.differences:
-        lines = [["difference of Dice", "", "mean", "95 % interval", "p Wilcoxon", "corrected", "subjects"]]
-        for c in found:
-            d = c.result.difference
-            ends = interval_text(d.low, d.high)
-            ps = [p_text(p) or "none" for p in (c.result.p_wilcoxon, c.corrected)]
-            lines.append([f"{c.first} - {c.second}", c.what, f"{d.mean:+.3f}", ends, *ps, str(d.subjects)])
-        parts += [f"Paired, {strategy}", _aligned(lines, left=2)]
+        parts += [f"Paired, {strategy}", _as_text(difference_table(found), intervals=True)]
     if not comparison.differences:
         parts.append("No paired test: the runs have no structure, seed and click in common.")
     return "\n\n".join(parts)
@@ -187,39 +164,41 @@ def write_comparison(comparison: Comparison, path: Path) -> Path:
     return path
 
 
-def _tested(entries: Sequence[Entry], runs: Sequence[str]) -> list[tuple[PromptStrategy, list[Compared]]]:
+def _tested(entries: Sequence[ComparedModel], runs: Sequence[str]) -> list[tuple[PromptStrategy, list[Compared]]]:
     """Paired differences between entries of different runs, the later run first: the same model where both runs have
     it, else all.
     """
-    raw: list[tuple[PromptStrategy, tuple[str, str, str, PairedDifference]]] = []
+    raw: list[tuple[str, str, str, PairedDifference]] = []
+    strategies: list[PromptStrategy] = []
     for strategy, here in group_by(entries, lambda entry: entry.strategy).items():
-        for number, newer in enumerate(runs):
-            for older in runs[:number]:
-                a, b = ([e for e in here if e.run == run] for run in (newer, older))
-                shared = {e.model for e in a} & {e.model for e in b}
-                for x, y in ((x, y) for x in a for y in b if x.model == y.model or not shared):
-                    raw += [(strategy, (x.name, y.name, *found)) for found in compare_rows(x.rows, y.rows)]
-    lines = zip([strategy for strategy, _ in raw], corrected([found for _, found in raw]), strict=True)
-    grouped = group_by(lines, lambda line: line[0])
-    return [(strategy, [line for _, line in found]) for strategy, found in grouped.items()]
+        of_run = group_by(here, lambda entry: entry.run)
+        for older, newer in combinations([run for run in runs if run in of_run], 2):
+            shared = {e.model for e in of_run[newer]} & {e.model for e in of_run[older]}
+            for x, y in product(of_run[newer], of_run[older]):
+                if x.model == y.model or not shared:
+                    found = compare_rows(x.rows, y.rows)
+                    raw += [(x.name, y.name, *one) for one in found]
+                    strategies += [strategy] * len(found)
+    lines = group_by(zip(strategies, corrected(raw), strict=True), lambda line: line[0])
+    return [(strategy, [line for _, line in found]) for strategy, found in lines.items()]
 
 
-def _score_table(entries: Sequence[Entry]) -> Table:
-    clicks = some_clicks([row for e in entries for row in e.rows], _SHOWN_CLICKS)
+def _score_table(entries: Sequence[ComparedModel]) -> Table:
+    clicks = some_clicks([row for entry in entries for row in entry.rows], _SHOWN_CLICKS)
     lines: list[list[Cell]] = []
     for entry in entries:
         h = headline(entry.rows, entry.model)
         last = h.dice[max(h.dice)]
-        scores = [*(estimate_cell(h.dice.get(c), 3) for c in clicks), estimate_cell(h.area, 3), estimate_cell(h.nsd, 3)]
+        scores = [estimate_cell(e, 3) for e in (*(h.dice.get(click) for click in clicks), h.area, h.nsd)]
         times = [seconds_text(h.first_seconds), seconds_text(h.later_seconds)]
-        who: list[Cell] = [entry.name, (str(last.subjects), f"{last.measurements} measured")]
+        who: list[Cell] = [entry.name, str(last.subjects), str(last.measurements)]
         lines.append([*who, *scores, estimate_cell(h.hd95_mm, 1), *times])
-    head = ["run and model", "subjects", *map(click_head, clicks), "area", "NSD", "HD95, mm", "first", "later"]
-    return Table(head, lines)
+    head = ["run and model", "subjects", "measured", *map(click_head, clicks)]
+    return Table([*head, "area", "NSD", "HD95, mm", "first", "later"], lines)
 
 
-def _kept(run: SavedRun) -> str:
-    """What the run's models were kept from, in a few words."""
+def _held_out(run: SavedRun) -> str:
+    """What was held out when the run's models were trained."""
     kept = run.settings.get("kept_from")
     if not isinstance(kept, dict):
         return "not stated"
@@ -238,12 +217,14 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
     return [str(f) for f in folders]
 
 
-def _aligned(lines: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Columns of equal width; the first ``left`` to the left, numbers to the right."""
-    widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
+def _as_text(table: Table, intervals: bool = False) -> str:
+    """Columns of equal width, words to the left and numbers to the right."""
+    rows = [
+        [cell if isinstance(cell, str) else " ".join(cell) if intervals else cell[0] for cell in row]
+        for row in (table.head, *table.rows)
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join(
-            text.ljust(w) if n < left else text.rjust(w) for n, (text, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
+        "  ".join(f"{text:{'<' if n < table.left else '>'}{widths[n]}}" for n, text in enumerate(row)).rstrip()
+        for row in rows
     )

@@ -17,6 +17,7 @@ from samed3d.evaluation.methods import MeteredSession, Method, MethodSession
 from samed3d.evaluation.protocols.base import EvaluationProtocol, EvaluationSettings, StructureRun, StructureTask, Turn
 from samed3d.evaluation.protocols.samed3d import prompt_structure
 from samed3d.evaluation.results import PROMPT_KEY, Row
+from samed3d.geometry import Triple
 from samed3d.metrics import dice, surface_scores, volume_error
 from samed3d.prompts import prompt_to_json
 from samed3d.volume import Volume
@@ -40,14 +41,7 @@ def measure(
     settings: EvaluationSettings,
     loaded: LoadedCase | None = None,
 ) -> CaseResults:
-    """Evaluate a method on all structures of a case; a case without labels has no results.
-
-    Args:
-        case: The case.
-        method: The method.
-        protocol: The protocol.
-        settings: Seeds, clicks and metrics.
-        loaded: The case where it is in memory already.
+    """Evaluate a method on all structures of a case; ``loaded`` saves reading it. A case without labels has no results.
 
     Raises:
         InputError: if the case or a mask of the method cannot be used.
@@ -58,13 +52,17 @@ def measure(
     except EmptyLabelError as error:
         logger.warning("left out %s: %s", case.case, error)
         return results
+    spacing, own = loaded.volume.grid.spacing_zyx_mm, protocol.tolerance_mm
+    tolerance_mm = settings.tolerance_mm if own is None else own
     for run in protocol.run(method, case, loaded, settings):
         about = _about(case, loaded, method, run)
-        scorer = _Scorer(run, protocol, settings, loaded)
-        rows, turns = [], []
+        rows, turns, before = [], [], 0
         for turn in run.turns:
-            rows.append(about | {"click": turn.click} | scorer.score(turn))
+            size = int(np.count_nonzero(turn.mask))
+            scores = _scores(turn, run, spacing, tolerance_mm, settings.surfaces)
+            rows.append(about | {"click": turn.click, "added_voxels": size - before} | scores)
             turns.append({"click": turn.click, "prompts": [prompt_to_json(p) for p in turn.prompts]})
+            before = size
         if rows:  # a series that ends early repeats its last row
             for click in range(rows[-1]["click"] + 1, protocol.clicks(settings) + 1):
                 rows.append(rows[-1] | {"click": click, "seconds": 0.0, "encode_seconds": 0.0, "added_voxels": 0})
@@ -116,14 +114,9 @@ def measurable(
                 reasons.append(error)
                 continue
             pairs.add((method.name, protocol.name))
-            missing = dict.fromkeys(s.prompt for s in protocol.strategies(settings) if s not in fit)
-            if missing:
-                logger.warning(
-                    "%s does not take a %s first; it is left out there under %s",
-                    method.name,
-                    " or a ".join(missing),
-                    protocol.name,
-                )
+            if missing := dict.fromkeys(s.prompt for s in protocol.strategies(settings) if s not in fit):
+                first = " or a ".join(missing)
+                logger.warning("left out: %s under %s with a %s first", method.name, protocol.name, first)
         if len(reasons) == len(protocols):
             raise reasons[0]
         for reason in reasons:
@@ -152,32 +145,19 @@ def _about(case: LabelledCase, loaded: LoadedCase, method: Method, run: Structur
     }
 
 
-class _Scorer:
-    """Scores the turns of one structure in order."""
-
-    def __init__(
-        self, run: StructureRun, protocol: EvaluationProtocol, settings: EvaluationSettings, loaded: LoadedCase
-    ) -> None:
-        self._target, self._spacing = run.target, loaded.volume.grid.spacing_zyx_mm
-        own = protocol.tolerance_mm
-        self._tolerance = settings.tolerance_mm if own is None else own
-        self._surfaces, self._before = settings.surfaces, 0
-
-    def score(self, turn: Turn) -> Row:
-        target: NDArray[np.bool_] = self._target if turn.target is None else turn.target
-        found: dict[str, float | None] = {"dice": dice(turn.mask, target)}
-        if self._surfaces:
-            found |= surface_scores(turn.mask, target, turn.spacing_zyx_mm or self._spacing, self._tolerance)
-        found["volume_error"] = volume_error(turn.mask, target)
-        row: Row = {key: _rounded(value, 5) for key, value in found.items()}
-        if turn.clicked is not None:
-            at, positive = turn.clicked
-            row |= {"obeyed": int(bool(turn.mask[at]) == positive), "positive": int(positive)}
-        size = int(np.count_nonzero(turn.mask))
-        row["added_voxels"], self._before = size - self._before, size
-        cost = turn.cost
-        row |= {"seconds": _rounded(cost.seconds, 4), "encode_seconds": _rounded(cost.encode_seconds, 4)}
-        return row | {"peak_mib": _rounded(cost.peak_mib, 1)}
+def _scores(turn: Turn, run: StructureRun, spacing_zyx_mm: Triple, tolerance_mm: float, surfaces: bool) -> Row:
+    """The measured columns of one turn, without ``added_voxels``."""
+    target: NDArray[np.bool_] = run.target if turn.target is None else turn.target
+    found: dict[str, float | None] = {"dice": dice(turn.mask, target)}
+    if surfaces:
+        found |= surface_scores(turn.mask, target, turn.spacing_zyx_mm or spacing_zyx_mm, tolerance_mm)
+    found["volume_error"] = volume_error(turn.mask, target)
+    row: Row = {key: _rounded(value, 5) for key, value in found.items()}
+    if turn.clicked is not None:
+        at, positive = turn.clicked
+        row |= {"obeyed": int(bool(turn.mask[at]) == positive), "positive": int(positive)}
+    row |= {"seconds": _rounded(turn.cost.seconds, 4), "encode_seconds": _rounded(turn.cost.encode_seconds, 4)}
+    return row | {"peak_mib": _rounded(turn.cost.peak_mib, 1)}
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

@@ -88,16 +88,12 @@ class Meter:
         _wait_for_gpu()
         seconds = time.perf_counter() - began
         self._encoding += seconds
-        self._keep(key, features, seconds)
+        if key and isinstance(features, dict):
+            self._known[key] = (features, seconds)
+            each = sum(tensor.numel() * tensor.element_size() for tensor in features.values())
+            while len(self._known) * each > KEPT_MIB * 2**20:
+                self._known.popitem(last=False)
         return features
-
-    def _keep(self, key: bytes, features: Any, seconds: float) -> None:
-        if not key or not isinstance(features, dict):
-            return
-        self._known[key] = (features, seconds)
-        each = sum(tensor.numel() * tensor.element_size() for tensor in features.values())
-        while len(self._known) * each > KEPT_MIB * 2**20:
-            self._known.popitem(last=False)
 
 
 def _fingerprint(image: Any) -> bytes:

@@ -1,13 +1,13 @@
 """Common interface of everything that can be evaluated: models, baselines, external programs and servers.
 
-A ``Method`` opens a volume and gives a ``MethodSession`` that takes prompts and returns masks; ``method_of`` makes a
-method from the name that the command line gives.
+A ``Method`` opens a volume and returns a ``MethodSession``, which takes prompts and returns masks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import importlib
 import shlex
@@ -37,6 +37,7 @@ NO_PROMPT = "no_prompt:"
 RANDOM_WEIGHTS = " (random weights)"
 PLACEHOLDERS = ("{image}", "{prompts}", "{out}")
 ALL_PROMPTS = frozenset({"point", "box", "scribble"})
+TIMEOUT_SECONDS = 600.0
 
 
 class MethodSession(Protocol):
@@ -109,13 +110,7 @@ class ModelMethod(Method):
     """A promptable network through ``Session``: the same crops and pasting as a user gets."""
 
     def __init__(self, name: str, model: Any, device: str = "cpu", fingerprint: str = "") -> None:
-        """Wrap a model.
-
-        Args:
-            name: In the results.
-            model: A ``PromptableModel``, or any object with ``spec``, ``encode``, ``decode``, ``eval`` and ``to``.
-            device: Where it runs.
-            fingerprint: Of its weights.
+        """Wrap a ``PromptableModel``, or any object with ``spec``, ``encode``, ``decode``, ``eval`` and ``to``.
 
         Raises:
             InputError: if the model lacks one of these.
@@ -166,6 +161,7 @@ class _MisledSession:
 
     def __init__(self, inner: MethodSession, volume: Volume) -> None:
         self._inner, self._size = inner, volume.grid.size_ijk
+        self.mask_of = inner.mask_of
 
     def add(self, prompt: Prompt, object_id: int = 1) -> Any:
         if isinstance(prompt, Point) and not prompt.positive:
@@ -179,9 +175,6 @@ class _MisledSession:
             return self._inner.add(Box(as_triple(low), as_triple(high)), object_id=object_id)
         at = as_triple([float(rng.integers(n)) for n in self._size])
         return self._inner.add(Point(at), object_id=object_id)
-
-    def mask_of(self, object_id: int) -> NDArray[np.uint8]:
-        return self._inner.mask_of(object_id)
 
 
 class NoPrompt(Method):
@@ -203,7 +196,7 @@ class ExternalProgram(Method):
     the mask. Nothing is passed through a shell.
     """
 
-    def __init__(self, command: str, timeout_seconds: float = 600.0) -> None:
+    def __init__(self, command: str) -> None:
         """Split the command as a shell would, without running one.
 
         Raises:
@@ -218,58 +211,51 @@ class ExternalProgram(Method):
             raise InputError(
                 f"--external needs {' '.join(PLACEHOLDERS)} in the command, {' '.join(missing)} missing: {command}"
             )
-        self._timeout = timeout_seconds
 
     def open(self, volume: Volume, truth: NDArray[np.bool_]) -> MethodSession:
         """Write the image to a file of its own."""
-        return _ProgramSession(self._words, volume, self._timeout)
+        return _ProgramSession(self._words, volume)
 
 
 class _ProgramSession:
-    def __init__(self, words: list[str], volume: Volume, timeout: float) -> None:
-        self._words, self._volume, self._timeout = words, volume, timeout
+    def __init__(self, words: list[str], volume: Volume) -> None:
+        self._words, self._grid = words, volume.grid
         self._folder = tempfile.TemporaryDirectory(prefix="samed3d-external-")
-        self._image = Path(self._folder.name) / "image.nii.gz"
-        write_volume(self._image, volume.array, volume.grid)
+        names = ("image.nii.gz", "prompts.json", "mask.nii.gz")
+        self._files = dict(zip(PLACEHOLDERS, (Path(self._folder.name) / name for name in names), strict=True))
+        write_volume(self._files["{image}"], volume.array, volume.grid)
         self._prompts: dict[int, list[Prompt]] = {}
         self._masks: dict[int, NDArray[np.uint8]] = {}
 
     def add(self, prompt: Prompt, object_id: int = 1) -> None:
         """Run the program with all prompts of the object."""
-        listed = self._prompts.setdefault(object_id, [])
-        listed.append(prompt)
-        prompts, out = (Path(self._folder.name) / name for name in ("prompts.json", "mask.nii.gz"))
+        prompts, out = self._prompts.setdefault(object_id, []), self._files["{out}"]
+        prompts.append(prompt)
         out.unlink(missing_ok=True)
-        dump_prompts([ObjectPrompts(1, "structure", listed)], prompts)
-        files = dict(zip(PLACEHOLDERS, (self._image, prompts, out), strict=True))
+        dump_prompts([ObjectPrompts(1, "structure", prompts)], self._files["{prompts}"])
         words = list(self._words)
-        for place, path in files.items():
+        for place, path in self._files.items():
             words = [word.replace(place, str(path)) for word in words]
         try:
-            done = subprocess.run(words, capture_output=True, text=True, timeout=self._timeout, check=False)
+            done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise InputError(f"external program did not run: {error}") from error
         if done.returncode != 0 or not out.exists():
             said = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
+            found = "a" if out.exists() else "no"
+            raise InputError(f"external program ended with code {done.returncode} and {found} mask: {said}")
+        try:
+            array, grid = read_label_map(out)
+        except EmptyLabelError:
+            array, grid = np.zeros(self._grid.shape_zyx, np.uint8), self._grid
+        if difference := grid_difference(self._grid, grid):
             raise InputError(
-                f"external program ended with code {done.returncode} and {'a' if out.exists() else 'no'} mask: {said}"
+                f"mask of the external program must lie on the image's grid ({difference}); write it with its header"
             )
-        self._masks[object_id] = self._read(out)
+        self._masks[object_id] = (array > 0).astype(np.uint8)
 
     def mask_of(self, object_id: int) -> NDArray[np.uint8]:
         return self._masks[object_id]
-
-    def _read(self, path: Path) -> NDArray[np.uint8]:
-        try:
-            array, grid = read_label_map(path)
-        except EmptyLabelError:
-            return np.zeros(self._volume.grid.shape_zyx, np.uint8)
-        if difference := grid_difference(self._volume.grid, grid):
-            raise InputError(
-                f"mask of the external program must lie on the image's grid ({difference}); write it with the image's "
-                "header"
-            )
-        return (array > 0).astype(np.uint8)
 
 
 class NnInteractiveServer(Method):
@@ -282,37 +268,38 @@ class NnInteractiveServer(Method):
             InputError: if it is not installed.
         """
         super().__init__(f"server:{url}", ALL_PROMPTS)
-        self._url = url
         try:
             remote = importlib.import_module("nnInteractive.inference.remote")
         except ImportError as error:
             raise InputError("--server needs the client of nnInteractive: pip install nninteractive-client") from error
-        self._connect: Any = remote.nnInteractiveRemoteInferenceSession
+        self._connect: Any = functools.partial(remote.nnInteractiveRemoteInferenceSession, url)
 
     def open(self, volume: Volume, truth: NDArray[np.bool_]) -> MethodSession:
         """The image is sent with the first prompt of each object."""
-        return _ServerSession(self._session, volume)
-
-    def _session(self) -> Any:
-        try:
-            return self._connect(self._url)
-        except Exception as error:  # whatever the client's HTTP library raises
-            raise InputError(f"server cannot be used: {self._url} ({type(error).__name__}: {error})") from error
+        return _ServerSession(self.name, self._connect, volume)
 
 
 class _ServerSession:
     """One session of the server per object, because the protocol holds one object at a time."""
 
-    def __init__(self, connect: Callable[[], Any], volume: Volume) -> None:
-        self._connect, self._volume = connect, volume
+    def __init__(self, name: str, connect: Callable[[], Any], volume: Volume) -> None:
+        self._name, self._connect, self._volume = name, connect, volume
         self._sessions: dict[int, tuple[Any, NDArray[np.uint8]]] = {}
 
     def add(self, prompt: Prompt, object_id: int = 1) -> None:
         """Send a prompt; positions are indices of the (D, H, W) array that the server was sent."""
-        if object_id not in self._sessions:
-            self._sessions[object_id] = self._begun()
-        session, _ = self._sessions[object_id]
         grid = self._volume.grid
+        if object_id not in self._sessions:
+            try:
+                session = self._connect()
+            except Exception as error:  # whatever the client's HTTP library raises
+                url = self._name.removeprefix("server:")
+                raise InputError(f"server cannot be used: {url} ({type(error).__name__}: {error})") from error
+            session.set_image(self._volume.array[None], {"spacing": np.array(grid.spacing_zyx_mm)})
+            buffer = np.zeros(grid.shape_zyx, np.uint8)
+            session.set_target_buffer(buffer)
+            self._sessions[object_id] = session, buffer
+        session, _ = self._sessions[object_id]
         if isinstance(prompt, Point):
             session.add_point_interaction(list(nearest_voxel(point_in_grid(prompt, grid))), prompt.positive)
         elif isinstance(prompt, Box):
@@ -329,13 +316,6 @@ class _ServerSession:
     def mask_of(self, object_id: int) -> NDArray[np.uint8]:
         return (self._sessions[object_id][1] > 0).astype(np.uint8)
 
-    def _begun(self) -> tuple[Any, NDArray[np.uint8]]:
-        session = self._connect()
-        session.set_image(self._volume.array[None], {"spacing": np.array(self._volume.grid.spacing_zyx_mm)})
-        buffer = np.zeros(self._volume.grid.shape_zyx, np.uint8)
-        session.set_target_buffer(buffer)
-        return session, buffer
-
 
 def method_of(name: str, device: str = "cpu") -> Method:
     """The method that ``--model``, ``--external`` or ``--server`` names.
@@ -349,16 +329,21 @@ def method_of(name: str, device: str = "cpu") -> Method:
     Raises:
         InputError: if it is none of these.
     """
-    if name.startswith(("external:", "server:")):
-        kind, _, rest = name.partition(":")
+    kind, _, rest = name.partition(":")
+    if rest and kind in ("external", "server"):
         return ExternalProgram(rest) if kind == "external" else NnInteractiveServer(rest)
     if name.startswith(NO_PROMPT):
         return NoPrompt(method_of(name.removeprefix(NO_PROMPT), device))
     baseline, at, number = name.partition("@")
+    if baseline in BASELINES and not at:
+        return BaselineMethod(name)
     if baseline in BASELINES:
-        return BaselineMethod(name, **_bound_settings(name, number)) if at else BaselineMethod(name)
-    path = find_checkpoint(name)
-    if path is not None:
+        with contextlib.suppress(ValueError):
+            lattice_mm = float(number.removesuffix("mm"))
+            if baseline == "oracle_bound" and lattice_mm > 0:
+                return BaselineMethod(name, lattice_mm=lattice_mm)
+        raise InputError(f"only oracle_bound takes a number, as oracle_bound@6 (mm > 0), got {name!r}")
+    if path := find_checkpoint(name):
         model: Any = load(name)
         made = SemanticMethod if isinstance(model, SemanticModel) else ModelMethod
         return made(name, model, device, hashlib.sha256(path.read_bytes()).hexdigest()[:16])
@@ -372,16 +357,6 @@ def method_of(name: str, device: str = "cpu") -> Method:
         f"no checkpoint or file is called {name!r}, nor a model or baseline; nearest names: {near} "
         "(all: samed3d models)"
     )
-
-
-def _bound_settings(name: str, number: str) -> dict[str, float]:
-    try:
-        lattice_mm = float(number.removesuffix("mm"))
-    except ValueError:
-        lattice_mm = 0.0
-    if not name.startswith("oracle_bound@") or not lattice_mm > 0:
-        raise InputError(f"only oracle_bound takes a number, as oracle_bound@6 (mm > 0), got {name!r}")
-    return {"lattice_mm": lattice_mm}
 
 
 def _with_random_weights(name: str) -> PromptableModel:

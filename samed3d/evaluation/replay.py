@@ -43,11 +43,7 @@ class ReplayCache:
     object_ids: itertools.count = field(default_factory=lambda: itertools.count(1))
 
     def read(self, line: dict[str, Any]) -> LoadedCase:
-        """The case of a line.
-
-        Raises:
-            InputError: if its files do not exist any more.
-        """
+        """The case of a line; ``InputError`` if its files do not exist any more."""
         case = (line["image"], line["case"])
         if self.case != case or self.loaded is None:
             self.loaded = _read(line)
@@ -55,11 +51,7 @@ class ReplayCache:
         return self.loaded
 
     def session(self, model: str, volume: Volume, truth: NDArray[np.bool_]) -> MethodSession:
-        """The method's session on the newest image; a bound, which is told the truth, gets one per structure.
-
-        Raises:
-            InputError: if the method does not exist any more.
-        """
+        """The method's session on the newest image; a bound, which is told the truth, gets one per structure."""
         if model not in self.methods:
             self.methods[model] = method_of(model.removesuffix(RANDOM_WEIGHTS))
         if model not in self.sessions or self.methods[model].knows_truth:
@@ -68,11 +60,7 @@ class ReplayCache:
 
 
 def replay(line: dict[str, Any], cache: ReplayCache) -> Replayed:
-    """Give a method the prompts of one line again.
-
-    Args:
-        line: Of ``prompts.jsonl``.
-        cache: Shared by the lines of a run.
+    """Give a method the prompts of one line of ``prompts.jsonl`` again; ``cache`` is shared by the lines of a run.
 
     Raises:
         InputError: if the image, the label or the model does not exist any more, or there was no prompt.

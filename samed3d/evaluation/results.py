@@ -36,14 +36,14 @@ An empty cell means "does not apply" or "not measured". A perfect mask gets no f
 
 ``results.json``: ``settings`` (``settings.hash`` identifies the configuration), ``environment``, ``command``,
 ``revision``, ``summary`` (one entry per model, protocol, policy, prompt, ``by`` + ``value`` and click: ``dice``,
-``interval``, ``nsd``, ``nsd_subvoxel``, ``hd95_mm``, ``obeyed``, ``median_seconds``, ``subjects``, ``measurements``) and
-``scores`` (one entry per model, protocol, policy, prompt, ``group`` and ``score``: ``value``, ``interval``,
+``interval``, ``nsd``, ``nsd_subvoxel``, ``hd95_mm``, ``obeyed``, ``median_seconds``, ``subjects``, ``measurements``)
+and ``scores`` (one entry per model, protocol, policy, prompt, ``group`` and ``score``: ``value``, ``interval``,
 ``subjects``, ``measurements``; scores are ``area``, ``clicks to 0.9``, ``failures at 0.9``, ``monotone`` and a
 protocol's own such as ``DSC_AUC``). An interval is null where there is one subject.
 
 ``prompts.jsonl``: one line per model, protocol, case, structure, seed, policy and first prompt, from which every mask
-can be made again: ``model protocol source case label seed policy prompt image labels_file modality turns``; ``turns`` is a list
-of ``{"click": n, "prompts": [...]}`` with prompts as in ``docs/click.md``, in ijk of the image.
+can be made again: ``model protocol source case label seed policy prompt image labels_file modality turns``; ``turns``
+is a list of ``{"click": n, "prompts": [...]}`` with prompts as in ``docs/click.md``, in ijk of the image.
 """
 
 from __future__ import annotations

@@ -112,84 +112,100 @@ def evaluate(
     progress: bool = False,
     category_of: Callable[[str, str], str] | None = None,
 ) -> Path:
-    """Evaluate models and other methods on labelled volumes.
+    """Evaluate models and other methods on labelled volumes; a folder that holds a part of this run is resumed.
 
     Args:
         data: nnU-Net folders, corpora, folders of challenge npz files, or folders of these.
         models: Names for ``method_of``, ``"baselines"`` for all of them, or ``Method`` objects (one process only).
-            Semantic segmentation models are evaluated by protocol ``automatic`` and not together with others.
-        out: Folder for the results; one that holds a part of this very configuration is resumed.
-        clicks: Click counts to report (default 1, 3, 5); the largest is how many are given where the protocol does not
-            fix it.
-        seeds: Repetitions with other clicks (default 1).
+        out: Folder for the results, which is returned.
+        clicks: Click counts to report, by default 1, 3, 5; the largest is how many are given.
+        seeds: Repetitions with other clicks, by default 1.
         split: ``"val"``, ``"train"`` or ``"all"``, of the split stored in the first checkpoint that has one.
         limit: Cases per source.
         labels_per_case: Structures per case, drawn with a fixed seed; None takes all.
-        protocols: Names of ``PROTOCOLS``, or ``"all"`` with prompts (default ``samed3d``).
-        policies: Click policies of the ``samed3d`` protocol, or ``"all"`` (default ``centre``).
-        prompts: First prompts of the ``samed3d`` protocol, or ``"all"`` (default ``click``).
+        protocols: Names of ``PROTOCOLS`` or ``"all"``; by default ``samed3d``, for semantic models ``automatic``.
+        policies: Click policies of protocol ``samed3d`` or ``"all"``; by default ``centre``.
+        prompts: First prompts of protocol ``samed3d`` or ``"all"``; by default ``click``.
         processes: How many at once; GPUs are assigned to them in turn.
         device: Where networks run.
         tolerance_mm: Tolerance of the surface Dice.
         surfaces: Whether surface Dice and HD95 are measured.
         quick: Small cases of six sources, one structure each.
         progress: Show a progress bar.
-        category_of: The training category for a label's name and source, for semantic models of several sources.
-
-    Returns:
-        ``out``.
+        category_of: The training category of a label's name and source, for semantic models of several sources.
 
     Raises:
-        InputError: if nothing can be measured, an option does not apply to the models, or ``out`` holds results of
-            another configuration.
+        InputError: if nothing can be measured, an option does not suit a model, or ``out`` holds other results.
     """
-    names = _each_once(models)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    methods = [method_of(name, device) if isinstance(name, str) else name for name in names]
     given = {"protocol": protocols, "policy": policies, "prompt": prompts, "clicks": clicks, "seeds": seeds}
-    chosen = _chosen_protocols(methods, {name: value for name, value in given.items() if value is not None})
-    clicks = clicks or DEFAULT_CLICKS
     settings = EvaluationSettings(
-        clicks=max(clicks),
-        seeds=seeds or 1,
-        policies=POLICIES if "all" in (policies or ()) else tuple(policies or ("centre",)),
-        prompts=PROMPTS if "all" in (prompts or ()) else tuple(prompts or ("click",)),
-        labels_per_case=1 if quick else labels_per_case,
-        tolerance_mm=tolerance_mm,
-        surfaces=surfaces,
+        max(clicks or DEFAULT_CLICKS), seeds or 1, tolerance_mm=tolerance_mm, surfaces=surfaces
     )
-    kinds = [protocol_of(name) for name in chosen]
-    if "baselines" in models:  # the group leaves out those that no protocol suits; a single name would be refused
-        unsuited = {m.name for m in methods if m.name in BASELINES and not any(k.suits(m, settings) for k in kinds)}
-        if unsuited:
-            logger.warning("left out, because they take none of the first prompts: %s", ", ".join(sorted(unsuited)))
-        names = [name for name in names if name not in unsuited]
-        methods = [method for method in methods if method.name not in unsuited]
-    pairs = measurable(methods, kinds, settings)
-    held_out = TrainingSplit.of_models([name for name in names if isinstance(name, str)])
+    settings = replace(settings, labels_per_case=1 if quick else labels_per_case)
+    plan = _planned(models, given, settings, out, device)
+    held_out = TrainingSplit.of_models([name for name in plan.names if isinstance(name, str)])
     cases = find_cases(list(data), held_out, split, limit)
-    cases = _smallest(cases) if quick else cases
-    if category_of is not None:
-        cases = [replace(c, categories={v: category_of(n, c.source) for v, n in c.names.items()}) for c in cases]
-    parts = out / PARTS
-    plan = EvaluationPlan(tuple(cases), tuple(methods), tuple(names), chosen, pairs, settings, parts, device)
-    stored = _stored_settings(plan, clicks, split, held_out)
-    if _is_finished(out, stored):
-        logger.info("already measured with these settings: %s", out)
-        return out
-    with only_writer(parts):
-        write_json(parts / SETTINGS_JSON, stored)
-        _measure_cases(plan, processes, progress)
-        _merge(plan, stored, clicks, processes)
+    plan = replace(plan, cases=_prepared(cases, quick, category_of))
+    about = {"split": split, "kept_from": asdict(held_out)}
+    _run(plan, clicks or DEFAULT_CLICKS, about, processes, progress)
     return out
 
 
-def _each_once(models: Sequence[str | Method]) -> list[str | Method]:
-    """With ``"baselines"`` written out."""
+def _planned(
+    models: Sequence[str | Method], given: dict[str, Any], settings: EvaluationSettings, out: Path, device: str
+) -> EvaluationPlan:
+    """Methods, protocols and prompt strategies of a run, still without cases; ``given`` are the options on prompts."""
+    policies, prompts = given["policy"] or ("centre",), given["prompt"] or ("click",)
+    settings = replace(
+        settings,
+        policies=POLICIES if "all" in policies else tuple(policies),
+        prompts=PROMPTS if "all" in prompts else tuple(prompts),
+    )
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     names = [n for name in models for n in (BASELINES if name == "baselines" else [name])]
-    if doubled := {str(n) for n in names if names.count(n) > 1}:
+    if doubled := {str(name) for name in names if names.count(name) > 1}:
         raise InputError(f"models must be given once each, got {', '.join(sorted(doubled))} twice")
-    return names
+    methods = [method_of(name, device) if isinstance(name, str) else name for name in names]
+    chosen = _chosen_protocols(methods, {name: value for name, value in given.items() if value is not None})
+    protocols = [protocol_of(name) for name in chosen]
+    # the group "baselines" leaves out those that no protocol suits; one that is named alone is refused
+    optional = [m for m in methods if m.name in BASELINES] if "baselines" in models else []
+    if unsuited := [m for m in optional if not any(p.suits(m, settings) for p in protocols)]:
+        logger.warning("left out, because no first prompt suits them: %s", ", ".join(m.name for m in unsuited))
+    kept = [(name, method) for name, method in zip(names, methods, strict=True) if method not in unsuited]
+    names, methods = [name for name, _ in kept], [method for _, method in kept]
+    pairs = measurable(methods, protocols, settings)
+    return EvaluationPlan((), tuple(methods), tuple(names), chosen, pairs, settings, out / PARTS, device)
+
+
+def _prepared(
+    cases: list[LabelledCase], quick: bool, category_of: Callable[[str, str], str] | None
+) -> tuple[LabelledCase, ...]:
+    """The cases of a quick run or all of them, with categories."""
+    cases = _smallest(cases) if quick else cases
+    if category_of is not None:
+        cases = [replace(c, categories={v: category_of(n, c.source) for v, n in c.names.items()}) for c in cases]
+    return tuple(cases)
+
+
+def _run(plan: EvaluationPlan, clicks: Sequence[int], about: dict[str, Any], processes: int, progress: bool) -> None:
+    settings: dict[str, Any] = {
+        "models": {method.name: method.fingerprint for method in plan.methods},
+        "protocols": list(plan.protocols),
+        "clicks": list(clicks),
+        "ask": asdict(plan.settings),
+        **about,
+        "cases": [f"{case.source}/{case.case}" for case in plan.cases],
+    }
+    settings["hash"] = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    out = plan.parts.parent
+    if _is_finished(out, settings):
+        logger.info("already measured with these settings: %s", out)
+        return
+    with only_writer(plan.parts):
+        write_json(plan.parts / SETTINGS_JSON, settings)
+        _measure_cases(plan, processes, progress)
+        _merge(plan, settings, clicks, processes)
 
 
 def _chosen_protocols(methods: Sequence[Method], given: dict[str, Any]) -> tuple[str, ...]:
@@ -211,22 +227,6 @@ def _chosen_protocols(methods: Sequence[Method], given: dict[str, Any]) -> tuple
         options = ", ".join(f"--{name}" for name in given)
         raise InputError(f"{options} cannot be used with {semantic[0]}: semantic segmentation models take no prompts")
     return (without_prompts,)
-
-
-def _stored_settings(
-    plan: EvaluationPlan, clicks: Sequence[int], split: str, held_out: TrainingSplit
-) -> dict[str, Any]:
-    """The configuration, with its hash."""
-    settings: dict[str, Any] = {
-        "models": {method.name: method.fingerprint for method in plan.methods},
-        "protocols": list(plan.protocols),
-        "clicks": list(clicks),
-        "ask": asdict(plan.settings),
-        "split": split,
-        "kept_from": asdict(held_out),
-        "cases": [f"{case.source}/{case.case}" for case in plan.cases],
-    }
-    return settings | {"hash": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]}
 
 
 def _smallest(cases: list[LabelledCase]) -> list[LabelledCase]:

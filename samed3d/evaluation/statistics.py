@@ -22,13 +22,11 @@ from samed3d.evaluation.results import Row, by_model, clicks_of, curves, group_b
 from samed3d.metrics import area_under_curve, clicks_to, monotone_share
 
 DRAWS = 2000
-LEVEL = 0.95
 QUALITIES = (0.8, 0.85, 0.9)
 FALL = 0.01
 """A click counts as having lowered the Dice when it did by more than this."""
 ALL_PAIRS = 4
 """Up to this many models are compared each with each, more only with the first."""
-_MODEL_AND_STRATEGY = ("model", "protocol", "policy", "prompt")
 
 Curves = dict[str, dict[int, "Estimate"]]
 """Click curves by model: the mean after each click."""
@@ -61,12 +59,9 @@ class PairedDifference:
 
     Attributes:
         difference: Mean of the first minus the second, with its interval.
-        p_bootstrap: Two-sided, from the bootstrap over subjects: twice the share of draws whose mean difference lies
-            on the other side of zero.
+        p_bootstrap: Two-sided: twice the share of bootstrap draws whose mean lies on the other side of zero.
         p_wilcoxon: Two-sided Wilcoxon signed-rank test on the subjects' mean differences.
-        better: Pairs in which the first scores higher.
-        equal: Pairs in which both score the same.
-        worse: Pairs in which the first scores lower.
+        better: Pairs in which the first scores higher; ``equal``: the same; ``worse``: lower.
         unpaired: Measurements that only one of the two has.
     """
 
@@ -94,7 +89,7 @@ def mean_with_interval(values: Sequence[float], subjects: Sequence[Hashable]) ->
     total = int(counts.sum())
     low = high = math.nan
     if len(sums) > 1:
-        low, high = map(float, np.percentile(_drawn_means(sums, counts), [50 * (1 - LEVEL), 50 * (1 + LEVEL)]))
+        low, high = map(float, np.percentile(_drawn_means(sums, counts), (2.5, 97.5)))
     mean = float(sums.sum() / total) if total else math.nan
     return Estimate(mean, low, high, len(sums), total, len(values) - total)
 
@@ -181,7 +176,7 @@ def _draws(subjects: int) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Effort:
-    """Mean clicks to a Dice of ``quality`` (one more than were given where it was not reached), and share of failures."""
+    """Mean clicks to a Dice of ``quality``, one more than were given where it is not reached, and share of failures."""
 
     quality: float
     clicks: Estimate
@@ -341,15 +336,14 @@ def summarise(rows: Sequence[Row], clicks: Sequence[int]) -> list[dict[str, Any]
     Protocols with a fixed number of clicks report all of theirs; a first box or scribble is click 0.
     """
     lines = []
-    for key, mine in group_by(rows, _model_and_strategy).items():
-        protocol = PROTOCOLS.get(key[1])
+    for about, mine in _by_model_and_strategy(rows):
+        protocol = PROTOCOLS.get(about["protocol"])
         fixed = protocol is not None and protocol.fixed_clicks is not None
         shown = [click for click in clicks_of(mine) if fixed or click == 0 or click in clicks]
         for column in protocol.summary_columns if protocol else ("group", "source"):
             for value in sorted({row[column] for row in mine}):
                 for click in shown:
                     if chosen := [row for row in mine if row[column] == value and row["click"] == click]:
-                        about = dict(zip(_MODEL_AND_STRATEGY, key, strict=True))
                         lines.append(about | {"by": column, "value": value, "click": click} | _means(chosen))
     return lines
 
@@ -357,25 +351,27 @@ def summarise(rows: Sequence[Row], clicks: Sequence[int]) -> list[dict[str, Any]
 def score_series(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The ``scores`` of ``results.json``: those of the curves and the protocol's own, per model, strategy and group."""
     lines = []
-    for key, mine in group_by(rows, _model_and_strategy).items():
+    for about, mine in _by_model_and_strategy(rows):
         per_case = [
             curve[0] | {"score": name, "value": value}
             for curve in curves(mine)
             for name, value in curve_scores(curve).items()
         ]
-        if key[1] in PROTOCOLS:
-            per_case += protocol_of(key[1]).own_scores(mine)
-        groups = group_by(per_case, lambda line: line["group"])
-        for group in sorted(groups):
-            for name, chosen in group_by(groups[group], lambda line: line["score"]).items():
-                found = estimate(chosen, "value")
-                about = dict(zip(_MODEL_AND_STRATEGY, key, strict=True)) | {"group": group, "score": name}
-                lines.append(about | {"value": _rounded(found.mean)} | _certainty(found))
+        if about["protocol"] in PROTOCOLS:
+            per_case += protocol_of(about["protocol"]).own_scores(mine)
+        names = list(dict.fromkeys(line["score"] for line in per_case))
+        by_score = group_by(per_case, lambda line: (line["group"], line["score"]))
+        for group, name in sorted(by_score, key=lambda key: (key[0], names.index(key[1]))):
+            found = estimate(by_score[group, name], "value")
+            lines.append(about | {"group": group, "score": name, "value": _rounded(found.mean)} | _certainty(found))
     return lines
 
 
-def _model_and_strategy(row: Row) -> tuple[str, ...]:
-    return tuple(row[key] for key in _MODEL_AND_STRATEGY)
+def _by_model_and_strategy(rows: Sequence[Row]) -> list[tuple[dict[str, Any], list[Row]]]:
+    """Rows by model and prompt strategy, each with the columns that say so."""
+    keys = ("model", "protocol", "policy", "prompt")
+    groups = group_by(rows, lambda row: tuple(row[key] for key in keys)).values()
+    return [({key: mine[0][key] for key in keys}, mine) for mine in groups]
 
 
 def _means(rows: Sequence[Row]) -> dict[str, Any]:
