@@ -30,8 +30,8 @@ from samed3d.training.finetune import (
     recipe,
     split_subjects,
 )
+from samed3d.training.loop import StopRequest
 from samed3d.training.start import encoder_parameters
-from samed3d.training.stopping import StopRequest
 from tests import dataset_trees
 from tests.corpus_sources import case_arrays, make_source, write_case
 from tests.test_training import NARROW

@@ -20,8 +20,7 @@ from samed3d.config import TrainConfig
 from samed3d.errors import InputError
 from samed3d.models import load
 from samed3d.training import checkpoints, loop
-from samed3d.training.loop import train
-from samed3d.training.stopping import StopRequest, memory_error
+from samed3d.training.loop import StopRequest, memory_error, train
 from tests.test_training import metrics, tiny_config
 
 LONG = ["optim.steps=9", "run.save_every=2", "run.ema=0.9", "optim.accumulate=2", "optim.batch=1"]

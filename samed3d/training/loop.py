@@ -9,6 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import multiprocessing
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,12 +27,10 @@ from samed3d.errors import InputError
 from samed3d.output import write_json
 from samed3d.training import checkpoints
 from samed3d.training.checkpoints import TrainingState
-from samed3d.training.curves import write_curves
 from samed3d.training.optimiser import EmaWeights, learning_rate, make_optimiser, set_learning_rate
-from samed3d.training.progress import RunLog, manifest_hashes, write_environment
+from samed3d.training.progress import RunLog, manifest_hashes, write_curves, write_environment
 from samed3d.training.start import data_of, make_accelerator, start_model, step_of
 from samed3d.training.step import StepOutput, seed_of
-from samed3d.training.stopping import StopRequest, memory_error, outlive_signals
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -91,6 +93,81 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> 
     return folder
 
 
+class StopRequest:
+    """Whether a run should end early: after SIGTERM, Ctrl-C (a second one interrupts at once) or the time limit.
+
+    A run that stops finishes its step and saves.
+
+    Args:
+        max_minutes: Wall-clock limit, counted from now; 0 sets none.
+    """
+
+    def __init__(self, max_minutes: float = 0.0) -> None:
+        self.reason, self.max_minutes = "", max_minutes
+        self.until = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        """Start listening, in the main thread; Python gives signals to no other."""
+        if threading.current_thread() is threading.main_thread():
+            numbers = (signal.SIGTERM, signal.SIGINT)
+            self._before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """Restore the signal handlers."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        if self.reason and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.reason = f"by {signal.Signals(number).name}"
+
+    @property
+    def over(self) -> bool:
+        """Whether the time limit has passed."""
+        return time.monotonic() > self.until
+
+    @property
+    def asked(self) -> bool:
+        """Whether this process should stop."""
+        if not self.reason and self.over:
+            self.reason = f"{self.max_minutes:g} minutes are over"
+        return bool(self.reason)
+
+    def passed(self, accelerator: Accelerator) -> float:
+        """The share of the time limit that is over, the same on every process; 0 without a limit."""
+        share = 1 - (self.until - time.monotonic()) / (60 * self.max_minutes) if self.max_minutes else 0.0
+        if accelerator.num_processes > 1:
+            share = float(accelerator.reduce(torch.tensor(share, device=accelerator.device), "mean"))
+        return share
+
+    def on_any(self, accelerator: Accelerator) -> bool:
+        """Whether any process should stop: all must do so at the same step, or the others wait for ever."""
+        if accelerator.num_processes == 1:
+            return self.asked
+        if self.asked:
+            accelerator.set_trigger()
+        stop = bool(accelerator.check_trigger())
+        self.reason = self.reason or ("with another process" if stop else "")
+        return stop
+
+
+def memory_error(error: BaseException, config: TrainConfig) -> InputError | None:
+    """What to lower when memory ran out, as an error of one line; None for any other error."""
+    is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if not is_memory and not any(text in str(error) for text in ("allocate memory", "out of memory")):
+        return None
+    crop = "x".join(map(str, config.data.crop))
+    return InputError(
+        f"out of memory with optim.batch={config.optim.batch}, data.crop={crop}, "
+        f"clicks.interactions={config.clicks.interactions}; lower one of them (optim.batch with a higher "
+        "optim.accumulate learns the same), or set clicks.detach=true, run.precision=bf16 or "
+        "run.activation_checkpointing=true"
+    )
+
+
 @dataclass
 class _Run:
     """Everything that the parts of a run share; ``config`` has its number of steps worked out."""
@@ -150,8 +227,10 @@ def _prepared(config: TrainConfig, folder: Path, accelerator: Accelerator, resum
 
 
 def _start_worker(ending: Any, _worker: int) -> None:
+    """Have a loader process ignore signals until the run no longer needs it: the run finishes its step first."""
     torch.set_num_threads(1)
-    outlive_signals(ending)
+    signal.signal(signal.SIGTERM, lambda _number, _frame: os._exit(0) if ending.is_set() else None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def with_steps(config: TrainConfig, structures: int, per_step: int) -> TrainConfig:

@@ -1,10 +1,11 @@
-"""Records of a run: ``metrics.jsonl``, ``environment.json``, the progress line, and Accelerate's trackers."""
+"""Records of a run: ``metrics.jsonl`` and its curves, ``environment.json``, the progress line, Accelerate's trackers."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+import math
 import sys
 import time
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from samed3d.data.sampling import split_weight
 from samed3d.environment import environment
 from samed3d.errors import InputError
 from samed3d.output import write_json, write_text
+from samed3d.pages import SERIES_COLOURS, chart, svg_of
 from samed3d.training.step import StepOutput
 
 if TYPE_CHECKING:
@@ -208,3 +210,47 @@ def write_environment(
         }
     )
     write_json(path, starts)
+
+
+def write_curves(folder: Path) -> Path | None:
+    """``curves.svg`` of a run folder: loss, Dice by turn and validation Dice by click over the steps.
+
+    Returns:
+        The file, or None where there is nothing to draw or matplotlib is missing.
+    """
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    rows = [json.loads(line) for line in lines]
+    trained, validated = ([row for row in rows if key in row] for key in ("loss", "validation_dice"))
+    if not trained:
+        return None
+    panels = [("loss", [{**row, "loss": [row["loss"]]} for row in trained], "loss", "")]
+    panels.append(("Dice on training crops", trained, "dice", "turn"))
+    if validated:
+        panels.append(("Dice on held-out volumes", validated, "validation_dice", "click"))
+    try:
+        with chart(900, 310 * len(panels), left=70, right=150) as (figure, axes):
+            axes.remove()
+            figure.subplots_adjust(left=0.08, right=0.84, hspace=0.3)
+            for panel, contents in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+                _draw(panel, *contents)
+            path = folder / "curves.svg"
+            write_text(path, svg_of(figure))
+    except InputError as error:
+        logger.warning("no curves.svg: %s", error)
+        return None
+    return path
+
+
+def _draw(panel: Any, title: str, rows: list[dict[str, Any]], key: str, word: str) -> None:
+    """One line for each number that ``key`` holds: of each turn, or of each click."""
+    for i in range(max(len(row[key]) for row in rows)):
+        points = [(row["step"], row[key][i]) for row in rows if len(row[key]) > i and math.isfinite(row[key][i])]
+        colour = SERIES_COLOURS[i % len(SERIES_COLOURS)]
+        panel.plot(
+            [x for x, _ in points], [y for _, y in points], color=colour, label=f"{word} {i + 1}" if word else title
+        )
+    panel.set(title=title, xlabel="step")
+    if word:
+        panel.set_ylim(0, 1)
+    panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
