@@ -267,11 +267,8 @@ def test_weights_of_another_model_are_named_and_their_numbers_are_taken(tmp_path
     ):
         start_model(tiny_config(tmp_path, f"model.weights={file}", "model.name=samed3d_tiny"))
     second = start_model(tiny_config(tmp_path, f"model.weights={file}", "model.overrides={}", "data.crop=[24,24,24]"))
-    assert second.config["widths"] == read_header(file)["config"]["widths"] and second.spec.input_shape_zyx == (
-        24,
-        24,
-        24,
-    )
+    assert list(second.config["widths"]) == read_header(file)["config"]["widths"]
+    assert second.spec.input_shape_zyx == (24, 24, 24)
 
 
 def test_cuda_that_is_not_there_is_refused_never_replaced(tmp_path, monkeypatch):

@@ -48,8 +48,16 @@ class RunLog:
         self.config, self.accelerator, self.folder = config, accelerator, folder
         self.main = accelerator.is_main_process
         if config.run.trackers:
-            _start_trackers(accelerator, config, folder)
-        self.file = _reopened(folder / "metrics.jsonl", done) if self.main else None
+            try:
+                wandb = {"wandb": {"dir": str(folder)}}
+                accelerator.init_trackers("samed3d", config=_flat(to_dict(config)), init_kwargs=wandb)
+            except Exception as error:  # wandb's own types cannot be named here: it may not be installed
+                if not type(error).__module__.startswith("wandb"):
+                    raise
+                reason = " ".join(str(error).split())[:120]
+                remedy = "log in with: wandb login, or set WANDB_MODE=offline"
+                raise InputError(f"run.trackers: wandb cannot start ({reason}); {remedy}") from error
+        self.file = self._reopened(done) if self.main else None
         self.began = self.mark = time.monotonic()
         self.losses: list[torch.Tensor] = []
         self.dices: list[torch.Tensor] = []
@@ -59,7 +67,21 @@ class RunLog:
         self.newly_skipped: list[str] = []
         self.bar: Any = None
         if self.main and not quiet and sys.stderr.isatty():
-            self.bar = _progress_bar(done, config.optim.steps)
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            progress = Progress(*columns)
+            progress.start()
+            self.bar = progress, progress.add_task("training", total=config.optim.steps, completed=done)
+
+    def _reopened(self, done: int) -> TextIO:
+        """The log ready to append, without lines after step ``done``, which a resumed run writes again."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("}\n")]  # a killed run may have cut its last line
+            write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= done))
+        return path.open("a", encoding="utf-8")
 
     def add(self, output: StepOutput, batch: dict[str, Any]) -> None:
         """Take in one batch."""
@@ -137,35 +159,6 @@ class RunLog:
         if self.file is not None:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
-
-
-def _start_trackers(accelerator: Accelerator, config: TrainConfig, folder: Path) -> None:
-    try:
-        accelerator.init_trackers("samed3d", config=_flat(to_dict(config)), init_kwargs={"wandb": {"dir": str(folder)}})
-    except Exception as error:  # wandb's own types cannot be named here: it may not be installed
-        if type(error).__module__.startswith("wandb"):
-            raise InputError(
-                f"run.trackers: wandb cannot start ({' '.join(str(error).split())[:120]}); "
-                "log in with: wandb login, or set WANDB_MODE=offline"
-            ) from error
-        raise
-
-
-def _reopened(path: Path, done: int) -> TextIO:
-    """The log ready to append, without lines after step ``done``, which a resumed run writes again."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("}\n")]  # a killed run may have cut its last line
-        write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= done))
-    return path.open("a", encoding="utf-8")
-
-
-def _progress_bar(done: int, total: int) -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress.start()
-    return progress, progress.add_task("training", total=total, completed=done)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

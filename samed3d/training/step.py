@@ -86,9 +86,12 @@ class InteractiveStep(nn.Module):
         """
         generators = sample_generators(seed, len(image), samples)
         mask_only = self._mask_only_turns(torch.Generator().manual_seed(seed))
-        history = PromptBatch.empty(image.shape[0], image.device)
-        if "box" in self.model.spec.prompts:  # before the encoder: drawing boxes would wait for it
-            history.boxes, history.box_valid = self._boxes(target, generators)
+        history, terms = PromptBatch.empty(image.shape[0], image.device), self.weights
+        if "box" in self.model.spec.prompts:
+            has_box = uniform_draws(generators, 1)[:, 0] < self.clicks.box_probability
+            boxes = jittered_boxes(target, BOX_JITTER, generators)
+            if bool(has_box.any()):  # on the CPU: a GPU does not wait
+                history.boxes, history.box_valid = boxes, has_box.to(target.device) & target.flatten(1).any(dim=1)
         encoded = self._encode(image)
         features, layers = encoded if isinstance(encoded, tuple) else (encoded, [])
         distance = None if self.teacher is None else self.teacher.distance(layers, image)
@@ -97,15 +100,16 @@ class InteractiveStep(nn.Module):
         for turn in range(self.clicks.interactions):
             prompts = self._prompts(history, mask, target, turn, turn in mask_only, generators)
             output = self.model.decode(features, prompts)
-            total = total + self._loss(output.logits, output.iou, target)
+            soft = losses.dice_loss(output.logits, target, terms.dice_smooth, terms.dice_form != "plain")
+            loss = terms.dice * soft + terms.ce * losses.cross_entropy(output.logits, target)
+            dice, iou = losses.hard_overlap(output.logits.detach(), target)
+            total = total + (loss + terms.iou * losses.iou_loss(output.iou, iou) if terms.iou else loss)
+            dices.append(dice)
             mask = output.logits.detach() > self.model.spec.click_logit_threshold
             history.mask_logits = output.lowres_logits.detach() if self.clicks.detach else output.lowres_logits
-            dices.append(losses.hard_overlap(output.logits.detach(), target)[0])
-        if self.weights.turns == "mean":
+        if terms.turns == "mean":
             total = total / self.clicks.interactions
-        return StepOutput(
-            total if distance is None else total + self.weights.distill * distance, torch.stack(dices, dim=1)
-        )
+        return StepOutput(total if distance is None else total + terms.distill * distance, torch.stack(dices, dim=1))
 
     def _encode_layers(self, image: Tensor) -> tuple[Features, list[Tensor]]:
         """Features and every layer's output from one run of the encoder."""
@@ -123,14 +127,6 @@ class InteractiveStep(nn.Module):
         if "last" in self.clicks.mask_only_turns and count > 1:
             turns.add(count - 1)
         return turns
-
-    def _boxes(self, target: Tensor, generators: list[torch.Generator]) -> tuple[Tensor | None, Tensor | None]:
-        """Boxes for the samples whose user draws one, or None when nobody does."""
-        drawn = uniform_draws(generators, 1)[:, 0] < self.clicks.box_probability
-        boxes = jittered_boxes(target, BOX_JITTER, generators)
-        if not bool(drawn.any()):
-            return None, None
-        return boxes, drawn.to(target.device) & target.flatten(1).any(dim=1)
 
     def _prompts(
         self,
@@ -156,14 +152,6 @@ class InteractiveStep(nn.Module):
             history.point_labels = torch.cat([history.point_labels, labels], dim=1)
             shown = history if self.keep_all else PromptBatch(points, labels)
         return PromptBatch(shown.points, shown.point_labels, history.boxes, history.box_valid, earlier)
-
-    def _loss(self, logits: Tensor, iou: Tensor, target: Tensor) -> Tensor:
-        terms = self.weights
-        overlap = losses.dice_loss(logits, target, terms.dice_smooth, terms.dice_form != "plain")
-        loss = terms.dice * overlap + terms.ce * losses.cross_entropy(logits, target)
-        if terms.iou:
-            loss = loss + terms.iou * losses.iou_loss(iou, losses.hard_overlap(logits.detach(), target)[1])
-        return loss
 
 
 def windowed(logits: Tensor, points: Tensor, chance: float, generators: Sequence[torch.Generator]) -> Tensor:
