@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from samed3d.geometry import CropFrame, IntTriple, Region
+from samed3d.geometry import EMPTY_REGION, CropFrame, IntTriple, Region
 from samed3d.resample import axis_weights
 
 CLAMP_SIGMA = 4.0
@@ -74,6 +74,33 @@ def paste_crop(crop: Tensor, frame: CropFrame, shape_zyx: IntTriple) -> tuple[Re
         position = (voxels + 0.5 - frame.origin_zyx_vox[axis]) / step - 0.5
         matrices.append(_axis_matrix(position, frame.shape_zyx[axis], 1.0 / step))
     return region, _resample(crop.float(), matrices)
+
+
+class TileSum:
+    """Sums of weighted tiles on a region of the volume that grows to hold them.
+
+    Attributes:
+        region: Where the sums lie.
+        values: (*channels, D, H, W) on the region.
+    """
+
+    def __init__(self, channels: tuple[int, ...], region: Region = EMPTY_REGION) -> None:
+        self.region, self.values = region, torch.zeros(*channels, *region.shape_zyx)
+
+    def add(self, region: Region, values: Tensor) -> None:
+        """Add (*channels, d, h, w) values on a region."""
+        self.grow(region)
+        self.values[(..., *region.slices_in(self.region))] += values
+
+    def grow(self, region: Region) -> None:
+        """Hold another region as well, with zeros where nothing was added."""
+        whole = self.region.union(region)
+        if whole == self.region:
+            return
+        values = torch.zeros(*self.values.shape[:-3], *whole.shape_zyx)
+        if not self.region.is_empty:
+            values[(..., *self.region.slices_in(whole))] = self.values
+        self.region, self.values = whole, values
 
 
 def is_ct(modality: str, array: NDArray) -> bool:

@@ -8,7 +8,8 @@ Not here: reading files (``volume/``), sampling a crop's intensities (``crops.py
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -217,47 +218,44 @@ class Region:
     @property
     def slices(self) -> tuple[slice, slice, slice]:
         """Index for an array; only meaningful for a region inside it (``clip`` first)."""
-        a, b = self.start_zyx, self.stop_zyx
-        return (slice(a[0], b[0]), slice(a[1], b[1]), slice(a[2], b[2]))
+        (a, b, c), (d, e, f) = self.start_zyx, self.stop_zyx
+        return (slice(a, d), slice(b, e), slice(c, f))
 
     def slices_in(self, whole: Region) -> tuple[slice, slice, slice]:
         """Index of this region in an array that covers ``whole``, which must hold it."""
-        a, b, s = self.start_zyx, self.stop_zyx, whole.start_zyx
-        return (slice(a[0] - s[0], b[0] - s[0]), slice(a[1] - s[1], b[1] - s[1]), slice(a[2] - s[2], b[2] - s[2]))
+        a, b, c = whole.start_zyx
+        return self.shifted((-a, -b, -c)).slices
 
     def clip(self, shape_zyx: IntTriple) -> Region:
         """The part inside an array of that shape."""
-        start = tuple(min(max(0, a), n) for a, n in zip(self.start_zyx, shape_zyx, strict=True))
-        stop = tuple(min(max(0, b), n) for b, n in zip(self.stop_zyx, shape_zyx, strict=True))
-        return Region(start, stop)  # type: ignore[arg-type]
+        start, stop = (_each(min, _each(max, end, (0, 0, 0)), shape_zyx) for end in (self.start_zyx, self.stop_zyx))
+        return Region(start, stop)
 
     def expand(self, margin: int) -> Region:
         """Grown by ``margin`` voxels on every side."""
-        start = tuple(a - margin for a in self.start_zyx)
-        stop = tuple(b + margin for b in self.stop_zyx)
-        return Region(start, stop)  # type: ignore[arg-type]
+        by = (margin, margin, margin)
+        return Region(_each(operator.sub, self.start_zyx, by), _each(operator.add, self.stop_zyx, by))
 
     def shifted(self, offset_zyx: IntTriple) -> Region:
         """Moved by whole voxels."""
-        start = tuple(a + o for a, o in zip(self.start_zyx, offset_zyx, strict=True))
-        stop = tuple(b + o for b, o in zip(self.stop_zyx, offset_zyx, strict=True))
-        return Region(start, stop)  # type: ignore[arg-type]
+        return Region(_each(operator.add, self.start_zyx, offset_zyx), _each(operator.add, self.stop_zyx, offset_zyx))
 
     def intersection(self, other: Region) -> Region:
         """The part that lies in both; empty where they do not meet."""
-        start = tuple(max(a, b) for a, b in zip(self.start_zyx, other.start_zyx, strict=True))
-        stop = tuple(min(a, b) for a, b in zip(self.stop_zyx, other.stop_zyx, strict=True))
-        return Region(start, stop)  # type: ignore[arg-type]
+        return Region(_each(max, self.start_zyx, other.start_zyx), _each(min, self.stop_zyx, other.stop_zyx))
 
     def union(self, other: Region) -> Region:
         """The smallest region that holds both; an empty one adds nothing."""
-        if self.is_empty:
-            return other
-        if other.is_empty:
-            return self
-        start = tuple(min(a, b) for a, b in zip(self.start_zyx, other.start_zyx, strict=True))
-        stop = tuple(max(a, b) for a, b in zip(self.stop_zyx, other.stop_zyx, strict=True))
-        return Region(start, stop)  # type: ignore[arg-type]
+        if self.is_empty or other.is_empty:
+            return other if self.is_empty else self
+        return Region(_each(min, self.start_zyx, other.start_zyx), _each(max, self.stop_zyx, other.stop_zyx))
+
+
+def _each(function: Callable[[int, int], int], a: IntTriple, b: IntTriple) -> IntTriple:
+    return (function(a[0], b[0]), function(a[1], b[1]), function(a[2], b[2]))
+
+
+EMPTY_REGION = Region((0, 0, 0), (0, 0, 0))
 
 
 def bounding_region(mask: NDArray) -> Region:

@@ -178,7 +178,7 @@ BAD = {
     "upstream weights": (segment("good.nii.gz", *CLICK, model="upstream.pth"), r"samed3d import-weights"),
     "unknown device": (
         segment("good.nii.gz", *CLICK, "--device", "tpu"),
-        r"device must be auto, cpu or cuda, got 'tpu'",
+        r"device must be auto, cpu, cuda or mps, got 'tpu'",
     ),
     "no output folder": (
         segment("good.nii.gz", *CLICK, output="OUT/none/m.nii.gz"),

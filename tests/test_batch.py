@@ -118,7 +118,7 @@ def test_another_format(images):
         ("image,prompts\ncase0.nii.gz,p.json\n,p.json", r"line 3: image does not exist: \(empty\)"),
         ("image,prompts\ncase0.nii.gz,q.json", "line 2: prompt file cannot be read"),
         ("image,point\ncase0.nii.gz,5", "line 2: point needs 3 numbers"),
-        ("image,negative_point\ncase0.nii.gz,\"5,5,5\"", "line 2: object 1 .* needs a positive point or a box, got 1 prompts"),
+        ("image,negative_point\ncase0.nii.gz,\"5,5,5\"", "line 2: object 1 .* needs a positive point or a box, got 1 negative only"),
         ("image,prompts,point\ncase0.nii.gz,p.json,\"1,1,1\"", "line 2: a line has prompts in a file or in columns, got both"),
         ("image,prompts\ncase0.nii.gz,p.json\ncase0.nii.gz,p.json", "line 3: output must differ from line 2's"),
         ("image,prompts,output\ncase0.nii.gz,p.json,../x.nii.gz", "line 2: output must be a name inside the output folder"),

@@ -111,10 +111,11 @@ def test_box_in_ras_is_the_voxel_box_around_its_corners():
 
 
 def test_what_counts_as_positive():
-    assert not ObjectPrompts().has_positive
-    assert not ObjectPrompts(prompts=[Point((1, 2, 3), positive=False)]).has_positive
-    assert ObjectPrompts(prompts=[Point((1, 2, 3), positive=False), Point((1, 2, 3))]).has_positive
-    assert ObjectPrompts(prompts=[Box((0, 0, 0), (1, 1, 1))]).has_positive
+    for prompts in ([], [Point((1, 2, 3), positive=False)]):
+        with pytest.raises(InputError, match=f"object 1 .object. needs a positive .* got {len(prompts)} negative only"):
+            ObjectPrompts(prompts=prompts).check_positive()
+    ObjectPrompts(prompts=[Point((1, 2, 3), positive=False), Point((1, 2, 3))]).check_positive()
+    ObjectPrompts(prompts=[Box((0, 0, 0), (1, 1, 1))]).check_positive()
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,8 @@ import typer
 
 from samed3d.cli.options import Device, Model, Quiet, Texts, check_exists
 from samed3d.errors import InputError
-from samed3d.geometry import as_triple
 from samed3d.output import check_distinct, check_output, write_json
-from samed3d.prompts import Box, Mask, ObjectPrompts, Point, Scribble, load_prompts, parse_numbers
+from samed3d.prompts import Mask, ObjectPrompts, load_prompts, parse_prompts
 
 SUMMARY_OUTPUTS = {"--preview": (".png",), "--report": (".json",), "--session": (".json",)}
 
@@ -209,26 +208,17 @@ def _gather_prompts(
             raise InputError(f"--prompts cannot be combined with {options}; put all prompts in the file")
         objects = load_prompts(file)
     else:
-        one = ObjectPrompts(prompts=[] if mask is None else [Mask(mask)])
-        for text in boxes or []:
-            numbers = parse_numbers(text, 6, "--box")
-            one.prompts.append(Box(as_triple(numbers[:3]), as_triple(numbers[3:]), space))
-        for positive, clicks, strokes in ((True, points, scribbles), (False, negatives, negative_scribbles)):
-            sign = "" if positive else "negative-"
-            for text in clicks or []:
-                one.prompts.append(Point(as_triple(parse_numbers(text, 3, f"--{sign}point")), positive, space))
-            for text in strokes or []:
-                path = [as_triple(parse_numbers(at, 3, f"--{sign}scribble")) for at in text.split(";") if at]
-                one.prompts.append(Scribble(tuple(path), positive, space=space))
-        if not one.prompts:
+        texts = {"box": boxes, "point": points, "scribble": scribbles}
+        texts |= {"negative_point": negatives, "negative_scribble": negative_scribbles}
+        prompts = parse_prompts({key: found for key, found in texts.items() if found}, space, "--")
+        if mask is not None:
+            prompts.insert(0, Mask(mask))
+        if not prompts:
             options = "--point I,J,K, --box I0,J0,K0,I1,J1,K1 or --prompts FILE"
             raise InputError(f"segment needs at least one prompt; give {options}")
-        objects = [one]
+        objects = [ObjectPrompts(prompts=prompts)]
     for entry in objects:
-        if not entry.has_positive:
-            where = f"object {entry.id} ({entry.name}) of {file}" if file else "the object"
-            found = f"{where} needs a positive point or a box, got {len(entry.prompts)} negative only"
-            raise InputError(f"{found}; add --point I,J,K on the object")
+        entry.check_positive(f" of {file}" if file else "")
     return objects
 
 

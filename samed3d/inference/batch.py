@@ -1,9 +1,7 @@
-"""Many images from a list, one after the other: what to do is checked before anything is done, and a run that stopped
-goes on.
+"""Segment the images of a list one after the other; the whole list is checked first, and a stopped run is resumed.
 
-The list is a CSV with a header: ``image``, and ``prompts`` (a prompt file) or ``point``, ``negative_point`` and ``box``
-(several separated by semicolons); and, where wanted, ``output``, ``channel`` and ``series``. Paths are relative to the
-list. One image is in ``session.py``.
+The list is a CSV with the columns ``COLUMNS``: ``prompts`` is a prompt file; ``point``, ``negative_point`` and ``box``
+may hold several positions separated by semicolons. Paths are relative to the list.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from samed3d.inference.session import Session
 from samed3d.inference.session_store import weights_hash
 from samed3d.models.base import PromptableModel
 from samed3d.output import check_output, check_results_folder, write_json
-from samed3d.prompts import Box, ObjectPrompts, Point, load_prompts, parse_numbers, prompt_to_json
+from samed3d.prompts import ObjectPrompts, load_prompts, parse_prompts, prompt_to_json
 from samed3d.volume import SUFFIXES
 from samed3d.volume.writing import MASK_FORMATS
 
@@ -37,25 +35,13 @@ REPORT = "report.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One line of the list.
-
-    Attributes:
-        line: Its number in the file.
-        image: Volume or DICOM folder.
-        objects: With their prompts.
-        output: What is written.
-        channel: Of a multi-channel image.
-        series: Of a DICOM folder.
-        modality: What the image is, if stated.
-    """
+    """One line of the list: its number, what is read, what is written, and how ``Session.open`` reads the image."""
 
     line: int
     image: Path
     objects: tuple[ObjectPrompts, ...]
     output: Path
-    channel: int | None
-    series: str | None
-    modality: str | None
+    options: dict[str, Any]
 
 
 def read_jobs(path: Path, folder: Path, format: str | None = None, space: str = "ijk") -> list[Job]:
@@ -64,7 +50,7 @@ def read_jobs(path: Path, folder: Path, format: str | None = None, space: str = 
     Args:
         path: The CSV.
         folder: Where outputs go.
-        format: One of ``volume.writing.MASK_FORMATS``; None writes ``.nii.gz`` where no ``output`` is named.
+        format: One of ``volume.writing.MASK_FORMATS``; None writes ``.nii.gz`` unless an ``output`` is named.
         space: Of the positions in the columns.
 
     Raises:
@@ -80,74 +66,52 @@ def read_jobs(path: Path, folder: Path, format: str | None = None, space: str = 
         raise InputError(f"batch list must have a header and a line per image, got none: {path}")
     if unknown := sorted({str(key) for row in rows for key in row} - set(COLUMNS)):
         raise InputError(f"columns of a batch list are {', '.join(COLUMNS)}; got {', '.join(unknown)}: {path}")
-    jobs = [_job(row, line, path, folder, format, space) for line, row in enumerate(rows, start=2)]
-    seen: dict[Path, int] = {}
+    jobs: list[Job] = []
+    lines: dict[Path, int] = {}
+    for line, row in enumerate(rows, start=2):
+        cells = {key: (row.get(key) or "").strip() for key in COLUMNS}
+        try:
+            job = _job(cells, line, path.parent, folder, format, space)
+            other = lines.setdefault(job.output.resolve(), line)
+            if other != line:
+                raise InputError(f"output must differ from line {other}'s, got {job.output} again; name an output")
+        except InputError as error:
+            raise InputError(f"{path}, line {line}: {error}") from error
+        jobs.append(job)
+    images = {job.image.resolve() for job in jobs}
     for job in jobs:
-        other = seen.setdefault(job.output.resolve(), job.line)
-        if other != job.line:
-            raise InputError(
-                f"{path}, line {job.line}: output must differ from line {other}'s, got {job.output} again; name an output"
-            )
-        if job.output.resolve() in {j.image.resolve() for j in jobs}:
+        if job.output.resolve() in images:
             raise InputError(f"{path}, line {job.line}: output must not be an image of the list, got {job.output}")
     return jobs
 
 
-def _job(row: dict[str, str], line: int, path: Path, folder: Path, format: str | None, space: str) -> Job:
-    where = f"{path}, line {line}"
-    cells = {key: (row.get(key) or "").strip() for key in COLUMNS}
-    image = path.parent / cells["image"]
+def _job(cells: dict[str, str], line: int, beside: Path, folder: Path, format: str | None, space: str) -> Job:
+    image = beside / cells["image"]
     if not cells["image"] or not image.exists():
-        raise InputError(f"{where}: image does not exist: {image if cells['image'] else '(empty)'}")
-    suffix = MASK_FORMATS[format][0] if format else SUFFIXES[0]
-    output = folder / (cells["output"] or _stem(image.resolve()) + suffix)
+        raise InputError(f"image does not exist: {image if cells['image'] else '(empty)'}")
+    name = image.resolve().name
+    stem = next((name[: -len(s)] for s in SUFFIXES if name.lower().endswith(s)), name)
+    output = folder / (cells["output"] or stem + (MASK_FORMATS[format][0] if format else SUFFIXES[0]))
     if format and not output.name.lower().endswith(MASK_FORMATS[format]):
         raise InputError(
-            f"{where}: output of format {format} must end in {' or '.join(MASK_FORMATS[format])}, got {output.name!r}"
+            f"output of format {format} must end in {' or '.join(MASK_FORMATS[format])}, got {output.name!r}"
         )
     if ".." in Path(cells["output"]).parts or Path(cells["output"]).is_absolute():
-        raise InputError(f"{where}: output must be a name inside the output folder, got {cells['output']!r}")
+        raise InputError(f"output must be a name inside the output folder, got {cells['output']!r}")
     if cells["channel"] and not cells["channel"].isdigit():
-        raise InputError(f"{where}: channel must be a whole number, got {cells['channel']!r}")
-    try:
-        objects = _objects(cells, path, space)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-    return Job(
-        line,
-        image,
-        tuple(objects),
-        output,
-        int(cells["channel"]) if cells["channel"] else None,
-        cells["series"] or None,
-        cells["modality"] or None,
-    )
-
-
-def _objects(cells: dict[str, str], path: Path, space: str) -> list[ObjectPrompts]:
-    if cells["prompts"]:
-        if cells["point"] or cells["negative_point"] or cells["box"]:
-            raise InputError("a line has prompts in a file or in columns, got both")
-        objects = load_prompts(path.parent / cells["prompts"])
+        raise InputError(f"channel must be a whole number, got {cells['channel']!r}")
+    texts = {key: [text for text in cells[key].split(";") if text] for key in ("point", "negative_point", "box")}
+    if not cells["prompts"]:
+        objects = [ObjectPrompts(prompts=parse_prompts(texts, space))]
+    elif any(texts.values()):
+        raise InputError("a line has prompts in a file or in columns, got both")
     else:
-        one = ObjectPrompts()
-        for text in filter(None, cells["box"].split(";")):
-            numbers = parse_numbers(text, 6, "box")
-            one.prompts.append(Box(numbers[:3], numbers[3:], space))  # type: ignore[arg-type]
-        for key, positive in (("point", True), ("negative_point", False)):
-            for text in filter(None, cells[key].split(";")):
-                one.prompts.append(Point(parse_numbers(text, 3, key), positive, space))  # type: ignore[arg-type]
-        objects = [one]
+        objects = load_prompts(beside / cells["prompts"])
     for entry in objects:
-        if not entry.has_positive:
-            raise InputError(
-                f"object {entry.id} ({entry.name}) needs a positive point or a box, got {len(entry.prompts)} prompts"
-            )
-    return objects
-
-
-def _stem(image: Path) -> str:
-    return next((image.name[: -len(s)] for s in SUFFIXES if image.name.lower().endswith(s)), image.name)
+        entry.check_positive()
+    options: dict[str, Any] = {key: cells[key] or None for key in ("channel", "series", "modality")}
+    options["channel"] = int(cells["channel"]) if cells["channel"] else None
+    return Job(line, image, tuple(objects), output, options)
 
 
 def run_jobs(
@@ -159,12 +123,11 @@ def run_jobs(
     format: str | None = None,
     told: Callable[[Job, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Segment every image and write ``report.json`` beside the masks. Jobs that an earlier run finished alike are not
-    done again.
+    """Segment every image and write ``report.json`` beside the masks; what an earlier run finished alike is kept.
 
     Args:
         jobs: Of ``read_jobs``.
-        folder: Where outputs go; made if missing. ``done.jsonl`` in it remembers what is finished.
+        folder: Where outputs go; made if missing. ``done.jsonl`` in it lists what is finished.
         model: For all of them.
         model_name: For the reports.
         device: As for ``Session.open``.
@@ -172,13 +135,14 @@ def run_jobs(
         told: Called after each job with its row of the report.
 
     Returns:
-        The report: counts and a row per job, with ``status`` done, kept (by an earlier run) or failed (with ``error``).
+        The report: counts and a row per job, with ``status`` done, kept (from an earlier run) or failed (with
+        ``error``).
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output must be a folder that can be made, got {folder} ({error.strerror})") from error
-    check_output(folder / REPORT, suffixes=(".json",))
+    check_output(folder / REPORT)
     check_results_folder(folder, (DONE, REPORT), _is_ours)
     finished = _finished(folder / DONE)
     weights, rows = weights_hash(model), []
@@ -187,9 +151,12 @@ def run_jobs(
         if job.output.exists() and key in finished:
             row = {**finished[key], "status": "kept"}
         else:
-            row = _done(job, model, model_name, device, format)
+            row = _segment(job, model, model_name, device, format)
             if row["status"] == "done":
-                _remember(folder / DONE, {"key": key, **row})
+                with (folder / DONE).open("a") as file:
+                    file.write(json.dumps({"key": key, **row}) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
         rows.append(row)
         logger.info("%s: %s %s", job.image.name, row["status"], row.get("error", ""))
         if told is not None:
@@ -200,16 +167,13 @@ def run_jobs(
     return report
 
 
-def _done(job: Job, model: PromptableModel, model_name: str, device: str, format: str | None) -> dict[str, Any]:
-    """Segment one image; what the user can mend is reported and does not stop the others."""
+def _segment(job: Job, model: PromptableModel, model_name: str, device: str, format: str | None) -> dict[str, Any]:
+    """Segment one image; what the user can correct is reported and does not stop the other images."""
     began = time.perf_counter()
     row: dict[str, Any] = {"line": job.line, "image": str(job.image), "output": str(job.output)}
     try:
         job.output.parent.mkdir(parents=True, exist_ok=True)
-        session = Session.open(
-            job.image, model, device, job.channel, job.series, model_name=model_name, modality=job.modality
-        )
-        with session:
+        with Session.open(job.image, model, device, model_name=model_name, **job.options) as session:
             session.add_all(job.objects)
             session.export(job.output, format)
             found = [{key: o[key] for key in ("id", "name", "voxels", "mm3")} for o in session.report()["objects"]]
@@ -219,34 +183,23 @@ def _done(job: Job, model: PromptableModel, model_name: str, device: str, format
 
 
 def _key(job: Job, model_name: str, weights: str, format: str | None) -> str:
-    """What a mask depends on: the image file, the prompts, the model, the format and the output's name."""
+    """A hash of what a mask depends on: the image's files, the prompts, the model, the format and the output's name."""
     files = sorted(p for p in job.image.rglob("*") if p.is_file()) if job.image.is_dir() else [job.image]
     image = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     prompts = [(o.id, o.name, [{"space": p.space, **prompt_to_json(p)} for p in o.prompts]) for o in job.objects]
-    parts = (
-        image,
-        prompts,
-        job.channel,
-        job.series,
-        job.modality,
-        str(job.output.resolve()),
-        model_name,
-        weights,
-        format,
-    )
+    parts = (image, prompts, job.options, str(job.output.resolve()), model_name, weights, format)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _finished(path: Path) -> dict[str, dict[str, Any]]:
-    """Rows of earlier runs by key; a last line that was not finished is left out."""
+    """Rows of earlier runs by key; an unfinished last line is left out."""
     found: dict[str, dict[str, Any]] = {}
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            found[row.pop("key")] = row
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        found[row.pop("key")] = row
     return found
 
 
@@ -255,10 +208,3 @@ def _is_ours(path: Path) -> bool:
     text = path.read_text()
     body = json.loads(text if path.name == REPORT else text.partition("\n")[0] or '{"key": ""}')
     return ("images" if path.name == REPORT else "key") in body
-
-
-def _remember(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())

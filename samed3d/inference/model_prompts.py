@@ -132,7 +132,7 @@ def since_mask(prompts: Sequence[ModelPrompts]) -> Sequence[ModelPrompts]:
 
 
 def open_axis(prompts: Sequence[ModelPrompts]) -> int | None:
-    """The axis along which an object that is bounded only by slices of one axis has no bounds; None if there is none."""
+    """The axis along which an object has no bounds, if only 2D boxes or lassos of that axis bound it."""
     current = since_mask(prompts)
     flat = {p.flat_axis for p in current if p.slice_box is not None}
     return flat.pop() if len(flat) == 1 and not any(p.box is not None for p in current) else None

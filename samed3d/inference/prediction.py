@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from samed3d.geometry import IntTriple, Region, Triple
+from samed3d.geometry import EMPTY_REGION, IntTriple, Region, Triple
 from samed3d.inference.crop_search import Prediction, predict_object
 from samed3d.inference.model_prompts import ModelPrompts, combine, open_axis, since_mask, to_model_prompts
 from samed3d.inference.predictor import Canvas, CropPredictor
@@ -211,7 +211,7 @@ class PromptHistory:
 
 def empty_mask(shape_zyx: IntTriple) -> PackedMask:
     """A mask without a voxel."""
-    return PackedMask.of_part(np.zeros((0, 0, 0), bool), Region((0, 0, 0), (0, 0, 0)), shape_zyx)
+    return PackedMask.of_part(np.zeros((0, 0, 0), bool), EMPTY_REGION, shape_zyx)
 
 
 def _size(prediction: Prediction | None) -> int:

@@ -18,14 +18,22 @@ from numpy.typing import NDArray
 
 from samed3d.devices import pick_device
 from samed3d.errors import InputError
-from samed3d.geometry import Region
+from samed3d.geometry import EMPTY_REGION
 from samed3d.inference import history
 from samed3d.inference.history import EditHistory, MaskUpdate, ObjectState, SessionObject, SessionState
 from samed3d.inference.mask_files import LABEL_MAP_FORMATS, checked_format, export_segments, label_map, segments_of
 from samed3d.inference.model_prompts import read_mask_file
 from samed3d.inference.prediction import PromptHistory
 from samed3d.inference.predictor import Canvas, CropPredictor
-from samed3d.inference.session_store import Journal, check_same, describe, identity, read_session, save_session
+from samed3d.inference.session_store import (
+    Journal,
+    check_same,
+    describe,
+    find_image,
+    identity,
+    read_session,
+    save_session,
+)
 from samed3d.inference.uncertainty import least_certain
 from samed3d.models import load_promptable
 from samed3d.models.base import PromptableModel
@@ -37,13 +45,7 @@ __all__ = ["MaskUpdate", "Session", "SessionObject"]
 
 
 class Session:
-    """Promptable segmentation of one volume.
-
-    Attributes:
-        volume: The image as read.
-        model_name: What was loaded.
-        device: Where the model runs.
-    """
+    """Promptable segmentation of one volume. Attributes: ``volume`` as read, ``model_name``, ``device``."""
 
     def __init__(self, volume: Volume, model: PromptableModel, device: str = "auto", model_name: str = "") -> None:
         """Use ``Session.open``; this takes parts that are already loaded."""
@@ -71,13 +73,13 @@ class Session:
         Args:
             image: File, DICOM folder or ``Volume``.
             model: Checkpoint name or file, or a model that is already built.
-            device: ``"auto"`` (CUDA if there is a GPU), ``"cpu"`` or ``"cuda"``.
-            channel: Channel of a multi-channel image.
-            series: Series of a DICOM folder.
+            device: As for ``pick_device``.
+            channel: As for ``read_volume``, like ``series`` and ``modality``.
+            series: See ``channel``.
             journal: File that every edit is written to before it is acknowledged. If it exists, the session in it is
                 resumed.
             model_name: The name that a built model was loaded by, so that a saved session can load it again.
-            modality: As for ``read_volume``.
+            modality: See ``channel``.
 
         Raises:
             InputError: for an image or model that cannot be used, a device that is not there, or a journal that is
@@ -122,18 +124,19 @@ class Session:
         Raises:
             InputError: if the file is damaged, or the image is missing or another one.
         """
-        saved = read_session(Path(path))
+        header, edits = read_session(Path(path))
         if journal is not None and Path(journal).exists():
-            raise InputError(
-                f"journal must be a new file for a loaded session, got {journal}; open the journal itself instead"
-            )
-        network = str(saved.header["model"]["name"]) if model is None else model
-        session = cls.open(saved.image_path() if image is None else image, network, device, **saved.options)
-        check_same(saved.header, session._identity(), f"session {path}")
-        session._history.replay(saved.edits)
+            rule = "journal must be a new file for a loaded session"
+            raise InputError(f"{rule}, got {journal}; open the journal itself instead")
+        options = {key: header["image"].get(key) for key in ("channel", "series", "modality")}
+        options["modality"] = options["modality"] or None
+        network = str(header["model"]["name"]) if model is None else model
+        session = cls.open(find_image(header, Path(path)) if image is None else image, network, device, **options)
+        check_same(header, session._identity(), f"session {path}")
+        session._history.replay(edits)
         if journal is not None:
             session._journal = Journal(journal, session._identity())
-            for edit in saved.edits:
+            for edit in edits:
                 session._journal.append(edit)
             session._history.record = session._journal.append
         return session
@@ -179,10 +182,7 @@ class Session:
         """
         read = [(entry, [read_mask_file(prompt, self.volume) for prompt in entry.prompts]) for entry in objects]
         for entry, prompts in read:
-            if not entry.has_positive:
-                raise InputError(
-                    f"object {entry.id} ({entry.name}) needs a positive point or a box, got only negative points"
-                )
+            entry.check_positive()
             for prompt in prompts:
                 self._prompts.check(prompt)
         for entry, prompts in read:
@@ -192,8 +192,7 @@ class Session:
     def _add(self, prompt: Prompt, object_id: int, name: str | None, predict: bool) -> MaskUpdate:
         if type(object_id) is not int or not 1 <= object_id < 2**16:
             raise InputError(f"object id must be a whole number from 1 to 65535, got {object_id!r}")
-        prompt = read_mask_file(prompt, self.volume)
-        number = self._history.next_prompt
+        prompt, number = read_mask_file(prompt, self.volume), self._history.next_prompt
         edit = history.AddPrompt(object_id=object_id, prompt_id=number, prompt=prompt, name=name, predict=predict)
         return self._history.commit(edit)
 
@@ -219,18 +218,16 @@ class Session:
         if not isinstance(to, Prompt):
             old = entry.prompts[prompt_id]
             if not isinstance(old, Point):
-                raise InputError(
-                    f"prompt {prompt_id} is a {type(old).__name__.lower()}: move it by giving the new one, got {to!r}"
-                )
+                kind = type(old).__name__.lower()
+                raise InputError(f"prompt {prompt_id} is a {kind}: move it by giving the new one, got {to!r}")
             to = Point(tuple(to), old.positive, old.space)  # type: ignore[arg-type]
         return self._history.commit(history.MovePrompt(prompt_id=prompt_id, prompt=read_mask_file(to, self.volume)))
 
     def predict(self, object_id: int | None = None) -> MaskUpdate:
-        """Predict an object (the current one by default) again: from prompts that were added with ``predict=False``,
+        """Predict an object (the current one by default) again, with the prompts that were added with ``predict=False``
         or from the same prompts and the present mask.
         """
-        number = self.current if object_id is None else object_id
-        return self._history.commit(history.Predict(object_id=number))
+        return self._history.commit(history.Predict(object_id=self._number(object_id)))
 
     def undo(self) -> MaskUpdate | None:
         """Take back the last edit, of whatever kind; None if there is none. Unlimited, and exact."""
@@ -320,8 +317,7 @@ class Session:
 
     def probability(self, object_id: int | None = None) -> NDArray[np.float32]:
         """An object's probability (the current one's by default), float32 in 0..1, (D, H, W)."""
-        logits = self.logits_of(self.current if object_id is None else object_id)
-        return np.ascontiguousarray(1.0 / (1.0 + np.exp(-logits)))
+        return np.ascontiguousarray(1.0 / (1.0 + np.exp(-self.logits_of(self._number(object_id)))))
 
     @property
     def labels(self) -> NDArray[np.unsignedinteger]:
@@ -337,17 +333,15 @@ class Session:
         Raises:
             InputError: if the object has no mask yet.
         """
-        entry = self._prompted(self.current if object_id is None else object_id)
+        entry = self._prompted(self._number(object_id))
         given = [at for step in entry.chain if step.model_prompts is not None for at, _ in step.model_prompts.points]
         zyx, positive = least_certain(self._canvas(entry), given, self.volume.view.spacing_zyx_mm)
         i, j, k = self.volume.view.position_to_stored(zyx)[::-1]
         return Point((i, j, k), positive)
 
     def save(self, path: str | Path) -> None:
-        """Write the masks as ``export`` does, or the whole session if the name ends in ``.json``.
-
-        One object is written as its mask, several as a label map. A session file holds the prompts, the object table,
-        every edit for undo and redo, and the path of the image.
+        """Write the masks as ``export`` does, or, if the name ends in ``.json``, the whole session: the prompts, the
+        object table, every edit for undo and redo, and the path of the image.
         """
         if Path(path).name.lower().endswith(".json"):
             check_spares(path, self.volume.source)
@@ -356,7 +350,7 @@ class Session:
             self.export(path)
 
     def export(self, path: str | Path, format: str | None = None) -> None:
-        """Write the masks in a format of ``volume.writing.MASK_FORMATS``: nifti, nrrd, mha, seg.nrrd, dicom-seg or rtstruct.
+        """Write the mask of one object, or the label map of several, in a format of ``volume.writing.MASK_FORMATS``.
 
         Args:
             path: The file.
@@ -364,7 +358,7 @@ class Session:
 
         Raises:
             InputError: if format and suffix disagree, there is nothing to write, the file cannot be written, or DICOM
-                is asked for and the image was not read from a DICOM series.
+                is asked for an image of another format.
         """
         kind, path = checked_format(path, format), Path(path)
         check_spares(path, self.volume.source)
@@ -390,6 +384,9 @@ class Session:
     def _identity(self) -> dict[str, Any]:
         return identity(self.volume, self._options, self._predictor.model, self.model_name)
 
+    def _number(self, object_id: int | None) -> int:
+        return self.current if object_id is None else object_id
+
     def _prompted(self, object_id: int) -> ObjectState:
         entry = self._state.objects.get(object_id)
         if entry is None:
@@ -398,4 +395,4 @@ class Session:
 
     def _canvas(self, entry: ObjectState) -> Canvas:
         prediction = None if entry.step is None else self._prompts.prediction(entry.step)
-        return Canvas(Region((0, 0, 0), (0, 0, 0)), torch.zeros(0, 0, 0)) if prediction is None else prediction.canvas
+        return Canvas(EMPTY_REGION, torch.zeros(0, 0, 0)) if prediction is None else prediction.canvas

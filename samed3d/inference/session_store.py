@@ -1,9 +1,6 @@
 """What a session keeps on the disk: the journal, session files, and the report of what was done.
 
-The journal is an append-only file with one JSON line per edit, which is on the disk before the edit is acknowledged. A
-process may be killed at any moment: an unfinished last line is cut off at the next opening, everything before it
-counts. A session file is JSON with ``image`` (where it lies, and its hash), ``model``, ``objects`` (prompts as in a
-prompt file, and the object table) and ``edits``, from which masks, undo and redo follow.
+Both files hold ``image`` (its path and hash), ``model`` and the edits, from which masks, undo and redo follow.
 """
 
 from __future__ import annotations
@@ -22,22 +19,11 @@ import torch
 
 from samed3d import __version__
 from samed3d.errors import InputError
-from samed3d.inference.history import (
-    AddPrompt,
-    Edit,
-    EditObject,
-    MovePrompt,
-    Predict,
-    Redo,
-    RemoveObject,
-    RemovePrompt,
-    SessionObject,
-    SetRule,
-    Undo,
-)
+from samed3d.inference import history
+from samed3d.inference.history import Edit, SessionObject
 from samed3d.models.base import PromptableModel
 from samed3d.output import lock, write_json
-from samed3d.prompts import Mask, Prompt, prompt_from_json, prompt_to_json
+from samed3d.prompts import Mask, prompt_from_json, prompt_to_json
 from samed3d.volume import Volume
 
 logger = logging.getLogger(__name__)
@@ -47,15 +33,15 @@ VERSION = 1
 _LONGEST_HEADER = 1 << 20
 
 _EDITS: dict[str, tuple[type[Edit], tuple[str, ...]]] = {
-    "add": (AddPrompt, ("object_id", "prompt_id", "prompt")),
-    "look": (Predict, ("object_id",)),
-    "move": (MovePrompt, ("prompt_id", "prompt")),
-    "remove": (RemovePrompt, ("prompt_id",)),
-    "object": (EditObject, ("object_id",)),
-    "drop": (RemoveObject, ("object_id",)),
-    "rule": (SetRule, ("others_are_negative",)),
-    "undo": (Undo, ()),
-    "redo": (Redo, ()),
+    "add": (history.AddPrompt, ("object_id", "prompt_id", "prompt")),
+    "look": (history.Predict, ("object_id",)),
+    "move": (history.MovePrompt, ("prompt_id", "prompt")),
+    "remove": (history.RemovePrompt, ("prompt_id",)),
+    "object": (history.EditObject, ("object_id",)),
+    "drop": (history.RemoveObject, ("object_id",)),
+    "rule": (history.SetRule, ("others_are_negative",)),
+    "undo": (history.Undo, ()),
+    "redo": (history.Redo, ()),
 }
 """Edits by the name that files give them, with their required fields."""
 _KEYS = {"object_id": "object", "prompt_id": "id", "predict": "look"}
@@ -67,11 +53,10 @@ def edit_to_json(edit: Edit) -> dict[str, Any]:
     body: dict[str, Any] = {"do": next(kind for kind, (cls, _) in _EDITS.items() if type(edit) is cls)}
     for entry in dataclasses.fields(edit):
         value = getattr(edit, entry.name)
+        if entry.name == "prompt" and value is not None:
+            value = {"space": value.space, **prompt_to_json(value)}
         if value != entry.default:
-            is_prompt = entry.name == "prompt"
-            body[_KEYS.get(entry.name, entry.name)] = (
-                {"space": value.space, **prompt_to_json(value)} if is_prompt else value
-            )
+            body[_KEYS.get(entry.name, entry.name)] = value
     return body
 
 
@@ -84,9 +69,9 @@ def edit_from_json(body: Any, where: str) -> Edit:
     if not isinstance(body, dict) or body.get("do") not in _EDITS:
         raise InputError(f"{where}: not an edit of a session: {str(body)[:80]!r}")
     kind, required = _EDITS[body["do"]]
-    values = {entry.name: _KEYS.get(entry.name, entry.name) for entry in dataclasses.fields(kind)}
-    given = {name: body[key] for name, key in values.items() if key in body}
-    if missing := [values[name] for name in required if name not in given]:
+    keys = {entry.name: _KEYS.get(entry.name, entry.name) for entry in dataclasses.fields(kind)}
+    given = {name: body[key] for name, key in keys.items() if key in body}
+    if missing := [keys[name] for name in required if name not in given]:
         raise InputError(f"{where}: an edit {body['do']!r} needs {', '.join(missing)}")
     if "prompt" in given:
         given["prompt"] = prompt_from_json(given["prompt"], where=where)
@@ -94,7 +79,10 @@ def edit_from_json(body: Any, where: str) -> Edit:
 
 
 class Journal:
-    """An open journal file. One session at a time may hold it.
+    """An append-only file with one JSON line per edit, which is on the disk before the edit is acknowledged.
+
+    A process may be killed at any moment: an unfinished last line is cut off at the next opening, everything before it
+    counts. One session at a time may hold a journal.
 
     Attributes:
         path: The file.
@@ -106,9 +94,7 @@ class Journal:
 
         Args:
             path: The file; its folder must exist.
-            header: ``image`` (with ``sha256``) and ``model`` (with ``name``) of the session. An existing journal must
-                be of the same image and model. If ``model["weights"]`` differs, a warning says that the same prompts
-                may give other masks.
+            header: Of ``identity``; see ``check_same`` for an existing journal.
 
         Raises:
             InputError: if the journal is damaged, in use, of another image or model, or cannot be written.
@@ -143,20 +129,18 @@ class Journal:
         self._file.seek(0)
         content = self._file.read()
         whole = content.rfind(b"\n") + 1
-        lines = content[:whole].splitlines()
-        if not lines:
+        if not whole:
             self._file.truncate(0)
             self._write({"journal": VERSION, **header})
-            _sync_folder(self.path)
+            self._sync_folder()
             return []
         bodies = []
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(content[:whole].splitlines(), start=1):
             try:
                 bodies.append(json.loads(line))
             except ValueError as error:
-                raise InputError(
-                    f"journal is damaged in line {number}: {self.path} ({error}); move it away to begin anew"
-                ) from error
+                found = f"journal is damaged in line {number}: {self.path} ({error})"
+                raise InputError(f"{found}; move it away to begin anew") from error
         check_same(bodies[0], header, f"journal {self.path}")
         edits = [edit_from_json(body, f"{self.path}, line {n}") for n, body in enumerate(bodies[1:], start=2)]
         if whole < len(content):
@@ -175,6 +159,17 @@ class Journal:
         except OSError:
             self._file.truncate(end)  # the journal could not be read any more after half a line
             raise
+
+    def _sync_folder(self) -> None:
+        """Put a new file's name on the disk, which holds it once the folder is synced."""
+        try:
+            folder = os.open(self.path.resolve().parent, os.O_RDONLY)
+        except OSError:  # some systems cannot open folders
+            return
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _check_is_journal(path: Path, header: dict[str, Any]) -> None:
@@ -205,46 +200,8 @@ def _line_of(body: dict[str, Any]) -> bytes:
     return json.dumps(body, separators=(",", ":")).encode() + b"\n"
 
 
-def _sync_folder(path: Path) -> None:
-    """Put a new file's name on the disk, which holds it once the folder is synced."""
-    try:
-        folder = os.open(path.resolve().parent, os.O_RDONLY)
-    except OSError:  # some systems cannot open folders
-        return
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def check_same(found: dict[str, Any], header: dict[str, Any], what: str) -> None:
-    """Refuse prompts that were given for another image or model; warn if only the model's weights changed.
-
-    Raises:
-        InputError: naming what differs.
-    """
-    image, model = found.get("image") or {}, found.get("model") or {}
-    if image.get("sha256") != header["image"]["sha256"]:
-        raise InputError(
-            f"{what} belongs to another image ({image.get('source')}), got {header['image']['source']}; "
-            "open it with its own"
-        )
-    if image.get("modality", header["image"]["modality"]) != header["image"]["modality"]:
-        logger.warning("%s was opened with another modality; the same prompts may give other masks", what)
-    if model.get("weights") == header["model"]["weights"]:  # the same network, whatever it is called
-        return
-    if model.get("name") != header["model"]["name"]:
-        raise InputError(
-            f"{what} was made with model {model.get('name')!r}, got {header['model']['name']!r}; "
-            "open it with the same model"
-        )
-    logger.warning(
-        "the weights of model %s are not those of %s; the same prompts may give other masks", model.get("name"), what
-    )
-
-
 def identity(volume: Volume, options: dict[str, Any], model: PromptableModel, model_name: str) -> dict[str, Any]:
-    """Which image and model prompts belong to: the image's path, reading options and hash, the model's name and hash."""
+    """Which image and model prompts belong to: the image's path, options and hash, the model's name and hash."""
     grid = volume.grid
     image = {
         "source": volume.source,
@@ -277,74 +234,46 @@ def weights_hash(model: PromptableModel) -> str:
     return found.hexdigest()[:16]
 
 
-@dataclasses.dataclass(frozen=True)
-class SavedSession:
-    """What a session file holds.
+def check_same(found: dict[str, Any], header: dict[str, Any], what: str) -> None:
+    """Refuse prompts that were given for another image or model; warn if only weights or modality differ.
 
-    Attributes:
-        header: ``image`` and ``model`` as of ``identity``.
-        edits: Oldest first.
-        path: The file.
+    Raises:
+        InputError: naming what differs.
     """
-
-    header: dict[str, Any]
-    edits: list[Edit]
-    path: Path
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """How the image was read, as arguments of ``Session.open``."""
-        image = self.header["image"]
-        return {
-            "channel": image.get("channel"),
-            "series": image.get("series"),
-            "modality": image.get("modality") or None,
-        }
-
-    def image_path(self) -> Path:
-        """Where the image lies: as recorded, or under its name beside the session file.
-
-        Raises:
-            InputError: if it is at neither place.
-        """
-        recorded = Path(str(self.header["image"]["source"]))
-        places = [recorded, self.path.parent / recorded.name]
-        found = next((place for place in places if place.exists()), None)
-        if found is None:
-            raise InputError(f"image of the session is not there any more: {recorded}; give its place as image=")
-        return found
+    image, model = found.get("image") or {}, found.get("model") or {}
+    here, name = header["image"], header["model"]["name"]
+    if image.get("sha256") != here["sha256"]:
+        differs = f"{what} belongs to another image ({image.get('source')}), got {here['source']}"
+        raise InputError(f"{differs}; open it with its own")
+    if image.get("modality", here["modality"]) != here["modality"]:
+        logger.warning("%s was opened with another modality; the same prompts may give other masks", what)
+    if model.get("weights") == header["model"]["weights"]:  # the same network, whatever it is called
+        return
+    if model.get("name") != name:
+        differs = f"{what} was made with model {model.get('name')!r}, got {name!r}"
+        raise InputError(f"{differs}; open it with the same model")
+    logger.warning("the weights of model %s are not those of %s; the same prompts may give other masks", name, what)
 
 
 def save_session(path: Path, header: dict[str, Any], objects: list[SessionObject], edits: list[Edit]) -> None:
-    """Write a session file.
-
-    Args:
-        path: The file.
-        header: Of ``identity``.
-        objects: For readers of the file.
-        edits: From which all else follows.
+    """Write a session file: the header of ``identity``, the objects for other readers, and the edits.
 
     Raises:
         InputError: if it cannot be written.
     """
     table = [
         {
-            "id": o.id,
-            "name": o.name,
-            "colour": o.colour,
-            "visible": o.visible,
-            "locked": o.locked,
+            **{key: getattr(o, key) for key in ("id", "name", "colour", "visible", "locked")},
             "prompts": [{"id": number, "space": p.space, **prompt_to_json(p)} for number, p in o.numbered.items()],
         }
         for o in objects
     ]
     edits_json = [edit_to_json(edit) for edit in edits]
-    body = {"session": VERSION, **header, "objects": table, "edits": edits_json}
-    write_json(path, body)
+    write_json(path, {"session": VERSION, **header, "objects": table, "edits": edits_json})
 
 
-def read_session(path: Path) -> SavedSession:
-    """Read a session file.
+def read_session(path: Path) -> tuple[dict[str, Any], list[Edit]]:
+    """The header and the edits of a session file.
 
     Raises:
         InputError: if it is missing, is not JSON, or not a session.
@@ -362,47 +291,45 @@ def read_session(path: Path) -> SavedSession:
     if not named or not isinstance(body.get("edits"), list):
         raise InputError(f"session file must name its image and model and list its edits: {path}")
     edits = [edit_from_json(edit, f"{path}, edit {number}") for number, edit in enumerate(body["edits"], start=1)]
-    return SavedSession({"image": body["image"], "model": body["model"]}, edits, path)
+    return {"image": body["image"], "model": body["model"]}, edits
+
+
+def find_image(header: dict[str, Any], session_file: Path) -> Path:
+    """The image of a session file: at its recorded path, or under its name beside the file.
+
+    Raises:
+        InputError: if it is at neither place.
+    """
+    recorded = Path(str(header["image"]["source"]))
+    for place in (recorded, session_file.parent / recorded.name):
+        if place.exists():
+            return place
+    raise InputError(f"image of the session is not there any more: {recorded}; give its place as image=")
 
 
 def describe(
     volume: Volume, device: str, model_name: str, objects: list[SessionObject], seconds: dict[int, list[float]]
 ) -> dict[str, Any]:
-    """The report of a session, ready for JSON: versions, device, model, prompts, and per object timings and size.
+    """The report of a session, ready for JSON: versions, device, model, image, and per object prompts and size.
 
-    Args:
-        volume: The image.
-        device: Where the model ran.
-        model_name: What was loaded.
-        objects: Of the session.
-        seconds: Of every step of each object, by the object's id.
+    ``seconds`` holds the time of every step of each object by the object's id.
     """
     grid = volume.grid
-    voxel_mm3 = float(np.prod(grid.spacing_xyz_mm))
-    versions = {"samed3d": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    table = [
-        {
-            "id": o.id,
-            "name": o.name,
-            "voxels": o.voxels,
-            "mm3": o.voxels * voxel_mm3,
-            "prompts": [_prompt_in_report(p) for p in o.prompts],
-            "seconds": [round(s, 4) for s in seconds[o.id]],
-        }
-        for o in objects
-    ]
-    image = {"source": volume.source, "size_ijk": grid.size_ijk, "spacing_mm": grid.spacing_xyz_mm}
+    table = []
+    for o in objects:
+        prompts = [
+            {"type": "mask", "voxels": 0 if isinstance(p.mask, str) else int(p.mask.inside().sum())}
+            if isinstance(p, Mask)
+            else {"type": type(p).__name__.lower(), **dataclasses.asdict(p)}
+            for p in o.prompts
+        ]
+        size = {"voxels": o.voxels, "mm3": o.voxels * float(np.prod(grid.spacing_xyz_mm))}
+        took = [round(s, 4) for s in seconds[o.id]]
+        table.append({"id": o.id, "name": o.name, **size, "prompts": prompts, "seconds": took})
     return {
-        "versions": versions,
+        "versions": {"samed3d": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "device": device,
         "model": model_name,
-        "image": image,
+        "image": {"source": volume.source, "size_ijk": grid.size_ijk, "spacing_mm": grid.spacing_xyz_mm},
         "objects": table,
     }
-
-
-def _prompt_in_report(prompt: Prompt) -> dict[str, Any]:
-    """A prompt with its positions; of a mask only its size."""
-    if isinstance(prompt, Mask):
-        return {"type": "mask", "voxels": 0 if isinstance(prompt.mask, str) else int(prompt.mask.inside().sum())}
-    return {"type": type(prompt).__name__.lower(), **dataclasses.asdict(prompt)}

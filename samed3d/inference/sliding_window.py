@@ -1,9 +1,7 @@
 """All classes of a whole volume by a semantic segmentation model, in a sliding window.
 
-Windows have the model's shape and spacing and are sampled from the volume one at a time, so the volume is never
-resampled as a whole. Probabilities are pasted back on the volume's own voxels and averaged there with weights that fall
-from the middle of a window to its border. Windows are predicted in rows of one place along the first canonical axis,
-and only the slices that a later row can still change are held in memory.
+Windows are sampled from the volume one at a time, in rows along the first canonical axis, and pasted back on its own
+voxels; only the slices that a later row can still change are held in memory.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from samed3d.crops import paste_crop, sample_crop
+from samed3d.crops import TileSum, paste_crop, sample_crop
 from samed3d.data.semantic import Intensities, target_spacing
 from samed3d.devices import pick_device
 from samed3d.drawing import colour_of
@@ -42,9 +40,9 @@ OVERLAP = 0.5
 SIGMA = 1 / 8
 """Deviation of a window's weight as a share of its edge (nnU-Net)."""
 LEAST_WEIGHT = 1e-3
-MIRRORS = tuple(itertools.product((False, True), repeat=3))
 
 
+@torch.inference_mode()
 def segment_volume(
     volume: Volume | Sequence[Volume],
     model: nn.Module,
@@ -81,46 +79,34 @@ def segment_volume(
     if len(volumes) != model.spec.in_channels:
         raise InputError(f"{model.spec.name} takes {model.spec.in_channels} images per case, got {len(volumes)}")
     if len({v.grid.shape_zyx for v in volumes}) > 1:
-        raise InputError(
-            f"images of one case must have one shape, got {[v.grid.shape_zyx for v in volumes]}; register and resample them"
-        )
-    view = volumes[0].view
+        shapes = [v.grid.shape_zyx for v in volumes]
+        raise InputError(f"images of one case must have one shape, got {shapes}; register and resample them")
+    model, view, shape = model.to(device).eval(), volumes[0].view, volumes[0].view.shape_zyx
     arrays = [v.view.to_canonical(v.array) for v in volumes]
-    labels = segment_array(arrays, view.spacing_zyx_mm, model, torch.device(device), overlap, mirror)
-    return np.ascontiguousarray(view.to_stored(labels))
-
-
-@torch.inference_mode()
-def segment_array(
-    arrays: Sequence[NDArray],
-    spacing_zyx_mm: Triple,
-    model: SemanticModel,
-    device: torch.device,
-    overlap: float,
-    mirror: bool,
-) -> NDArray[np.uint8]:
-    """As ``segment_volume`` on canonical (D, H, W) arrays, one per channel."""
-    model = model.to(device).eval()
-    shape: IntTriple = (arrays[0].shape[0], arrays[0].shape[1], arrays[0].shape[2])
     statistics = [Intensities.of(array) for array in arrays]
-    wanted = target_spacing(model) or spacing_zyx_mm
-    frames = window_frames(
-        shape,
-        as_triple([w / s for w, s in zip(wanted, spacing_zyx_mm, strict=True)]),
-        model.spec.input_shape_zyx,
-        overlap,
-    )
-    logger.info(
-        "%d windows of %s voxels", sum(len(row) for row in frames), " x ".join(map(str, model.spec.input_shape_zyx))
-    )
+    spacing = target_spacing(model) or view.spacing_zyx_mm
+    steps = as_triple([wanted / s for wanted, s in zip(spacing, view.spacing_zyx_mm, strict=True)])
+    rows = window_frames(shape, steps, model.spec.input_shape_zyx, overlap)
+    logger.info("%d windows of %s voxels", sum(map(len, rows)), " x ".join(map(str, model.spec.input_shape_zyx)))
     weight = gaussian_weight(model.spec.input_shape_zyx)
-
-    def weighted(frame: CropFrame) -> Tensor:
-        pairs = [sample_crop(array, frame) for array in arrays]
-        image = torch.stack([s.scale(crop, inside) for s, (crop, inside) in zip(statistics, pairs, strict=True)])
-        return _probabilities(model, image[None].to(device), mirror)[0].float().cpu() * weight
-
-    return _merged(frames, shape, model.spec.classes, weighted)
+    labels = np.zeros(shape, np.uint8)
+    total = TileSum((model.spec.classes,))  # of weighted probabilities; all classes of a voxel have one sum of weights
+    for row, following in itertools.zip_longest(rows, rows[1:]):
+        slab = row[0].region().clip(shape)
+        total.grow(Region((slab.start_zyx[0], 0, 0), (slab.stop_zyx[0], *shape[1:])))
+        for frame in row:
+            pairs = [sample_crop(array, frame) for array in arrays]
+            image = torch.stack([s.scale(crop, inside) for s, (crop, inside) in zip(statistics, pairs, strict=True)])
+            found = _probabilities(model, image[None].to(device), mirror)[0].float().cpu()
+            region, values = paste_crop(found * weight, frame, shape)
+            if not region.is_empty:
+                total.add(region, values)
+        start = total.region.start_zyx[0]
+        stop = shape[0] if following is None else following[0].region().clip(shape).start_zyx[0]
+        labels[start:stop] = total.values[:, : stop - start].argmax(0).numpy()
+        total.region = Region((stop, 0, 0), total.region.stop_zyx)
+        total.values = total.values[:, stop - start :].clone()
+    return np.ascontiguousarray(view.to_stored(labels))
 
 
 def window_frames(
@@ -157,47 +143,16 @@ def gaussian_weight(shape_zyx: IntTriple) -> Tensor:
 
 
 def _probabilities(model: SemanticModel, image: Tensor, mirror: bool) -> Tensor:
-    """(1, K, D, H, W) softmax, averaged over mirrorings where asked."""
-    if not mirror:
-        return model(image).softmax(1)
-    total: Tensor | None = None
-    for flags in MIRRORS:
-        axes = [axis for axis, flag in zip((2, 3, 4), flags, strict=True) if flag]
-        one = model(image.flip(axes)).softmax(1).flip(axes)
-        total = one if total is None else total + one
-    assert total is not None
-    return total / len(MIRRORS)
-
-
-def _merged(
-    rows: list[list[CropFrame]], shape: IntTriple, classes: int, answer: Callable[[CropFrame], Tensor]
-) -> NDArray[np.uint8]:
-    """Sum weighted probabilities on the volume's voxels slab by slab and take the greatest.
-
-    The weights' own sum is the same for all classes of a voxel, so it is never needed.
-    """
-    labels = np.zeros(shape, np.uint8)
-    held, start = torch.zeros(classes, 0, shape[1], shape[2]), 0
-    for row, following in _with_next(rows):
-        stop = max(frame.region().clip(shape).stop_zyx[0] for frame in row)
-        held = torch.cat([held, torch.zeros(classes, max(0, stop - start - held.shape[1]), shape[1], shape[2])], 1)
-        slab = Region((start, 0, 0), (start + held.shape[1], shape[1], shape[2]))
-        for frame in row:
-            region, values = paste_crop(answer(frame), frame, shape)
-            if not region.is_empty:
-                held[(slice(None), *region.slices_in(slab))] += values
-        done = shape[0] if following is None else min(frame.region().clip(shape).start_zyx[0] for frame in following)
-        labels[start:done] = held[:, : done - start].argmax(0).numpy()
-        held, start = held[:, done - start :].clone(), done
-    return labels
-
-
-def _with_next(rows: list[list[CropFrame]]) -> Iterator[tuple[list[CropFrame], list[CropFrame] | None]]:
-    yield from itertools.zip_longest(rows, rows[1:])
+    """(1, K, D, H, W) softmax; with ``mirror`` the mean over all mirrorings."""
+    axes = [[axis for axis in (2, 3, 4) if number >> (4 - axis) & 1] for number in range(8 if mirror else 1)]
+    total = model(image).softmax(1)
+    for flipped in axes[1:]:
+        total = total + model(image.flip(flipped)).softmax(1).flip(flipped)
+    return total / len(axes) if mirror else total
 
 
 def is_semantic(model: str | Path) -> bool:
-    """Whether a checkpoint (name or file) is of a semantic segmentation model, by its header; False if it is not found."""
+    """Whether a checkpoint (name or file) is of a semantic segmentation model; False if it is not found."""
     path = find_checkpoint(model)
     return path is not None and path.suffix == ".safetensors" and bool(read_header(path)["spec"].get("classes"))
 
@@ -211,8 +166,6 @@ def segment_file(
     device: str = "auto",
     channel: int | None = None,
     series: str | None = None,
-    overlap: float = OVERLAP,
-    mirror: bool = False,
 ) -> dict[str, Any]:
     """Segment an image file and write all classes, as a label map or as named segments, whichever the format holds.
 
@@ -224,15 +177,13 @@ def segment_file(
         device: ``auto``, ``cpu`` or ``cuda``.
         channel: As ``read_volume``.
         series: As ``read_volume``.
-        overlap: See ``segment_volume``.
-        mirror: See ``segment_volume``.
 
     Returns:
         ``objects`` (id, name, voxels, mm3 of each class), ``device``, ``seconds``, ``model``.
 
     Raises:
-        InputError: as ``read_volume``, ``load``, ``segment_volume`` and the writers; also if no
-            class is found that could be written as a segment.
+        InputError: as ``read_volume``, ``load``, ``segment_volume`` and the writers; also if no class was found and
+            the format holds segments.
     """
     kind = checked_format(output, format)
     began = time.perf_counter()
@@ -242,7 +193,7 @@ def segment_file(
     volumes = [read_volume(path, channel=channel, series=series) for path in paths]
     network: Any = load(model)
     chosen = pick_device(device)
-    labels = segment_volume(volumes, network, device=chosen, overlap=overlap, mirror=mirror)
+    labels = segment_volume(volumes, network, device=chosen)
     volume, names = volumes[0], network.config["class_names"]
     if kind in LABEL_MAP_FORMATS:
         write_mask(output, labels, volume.grid)

@@ -28,6 +28,7 @@ from samed3d.prompts.schema import (
     load_prompts,
     objects_from_json,
     parse_numbers,
+    parse_prompts,
     prompt_from_json,
     prompt_to_json,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "load_prompts",
     "objects_from_json",
     "parse_numbers",
+    "parse_prompts",
     "path_in_grid",
     "point_in_grid",
     "prompt_from_json",

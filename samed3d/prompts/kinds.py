@@ -66,9 +66,8 @@ class Box:
         object.__setattr__(self, "max", _position(self.max, "box max"))
         _check_space(self.space)
         if any(a > b for a, b in zip(self.min, self.max, strict=True)):
-            raise InputError(
-                f"box min must not exceed box max on any axis, got min {_show(self.min)} and max {_show(self.max)}; swap them"
-            )
+            found = f"min {_show(self.min)} and max {_show(self.max)}"
+            raise InputError(f"box min must not exceed box max on any axis, got {found}; swap them")
 
 
 @dataclass(frozen=True)
@@ -193,22 +192,14 @@ def box_in_grid(box: Box, grid: Grid) -> tuple[Triple, Triple]:
     Raises:
         InputError: if no voxel of the volume lies inside it.
     """
-    if box.space == "ijk":
-        low, high = box.min, box.max
-    else:
-        corners = [
-            grid.ras_mm_to_ijk(as_triple(corner)) for corner in itertools.product(*zip(box.min, box.max, strict=True))
-        ]
-        low = as_triple([min(c[a] for c in corners) for a in range(3)])
-        high = as_triple([max(c[a] for c in corners) for a in range(3)])
-    top = as_triple([n - 1 for n in grid.size_ijk])
-    if any(h < -0.5 or lo >= t + 0.5 for lo, h, t in zip(low, high, top, strict=True)):
-        shown = tuple(int(t) for t in top)
-        raise InputError(
-            f"box must meet the volume, ijk (0, 0, 0) to {shown}, got {_show(box.min)} to {_show(box.max)} ({box.space})"
-        )
-    low, high = (as_triple([min(max(0.0, v), t) for v, t in zip(corner, top, strict=True)]) for corner in (low, high))
-    return low, high
+    corners = np.array([box.min, box.max])
+    if box.space != "ijk":
+        corners = np.array([grid.ras_mm_to_ijk(as_triple(c)) for c in itertools.product(*corners.T)])
+    low, high, top = corners.min(0), corners.max(0), np.array(grid.size_ijk) - 1
+    if (high < -0.5).any() or (low >= top + 0.5).any():
+        found = f"{_show(box.min)} to {_show(box.max)} ({box.space})"
+        raise InputError(f"box must meet the volume, ijk (0, 0, 0) to {tuple(top.tolist())}, got {found}")
+    return as_triple(low.clip(0, top)), as_triple(high.clip(0, top))
 
 
 @dataclass
@@ -219,10 +210,11 @@ class ObjectPrompts:
     name: str = "object"
     prompts: list[Prompt] = field(default_factory=list)
 
-    @property
-    def has_positive(self) -> bool:
-        """Whether anything says where the object is (a positive point or stroke, a box, a mask)."""
-        return any(is_positive(p) for p in self.prompts)
+    def check_positive(self, where: str = "") -> None:
+        """Refuse an object without a prompt that marks it (a positive point or stroke, a box, a mask)."""
+        if not any(map(is_positive, self.prompts)):
+            found = f"object {self.id} ({self.name}){where} needs a positive point or a box"
+            raise InputError(f"{found}, got {len(self.prompts)} negative only; add one on the object")
 
 
 def _check_space(space: str) -> None:

@@ -1,19 +1,19 @@
-"""The JSON form of prompts: one schema for the API, the command line, the server and files. What each prompt means is
-in ``kinds.py``.
+"""Prompts as JSON and as text: one schema for the API, the command line, the server and files.
 
 A prompt file holds objects with their prompts in one space; a journal or a request holds single prompts, each with its
-space. The schema with an example is in ``docs/click.md``.
+space. ``docs/click.md`` has an example.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from samed3d.errors import InputError
+from samed3d.geometry import as_triple
+from samed3d.output import write_json
 from samed3d.prompts.kinds import SPACES, Box, Lasso, Mask, ObjectPrompts, Point, Prompt, Scribble
 from samed3d.prompts.packed import PackedMask
 
@@ -38,27 +38,46 @@ def parse_numbers(text: str, count: int, flag: str) -> tuple[float, ...]:
     return values
 
 
+def parse_prompts(texts: Mapping[str, Sequence[str]], space: str = "ijk", dashes: str = "") -> list[Prompt]:
+    """Prompts from numbers as text: boxes first, then positive points and scribbles, then negative ones.
+
+    Args:
+        texts: By ``box``, ``point``, ``negative_point``, ``scribble`` or ``negative_scribble``: numbers separated by
+            commas, the positions of a scribble by semicolons.
+        space: Of all positions.
+        dashes: ``"--"`` if messages should name command-line options.
+
+    Raises:
+        InputError: if a text is not the numbers of its prompt.
+    """
+
+    def parsed(key: str, text: str, count: int = 3) -> tuple[float, ...]:
+        return parse_numbers(text, count, dashes + (key.replace("_", "-") if dashes else key))
+
+    prompts: list[Prompt] = []
+    for text in texts.get("box", ()):
+        numbers = parsed("box", text, 6)
+        prompts.append(Box(as_triple(numbers[:3]), as_triple(numbers[3:]), space))
+    for positive, point, scribble in ((True, "point", "scribble"), (False, "negative_point", "negative_scribble")):
+        prompts += [Point(as_triple(parsed(point, text)), positive, space) for text in texts.get(point, ())]
+        for text in texts.get(scribble, ()):
+            path = tuple(as_triple(parsed(scribble, at)) for at in text.split(";") if at)
+            prompts.append(Scribble(path, positive, space=space))
+    return prompts
+
+
 def dump_prompts(objects: Iterable[ObjectPrompts], path: Path) -> None:
     """Write objects to a prompt file; all positions must be of one space."""
     listed = list(objects)
     spaces = {p.space for o in listed for p in o.prompts if not isinstance(p, Mask)}
     if len(spaces) > 1:
         raise InputError("prompts of one file must share one space, got both ijk and ras")
-    body = {
-        "version": SCHEMA_VERSION,
-        "space": spaces.pop() if spaces else "ijk",
-        "objects": [{"id": o.id, "name": o.name, "prompts": [prompt_to_json(p) for p in o.prompts]} for o in listed],
-    }
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_text(json.dumps(body, indent=1))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    entries = [{"id": o.id, "name": o.name, "prompts": [prompt_to_json(p) for p in o.prompts]} for o in listed]
+    write_json(path, {"version": SCHEMA_VERSION, "space": spaces.pop() if spaces else "ijk", "objects": entries})
 
 
 def load_prompts(path: Path) -> list[ObjectPrompts]:
-    """Read a prompt file (the schema is in ``docs/click.md``).
+    """Read a prompt file; the path of a mask is relative to it.
 
     Raises:
         InputError: if the file is missing, is not JSON or breaks the schema; the message says where.
@@ -97,29 +116,34 @@ def objects_from_json(body: Any, where: str, read: PromptReader | None = None) -
             raise InputError(f"{place}: id must be a whole number > 0, got {object_id!r}")
         if any(object_id == o.id for o in objects):
             raise InputError(f"{place}: id must differ from those of the objects before it, got {object_id} again")
-        objects.append(ObjectPrompts(id=object_id, name=str(entry.get("name", f"object {number}")), prompts=prompts))
+        objects.append(ObjectPrompts(object_id, str(entry.get("name", f"object {number}")), prompts))
     return objects
 
 
 def prompt_to_json(prompt: Prompt) -> dict[str, Any]:
     """One prompt as a JSON object, without its space (``prompt.space``)."""
-    if isinstance(prompt, Point):
-        return {"type": "point", "at": list(prompt.at), "positive": prompt.positive}
-    if isinstance(prompt, Box):
-        return {"type": "box", "min": list(prompt.min), "max": list(prompt.max)}
-    if isinstance(prompt, Scribble):
-        body = {"path": [list(at) for at in prompt.path], "positive": prompt.positive, "radius_vox": prompt.radius_vox}
-        return {"type": "scribble", **body}
-    if isinstance(prompt, Lasso):
-        return {"type": "lasso", "outline": [list(at) for at in prompt.outline], "positive": prompt.positive}
-    return {"type": "mask", **({"path": prompt.mask} if isinstance(prompt.mask, str) else prompt.mask.to_json())}
+    match prompt:
+        case Point():
+            return {"type": "point", "at": list(prompt.at), "positive": prompt.positive}
+        case Box():
+            return {"type": "box", "min": list(prompt.min), "max": list(prompt.max)}
+        case Scribble():
+            path = [list(at) for at in prompt.path]
+            return {"type": "scribble", "path": path, "positive": prompt.positive, "radius_vox": prompt.radius_vox}
+        case Lasso():
+            return {"type": "lasso", "outline": [list(at) for at in prompt.outline], "positive": prompt.positive}
+        case Mask():
+            return {
+                "type": "mask",
+                **({"path": prompt.mask} if isinstance(prompt.mask, str) else prompt.mask.to_json()),
+            }
 
 
 def prompt_from_json(entry: Any, space: str = "ijk", where: str = "prompt") -> Prompt:
     """The prompt of a JSON object.
 
     Args:
-        entry: What ``prompt_to_json`` returns; its own ``"space"``, where it has one, wins over ``space``.
+        entry: What ``prompt_to_json`` returns; its own ``"space"``, if it has one, wins over ``space``.
         space: Of positions.
         where: What messages begin with.
 
@@ -146,20 +170,20 @@ def prompt_from_json(entry: Any, space: str = "ijk", where: str = "prompt") -> P
             return Scribble(entry["path"], positive, float(radius), space)
         if kind == "lasso":
             return Lasso(entry["outline"], positive, space)
-        return Mask(_path(entry["path"], where) if "path" in entry else PackedMask.from_json(entry))
+        if "path" not in entry:
+            return Mask(PackedMask.from_json(entry))
+        if not isinstance(entry["path"], str) or not entry["path"]:
+            raise InputError(f"{where}: the path of a mask must be a file name, got {entry['path']!r}")
+        return Mask(entry["path"])
     except KeyError as error:
         raise InputError(f"{where}: a {kind} needs {error.args[0]!r}") from error
 
 
 def _beside(prompt: Prompt, file: Path) -> Prompt:
-    """A mask's path is relative to the prompt file that names it."""
-    return Mask(file.parent / prompt.mask) if isinstance(prompt, Mask) and isinstance(prompt.mask, str) else prompt
-
-
-def _path(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise InputError(f"{where}: the path of a mask must be a file name, got {value!r}")
-    return value
+    """The path of a mask is relative to the prompt file."""
+    if isinstance(prompt, Mask) and isinstance(prompt.mask, str):
+        return Mask(file.parent / prompt.mask)
+    return prompt
 
 
 def _listed(entry: Any, key: str, where: str) -> list[Any]:

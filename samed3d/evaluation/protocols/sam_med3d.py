@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from samed3d.clicks import next_click
-from samed3d.crops import BACKGROUND_LOGIT, sample_crop
+from samed3d.crops import BACKGROUND_LOGIT, TileSum, sample_crop
 from samed3d.evaluation.methods import MeteredSession, Method
 from samed3d.evaluation.protocols.base import (
     Answer,
@@ -41,7 +41,7 @@ from samed3d.evaluation.protocols.base import (
 )
 from samed3d.evaluation.results import Row, curves
 from samed3d.geometry import RAS_DIRECTION, CropFrame, Grid, IntTriple, Region, as_triple, bounding_region, zyx_to_ijk
-from samed3d.inference.crop_search import touched_faces
+from samed3d.inference.crop_search import next_tiles
 from samed3d.inference.model_prompts import ModelPrompts
 from samed3d.inference.predictor import CropMask, CropPredictor
 from samed3d.prompts import MASK_LOGIT_THRESHOLD, Point
@@ -134,7 +134,8 @@ class _Cubes:
                     self._crops[frame] = self._predictor.decode(
                         frame, prompts, None if known is None else known.lowres_logits
                     )
-                    self._extend(self._crops[frame])
+                    new = [other for other in next_tiles(self._crops[frame]) if other not in self._frames]
+                    self._frames += new[: MAX_CUBES - len(self._frames)]
             self._blend()
         return self._stored(self._logits > MASK_LOGIT_THRESHOLD), cost
 
@@ -143,21 +144,13 @@ class _Cubes:
         threshold = self._predictor.model.spec.click_logit_threshold
         return mask if threshold == MASK_LOGIT_THRESHOLD else self._stored(self._logits > threshold)
 
-    def _extend(self, crop: CropMask) -> None:
-        for axis, side in touched_faces(crop):
-            offset = [0.0, 0.0, 0.0]
-            offset[axis] = side * crop.frame.extent_zyx_vox[axis] / 2
-            frame = crop.frame.shifted(as_triple(offset))
-            if frame not in self._frames and len(self._frames) < MAX_CUBES:
-                self._frames.append(frame)
-
     def _blend(self) -> None:
-        total, count = torch.zeros(self._predictor.shape_zyx), torch.zeros(self._predictor.shape_zyx)
+        total = TileSum((2,), self._view.whole)
         for crop in self._crops.values():
             canvas = self._predictor.paste(crop)
-            total[canvas.region.slices] += canvas.logits
-            count[canvas.region.slices] += 1
-        self._logits = torch.where(count > 0, total / count.clamp(min=1), BACKGROUND_LOGIT)
+            total.add(canvas.region, torch.stack([canvas.logits, torch.ones_like(canvas.logits)]))
+        logits, count = total.values
+        self._logits = torch.where(count > 0, logits / count.clamp(min=1), BACKGROUND_LOGIT)
 
     def _stored(self, mask: Tensor) -> NDArray[np.bool_]:
         return np.ascontiguousarray(self._view.to_stored(mask.numpy()))
