@@ -90,21 +90,24 @@ class GridAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, H, W, C) to the same shape."""
         batch, extent = x.shape[0], self.extent_on(x)
-        qkv = rearrange(self.qkv(x), "b d h w (three heads e) -> three b heads d h w e", three=3, heads=self.heads)
+        q, k, v = rearrange(self.qkv(x), "b d h w (three heads e) -> three b heads d h w e", three=3, heads=self.heads)
+        if all(n <= edge for n, edge in zip(x.shape[1:4], extent, strict=True)):
+            return self.proj(self._attend(q, k, v, extent))
         regions = list(itertools.product(*map(_regions, x.shape[1:4], extent)))
-        out = x if len(regions) == 1 else qkv.new_empty(x.shape)
-        for d, h, w in regions:
-            part = qkv[..., d, h, w, :]
-            i, j, k = map(min, part.shape[3:6], extent)
-            in_windows = "three b heads (d i) (h j) (w k) e -> three (b d h w) heads i j k e"
-            queries, keys, values = rearrange(part, in_windows, i=i, j=j, k=k)
+        out = v.new_empty(x.shape)
+        for region in regions:
+            sizes = [axis.stop - axis.start for axis in region]
+            i, j, n = map(min, sizes, extent)
+            queries, keys, values = (
+                rearrange(t[:, :, *region], "b heads (d i) (h j) (w n) e -> (b d h w) heads i j n e", i=i, j=j, n=n)
+                for t in (q, k, v)
+            )
             answer = self._attend(queries, keys, values, extent)
-            counts = {"b": batch, "d": part.shape[3] // i, "h": part.shape[4] // j}
-            answer = rearrange(answer, "(b d h w) i j k c -> b (d i) (h j) (w k) c", **counts)
+            counts = {"b": batch, "d": sizes[0] // i, "h": sizes[1] // j}
+            answer = rearrange(answer, "(b d h w) i j n c -> b (d i) (h j) (w n) c", **counts)
             if len(regions) == 1:
-                out = answer
-            else:
-                out[:, d, h, w] = answer
+                return self.proj(answer)
+            out[:, *region] = answer
         return self.proj(out)
 
     def extent_on(self, x: Tensor) -> IntTriple:
