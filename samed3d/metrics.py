@@ -57,7 +57,7 @@ def dice(pred: NDArray, target: NDArray) -> float:
 
 
 def volume_error(pred: NDArray, target: NDArray) -> float:
-    """(Predicted - true) / true volume: -1 for an empty prediction, 0 for the right size, inf or nan without a target."""
+    """(Predicted - true) / true volume: -1 for an empty prediction, 0 for equal sizes, inf or nan without a target."""
     a, b = _as_masks(pred, target)
     size, wanted = int(np.count_nonzero(a)), int(np.count_nonzero(b))
     return (size - wanted) / wanted if wanted else math.inf if size else math.nan

@@ -12,78 +12,79 @@ from samed3d.cli.options import Device, Quiet, check_exists
 from samed3d.errors import InputError
 
 _Several = list[str] | None
+_Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder for results.json, cases.csv, prompts.jsonl and the report.")
+]
+_Data = Annotated[list[Path] | None, typer.Argument(help="Folders of labelled volumes or corpora; the same as --data.")]
+_MoreData = Annotated[
+    list[Path] | None, typer.Option("--data", help="Folder of labelled volumes, or a corpus; repeatable.")
+]
+_Model = Annotated[
+    _Several,
+    typer.Option(
+        help="Checkpoint, .safetensors file, architecture (random weights), baseline, baselines, no_prompt:NAME."
+    ),
+]
+_External = Annotated[_Several, typer.Option(help='Another program: "command {image} {prompts} {out}"; repeatable.')]
+_Server = Annotated[_Several, typer.Option(help="URL of a server that speaks the nnInteractive protocol; repeatable.")]
+_Protocol = Annotated[_Several, typer.Option(help="samed3d, another by name, or all; repeatable.")]
+_Policy = Annotated[
+    _Several,
+    typer.Option(help="Click policy of protocol samed3d: uniform, centre, ritm, noisy or all; repeatable."),
+]
+_Prompt = Annotated[
+    _Several, typer.Option(help="First prompt of protocol samed3d: click, box, scribble or all; repeatable.")
+]
+_Clicks = Annotated[
+    str | None, typer.Option(metavar="N,N,...", help="After how many clicks to score.", show_default="1,3,5")
+]
+_Seeds = Annotated[int | None, typer.Option(min=1, help="Repetitions with different clicks.", show_default="1")]
+_Split = Annotated[str, typer.Option(help="Which subjects: val, train or all.")]
+_Limit = Annotated[int | None, typer.Option(min=1, help="Cases per data set; all without it.")]
+_LabelsPerCase = Annotated[int | None, typer.Option(min=1, help="Structures per case; all without it.")]
+_Tolerance = Annotated[
+    float, typer.Option(min=0.0, help="Tolerance of the surface Dice, mm; protocols with one of their own keep it.")
+]
+_Surfaces = Annotated[bool, typer.Option("--surfaces/--no-surfaces", help="Measure surface Dice and HD95 too.")]
+_Processes = Annotated[int, typer.Option(min=1, help="Cases at once.")]
+_Quick = Annotated[bool, typer.Option("--quick", help="Small cases of six data sets, one structure each.")]
+_Report = Annotated[bool, typer.Option("--report/--no-report", help="Write report.html too.")]
 
 
 def evaluate(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for results.json, cases.csv, prompts.jsonl and the report.")
-    ],
-    data: Annotated[
-        list[Path] | None, typer.Argument(help="Folders of labelled volumes or corpora; the same as --data.")
-    ] = None,
-    more_data: Annotated[
-        list[Path] | None, typer.Option("--data", help="Folder of labelled volumes, or a corpus; repeatable.")
-    ] = None,
-    model: Annotated[
-        _Several,
-        typer.Option(
-            help="Checkpoint, .safetensors file, architecture (random weights), baseline, baselines, no_prompt:NAME."
-        ),
-    ] = None,
-    external: Annotated[
-        _Several, typer.Option(help='Another program: "command {image} {prompts} {out}"; repeatable.')
-    ] = None,
-    server: Annotated[
-        _Several, typer.Option(help="URL of a server that speaks the nnInteractive protocol; repeatable.")
-    ] = None,
-    protocol: Annotated[_Several, typer.Option(help="samed3d, another by name, or all; repeatable.")] = None,
-    policy: Annotated[
-        _Several,
-        typer.Option(help="Click policy of protocol samed3d: uniform, centre, ritm, noisy or all; repeatable."),
-    ] = None,
-    prompt: Annotated[
-        _Several, typer.Option(help="First prompt of protocol samed3d: click, box, scribble or all; repeatable.")
-    ] = None,
-    clicks: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="After how many clicks to score.", show_default="1,3,5")
-    ] = None,
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="Repetitions with different clicks.", show_default="1")
-    ] = None,
-    split: Annotated[str, typer.Option(help="Which subjects: val, train or all.")] = "val",
-    limit: Annotated[int | None, typer.Option(min=1, help="Cases per data set; all without it.")] = None,
-    labels_per_case: Annotated[int | None, typer.Option(min=1, help="Structures per case; all without it.")] = None,
-    tolerance: Annotated[
-        float, typer.Option(min=0.0, help="Tolerance of the surface Dice, mm; protocols with one of their own keep it.")
-    ] = 2.0,
-    surfaces: Annotated[
-        bool, typer.Option("--surfaces/--no-surfaces", help="Measure surface Dice and HD95 too.")
-    ] = True,
-    processes: Annotated[int, typer.Option(min=1, help="Cases at once.")] = 1,
+    output: _Output,
+    data: _Data = None,
+    more_data: _MoreData = None,
+    model: _Model = None,
+    external: _External = None,
+    server: _Server = None,
+    protocol: _Protocol = None,
+    policy: _Policy = None,
+    prompt: _Prompt = None,
+    clicks: _Clicks = None,
+    seeds: _Seeds = None,
+    split: _Split = "val",
+    limit: _Limit = None,
+    labels_per_case: _LabelsPerCase = None,
+    tolerance: _Tolerance = 2.0,
+    surfaces: _Surfaces = True,
+    processes: _Processes = 1,
     device: Device = "auto",
-    quick: Annotated[bool, typer.Option("--quick", help="Small cases of six data sets, one structure each.")] = False,
-    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html too.")] = True,
+    quick: _Quick = False,
+    report: _Report = True,
     quiet: Quiet = False,
 ) -> None:
-    """Evaluate models on labelled volumes: with simulated clicks, boxes and scribbles, or all classes at once.
-
-    Semantic segmentation models take no prompts: --protocol, --policy, --prompt, --clicks and --seeds do not apply.
-    """
-    folders = _folders([*(data or []), *(more_data or [])])
-    models = [
-        *(model or []),
-        *(f"external:{command}" for command in external or []),
-        *(f"server:{url}" for url in server or []),
-    ]
+    """Evaluate models on labelled volumes with simulated prompts; semantic segmentation models without prompts."""
+    models = [*(model or []), *(f"external:{c}" for c in external or []), *(f"server:{url}" for url in server or [])]
     from data_prep.categories import categorise
-    from samed3d.evaluation.report import PACKAGES
+    from samed3d.evaluation.report import PACKAGES, write_report
     from samed3d.evaluation.run import evaluate as run
     from samed3d.pages import check_installed
 
     if report:
         check_installed("a report (or give --no-report)", *PACKAGES)
     run(
-        folders,
+        _folders([*(data or []), *(more_data or [])]),
         models or ["default"],
         output,
         clicks=_counts(clicks) if clicks is not None else None,
@@ -103,8 +104,6 @@ def evaluate(
         category_of=lambda name, source: categorise(name, source).name,
     )
     if report:
-        from samed3d.evaluation.report import write_report
-
         write_report(output)
     if not quiet:
         typer.echo(f"results in {output}")

@@ -38,8 +38,7 @@ class Estimate:
 
     Attributes:
         mean: Over all values that are numbers; nan where there is none.
-        low: Lower end of the interval; nan for fewer than two subjects.
-        high: Upper end.
+        low: Lower end of the interval, ``high`` the upper one; nan for fewer than two subjects.
         subjects: How many subjects gave a number.
         measurements: How many values were numbers.
         missing: How many values were nan; they are not part of the mean.
@@ -317,17 +316,13 @@ def _scores_by_structure(rows: Sequence[Row], clicks: Sequence[int]) -> dict[str
     """What two models are compared in: Dice after the first and the last of the clicks, and the area between them."""
     found: dict[str, dict[Hashable, float]] = {}
     for click in dict.fromkeys((*clicks[:1], *clicks[-1:])):
-        found[click_text(click)] = {structure_key(r): score(r, "dice") for r in rows if r["click"] == click}
+        what = f"after {click} click{'s' if click > 1 else ''}" if click else "after the first prompt"
+        found[what] = {structure_key(r): score(r, "dice") for r in rows if r["click"] == click}
     if len(clicks) > 1:
         shared = curves(row for row in rows if row["click"] in clicks)
         areas = {structure_key(curve[0]): curve_scores(curve).get("area", math.nan) for curve in shared}
         found["area under the curve"] = areas
     return found
-
-
-def click_text(click: int) -> str:
-    """``"after 3 clicks"``; click 0 is a box or scribble before any click."""
-    return "after the first prompt" if click == 0 else f"after {click} click{'s' if click > 1 else ''}"
 
 
 def summarise(rows: Sequence[Row], clicks: Sequence[int]) -> list[dict[str, Any]]:

@@ -2,8 +2,8 @@
 
 First click: the target eroded by 3 x 3 x 3, its largest component, the voxel nearest that component's mean. Each next
 one: missed and surplus voxels eroded alike, the largest component of each; the missed one where it is at least as
-large; a random voxel in it. Where nothing is left after eroding, the first ten clicks try once more with a kernel that is
-flat across slices; otherwise the series ends. All clicks are kept.
+large; a random voxel in it. Where nothing is left after eroding, the first ten clicks try once more with a
+kernel that is flat across slices; otherwise the series ends. All clicks are kept.
 
 ``vista3d-points-flattering`` follows the released script: surplus voxels in slices without any target are deleted
 before scoring **and** before the next click, and the score is the best so far. Both differ from the script: the model
