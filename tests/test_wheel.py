@@ -93,7 +93,7 @@ def test_the_installed_program_serves_its_page(program, tmp_path):
 
 def fetch(address: str, server: subprocess.Popen[bytes]) -> bytes:
     """The body, as soon as the server answers."""
-    for _ in range(300):
+    for _ in range(1200):
         assert server.poll() is None, server.communicate()[0]
         try:
             with urllib.request.urlopen(address, timeout=5) as answer:
