@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from data_prep.cases import Problem, RawArrays, RawCase, SourceFacts
 from data_prep.clean import Rules, Structure, clean_layer, compact_layer
 from data_prep.readers import load_case
-from samed3d.data.corpus import VERSION, image_path, labels_path
-from samed3d.data.storage import write_array
+from samed3d.data.corpus import VERSION, image_path, labels_path, write_array
 from samed3d.errors import InputError
 from samed3d.geometry import CanonicalView, IntTriple, Triple, as_triple
 from samed3d.output import write_text

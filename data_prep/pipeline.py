@@ -22,8 +22,7 @@ from data_prep.convert import Settings, Task, fingerprint, input_bytes, record_p
 from data_prep.manifest import read_problems, write_manifest
 from data_prep.readers import find_sources
 from data_prep.readers.facts import safe_name
-from samed3d.data.corpus import VERSION, image_path, labels_path
-from samed3d.data.storage import check_storage
+from samed3d.data.corpus import VERSION, check_storage, image_path, labels_path
 from samed3d.errors import InputError
 from samed3d.output import TEMPORARY_PREFIX, only_writer, write_text
 

@@ -13,8 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from samed3d.data.corpus import LABEL_COLUMNS, POINTS, Corpus, Table, in_validation
-from samed3d.data.storage import BLOCK, CHUNK, open_array, write_array
+from samed3d.data.corpus import (
+    BLOCK,
+    CHUNK,
+    LABEL_COLUMNS,
+    POINTS,
+    Corpus,
+    Table,
+    in_validation,
+    open_array,
+    write_array,
+)
 from samed3d.errors import InputError
 from samed3d.geometry import bounding_region
 from tests.corpus_sources import store_case, store_corpus

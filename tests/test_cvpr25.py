@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from samed3d.data.challenge_npz import read_array, read_boxes, read_objects, write_answer, write_input
+from samed3d.data.challenge_npz import read_boxes
 from samed3d.errors import InputError
 from samed3d.evaluation.cases import TrainingSplit, find_cases
 from samed3d.evaluation.measuring import measure
@@ -204,19 +204,15 @@ def test_one_object_too_many_for_the_boxes_of_the_file_is_no_box(tmp_path):
 # Files
 
 
-def test_what_a_program_is_given_round_trips(tmp_path):
-    labels = truth()
-    boxes = simulated_boxes(np.where(labels == 2, 1, 0), 1, np.random.RandomState(0))
-    clicks, order = [{"fg": [[1, 2, 3]], "bg": [[4, 5, 6]]}], [["fg", "bg", None]]
-    write_input(tmp_path / "in.npz", labels, SPACING, boxes, clicks, order, labels)
+def test_boxes_are_read_as_they_were_written(tmp_path):
+    boxes = simulated_boxes(np.where(truth() == 2, 1, 0), 1, np.random.RandomState(0))
+    np.savez_compressed(tmp_path / "in.npz", boxes=np.array(boxes, dtype=object))
     assert read_boxes(tmp_path / "in.npz") == boxes
-    assert read_objects(tmp_path / "in.npz", "clicks") == [{"fg": [[1, 2, 3]], "bg": [[4, 5, 6]]}]
-    assert [list(order) for order in read_objects(tmp_path / "in.npz", "clicks_order")] == [["fg", "bg", None]]
-    assert np.array_equal(read_array(tmp_path / "in.npz", "prev_pred"), labels)
-    write_answer(tmp_path / "out.npz", labels, [labels, labels * 0])
-    with np.load(tmp_path / "out.npz") as stored:
-        assert stored["segs"].dtype == np.uint8 and stored["all_segs"].shape == (2, *labels.shape)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.npz", "out.npz"]
+    np.savez_compressed(tmp_path / "none.npz", imgs=truth())
+    assert read_boxes(tmp_path / "none.npz") is None
+    np.savez_compressed(tmp_path / "plain.npz", boxes=np.arange(2))
+    with pytest.raises(InputError, match="boxes must be dicts with z_min z_max z_mid .*, got 0: "):
+        read_boxes(tmp_path / "plain.npz")
 
 
 class Evil:

@@ -343,7 +343,7 @@ def test_a_full_disk_is_noticed_before_and_during_the_work(tmp_path, monkeypatch
     def full(path, array):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("samed3d.data.storage._write_b2nd", full)
+    monkeypatch.setattr("samed3d.data.corpus._write_b2nd", full)
     with pytest.raises(InputError, match="cannot write .*: No space left on device; finished cases are kept"):
         prepare([source], tmp_path / "out", LENIENT)
 

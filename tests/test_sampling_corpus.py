@@ -12,9 +12,8 @@ import pytest
 
 from samed3d.config import DataConfig
 from samed3d.data import sampling
-from samed3d.data.corpus import in_validation
+from samed3d.data.corpus import StoredArray, in_validation
 from samed3d.data.sampling import CropDataset, Weighting, split_weight
-from samed3d.data.storage import StoredArray
 from samed3d.errors import InputError
 from tests.corpus_sources import store_case, store_corpus
 

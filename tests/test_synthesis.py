@@ -104,7 +104,7 @@ def test_render_reads_empty_and_sparse_label_maps() -> None:
     assert torch.isfinite(render(empty, seeded(0))).all()
     sparse = empty.clone()
     sparse[2:9] = 200
-    assert render(sparse, seeded(0), device="cpu").shape == SHAPE
+    assert render(sparse, seeded(0)).shape == SHAPE
 
 
 @pytest.mark.parametrize("cells", [1.0, 4.5, 12.0, (2.0, 9.0, 3.0)])

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 
 from data_prep.pipeline import prepare
 from samed3d.config import DataConfig, TrainConfig, load_config
+from samed3d.data.augment import SampleTransforms, corpus_subjects
 from samed3d.data.corpus import Corpus
 from samed3d.data.sampling import CropDataset
 from samed3d.data.semantic import SemanticDataset
-from samed3d.data.transforms import SampleTransforms, corpus_subjects
 from samed3d.errors import InputError
 from samed3d.training.loop import train
 from tests.test_pipeline import LENIENT

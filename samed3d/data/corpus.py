@@ -1,14 +1,17 @@
-"""Reading a prepared corpus: each image once, in canonical axes (z, y, x of RAS+), and its labels as integer maps.
+"""A prepared corpus: a JSON file about it, CSV tables of what is in it, and one chunked array per image and label map.
+
+``data_prep/`` writes corpora, ``sampling.py`` draws training crops from them. Every image is stored once, in canonical
+axes (z, y, x of RAS+); its labels are one integer map, with a further layer only where structures overlap. ``.b2nd``
+arrays are read chunk by chunk and need blosc2; ``.npz`` arrays are read whole and need numpy alone.
 
 ::
 
-    corpus.json            version, settings, sources with licence and attribution, counts
-    cases.csv              one row per image
-    labels.csv             one row per structure, kept or dropped with the reason
-    points.npy             voxels inside each structure, in the order of labels.csv
-    problems.csv           inputs that could not be used, with the reason
-    arrays/SOURCE/CASE...  .b2nd or .npz, one per image and per label map (layers of structures that overlap)
-    records/SOURCE/...     one JSON per case, from which the tables are made
+    corpus.json     version, settings, sources with licence and attribution, counts
+    cases.csv       one row per image
+    labels.csv      one row per structure, kept or dropped with the reason
+    points.npy      voxels inside each structure, in the order of labels.csv
+    problems.csv    inputs that could not be used, with the reason
+    arrays/SOURCE/CASE...    .b2nd or .npz            records/SOURCE/CASE.json   what the tables are made of
 """
 
 from __future__ import annotations
@@ -26,22 +29,23 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from samed3d.data.storage import LayerOf, StoredArray, open_array
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple, Region, Triple
+from samed3d.output import replacing
 
 VERSION = 2
+STORAGES = ("b2nd", "npz")
+CHUNK, BLOCK = 64, 32
 GROUP_SEPARATOR = "|"
 POINTS = 32
-"""Voxels remembered per structure: a crop can be placed on one without reading the label map."""
-
+"""Stored voxels per structure: a crop can be placed on one without reading the label map."""
 CASE_COLUMNS = (
     "id case source subject split_group split modality channel depth height width spacing_z_mm spacing_y_mm "
     "spacing_x_mm dtype has_image stored layers kept dropped licence licence_flag content_hash duplicate_of"
 ).split()
 LABEL_COLUMNS = (
-    "case source subject split modality layer value name category anatomy side voxels mm3 z0 y0 x0 z1 y1 x1 components "
-    "kept reason licence"
+    "case source subject split modality layer value name category anatomy side voxels mm3 z0 y0 x0 z1 y1 x1 "
+    "components kept reason licence"
 ).split()
 _HELD_BYTES = 1 << 30
 
@@ -75,8 +79,8 @@ class CaseRecord:
 
     Attributes:
         id: Unique in the corpus.
-        source: Dataset it comes from.
-        subject: Person or animal; a split never separates the cases of one subject.
+        source: Data set it comes from.
+        subject: Patient, animal or specimen; a split never separates the cases of one subject.
         modality: Of the image.
         shape_zyx: Of the image and its label map.
         spacing_zyx_mm: Voxel edges.
@@ -102,11 +106,25 @@ class CaseRecord:
     split_group: str = ""
 
 
+class StoredArray:
+    """An opened array (blosc2 or numpy), or one layer of it, that is read by slicing: integers and slices of step 1."""
+
+    def __init__(self, array: Any, layer: int | None = None) -> None:
+        self.array, self._layer = array, layer
+        self.shape: tuple[int, ...] = tuple(array.shape)[0 if layer is None else 1 :]
+        self.dtype: np.dtype = array.dtype
+
+    def __getitem__(self, index: Any) -> NDArray:
+        """The voxels under ``index``, read now."""
+        if self._layer is not None:
+            index = (self._layer, *(index if isinstance(index, tuple) else (index,)))
+        return np.asarray(self.array[index])
+
+
 class Table:
-    """A manifest table in columns of text, which are quick to read; most columns are never used as numbers."""
+    """A table in columns of text, as arrays of Python strings: quick to make, and most columns are never used."""
 
     def __init__(self, columns: dict[str, NDArray[np.object_]]) -> None:
-        """From columns of one length."""
         self.columns = columns
 
     @classmethod
@@ -118,8 +136,7 @@ class Table:
         """
         try:
             with path.open(newline="", encoding="utf-8") as file:
-                rows = list(csv.reader(file))
-            columns = list(zip(*rows, strict=True))  # refuses rows of different lengths
+                columns = list(zip(*csv.reader(file), strict=True))  # refuses rows of different lengths
             if not columns:
                 raise ValueError("no header")
         except (OSError, ValueError) as error:
@@ -130,7 +147,6 @@ class Table:
         return len(next(iter(self.columns.values())))
 
     def __getitem__(self, column: str) -> NDArray[np.object_]:
-        """One column."""
         return self.columns[column]
 
     def numbers(self, column: str) -> NDArray[np.float64]:
@@ -142,13 +158,12 @@ class Table:
         """The rows whose columns have the wanted value, or one of the wanted values."""
         chosen = np.ones(len(self), bool)
         for column, value in wanted.items():
-            wanted_values = [value] if isinstance(value, str) else value
-            chosen &= np.logical_or.reduce([self.columns[column] == one for one in wanted_values])
+            chosen &= np.isin(self.columns[column], [value] if isinstance(value, str) else list(value))
         return Table({name: values[chosen] for name, values in self.columns.items()})
 
 
 class Corpus:
-    """Reads a corpus folder. Tables are read when asked for; arrays are opened on first use and read by slices."""
+    """Reads a corpus folder: tables when they are first used, arrays slice by slice."""
 
     def __init__(self, folder: Path | str) -> None:
         """Open ``folder``.
@@ -160,9 +175,8 @@ class Corpus:
         try:
             self.about: dict[str, Any] = json.loads((self.folder / "corpus.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise InputError(
-                f"no corpus at {self.folder}: corpus.json is missing or broken; make one with samed3d prepare"
-            ) from error
+            what = f"no corpus at {self.folder}: corpus.json is missing or broken"
+            raise InputError(f"{what}; make one with samed3d prepare") from error
         version = self.about.get("version")
         if version != VERSION:
             newer = isinstance(version, int) and version > VERSION
@@ -195,11 +209,20 @@ class Corpus:
     def cases(self) -> list[CaseRecord]:
         """Every stored image with the structures that were kept."""
         labels = self._kept_labels()
-        columns = self.case_table.columns
-        stored = (
-            dict(zip(columns, row, strict=True)) for row in zip(*(c.tolist() for c in columns.values()), strict=True)
-        )
-        return [_case_from_row(row, labels.get(row["case"], [])) for row in stored if row["stored"] == "1"]
+        columns = self.case_table.where(stored="1").columns
+        found = []
+        for cells in zip(*columns.values(), strict=True):
+            row = dict(zip(columns, cells, strict=True))
+            found.append(
+                CaseRecord(
+                    **{name: row[name] for name in "id source subject modality case channel split split_group".split()},
+                    shape_zyx=(int(row["depth"]), int(row["height"]), int(row["width"])),
+                    spacing_zyx_mm=cast(Triple, tuple(float(row[f"spacing_{axis}_mm"]) for axis in "zyx")),
+                    has_image=row["has_image"] == "1",
+                    labels=labels.get(row["case"], []),
+                )
+            )
+        return found
 
     def image(self, case: CaseRecord) -> NDArray:
         """The case's image, canonical (D, H, W); slicing it reads only the chunks under the slice."""
@@ -207,12 +230,15 @@ class Corpus:
 
     def labels(self, case: CaseRecord, layer: int = 0) -> NDArray:
         """A layer of the case's label map, canonical (D, H, W); read by slices as ``image``."""
-        return cast(NDArray, LayerOf(self._opened(labels_path(self.folder, case.case, self.storage)), layer))
+        return cast(NDArray, StoredArray(self._opened(labels_path(self.folder, case.case, self.storage)).array, layer))
 
     def _opened(self, path: Path) -> StoredArray:
+        def held_bytes(array: Any) -> int:
+            return array.nbytes if isinstance(array, np.ndarray) else 4096
+
         if path not in self._open:
             self._open[path] = open_array(path)
-            while len(self._open) > 1 and sum(a.held_bytes for a in self._open.values()) > _HELD_BYTES:
+            while len(self._open) > 1 and sum(held_bytes(a.array) for a in self._open.values()) > _HELD_BYTES:
                 self._open.popitem(last=False)
         self._open.move_to_end(path)
         return self._open[path]
@@ -220,50 +246,94 @@ class Corpus:
     def _kept_labels(self) -> dict[str, list[LabelRecord]]:
         table = self.label_table
         rows = np.flatnonzero(table["kept"] == "1")
-        numbers = [
-            table.numbers(c)[rows].astype(np.int64).tolist() for c in "value voxels layer z0 y0 x0 z1 y1 x1".split()
-        ]
-        texts = [table[c][rows].tolist() for c in ("case", "name", "category")]
+        names = "value voxels layer z0 y0 x0 z1 y1 x1".split()
+        numbers = [table.numbers(name)[rows].astype(np.int64).tolist() for name in names]
+        texts = [table[name][rows].tolist() for name in ("case", "name", "category")]
         points = np.asarray(self.points)  # still mapped, but quicker to take rows of
         by_case: dict[str, list[LabelRecord]] = {}
-        for row, case, name, category, value, voxels, layer, z0, y0, x0, z1, y1, x1 in zip(
-            rows.tolist(), *texts, *numbers, strict=True
-        ):
-            record = LabelRecord(value, name, voxels, Region((z0, y0, x0), (z1, y1, x1)), layer, category, points[row])
+        for row, case, name, category, value, voxels, layer, *box in zip(rows.tolist(), *texts, *numbers, strict=True):
+            region = Region((box[0], box[1], box[2]), (box[3], box[4], box[5]))
+            record = LabelRecord(value, name, voxels, region, layer, category, points[row])
             by_case.setdefault(case, []).append(record)
         return by_case
 
 
 def image_path(folder: Path, case: str, channel: str, storage: str) -> Path:
-    """Where one image of ``SOURCE/CASE`` lies."""
+    """The file of one image of ``SOURCE/CASE``."""
     return folder / "arrays" / f"{case}.image{channel}.{storage}"
 
 
 def labels_path(folder: Path, case: str, storage: str) -> Path:
-    """Where the label map of ``SOURCE/CASE`` lies."""
+    """The file of the label map of ``SOURCE/CASE``."""
     return folder / "arrays" / f"{case}.labels.{storage}"
 
 
 def in_validation(subject: str, share: float, seed: int = 0) -> bool:
-    """Whether a subject belongs to validation: a hash decides, so that the split never depends on what else is in a
-    corpus.
-    """
+    """Whether a subject belongs to validation, by a hash: what else a corpus holds does not change the split."""
     digest = hashlib.sha256(f"{seed}:{subject}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < share
 
 
-def _case_from_row(row: dict[str, str], labels: list[LabelRecord]) -> CaseRecord:
-    return CaseRecord(
-        id=row["id"],
-        source=row["source"],
-        subject=row["subject"],
-        modality=row["modality"],
-        shape_zyx=(int(row["depth"]), int(row["height"]), int(row["width"])),
-        spacing_zyx_mm=(float(row["spacing_z_mm"]), float(row["spacing_y_mm"]), float(row["spacing_x_mm"])),
-        has_image=row["has_image"] == "1",
-        labels=labels,
-        case=row["case"],
-        channel=row["channel"],
-        split=row["split"],
-        split_group=row["split_group"],
-    )
+def check_storage(storage: str) -> None:
+    """Refuse, before any work is done, a storage in which no array can be written here.
+
+    Raises:
+        InputError: if it is not one of ``STORAGES``, or needs a package that is missing.
+    """
+    if storage not in STORAGES:
+        raise InputError(f"--storage must be one of {', '.join(STORAGES)}, got {storage!r}")
+    if storage == "b2nd":
+        _blosc2()
+
+
+def open_array(path: Path) -> StoredArray:
+    """Open an array; ``.npz`` is read whole.
+
+    Raises:
+        InputError: if blosc2 is needed and missing, or the file is missing or damaged.
+    """
+    try:
+        if path.suffix == ".npz":
+            with np.load(path) as stored:
+                return StoredArray(stored["array"])
+        blosc2 = _blosc2()
+        return StoredArray(blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=1)))
+    except InputError:
+        raise
+    except Exception as error:  # zipfile, zlib, numpy and blosc2 raise many types for a damaged file
+        reason = f"{path} ({type(error).__name__}: {error})"
+        raise InputError(f"array is missing or damaged: {reason}; delete its record and prepare again") from error
+
+
+def write_array(path: Path, array: NDArray) -> None:
+    """Write an array of any strides; the suffix (``.b2nd``, ``.npz``) is the storage."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        if path.suffix == ".npz":
+            np.savez_compressed(partial, array=array)
+        else:
+            _write_b2nd(partial, array)
+
+
+def _write_b2nd(path: Path, array: NDArray) -> None:
+    blosc2, size = _blosc2(), array.dtype.itemsize
+    spatial, lead = array.shape[-3:], (1,) * (array.ndim - 3)
+    chunks = lead + tuple(min(CHUNK, n) for n in spatial)
+    blocks = lead + tuple(min(BLOCK, n) for n in chunks[-3:])
+    # Sorting bytes by their place helps numbers of several bytes; on bytes it would only cost time.
+    filters = [blosc2.Filter.SHUFFLE if size > 1 else blosc2.Filter.NOFILTER]
+    settings = blosc2.CParams(codec=blosc2.Codec.ZSTD, clevel=1, filters=filters, typesize=size, nthreads=1)
+    place = {"chunks": chunks, "blocks": blocks, "urlpath": str(path), "mode": "w"}
+    stored = blosc2.empty(array.shape, dtype=array.dtype, cparams=settings, **place)
+    for layer in np.ndindex(array.shape[:-3]):
+        for z in range(0, spatial[0], CHUNK):  # one row of chunks at a time: the whole array is never copied
+            index = (*(slice(i, i + 1) for i in layer), slice(z, min(z + CHUNK, spatial[0])))
+            stored[index] = np.ascontiguousarray(array[index])
+
+
+def _blosc2() -> Any:
+    try:
+        import blosc2
+    except ModuleNotFoundError as error:
+        raise InputError("a .b2nd corpus needs blosc2: pip install blosc2, or prepare with --storage npz") from error
+    return blosc2

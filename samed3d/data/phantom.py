@@ -1,15 +1,14 @@
 """A CT-like torso with exact labels, for the demo and for tests that need anatomy without data. Numpy and scipy only.
 
-The patient is modelled in millimetres, right (r), anterior (a) and superior (s) of a point in the upper abdomen, out of
-warped ellipsoids, tubes and shells; the scanner's grid may lie obliquely to the patient. It is a drawing, not a
-measurement: sizes, places and Hounsfield units are those of a textbook adult, and nothing learnt on it holds for
-people.
+The patient is modelled in millimetres, right (r), anterior (a) and superior (s) of a point in the upper abdomen, by
+warped ellipsoids, tubes and shells; the scanner's grid may lie obliquely to the patient. Sizes, places and Hounsfield
+units are those of a textbook adult: nothing learnt on this drawing holds for people.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,18 +20,11 @@ Field = NDArray[np.floating]
 Mask = NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class Tissue:
-    """What one tissue looks like.
-
-    Attributes:
-        hu: Mean in Hounsfield units.
-        texture_hu: Standard deviation of its smooth inhomogeneity, HU.
-        organ: Name of the labelled organ it belongs to, or "" for what nobody labels.
-    """
+class Tissue(NamedTuple):
+    """Mean and standard deviation in Hounsfield units, and the labelled organ, "" for what is not labelled."""
 
     hu: float
-    texture_hu: float = 8.0
+    texture_hu: float
     organ: str = ""
 
 
@@ -72,15 +64,12 @@ TISSUES: dict[str, Tissue] = {
     "disc": Tissue(85, 8, "spine"),
     "aorta": Tissue(235, 6, "aorta"),
 }
-"""Every tissue by name. Which one shows where two meet is decided by the order of painting, not by this order."""
-
 _IDS = {name: number for number, name in enumerate(TISSUES)}
 
 
 def organ_names() -> dict[int, str]:
     """Label number (1 up) to organ name."""
-    listed = list(dict.fromkeys(t.organ for t in TISSUES.values() if t.organ))
-    return dict(enumerate(listed, start=1))
+    return dict(enumerate(dict.fromkeys(t.organ for t in TISSUES.values() if t.organ), start=1))
 
 
 def anatomical_phantom(
@@ -93,14 +82,14 @@ def anatomical_phantom(
     """Draw one patient.
 
     Args:
-        generator: Source of all randomness; the same state gives the same patient.
+        generator: Source of all random numbers; the same state gives the same patient.
         shape_zyx: Voxels. The default grid shows lower chest to pelvis; a smaller field of view cuts the anatomy off.
         spacing_xyz_mm: Voxel edge along i, j, k.
         oblique: Whether the grid is turned by a few degrees against the patient.
 
     Returns:
         ``(hu, labels, grid, names)``: int16 Hounsfield units and uint8 organ labels, both (D, H, W); the grid (i runs
-        to the patient's left, j to the back, k to the head, roughly); and the organ of every label present. Each organ
+        roughly to the patient's left, j to the back, k to the head); and the organ of every label present. Each organ
         is one connected piece.
     """
     grid = _scanner_grid(generator, shape_zyx, spacing_xyz_mm, oblique)
@@ -109,10 +98,10 @@ def anatomical_phantom(
     patient.paint_chest()
     patient.paint_abdomen()
     patient.paint_skeleton_and_vessels()
-    tissue, labels = _one_piece_each(patient.tissue)
-    names = organ_names()
-    present = np.unique(labels)
-    return _scan(generator, tissue, grid), labels, grid, {n: names[n] for n in names if n in present}
+    labels = _one_piece_each(patient.tissue)
+    present = set(np.unique(labels).tolist())
+    names = {number: organ for number, organ in organ_names().items() if number in present}
+    return _scan(generator, patient.tissue, grid), labels, grid, names
 
 
 def _scanner_grid(generator: np.random.Generator, shape_zyx: IntTriple, spacing_xyz_mm: Triple, oblique: bool) -> Grid:
@@ -129,9 +118,7 @@ def _scanner_grid(generator: np.random.Generator, shape_zyx: IntTriple, spacing_
     middle_vox = (np.array(shape_zyx[::-1]) - 1) / 2
     centre_lps = generator.uniform(-3, 3, 3) + (0.0, 12.0, 0.0)  # a little behind the patient, so that the table shows
     origin = centre_lps - turn @ (middle_vox * np.array(spacing_xyz_mm))
-    return Grid(
-        shape_zyx, as_triple(list(spacing_xyz_mm)), as_triple(origin.round(3)), tuple(float(v) for v in turn.ravel())
-    )
+    return Grid(shape_zyx, as_triple(list(spacing_xyz_mm)), as_triple(origin.round(3)), tuple(turn.ravel().tolist()))
 
 
 class _Patient:
@@ -168,10 +155,9 @@ class _Patient:
         self.tissue[mask] = _IDS[name]
 
     def ellipsoid(self, centre_ras: Triple, radii_ras: Triple, *, lean: float = 0.0, tilt: float = 0.0) -> Field:
-        """Scaled distance: 0 in the middle, 1 on the surface. ``lean`` moves the axis right per mm up, ``tilt`` moves
-        it forward.
+        """Distance from a randomly varied ellipsoid's middle: 1 on its surface.
 
-        The place varies by some millimetres and the radii by some per cent from patient to patient.
+        ``lean`` moves the axis right per mm up, ``tilt`` forward.
         """
         c = np.asarray(centre_ras) + self.generator.normal(0, 2.0, 3)
         f = np.asarray(radii_ras) * np.exp(self.generator.normal(0, 0.04, 3))
@@ -181,7 +167,7 @@ class _Patient:
         return np.sqrt(right**2 + front**2 + (up / np.float32(f[2])) ** 2)
 
     def tube(self, r: Field | float, a: Field | float, radius: Field | float) -> Mask:
-        """Voxels within ``radius`` mm of a line that runs mostly up, given by its r and a at each voxel's s."""
+        """Voxels within ``radius`` mm of a line that runs mostly upwards, given by its r and a at each voxel's s."""
         return (self.r - r) ** 2 + (self.a - a) ** 2 < np.square(radius)
 
     def paint_trunk(self) -> None:
@@ -235,9 +221,8 @@ class _Patient:
         self.paint("stomach content", self.belly & (stomach < 0.88) & (s < self.dome - 6))
 
         spleen = self.ellipsoid((-108, -30, 8), (32, 46, 54), lean=0.1, tilt=-0.25)
-        self.paint(
-            "spleen", self.belly & (self.cavity < 0.97) & (spleen < 1) & (self.ellipsoid((-60, 0, 5), (34, 45, 70)) > 1)
-        )
+        hilum = self.ellipsoid((-60, 0, 5), (34, 45, 70))
+        self.paint("spleen", self.belly & (self.cavity < 0.97) & (spleen < 1) & (hilum > 1))
 
         right_lobe = self.ellipsoid((72, 8, 2), (78, 86, 82), lean=-0.12)
         left_lobe = self.ellipsoid((2, 44, 18), (72, 36, 34), lean=0.2)
@@ -265,17 +250,21 @@ class _Patient:
         psoas = 10 + np.clip(-s / 9, 0, 13)
         self.paint("muscle", ((side - 36) ** 2 + (a + 58) ** 2 < psoas**2) & (s < 0))
         self.paint("muscle", ((side - 34) / 30) ** 2 + ((a + 90) / 17) ** 2 < 1)
-        self._paint_ribs(side)
+        shell = (self.cavity > 1.04) & (self.cavity < 1.28)  # ribs slope down to the front
+        slope = s + 0.45 * a
+        band = shell & (np.mod(slope, 27.0) < 11) & (slope > -30 + np.clip(a, 0, None) * 1.0) & (side > 24)
+        self.paint("rib", band)
+        self.paint("cartilage", band & (a > 62))
+        self.paint("rib", (self.cavity > 1.04) & (self.cavity < 1.3) & (side < 20) & (a > 0) & (s > 60))
         hip = np.sqrt(((side - 55) / 68) ** 2 + ((a + 5) / 75) ** 2 + ((s + 212) / 85) ** 2)
         self.paint("pelvis", (np.abs(hip - 1) < 0.07) & (side > 52 - 0.4 * a) & (a < 40) & self.inside)
 
-        bow = 10 * np.cos(s / 85)  # the spine's curve, forward in the loins
+        bow = 10 * np.cos(s / 85)  # the spine's curve, forward in the lumbar part
         column = np.sqrt((r / 24) ** 2 + ((a + 66 - bow / 2) / 18) ** 2)
         beat = np.mod(s + 8, 34.0)
-        disc = beat < 7
         self.paint("spongy bone", column < 1)
         self.paint("cortical bone", (column < 1) & ((column > 0.86) | (beat < 9.5) | (beat > 31.5)))
-        self.paint("disc", (column < 0.97) & disc)
+        self.paint("disc", (column < 0.97) & (beat < 7))
         arch_a = a + 93 - bow / 2
         arch = (r**2 + arch_a**2 < 16**2) | ((side < 4) & (arch_a < 0) & (arch_a > -30) & (beat > 12) & (beat < 28))
         arch |= (side < 42) & (np.abs(arch_a - 2) < 5) & (beat > 14) & (beat < 25)
@@ -285,24 +274,13 @@ class _Patient:
         front = -66 + bow / 2 + 20
         fork = np.clip(-118 - s, 0, None) * 0.45
         off = -12 - np.clip(s / 14, 0, 12)
-        aorta = self.tube(off + fork, front + 12 - np.clip(s / 12, 0, 14), 11.5 - np.clip(fork / 8, 0, 4))
-        aorta |= self.tube(off - fork, front + 12 - np.clip(s / 12, 0, 14), 11.5 - np.clip(fork / 8, 0, 4))
         self.paint("vena cava", self.tube(19 + fork, front + 12 + np.clip(s / 6, 0, 14), 11.0) & (s < 70))
-        self.paint("aorta", aorta)
-
-    def _paint_ribs(self, side: Field) -> None:
-        """Bands around the chest that slope down to the front, gristle near the breastbone."""
-        a, s = self.a, self.s
-        shell = (self.cavity > 1.04) & (self.cavity < 1.28)
-        slope = s + 0.45 * a
-        band = shell & (np.mod(slope, 27.0) < 11) & (slope > -30 + np.clip(a, 0, None) * 1.0) & (side > 24)
-        self.paint("rib", band)
-        self.paint("cartilage", band & (a > 62))
-        self.paint("rib", (self.cavity > 1.04) & (self.cavity < 1.3) & (side < 20) & (a > 0) & (s > 60))
+        depth, radius = front + 12 - np.clip(s / 12, 0, 14), 11.5 - np.clip(fork / 8, 0, 4)
+        self.paint("aorta", self.tube(off + fork, depth, radius) | self.tube(off - fork, depth, radius))
 
 
-def _one_piece_each(tissue: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Tissues and labels after fragments that other organs cut off have become visceral fat."""
+def _one_piece_each(tissue: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Labels of the tissues; fragments that other organs cut off become visceral fat, in ``tissue`` too."""
     numbers = {organ: number for number, organ in organ_names().items()}
     table = np.array([numbers.get(t.organ, 0) for t in TISSUES.values()], np.uint8)
     labels = table[tissue]
@@ -316,17 +294,16 @@ def _one_piece_each(tissue: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArr
             lost = mask & (pieces != largest)
             labels[window][lost] = 0
             tissue[window][lost] = _IDS["visceral fat"]
-    return tissue, labels
+    return labels
 
 
 def _scan(generator: np.random.Generator, tissue: NDArray[np.uint8], grid: Grid) -> NDArray[np.int16]:
     """Hounsfield units as a scanner gives them: texture, blur by the point spread, correlated noise, int16."""
     mean = np.array([t.hu for t in TISSUES.values()], np.float32)[tissue]
     spread = np.array([t.texture_hu for t in TISSUES.values()], np.float32)[tissue]
-    sigma = [0.55, 0.7, 0.7]
     grain = generator.standard_normal(tissue.shape, dtype=np.float32)
     grain = ndimage.gaussian_filter(grain, [max(0.6, 3.0 / mm) for mm in grid.spacing_zyx_mm])
-    image = ndimage.gaussian_filter(mean + spread * (grain / grain.std()), sigma)
+    image = ndimage.gaussian_filter(mean + spread * (grain / grain.std()), [0.55, 0.7, 0.7])
     noise = ndimage.gaussian_filter(generator.standard_normal(tissue.shape, dtype=np.float32), [0.0, 0.55, 0.55])
     image += noise * (13.0 / noise.std())
     return np.clip(np.rint(image), -1024, 2000).astype(np.int16)

@@ -1,36 +1,38 @@
 """Random label maps: cells, blobs, nested organs and vessels of many forms, painted over each other. Torch only.
 
-Nothing here is anatomy; the point is variety. Fields are smooth noise made from few coefficients and three small matrix
-products, and solids are painted inside their bounding boxes only, so that one thread makes a 64^3 map in a few
-milliseconds.
-
-Lengths are fractions of the half edge: the volume spans -1..1 along each axis. Read ``synthesis.py`` next: it gives
-labels an intensity.
+The shapes are no anatomy; they are meant to vary. Noise comes from few coefficients and three small matrix products,
+and solids are painted inside their bounding boxes only, so that one thread makes a 64^3 map in a few milliseconds.
+Lengths are fractions of the half edge: the volume spans -1..1 along each axis. ``synthesis.py`` gives labels intensity.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor
 
 from samed3d.errors import InputError
-from samed3d.geometry import IntTriple
+from samed3d.geometry import IntTriple, Triple
 
 MAX_STRUCTURES = 12
 MIN_FRACTION = 2e-4
 """Structures with a smaller share of the voxels are dropped."""
 _ELLIPSOIDS = 0.6
-"""Share of solids that are round; the others are rounded boxes, cylinders and boxes."""
+"""Share of solids that are ellipsoids; the others are rounded boxes, cylinders and boxes."""
 _SLAB = 1 << 15
 """Voxels taken at once where many channels are compared, so that they stay in the processor's cache."""
 
 
+def random_numbers(generator: Generator, *shape: int) -> Tensor:
+    """Draws in [0, 1) on the generator's device."""
+    return torch.rand(shape, generator=generator, device=generator.device)
+
+
 def uniform(generator: Generator, low: float = 0.0, high: float = 1.0) -> float:
     """One draw in [low, high)."""
-    return low + (high - low) * float(torch.rand((), generator=generator, device=generator.device))
+    return low + (high - low) * float(random_numbers(generator))
 
 
 def log_uniform(generator: Generator, low: float, high: float) -> float:
@@ -43,11 +45,8 @@ def integer(generator: Generator, low: int, high: int) -> int:
     return int(torch.randint(low, high + 1, (), generator=generator, device=generator.device))
 
 
-def spline_matrix(size: int, cells: float, phase: float, device: torch.device) -> Tensor:
-    """(size, K) weights that turn K white coefficients into a smooth line of unit variance.
-
-    The weights are a cubic B-spline with ``cells`` knot intervals over the line; each row has norm one.
-    """
+def _spline_matrix(size: int, cells: float, phase: float, device: torch.device) -> Tensor:
+    """(size, K) cubic B-spline of ``cells`` knot intervals: turns K white coefficients into a line of unit variance."""
     position = (torch.arange(size, device=device) + 0.5) * (cells / size) + phase
     knots = torch.arange(-1, math.ceil(cells + phase) + 2, device=device)
     t = (position[:, None] - knots[None, :]).abs()
@@ -57,20 +56,18 @@ def spline_matrix(size: int, cells: float, phase: float, device: torch.device) -
     return weights / weights.norm(dim=1, keepdim=True)
 
 
-def noise_field(
-    channels: int, shape_zyx: IntTriple, cells: float | tuple[float, float, float], generator: Generator
-) -> Tensor:
+def noise_field(channels: int, shape_zyx: Sequence[int], cells: float | Triple, generator: Generator) -> Tensor:
     """(channels, D, H, W) smooth Gaussian noise of unit variance on ``generator.device``.
 
     Args:
         channels: Independent fields.
         shape_zyx: Voxels.
         cells: Waves over the volume along z, y, x (one number for all): few is smooth, half the voxels is nearly white.
-        generator: Source of all randomness.
+        generator: Source of all random numbers.
     """
     per_axis = (cells, cells, cells) if isinstance(cells, (int, float)) else cells
-    phases = torch.rand(3, generator=generator, device=generator.device).tolist()
-    bz, by, bx = (spline_matrix(n, c, p, generator.device) for n, c, p in zip(shape_zyx, per_axis, phases, strict=True))
+    axes = zip(shape_zyx, per_axis, random_numbers(generator, 3).tolist(), strict=True)
+    bz, by, bx = (_spline_matrix(size, waves, phase, generator.device) for size, waves, phase in axes)
     coarse = torch.randn(channels, bz.shape[1], by.shape[1] * bx.shape[1], generator=generator, device=generator.device)
     planes = (bz @ coarse).reshape(channels * shape_zyx[0], by.shape[1], bx.shape[1])
     return ((by @ planes).reshape(-1, bx.shape[1]) @ bx.T).reshape(channels, *shape_zyx)
@@ -81,12 +78,12 @@ def random_labels(shape_zyx: IntTriple, generator: Generator, *, kind: str | Non
 
     Args:
         shape_zyx: Voxels, each axis >= 8.
-        generator: Source of all randomness; the map is made on its device.
+        generator: Source of all random numbers; the map is made on its device.
         kind: One of ``KINDS``, or None to draw one or to paint several over each other.
 
     Returns:
-        ``(labels, n)``: int16 (D, H, W) with 0 for background and every one of 1..n present. Structures keep to one
-        piece mostly, not always: a caller that needs one component must pick it.
+        ``(labels, n)``: int16 (D, H, W) with 0 for background and every one of 1..n present. Most structures, not all,
+        are one connected piece.
 
     Raises:
         InputError: if ``kind`` is unknown or an axis is too short.
@@ -120,89 +117,73 @@ def _compact(labels: Tensor) -> int:
 
 
 def _coordinates(shape: torch.Size, generator: Generator, strength: float) -> Tensor:
-    """(3, D, H, W) voxel positions z, y, x in -1..1, bent by smooth noise: solids drawn in them come out organic."""
-    axes = [(torch.arange(n, device=generator.device) + 0.5) * (2 / n) - 1 for n in shape]
-    size: IntTriple = (shape[0], shape[1], shape[2])
+    """(3, D, H, W) voxel positions z, y, x in -1..1, bent by smooth noise, which bends the solids drawn in them."""
     cells = uniform(generator, 1.5, 5.0)
-    field = noise_field(3, size, cells, generator).mul_(strength / cells)
+    field = noise_field(3, shape, cells, generator).mul_(strength / cells)
     if strength > 0 and uniform(generator) < 0.5:  # bumps on top of bends
         cells = uniform(generator, 5.0, 14.0)
-        field.add_(noise_field(3, size, cells, generator), alpha=uniform(generator, 0.0, 0.4) / cells)
-    for axis, line in enumerate(axes):
+        field.add_(noise_field(3, shape, cells, generator), alpha=uniform(generator, 0.0, 0.4) / cells)
+    for axis, n in enumerate(shape):
+        line = (torch.arange(n, device=generator.device) + 0.5) * (2 / n) - 1
         field[axis] += line.view([-1 if a == axis else 1 for a in range(3)])
     return field
 
 
 def _argmax(scores: Tensor) -> Tensor:
-    """int32 index of the greatest of up to 32 channels (first axis) of order one, as ``argmax(0)`` but several times
-    faster on a CPU.
-    """
-    best: Tensor | None = None
-    for k in range(scores.shape[0]):  # the index rides in the low bits of the score, so that a plain maximum finds both
-        packed = (scores[k] * 2.0**17).int().bitwise_left_shift_(5).add_(k)
-        best = packed if best is None else torch.maximum(best, packed, out=best)
-    assert best is not None
+    """int32 ``argmax(0)`` of up to 32 channels of order one, several times faster on a CPU."""
+    best = torch.full(scores.shape[1:], torch.iinfo(torch.int32).min, dtype=torch.int32, device=scores.device)
+    for k, score in enumerate(scores):  # the low bits hold the index, so that a plain maximum finds both
+        torch.maximum(best, (score * 2.0**17).int().bitwise_left_shift_(5).add_(k), out=best)
     return best.bitwise_and_(31)
 
 
-def _paint_where(labels: Tensor, new: Tensor) -> None:
+def _paint_over(labels: Tensor, new: Tensor) -> None:
     """Put the non-zero voxels of ``new`` (int16) over ``labels``."""
     labels.mul_((new == 0).to(torch.int16)).add_(new)
-
-
-def _next_label(labels: Tensor) -> int:
-    return int(labels.max()) + 1
 
 
 def _paint_cells(labels: Tensor, generator: Generator) -> None:
     """Voronoi cells with wavy borders; some are left out, sometimes walls stay free between them."""
     count = integer(generator, 4, 12)
     place = _coordinates(labels.shape, generator, uniform(generator, 0.0, 0.6)).reshape(3, -1)
-    centres = torch.rand(count, 3, generator=generator, device=generator.device) * 2.2 - 1.1
-    weight = torch.rand(count, generator=generator, device=generator.device) * (uniform(generator) * count ** (-2 / 3))
+    centres = random_numbers(generator, count, 3) * 2.2 - 1.1
+    weight = random_numbers(generator, count) * (uniform(generator) * count ** (-2 / 3))
     wall = uniform(generator, 0.05, 0.3) * count ** (-2 / 3) if uniform(generator) < 0.4 else 0.0
-    kept = (torch.rand(32, generator=generator, device=generator.device) < uniform(generator, 0.4, 1.0)).to(torch.int16)
-    table = kept * (kept.cumsum(0) + (_next_label(labels) - 1)).to(torch.int16)
+    kept = (random_numbers(generator, 32) < uniform(generator, 0.4, 1.0)).to(torch.int16)
+    table = kept * (kept.cumsum(0) + int(labels.max())).to(torch.int16)
     new = torch.empty_like(labels).view(-1)
     offset = (weight - centres.square().sum(1))[:, None]
     for part, near in zip(new.split(_SLAB), place.split(_SLAB, dim=1), strict=True):
         scores = ((2 * centres) @ near).add_(offset)
         torch.take(table, _argmax(scores).long(), out=part)
         if wall:
-            first, second = _best_two(scores)
+            first, second = scores[0], torch.full_like(scores[0], -math.inf)  # the greatest score and the next
+            for score in scores[1:]:
+                second = torch.maximum(second, torch.minimum(first, score))
+                first = torch.maximum(first, score)
             part *= first.sub_(second) > wall
-    _paint_where(labels, new.view(labels.shape))
-
-
-def _best_two(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The greatest and the second of the channels, (N,) each."""
-    first, second = scores[0], torch.full_like(scores[0], -math.inf)
-    for score in scores[1:]:
-        second = torch.maximum(second, torch.minimum(first, score))
-        first = torch.maximum(first, score)
-    return first, second
+    _paint_over(labels, new.view(labels.shape))
 
 
 def _paint_blobs(labels: Tensor, generator: Generator) -> None:
     """The greatest of several smooth noises, each drawn towards its own place so that it stays mostly in one piece."""
     count = integer(generator, 3, 7)
-    shape: IntTriple = (labels.shape[0], labels.shape[1], labels.shape[2])
-    scores = noise_field(count, shape, log_uniform(generator, 1.5, 5.0), generator)
+    scores = noise_field(count, labels.shape, log_uniform(generator, 1.5, 5.0), generator)
     pull = uniform(generator, 0.5, 3.0)
     place = _coordinates(labels.shape, generator, 0.0).reshape(3, -1)
-    centres = torch.rand(count, 3, generator=generator, device=generator.device) * 2 - 1
+    centres = random_numbers(generator, count, 3) * 2 - 1
     towards = ((2 * pull * centres) @ place).sub_(pull * centres.square().sum(1)[:, None])
     scores += towards.view_as(scores)
     scores[0] += uniform(generator, 0.0, 2.0)  # background
     table = torch.arange(32, device=labels.device, dtype=torch.int16)
-    table[1:] += _next_label(labels) - 1
-    _paint_where(labels, table.take(_argmax(scores).long()))
+    table[1:] += int(labels.max())
+    _paint_over(labels, table.take(_argmax(scores).long()))
 
 
 def _paint_nested(labels: Tensor, generator: Generator) -> None:
     """A body, organs in it, lesions in the organs; any of them may have a wall."""
     place = _coordinates(labels.shape, generator, uniform(generator, 0.05, 0.5))
-    label = _next_label(labels)
+    label = int(labels.max()) + 1
     if uniform(generator) < 0.6:
         _paint_solid(labels, label, place, generator, 0.6, 1.3, spread=0.3)
         label += 1
@@ -213,10 +194,8 @@ def _paint_nested(labels: Tensor, generator: Generator) -> None:
 def _paint_solid(
     labels: Tensor, label: int, place: Tensor, generator: Generator, small: float, large: float, spread: float
 ) -> int:
-    """Paint one turned solid of radius ``small``..``large`` with an optional wall or lesion; returns the next free
-    label.
-    """
-    draws = torch.rand(16, generator=generator, device=generator.device).tolist()
+    """Paint one turned solid of radius ``small``..``large``, perhaps with a wall or lesion; returns the next label."""
+    draws = random_numbers(generator, 16).tolist()
     centre = [(2 * d - 1) * spread for d in draws[:3]]
     radius = small * (large / small) ** draws[3]
     radii = torch.tensor([radius * 2 ** (1.6 * d - 0.8) for d in draws[4:7]], device=place.device)
@@ -250,9 +229,7 @@ def _paint_solid(
 
 
 def _solid_depth(q: Tensor, choice: float) -> Tensor:
-    """(N,) 0 in the middle, 1 on the surface of an ellipsoid, a rounded box, a cylinder or a box, from (3, N) scaled
-    positions.
-    """
+    """(N,) 0 in the middle, 1 on the surface of an ellipsoid, rounded box, cylinder or box, at (3, N) positions."""
     square = q.square()
     if choice < _ELLIPSOIDS:
         return square.sum(0)
@@ -265,10 +242,10 @@ def _solid_depth(q: Tensor, choice: float) -> Tensor:
 
 def _paint_tubes(labels: Tensor, generator: Generator) -> None:
     """One to four vessels along smooth curves, each with branches that carry its label."""
-    label = _next_label(labels)
+    label = int(labels.max()) + 1
     for tube in range(integer(generator, 1, 4)):
         radius = log_uniform(generator, 0.03, 0.16)
-        start = torch.rand(3, generator=generator, device=generator.device) * 1.6 - 0.8
+        start = random_numbers(generator, 3) * 1.6 - 0.8
         trunk = _paint_curve(labels, label + tube, start, radius, generator)
         for _ in range(integer(generator, 0, 3)):
             root = trunk[integer(generator, 0, trunk.shape[0] - 1)]
@@ -284,13 +261,10 @@ def _paint_curve(labels: Tensor, label: int, start: Tensor, radius: float, gener
     count = min(400, max(8, int(3.0 * smallest / max(0.6, radius_vox / 3))))
     steps = torch.linspace(0, 1, count, device=device)[:, None]
     heading = torch.nn.functional.normalize(torch.randn(3, generator=generator, device=device), dim=0)
-    wave = spline_matrix(count, uniform(generator, 1.0, 4.0), 0.0, device)
+    wave = _spline_matrix(count, uniform(generator, 1.0, 4.0), 0.0, device)
     wobble = wave @ torch.randn(wave.shape[1], 4, generator=generator, device=device)
-    curve = (
-        start
-        + steps * heading * uniform(generator, 0.6, 2.5)
-        + (wobble[:, :3] - wobble[:1, :3]) * uniform(generator, 0.1, 0.35)
-    )
+    curve = start + steps * heading * uniform(generator, 0.6, 2.5)
+    curve = curve + (wobble[:, :3] - wobble[:1, :3]) * uniform(generator, 0.1, 0.35)
     reach = math.ceil(radius_vox * 1.5)
     line = torch.arange(-reach, reach + 1, device=device)
     ball = torch.cartesian_prod(line, line, line)

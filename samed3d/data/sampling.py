@@ -1,19 +1,19 @@
 """Training samples: one crop and one target per index, the same for the same seed and index in any worker and order.
 
-The crop follows the object: the object fills a drawn share of it, and the crop's middle lies anywhere between the
-object's middle and a random voxel of it, so that no centre prior can be learned. ``data.spacing_mm`` and
-``data.placement`` give crops of one spacing, centred, as SAM-Med3D was trained. Generated samples come from
-``synthesis.py``, from random shapes or from a corpus's label maps. Read ``training/step.py`` next.
+The object fills a drawn share of the crop, and the crop's middle lies anywhere between the object's middle and a random
+voxel of it, so that no centre prior can be learned. ``data.spacing_mm`` and ``data.placement`` give centred crops of
+one spacing, as for SAM-Med3D. Generated samples come from ``synthesis.py``. Read ``training/step.py`` next.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +23,9 @@ from torch.utils.data import Dataset
 
 from samed3d.config import DataConfig
 from samed3d.crops import is_ct, normalise, sample_crop
-from samed3d.data.augment import augment_intensity, orient
+from samed3d.data.augment import SampleTransforms, augment_intensity, orient
 from samed3d.data.corpus import GROUP_SEPARATOR, CaseRecord, Corpus, LabelRecord, in_validation
 from samed3d.data.synthesis import synthetic_case
-from samed3d.data.transforms import SampleTransforms
 from samed3d.errors import InputError
 from samed3d.geometry import CropFrame, Triple, as_triple
 from samed3d.resample import nearest_crop
@@ -37,10 +36,10 @@ MIN_TARGET_VOXELS = 20
 """A target with fewer crop voxels is drawn again: one click would cover it."""
 ATTEMPTS = 20
 UNION_PROBABILITY = 0.1
-"""Chance that a target is the union of several structures of the case (a whole organ of parts, a whole brain)."""
+"""Chance that a target is the union of several structures of the case, as a whole organ is of its parts."""
 AXIS_JITTER = 0.15
 LARGEST_CROP = 1.2
-"""A crop's edge never exceeds this multiple of the volume's longest edge: more would only show emptiness."""
+"""A crop's edge never exceeds this multiple of the volume's longest edge."""
 LABELMAP_SHARE = 0.5
 """Share of generated samples that paint a corpus's label map instead of random shapes, where the corpus has any."""
 
@@ -63,7 +62,7 @@ class Weighting:
     size: float = 0.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class RawCrop:
     """A crop before augmentation and normalisation.
 
@@ -95,13 +94,7 @@ class SampleDataset(Dataset[Sample]):
     A sample has ``image`` (C, D, H, W) float32; ``target`` (1, D, H, W); ``case``, its id; ``index``, its number in the
     run; ``skipped``, the damaged cases met on the way to it, one per line. It depends on seed and index alone, so that
     processes, workers and a resumed run draw the same. A case whose file is damaged is reported once, kept in ``bad``,
-    and another is drawn in its place.
-
-    Args:
-        config: What to draw.
-        seed: Of all randomness.
-        length: Number of samples.
-        start: Number of the first sample, so that a resumed run continues where it stopped.
+    and another is drawn in its place. A resumed run continues at sample number ``start``.
 
     Raises:
         InputError: if ``data.transforms`` names no transform of torchio.
@@ -135,7 +128,10 @@ class SampleDataset(Dataset[Sample]):
             except (InputError, OSError, RuntimeError, ValueError) as error:
                 if case is None:
                     raise
-                skipped.append(self._reported(case, error))
+                if case.id not in self.bad:
+                    self.bad[case.id] = f"{case.id} ({error})"
+                    logger.warning("skipping a damaged case: %s", self.bad[case.id])
+                skipped.append(self.bad[case.id])
                 continue
             image, target = self._tensors(self._augmented(crop, rng, generator))
             if int(target.sum()) >= MIN_TARGET_VOXELS or not self.needs_target:
@@ -161,26 +157,15 @@ class SampleDataset(Dataset[Sample]):
         raise NotImplementedError
 
     def _augmented(self, crop: RawCrop, rng: np.random.Generator, generator: torch.Generator) -> RawCrop:
+        image, inside, target = crop.image, crop.inside, crop.target
         if self.transforms is not None:
-            image, (inside, target) = self.transforms(
-                crop.image, [crop.inside, crop.target], crop.spacing_zyx_mm, int(rng.integers(2**62))
-            )
-            crop.image, crop.inside, crop.target = image, inside, target
-        full = self.config.augment == "full"
-        *channels, inside, target = orient(
-            [*crop.image, crop.inside, crop.target], rng, reorder=full and self.needs_target
-        )
+            seed = int(rng.integers(2**62))
+            image, (inside, target) = self.transforms(image, [inside, target], crop.spacing_zyx_mm, seed)
+        full, blur = self.config.augment == "full", self.config.blur_probability
+        *channels, inside, target = orient([*image, inside, target], rng, reorder=full and self.needs_target)
         if full and not crop.painted:
-            blur = self.config.blur_probability
             channels = [augment_intensity(channel, inside, generator, blur) for channel in channels]
-        crop.image, crop.inside, crop.target = torch.stack(channels), inside, target
-        return crop
-
-    def _reported(self, case: CaseRecord, error: Exception) -> str:
-        if case.id not in self.bad:
-            self.bad[case.id] = f"{case.id} ({error})"
-            logger.warning("skipping a damaged case: %s", self.bad[case.id])
-        return self.bad[case.id]
+        return replace(crop, image=torch.stack(channels), inside=inside, target=target)
 
 
 class CropDataset(SampleDataset):
@@ -189,12 +174,10 @@ class CropDataset(SampleDataset):
     Args:
         config: What to draw. A corpus may carry a weight, ``folder=3``: it is drawn three times as often.
         length: Number of samples.
-        seed: Of all randomness.
+        seed: Of all random numbers.
         start: Number of the first sample.
-        normalisation: As in the model's spec.
+        normalisation: As in the model's spec, like ``tensor_axes`` and ``ct_clamp_hu`` (for cases that are CT).
         weighting: How often sources, categories and sizes are drawn.
-        tensor_axes: As in the model's spec.
-        ct_clamp_hu: As in the model's spec; for cases that are CT (``crops.is_ct``).
 
     Raises:
         InputError: if a corpus has no case left for training, or none with a structure large enough at
@@ -217,18 +200,17 @@ class CropDataset(SampleDataset):
         super().__init__(config, seed, length, start)
         self._ct: dict[str, bool] = {}
         self.normalisation, self.tensor_axes, self.ct_clamp_hu = normalisation, tensor_axes, ct_clamp_hu
-        real: list[tuple[float, Choice]] = []
-        maps: list[tuple[float, Choice]] = []
-        for weight, corpus, case in training_cases(config):
-            for label in case.labels:
-                if has_enough_voxels(case, label, config.spacing_mm):
-                    (real if case.has_image else maps).append((weight, (corpus, case, label)))
+        found = [
+            (weight, (corpus, case, label))
+            for weight, corpus, case in training_cases(config)
+            for label in case.labels
+            if has_enough_voxels(case, label, config.spacing_mm)
+        ]
+        real, maps = ([one for one in found if one[1][1].has_image == wanted] for wanted in (True, False))
         if config.corpus and not real and config.synthetic_share < 1:
             size = f" and data.spacing_mm, at which a structure needs {MIN_TARGET_VOXELS} voxels"
-            raise InputError(
-                f"no labelled image is left for training in {', '.join(config.corpus)}; "
-                f"check data.hold_out, data.validation_share{size if config.spacing_mm else ''}"
-            )
+            check = f"check data.hold_out, data.validation_share{size if config.spacing_mm else ''}"
+            raise InputError(f"no labelled image is left for training in {', '.join(config.corpus)}; {check}")
         self.real, self.real_ends = _weighted(real, weighting or Weighting())
         self.maps, self.map_ends = _weighted(maps, weighting or Weighting())
 
@@ -251,8 +233,8 @@ class CropDataset(SampleDataset):
     def _random_shapes(self, rng: np.random.Generator, generator: torch.Generator) -> RawCrop:
         image, labels = synthetic_case(self.config.crop, generator)
         values = np.unique(labels.numpy())
-        value = int(rng.choice(values[values > 0])) if (values > 0).any() else 0
-        target = labels == value if value else torch.zeros_like(labels, dtype=torch.bool)
+        values = values[values > 0]
+        target = labels == int(rng.choice(values)) if len(values) else torch.zeros_like(labels, dtype=torch.bool)
         return RawCrop(image[None], torch.ones_like(target), target, painted=True)
 
     def _painted_labels(self, choice: Choice, rng: np.random.Generator, generator: torch.Generator) -> RawCrop:
@@ -370,21 +352,17 @@ def _weighted(choices: list[tuple[float, Choice]], weighting: Weighting) -> tupl
     """The choices, and the cumulative probability up to and including each."""
     if not choices:
         return [], np.zeros(0)
-    # (corpus, source, category) to the numbers of source and category
-    places: dict[tuple[str, str, str], tuple[int, int]] = {}
-    numbered: dict[tuple[str, str], int] = {}
-    of_source, of_category, sizes = [], [], []
-    for _, (corpus, case, label) in choices:
-        key = (str(corpus.folder), case.source, label.category)
-        if key not in places:
-            places[key] = (numbered.setdefault(key[:2], len(numbered)), len(places))
-        of_source.append(places[key][0])
-        of_category.append(places[key][1])
-        sizes.append(label.voxels * math.prod(case.spacing_zyx_mm))
-    source, category = np.array(of_source), np.array(of_category)
-    size = np.array(sizes) ** weighting.size
+
+    def numbered(keys: Iterable[Any]) -> NDArray[np.int64]:
+        numbers: dict[Any, int] = {}
+        return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+
+    source = numbered((corpus.folder, case.source) for _, (corpus, case, _) in choices)
+    category = numbered((corpus.folder, case.source, label.category) for _, (corpus, case, label) in choices)
+    volumes = [label.voxels * math.prod(case.spacing_zyx_mm) for _, (_, case, label) in choices]
+    size = np.array(volumes) ** weighting.size
     in_category = np.bincount(category) ** weighting.category
-    home = np.zeros(len(places), np.int64)
+    home = np.zeros(len(in_category), np.int64)  # the source of each category
     home[category] = source
     in_source = np.bincount(home, weights=in_category)
     share = size / np.bincount(category, weights=size)[category] * (in_category / in_source[home])[category]

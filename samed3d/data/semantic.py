@@ -1,12 +1,9 @@
-"""Training samples with all classes at once: a crop of a labelled image and its map of class numbers, for semantic
-segmentation.
+"""Training samples for semantic segmentation: a crop of a labelled image and its map of class numbers.
 
-Unlike those of ``sampling.py``, crops have the model's own spacing and shape and lie anywhere in the image; a third of
-them is placed on a voxel of a class, as nnU-Net does. Intensities are scaled by the whole image's statistics, so that a
-crop of air stays air; ``inference/sliding_window.py`` scales them by the same functions.
-
-A structure that a source does not label counts as background there, and so does one that preparation dropped: train one
-model on sources that label the same things, prepared with ``--rules lenient``.
+Crops have the model's own spacing and shape and lie anywhere in the image; a third of them is placed on a voxel of a
+class, as in nnU-Net. Intensities are scaled by the whole image's statistics, as in ``inference/sliding_window.py``. A
+structure that a source does not label, or that preparation dropped, counts as background there: train one model on
+sources that label the same structures, prepared with ``--rules lenient``.
 """
 
 from __future__ import annotations
@@ -54,12 +51,9 @@ class Intensities:
     @classmethod
     def of(cls, array: NDArray) -> Intensities:
         """Statistics of a (D, H, W) array, from about two million voxels on a regular grid, read slice by slice."""
-        shape = array.shape
-        step = max(1, math.ceil((math.prod(shape) / STATISTICS_VOXELS) ** (1 / 3)))
-        rows = [
-            np.asarray(array[z : z + 1])[0, ::step, ::step].astype(np.float32).ravel() for z in range(0, shape[0], step)
-        ]
-        values = np.concatenate(rows)
+        step = max(1, math.ceil((math.prod(array.shape) / STATISTICS_VOXELS) ** (1 / 3)))
+        slices = (np.asarray(array[z : z + 1])[0, ::step, ::step] for z in range(0, array.shape[0], step))
+        values = np.concatenate([one.astype(np.float32).ravel() for one in slices])
         low, high = np.percentile(values, CUT_PERCENT)
         values = values.clip(low, high)
         return cls(float(low), float(high), float(values.mean()), max(float(values.std()), 1e-6))
@@ -89,10 +83,8 @@ def training_cases(config: DataConfig) -> list[tuple[float, SemanticCase]]:
     for weight, corpus, case in sampling.training_cases(config):
         if case.has_image and case.labels:
             found.setdefault((str(corpus.folder), case.case), (weight, corpus, []))[2].append(case)
-    return [
-        (w, SemanticCase(corpus, tuple(sorted(images, key=lambda c: c.channel))))
-        for w, corpus, images in found.values()
-    ]
+    ordered = ((w, corpus, sorted(images, key=lambda c: c.channel)) for w, corpus, images in found.values())
+    return [(weight, SemanticCase(corpus, tuple(images))) for weight, corpus, images in ordered]
 
 
 def class_names(config: DataConfig) -> tuple[str, ...]:
@@ -101,20 +93,17 @@ def class_names(config: DataConfig) -> tuple[str, ...]:
     Raises:
         InputError: if there is none.
     """
-    cases = training_cases(config)
-    one_source = len({case.about.source for _, case in cases}) == 1
-    names = {
-        label.name if one_source else label.category or label.name for _, case in cases for label in case.about.labels
-    }
+    cases = [case.about for _, case in training_cases(config)]
+    one_source = len({case.source for case in cases}) == 1
+    names = {r.name if one_source else r.category or r.name for case in cases for r in case.labels}
     if not names:
-        raise InputError(
-            f"data.corpus must hold labelled images for a semantic segmentation model, got {config.corpus or 'none'}"
-        )
+        rule = "data.corpus must hold labelled images for a semantic segmentation model"
+        raise InputError(f"{rule}, got {config.corpus or 'none'}")
     return tuple(sorted(names))
 
 
 def median_spacing_mm(config: DataConfig) -> Triple:
-    """The median of the cases' spacings, axis by axis (nnU-Net's rule for the spacing of its crops)."""
+    """The median of the cases' spacings, axis by axis, as in nnU-Net."""
     spacings = [case.about.spacing_zyx_mm for _, case in training_cases(config)]
     return as_triple(np.median(np.array(spacings), axis=0).round(4))
 
@@ -122,8 +111,7 @@ def median_spacing_mm(config: DataConfig) -> Triple:
 def target_spacing(model: SemanticModel) -> Triple | None:
     """Spacing of a model's crops, zyx in mm; None for each image's own."""
     if model.config.get("spacing_zyx_mm"):
-        z, y, x = model.config["spacing_zyx_mm"]
-        return (z, y, x)
+        return as_triple(model.config["spacing_zyx_mm"])
     edge = model.spec.spacing_mm
     return None if edge is None else (edge, edge, edge)
 
@@ -142,7 +130,7 @@ class SemanticDataset(SampleDataset):
         shape_zyx: Crop in voxels.
         spacing_zyx_mm: Of the crops, or None for each image's own.
         channels: Images per case.
-        seed: Of all randomness.
+        seed: Of all random numbers.
         length: Number of samples.
         start: Number of the first sample.
 
@@ -165,44 +153,31 @@ class SemanticDataset(SampleDataset):
         self.classes, self.shape_zyx, self.spacing_zyx_mm = classes, shape_zyx, spacing_zyx_mm
         self._statistics: dict[str, Intensities] = {}
         self._numbers = {name: number for number, name in enumerate(classes, start=1)}
-        labelled = [
-            (w, c)
-            for w, c in training_cases(config)
-            if any(class_number(label, self._numbers) for label in c.about.labels)
-        ]
+        cases = training_cases(config)
+        labelled = [(w, c) for w, c in cases if any(class_number(r, self._numbers) for r in c.about.labels)]
         if not labelled:
             corpora = ", ".join(config.corpus) or "no corpus (data.corpus is empty)"
-            raise InputError(
-                f"class_names must be categories of the training cases, got {', '.join(classes)}; "
-                f"{corpora} holds none of them"
-            )
+            rule = f"class_names must be categories of the training cases, got {', '.join(classes)}"
+            raise InputError(f"{rule}; {corpora} holds none of them")
         chosen = [(w, c) for w, c in labelled if len(c.images) == channels]
         if not chosen:
             counts = sorted({len(c.images) for _, c in labelled})
-            raise InputError(
-                f"in_channels must be the number of images per case, got {channels}; the corpus has {counts}"
-            )
+            rule = f"in_channels must be the number of images per case, got {channels}"
+            raise InputError(f"{rule}; the corpus has {counts}")
         self.real = [case for _, case in chosen]
         self._by_first_image = {case.about.id: case for case in self.real}
-        self._warn_of_dropped()
         self._ends = np.cumsum([w for w, _ in chosen]) / sum(w for w, _ in chosen)
+        self._warn_of_dropped()
 
     def _warn_of_dropped(self) -> None:
         """Log how many structures of these classes are missing from the label maps."""
         for corpus in {id(case.corpus): case.corpus for case in self.real}.values():
             cases = [case.about.case for case in self.real if case.corpus is corpus]
             rows = corpus.label_table.where(case=cases, kept="0")
-            dropped = sum(
-                name in self._numbers or group in self._numbers
-                for name, group in zip(rows["name"], rows["category"], strict=True)
-            )
+            dropped = int(sum(np.isin(rows["name"], self.classes) | np.isin(rows["category"], self.classes)))
             if dropped:
-                logger.warning(
-                    "%d structures of these classes were dropped when %s was prepared and count as background; "
-                    "prepare the corpus with --rules lenient",
-                    dropped,
-                    corpus.folder,
-                )
+                what = "%d structures of these classes were dropped when %s was prepared and count as background; "
+                logger.warning(what + "prepare the corpus with --rules lenient", dropped, corpus.folder)
 
     def _draw(self, rng: np.random.Generator, generator: torch.Generator) -> Drawn:
         at = min(int(np.searchsorted(self._ends, rng.random(), side="right")), len(self.real) - 1)
