@@ -4,8 +4,8 @@
     python benchmarks/card.py --page
 
 The card names the commands that made the three folders. Writes ``benchmarks/results/default_evaluation.json``, the
-measured blocks of ``checkpoints/README.md``, and ``docs/images/default_typical.png`` and ``default_worst.png``, for
-which the model gets the saved prompts again. ``--page`` makes the blocks from the JSON that is there.
+measured blocks of ``checkpoints/README.md``, and ``docs/images/default_{typical,worst}.png``, for which the model gets
+the saved prompts again. ``--page`` makes the blocks from the JSON that is there.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -25,8 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from tables import Body, click_head, dice_table, origin, replace_blocks, table, with_interval  # noqa: E402
 
 from samed3d.drawing import BACKGROUND, png_bytes  # noqa: E402
-from samed3d.evaluation.pictures import case_png  # noqa: E402
-from samed3d.evaluation.replay import ReplayCache, replay  # noqa: E402
+from samed3d.evaluation.pictures import Replay, case_png  # noqa: E402
 from samed3d.evaluation.results import (  # noqa: E402
     Row,
     SavedRun,
@@ -49,8 +49,7 @@ IMAGES = ROOT / "docs/images"
 CLICKS = (1, 3, 5, 10)
 AIMS = {"unseen subject": (0.75, None, 0.85, 0.88), "held-out source": (0.55, None, 0.72, 0.80)}
 BOX_AIM = 0.78
-SHOWN = 5
-"""Data sets in each picture."""
+SHOWN = 5  # data sets in each picture
 
 
 def main() -> None:
@@ -75,45 +74,43 @@ def main() -> None:
 def body_of(runs: dict[str, SavedRun]) -> Body:
     """Everything that the card shows, and how it was measured."""
     rows = untrained(runs["clicks"].rows)
-    parts: dict[str, Callable[[Row], str]] = {
-        "group": _group,
-        "modality": modality_class,
-        "size": size_class,
-        "source": lambda r: r["source"] + (" (held out)" if r["group"] == "held-out source" else ""),
-    }
-    body: Body = {
+    box = [row for row in untrained(runs["box"].rows) if row["click"] == 0]
+    controls = [r for r in untrained(runs["controls"].rows) if (r["protocol"], r["prompt"]) == ("samed3d", "click")]
+
+    def group(row: Row) -> str:
+        return str(row["group"])
+
+    def source(row: Row) -> str:
+        return row["source"] + (" (held out)" if row["group"] == "held-out source" else "")
+
+    def curves_by(part: Callable[[Row], str], order: Callable[[str], Any] | None = None) -> Body:
+        return {key: curve_of(mine) for key, mine in grouped(rows, part, order).items()}
+
+    return {
         "commands": {name: without_paths(run.results.get("command", "")) for name, run in runs.items()},
         "revisions": {name: run.results["revision"] for name, run in runs.items()},
         "environment": runs["clicks"].results["environment"],
+        "group": curves_by(group),
+        "modality": curves_by(modality_class),
+        "size": curves_by(size_class, size_order),
+        "source": curves_by(source),
+        "seeds": len({row["seed"] for row in rows}),
+        "by_seed": {key: seed_means(mine) for key, mine in grouped(rows, group).items()},
+        "behaviour": behaviour(rows),
+        "box": {key: number_of(estimate(mine, "dice")) for key, mine in grouped(box, group).items()},
+        "controls": {
+            key: {model: curve_of(own) for model, own in by_model(mine).items()}
+            for key, mine in grouped(controls, group).items()
+        },
     }
-    for name, part in parts.items():
-        groups = grouped(rows, part, size_order if name == "size" else None)
-        body[name] = {key: curve_of(mine) for key, mine in groups.items()}
-    body["seeds"] = len({row["seed"] for row in rows})
-    body["by_seed"] = {key: seed_means(mine) for key, mine in grouped(rows, _group).items()}
-    body["behaviour"] = behaviour(rows)
-    box = [row for row in untrained(runs["box"].rows) if row["click"] == 0]
-    body["box"] = {key: number_of(estimate(mine, "dice")) for key, mine in grouped(box, _group).items()}
-    controls = [r for r in untrained(runs["controls"].rows) if (r["protocol"], r["prompt"]) == ("samed3d", "click")]
-    body["controls"] = {
-        key: {model: curve_of(own) for model, own in by_model(mine).items()}
-        for key, mine in grouped(controls, _group).items()
-    }
-    return body
-
-
-def _group(row: Row) -> str:
-    return str(row["group"])
 
 
 def without_paths(command: str) -> str:
     """A command with DATA for the folders that it reads."""
     words = command.split()
-    reads = [
-        Path(word).is_dir() and before not in ("", "-o", "--output")
-        for before, word in zip(["", *words], words, strict=False)
-    ]
-    return " ".join("DATA" if read else word for word, read in zip(words, reads, strict=True))
+    writes = {"-o", "--output"}
+    shown = ["DATA" if Path(word).is_dir() and before not in writes else word for before, word in pairwise(words)]
+    return " ".join(words[:1] + shown)
 
 
 def curve_of(rows: Sequence[Row]) -> Body:
@@ -159,7 +156,6 @@ def behaviour(rows: Sequence[Row]) -> Body:
 
 
 def card_with_blocks(card: str, body: Body) -> str:
-    """The card with each block made anew."""
     return replace_blocks(card, BLOCKS, lambda name: BLOCKS[name](body))
 
 
@@ -231,9 +227,8 @@ def origin_of(body: Body, *names: str) -> str:
 def draw(run: SavedRun) -> None:
     """Typical and worst structures of several data sets, after 1 and after 5 clicks."""
     structures = [curve[0] | {"last": curve[:5][-1]["dice"]} for curve in curves(untrained(run.rows))]
-    by_source = [
-        sorted(rows, key=lambda r: r["last"]) for rows in grouped(structures, lambda r: str(r["source"])).values()
-    ]
+    structures.sort(key=lambda row: row["last"])
+    by_source = list(grouped(structures, lambda row: str(row["source"])).values())
     largest = sorted(by_source, key=lambda rows: -len({row["subject"] for row in rows}))
     chosen = {
         "typical": [rows[len(rows) // 2] for rows in largest[:SHOWN]],
@@ -248,11 +243,11 @@ def _sheet(lines: Sequence[Body]) -> bytes:
     """One row per structure: three planes after 1 click, three after 5, with names and Dice."""
     from PIL import Image, ImageDraw
 
-    cache, panels = ReplayCache(), []
+    replay, panels = Replay(), []
     for line in lines:
         name = f"{line['source']}, {line['row']['name'] or line['label']}"
         for clicks in (1, 5):
-            again = replay(line | {"turns": [turn for turn in line["turns"] if turn["click"] <= clicks]}, cache)
+            again = replay(line | {"turns": [turn for turn in line["turns"] if turn["click"] <= clicks]})
             picture = Image.open(io.BytesIO(case_png(again.volume, again.truth, again.mask, again.prompts)))
             panels.append((f"{name}: {click_head(clicks)}, Dice {dice(again.mask, again.truth):.2f}", picture))
     width, height = panels[0][1].size

@@ -6,8 +6,7 @@
     python benchmarks/collect.py --page               # only the page, from the JSON files that are there
 
 A benchmark whose data are missing (``--data``, or ``SAMED3D_DATA``) is skipped with a line. One that fails leaves its
-earlier result as it was and makes the exit code 1. Not here: ``gpu.py``, which runs on a machine with a GPU, and
-``card.py``, which describes the default checkpoint. ``tables.py`` makes the tables of the page.
+earlier result as it was and makes the exit code 1. Not here: ``gpu.py`` (needs a GPU) and ``card.py`` (the checkpoint).
 """
 
 from __future__ import annotations
@@ -37,17 +36,11 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 
 @dataclass(frozen=True)
 class Job:
-    """One script of this folder, which writes its JSON to ``--out``.
-
-    Attributes:
-        name: Of the script and of its JSON.
-        quick: Further arguments of a quick run; None leaves the script out of it.
-        data: Whether it needs the development data, by ``--data``.
-    """
+    """One script of this folder, which writes its JSON to ``--out``."""
 
     name: str
-    quick: tuple[str, ...] | None = ("--quick",)
-    data: bool = False
+    quick: tuple[str, ...] | None = ("--quick",)  # further arguments of a quick run; None leaves the script out of it
+    data: bool = False  # whether it needs the development data, by --data
 
 
 JOBS = (
@@ -87,19 +80,11 @@ def command_of(job: Job, data: Path | None, out: Path, quick: bool) -> list[str]
 
 
 def run_job(command: Sequence[str], out: Path, quick: bool, data: Path | None = None) -> str:
-    """Run one script and add to its JSON how it was made; returns why it failed, or nothing.
-
-    Args:
-        command: The script and its arguments.
-        out: The JSON.
-        quick: Whether it is a quick run.
-        data: The data folder, which the kept command calls DATA.
-    """
+    """Run one script and add to its JSON how it was made, with DATA for ``data``; returns why it failed, or nothing."""
     machine, began = describe_machine(), time.perf_counter()
     variables = os.environ | ({"SAMED3D_DATA": str(data)} if data else {})
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=variables, capture_output=True, text=True, check=False
-    )
+    words = [sys.executable, *command]
+    done = subprocess.run(words, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["no message"])[-1]
     shown = [a.replace(str(data), "DATA") if data else a for a in command]

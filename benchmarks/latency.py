@@ -10,10 +10,10 @@ in processor time.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import multiprocessing
 import os
 import resource
+import runpy
 import statistics
 import subprocess
 import sys
@@ -47,26 +47,20 @@ EDGE = 128
 
 def alternate(runs: dict[str, Callable[[], object]], repeats: int) -> tuple[dict[str, float], dict[str, float]]:
     """Median wall and processor seconds of each run, after one warm-up each, all taking turns ``repeats`` times."""
-    for run in runs.values():
-        run()
-    wall: dict[str, list[float]] = {name: [] for name in runs}
-    processor: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for number in range(repeats + 1):
         for name, run in runs.items():
             start, busy = time.perf_counter(), time.process_time()
             run()
-            wall[name].append(time.perf_counter() - start)
-            processor[name].append(time.process_time() - busy)
-    return {n: statistics.median(v) for n, v in wall.items()}, {n: statistics.median(v) for n, v in processor.items()}
+            if number:
+                times[name].append((time.perf_counter() - start, time.process_time() - busy))
+    wall, processor = ({name: statistics.median(t[i] for t in found) for name, found in times.items()} for i in (0, 1))
+    return wall, processor
 
 
 def load_oracle() -> Callable[..., torch.Tensor]:
     """``padded_encoder`` of the tests."""
-    spec = importlib.util.spec_from_file_location("padded_oracle", ROOT / "tests" / "padded_oracle.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.padded_encoder
+    return runpy.run_path(str(ROOT / "tests" / "padded_oracle.py"))["padded_encoder"]
 
 
 def random_crop(model: PromptableModel, edge: int = EDGE) -> torch.Tensor:
@@ -123,16 +117,10 @@ def measure_encoder(repeats: int) -> dict[str, float]:
 
 @torch.inference_mode()
 def peak_memory_mib(padded: bool) -> float:
-    """Highest resident memory of this process after one encode and decode of ``sam_med3d_b``; run it in a process of
-    its own.
-    """
+    """Highest resident memory of its own process after one encode and decode of ``sam_med3d_b``."""
     model = sam_med3d()
-    crop = random_crop(model)
-    if padded:
-        features = {"image": load_oracle()(model.get_submodule("image_encoder"), crop)}
-    else:
-        features = model.encode(crop)
-    model.decode(features, one_click())
+    crop, encoder = random_crop(model), model.get_submodule("image_encoder")
+    model.decode({"image": load_oracle()(encoder, crop)} if padded else model.encode(crop), one_click())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KiB elsewhere
 
@@ -153,9 +141,7 @@ def default_model() -> tuple[PromptableModel, str]:
 
 @torch.inference_mode()
 def measure_default(repeats: int) -> dict[str, Any]:
-    """First mask (encode and decode) and later clicks of the default model on a 128^3 crop, and on a crop of its own
-    shape.
-    """
+    """First mask (encode, decode) and later clicks of the default model, on a 128^3 crop and one of its own shape."""
     model, weights = default_model()
     result: dict[str, Any] = {"model": model.spec.name, "weights": weights, "own_edge": model.spec.input_shape_zyx[0]}
     bf16 = model.spec.bf16 and computes_bf16(torch.device("cpu"))  # as a session does
@@ -167,12 +153,10 @@ def measure_default(repeats: int) -> dict[str, Any]:
             first = model(crop, click)
             cold = time.perf_counter() - start
             features = model.encode(crop)
-            later = PromptBatch(
-                click.points.repeat(1, 3, 1), click.point_labels.repeat(1, 3), mask_logits=first.lowres_logits
-            )
-            times, _ = alternate(
-                {"first": partial(model, crop, click), "later": partial(model.decode, features, later)}, repeats
-            )
+            points, labels = click.points.repeat(1, 3, 1), click.point_labels.repeat(1, 3)
+            later = PromptBatch(points, labels, mask_logits=first.lowres_logits)
+            runs = {"first": partial(model, crop, click), "later": partial(model.decode, features, later)}
+            times, _ = alternate(runs, repeats)
         result[label] = {"first_mask_cold_s": cold, "first_mask_s": times["first"], "later_click_s": times["later"]}
     return result
 
@@ -196,18 +180,13 @@ def measure_shell(repeats: int) -> dict[str, Any]:
                 if done.returncode:
                     last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
                     return {"skipped": f"{name}: exit code {done.returncode}: {last_line}"}
-    return {
-        "image": str(CT_CASE),
-        "point_ijk": CT_POINT_IJK,
-        **{name: statistics.median(values) for name, values in seconds.items()},
-    }
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {"image": str(CT_CASE), "point_ijk": CT_POINT_IJK, **medians}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "latency.json", help="JSON file to write"
-    )
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/latency.json", help="JSON to write")
     parser.add_argument("--quick", action="store_true", help="two repeats instead of seven")
     parser.add_argument("--threads", type=int, help="torch threads; with 1, processor times hold on a busy machine")
     options = parser.parse_args()
@@ -215,10 +194,8 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     # Memory first: on Linux a child's peak counts from its parent's size at the time it was started.
-    memory = {
-        "peak_memory_mib": in_own_process(peak_memory_mib, False),
-        "padded_peak_memory_mib": in_own_process(peak_memory_mib, True),
-    }
+    peak, padded_peak = (in_own_process(peak_memory_mib, padded) for padded in (False, True))
+    memory = {"peak_memory_mib": peak, "padded_peak_memory_mib": padded_peak}
     result = {
         "machine": describe_machine(),
         "repeats": repeats,

@@ -62,12 +62,12 @@ def folder_bytes(folder: Path) -> int:
 
 def data_sets(data: Path, names: list[str]) -> list[Path]:
     """Data sets with images and a scale in mm."""
-    found = [
-        p.parent
-        for p in sorted(data.glob("*/dataset.json"))
-        if (p.parent / "imagesTr").is_dir() and not names or p.parent.name in names
-    ]
-    return [p for p in found if "microscopy" not in json.loads((p / "dataset.json").read_text()).get("modality", "")]
+    found = []
+    for about in sorted(data.glob("*/dataset.json")):
+        wanted = about.parent.name in names if names else (about.parent / "imagesTr").is_dir()
+        if wanted and "microscopy" not in json.loads(about.read_text()).get("modality", ""):
+            found.append(about.parent)
+    return found
 
 
 def plain_loop(sets: list[Path], out: Path) -> int:
@@ -112,10 +112,8 @@ def compare_preparation(data: Path, names: list[str], place: Path) -> dict[str, 
     sets = data_sets(data, names)
     wall, busy, masks = clock(lambda: plain_loop(sets, place / "loop"))
     size = folder_bytes(place / "loop")
-    result: dict[str, Any] = {
-        "data_sets": len(sets),
-        "loop": {"wall_s": wall, "processor_s": busy, "bytes": size, "masks": masks},
-    }
+    loop = {"wall_s": wall, "processor_s": busy, "bytes": size, "masks": masks}
+    result: dict[str, Any] = {"data_sets": len(sets), "loop": loop}
     rules, jobs = rules_from("lenient", []), os.cpu_count() or 1
     runs = (
         ("at 1.5 mm, 1 process", SPACING_MM, 1),
@@ -148,9 +146,8 @@ def large_case(folder: Path) -> Path:
         (folder / sub).mkdir(parents=True)
         write_volume(folder / sub / f"{name}.nii.gz", array, grid)
     names = {"background": 0} | {f"block {v}": v for v in range(1, 9)}
-    (folder / "dataset.json").write_text(
-        json.dumps({"channel_names": {"0": "CT"}, "labels": names, "file_ending": ".nii.gz"})
-    )
+    about = {"channel_names": {"0": "CT"}, "labels": names, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(about))
     return folder
 
 
@@ -162,10 +159,8 @@ def measure_memory(source: Path, out: Path) -> dict[str, float]:
         "if len(sys.argv) > 1: prepare([Path(sys.argv[1])], Path(sys.argv[2]))\n"
         "print(next(int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
-    idle, used = (
-        int(subprocess.check_output([sys.executable, "-c", code, *words], cwd=ROOT, text=True).split()[-1])
-        for words in ((), (str(source), str(out)))
-    )
+    commands = ([sys.executable, "-c", code, *words] for words in ((), (str(source), str(out))))
+    idle, used = (int(subprocess.check_output(words, cwd=ROOT, text=True).split()[-1]) for words in commands)
     volume = int(np.prod(LARGE)) * 3  # int16 image, uint8 labels
     above = (used - idle) / volume
     return {"idle_bytes": idle, "peak_bytes": used, "volume_bytes": volume, "peak_above_idle_in_volumes": above}
@@ -193,13 +188,6 @@ def measure_crops(corpus: Path, source: Path, repeats: int = 20) -> dict[str, fl
     return {"crop_ms": 1e3 * crop, "nii_gz_ms": 1e3 * whole, "faster": whole / crop}
 
 
-def rounded(value: Any) -> Any:
-    """Three significant digits all through."""
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    return float(f"{value:.3g}") if isinstance(value, float) else value
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of nnU-Net data sets")
@@ -218,7 +206,8 @@ def main() -> None:
         if real.is_dir():
             prepare([real], place / "real", Settings(rules_from("lenient", [])))
             result["crops_of_512x512x78"] = measure_crops(place / "real", real)
-    write_result(options.out, rounded(result))
+    digits = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.3g}"))
+    write_result(options.out, digits)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,10 @@ _MARK = re.compile(r"<!-- measured: (\w+) -->\n.*?<!-- end -->", flags=re.DOTALL
 
 
 def replace_blocks(page: str, blocks: Collection[str], make: Callable[[str], str]) -> str:
-    """A page with the content of every block made anew.
-
-    Args:
-        page: Its text.
-        blocks: The names of the blocks, each of which the page must hold once.
-        make: The content of a block by its name.
+    """A page with the content of every block made anew by ``make`` from the block's name.
 
     Raises:
-        ValueError: if the page has other blocks.
+        ValueError: if the page does not hold each of ``blocks`` once.
     """
     found = sorted(_MARK.findall(page))
     if found != sorted(blocks):
@@ -46,11 +41,10 @@ def block(name: str, results: Path) -> str:
     if not path.is_file():
         return f"*Not measured: `benchmarks/results/{file}` is not there (`make bench`).*"
     body = json.loads(path.read_text())
-    about = body.get("collected", body)
-    command = about.get("command") or body.get("command")
-    commands = [command] if command else list(body.get("commands", {}).values())
+    about = body | body.get("collected", {})
+    commands = [about["command"]] if about.get("command") else list(body.get("commands", {}).values())
     revisions = [about["revision"]] if about.get("revision") else list(body.get("revisions", {}).values())
-    machine = about.get("machine") or body.get("environment") or body.get("machine")
+    machine = about.get("machine") or body.get("environment")
     quick = ["a quick run, few repeats"] if about.get("quick") else []
     return f"{make(body)}\n\n{origin([f'benchmarks/results/{file}', *commands], revisions, machine, quick)}"
 
@@ -64,7 +58,6 @@ def origin(commands: Sequence[str], revisions: Iterable[str], machine: Body | No
         cores, torch = machine.get("cores") or machine.get("cpus"), machine.get("torch")
         torch = torch or machine.get("packages", {}).get("torch")
         about = [machine.get("processor"), cores and f"{cores} cores", machine.get("gpu"), torch and f"torch {torch}"]
-        # How busy the machine was: times of a busy one are ratios at best.
         load = next((machine[k] for k in ("load_before", "load_average") if machine.get(k) is not None), None)
         about.append(None if load is None else f"load {load[0] if isinstance(load, list) else load:.1f}")
         parts.append(", ".join(str(a) for a in about if a))
@@ -183,13 +176,9 @@ BLOCKS: dict[str, tuple[str, Callable[[Body], str]]] = {
 def dice_table(
     head: Sequence[str], rows: Iterable[tuple[Sequence[str], Body]], clicks: Sequence[int], least_subjects: int = 0
 ) -> str:
-    """Subjects, structures and Dice after each number of clicks.
+    """Subjects, structures and Dice after each number of clicks, with intervals from ``least_subjects`` on.
 
-    Args:
-        head: Names of the first columns.
-        rows: Their cells, and what was measured: ``subjects``, ``structures`` and ``dice`` by click.
-        clicks: The numbers of clicks.
-        least_subjects: Intervals are shown from so many subjects on.
+    Each row has the cells of the first columns, and ``subjects``, ``structures`` and ``dice`` by click.
     """
     cells = [
         [*names, found["subjects"], found["structures"]]

@@ -1,8 +1,7 @@
 """HTML pages made by Jinja2 and charts drawn by matplotlib, as SVG; a page is one file that needs no network.
 
-Both packages belong to the extra ``samed3d[evaluate]`` and are imported inside the functions. The templates are in
-``samed3d/templates``. Charts are drawn in the colours of ``theme``; within a page these become CSS variables, so that
-one drawing serves light, dark and paper.
+Both packages belong to the extra ``samed3d[evaluate]`` and are imported inside the functions. Within a page the colours
+of a chart become CSS variables, so that one drawing serves light, dark and paper.
 """
 
 from __future__ import annotations
@@ -28,11 +27,8 @@ Cell = str | tuple[str, str]
 SERIES_COLOURS = ("#0068a8", "#c04f00", "#00805c", "#b0578e", "#8a6d00", "#2f8fc4", "#6b4bb5", "#555555")
 """Eight colours that colour-blind readers tell apart (after Okabe and Ito 2008), for a white ground."""
 TEXT, FAINT, GRID = "#1d1f21", "#5d6268", "#e6e8ea"
-_VARIABLES = {colour: f"var(--s{n})" for n, colour in enumerate(SERIES_COLOURS)} | {
-    TEXT: "var(--text)",
-    FAINT: "var(--faint)",
-    GRID: "var(--grid)",
-}
+_VARIABLES = {colour: f"var(--s{n})" for n, colour in enumerate(SERIES_COLOURS)}
+_VARIABLES |= {TEXT: "var(--text)", FAINT: "var(--faint)", GRID: "var(--grid)"}
 _STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -69,11 +65,7 @@ class Table:
 
 
 def check_installed(what: str, *packages: str) -> None:
-    """Refuse to begin what could not be finished.
-
-    Args:
-        what: Begins the message, such as ``"a report"``.
-        packages: What it needs of ``jinja2`` and ``matplotlib``.
+    """Refuse to begin ``what``, such as ``"a report"``, without the packages that it needs.
 
     Raises:
         InputError: if one of the packages is not installed.
@@ -83,11 +75,7 @@ def check_installed(what: str, *packages: str) -> None:
 
 
 def render(template: str, **values: Any) -> str:
-    """The text of a page; every value is escaped.
-
-    Args:
-        template: Name of a file in ``samed3d/templates``.
-        values: What the template shows.
+    """The text of a page from a file in ``samed3d/templates``; every value is escaped.
 
     Raises:
         InputError: if Jinja2 is not installed.
@@ -104,15 +92,7 @@ def render(template: str, **values: Any) -> str:
 def chart(
     width_px: float, height_px: float, *, left: float, right: float = 12, bottom: float = 40, top: float = 28
 ) -> Iterator[tuple[Figure, Axes]]:
-    """A figure with one pair of axes; inside the block matplotlib has the style of the pages.
-
-    Args:
-        width_px: Of the figure.
-        height_px: Of the figure.
-        left: Pixels between the figure's and the axes' left side, and so on.
-        right: See ``left``.
-        bottom: See ``left``.
-        top: See ``left``.
+    """A figure with one pair of axes and margins in pixels; inside the block matplotlib has the style of the pages.
 
     Raises:
         InputError: if matplotlib is not installed.
@@ -135,11 +115,9 @@ def svg_of(figure: Figure, ground: str = "white") -> str:
 
 
 def svg_in_page(figure: Figure, label: str) -> Any:
-    """A figure as an ``<svg>`` element for a page, as markup that a template leaves as it is.
+    """A figure as an ``<svg>`` element that a template does not escape; called in the block of ``chart``.
 
-    Args:
-        figure: Called in the block of ``chart``.
-        label: Its description, for readers who do not see it.
+    ``label`` describes it for readers who do not see it.
     """
     from markupsafe import Markup, escape
 

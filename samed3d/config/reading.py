@@ -21,16 +21,15 @@ T = TypeVar("T")
 
 
 def load_config(cls: type[T], path: Path | str | None = None, overrides: Sequence[str] = ()) -> T:
-    """A config dataclass from a YAML file and overrides.
+    """A config dataclass from a YAML file and overrides; what they leave out has its default.
 
     Args:
-        cls: The dataclass to build; its own defaults stand for what the file leaves out.
+        cls: The dataclass to build.
         path: YAML file, or None for the defaults.
         overrides: ``"section.key=value"`` strings, the value in YAML; later ones win.
 
     Raises:
-        InputError: for a missing or broken file, an unknown key (the nearest name is given), a wrong type or a broken
-            rule.
+        InputError: for a missing or broken file, an unknown key (with the nearest name), a wrong type or a broken rule.
     """
     tree: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
     for override in overrides:
@@ -87,11 +86,9 @@ def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "unreadable"
         line = f", line {mark.line + 1}" if mark else ""
-        raise InputError(
-            f"not valid YAML: {where}{line} ({getattr(error, 'problem', None) or 'unreadable'})"
-        ) from error
+        raise InputError(f"not valid YAML: {where}{line} ({problem})") from error
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -101,36 +98,28 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise InputError(f"--set needs section.key=value, got {override!r}")
     node = tree
     for part in parts[:-1]:
-        below = node.get(part)
-        if below is None:
-            below = node[part] = {}
-        if not isinstance(below, dict):
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
             raise InputError(f"--set {override!r}: {part!r} is a value, not a section")
-        node = below
     node[parts[-1]] = _parse_yaml(text, f"--set {override}")
 
 
 def _build(cls: type[T], tree: Any, prefix: str) -> T:
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise InputError(f"config key {prefix!r} must be a section of keys, got {tree!r}")
+    """A dataclass; ``prefix`` is its section with a dot, empty for the whole config."""
+    tree = {} if tree is None else tree
+    check(isinstance(tree, dict), f"config key {prefix.removesuffix('.')!r}", "must be a section of keys", tree)
     hints = get_type_hints(cls)
-    values = {}
-    for key, value in tree.items():
-        dotted = f"{prefix}.{key}" if prefix else str(key)
-        if key not in hints:
-            raise InputError(
-                f"unknown config key {dotted!r}; {nearest_name(key, hints, f'{prefix}.' if prefix else '')}"
-            )
-        values[key] = _coerce(value, hints[key], dotted)
-    return cls(**values)
+    for unknown in (key for key in tree if key not in hints):
+        raise InputError(f"unknown config key '{prefix}{unknown}'; {nearest_name(unknown, hints, prefix)}")
+    return cls(**{key: _coerce(value, hints[key], f"{prefix}{key}") for key, value in tree.items()})
 
 
 def _coerce(value: Any, kind: Any, key: str) -> Any:
     """``value`` as ``kind``, changed only where nothing is lost (int to float, list to tuple, "1e-4" to float)."""
     if dataclasses.is_dataclass(kind):
-        return _build(kind, value, key)  # type: ignore[arg-type]
+        return _build(kind, value, f"{key}.")  # type: ignore[arg-type]
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return None if value is None else _coerce(value, next(k for k in inner if k is not type(None)), key)
@@ -139,22 +128,13 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
         return value
     if origin in (list, tuple):
         fixed = len(inner) if origin is tuple and inner[-1] is not Ellipsis else None
-        rule = f"must be a list of {fixed or ''} values".replace("  ", " ")
-        check(
-            isinstance(value, list | tuple) and (fixed is None or len(value) == fixed),
-            f"config key {key!r}",
-            rule,
-            value,
-        )
+        good = isinstance(value, list | tuple) and (fixed is None or len(value) == fixed)
+        check(good, f"config key {key!r}", f"must be a list of {f'{fixed} ' if fixed else ''}values", value)
         kinds = inner if fixed is not None else [inner[0]] * len(value)
         return origin(_coerce(v, k, f"{key}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
     if origin is dict:
         check(value is None or isinstance(value, dict), f"config key {key!r}", "must be a mapping", value)
         return {str(k): v for k, v in (value or {}).items()}
-    return _coerce_scalar(value, kind, key)
-
-
-def _coerce_scalar(value: Any, kind: Any, key: str) -> Any:
     if kind is float and not isinstance(value, bool):
         try:
             number = float(value)  # YAML 1.1 reads 1e-4 as text
@@ -162,12 +142,7 @@ def _coerce_scalar(value: Any, kind: Any, key: str) -> Any:
             number = math.nan
         check(math.isfinite(number), f"config key {key!r}", "must be a finite number", value)
         return number
-    rules = {
-        bool: "must be true or false",
-        int: "must be a whole number",
-        float: "must be a number",
-        str: "must be text",
-    }
+    rules = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     good = isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool)
-    check(good, f"config key {key!r}", rules.get(kind, f"must be a {kind.__name__}"), value)
+    check(good, f"config key {key!r}", f"must be {rules.get(kind) or f'a {kind.__name__}'}", value)
     return value

@@ -1,7 +1,4 @@
-"""The sections of a training config: every key with its meaning, its unit and the value that switches it off.
-
-``config/reading.py`` turns a YAML file into these dataclasses.
-"""
+"""The sections of a training config: every key with its meaning, its unit and the value that switches it off."""
 
 from __future__ import annotations
 
@@ -21,6 +18,7 @@ def at_least(low: int, meaning: str = "") -> Rule:
 
 
 SHARE: Rule = ("must be from 0 to 1", lambda value: 0 <= value <= 1)
+ABOVE_0: Rule = ("must be above 0", lambda value: value > 0)
 
 
 def check(holds: bool, key: str, rule: str, value: Any) -> None:
@@ -50,8 +48,7 @@ class ModelConfig:
     weights: str = ""
     """Checkpoint to start from (name or file); empty starts from random weights."""
     train: Literal["all", "decoder", "adapters"] = "all"
-    """Which parameters are trained: all, all but the image encoder, or the decoders and adapters on a frozen image
-    encoder."""
+    """Trained parameters: all, all but the image encoder, or decoders and adapters on a frozen image encoder."""
     adapter: Literal["none", "lora", "fact"] = "none"
     """Adapter on the image encoder's attention or convolutions; needed for train: adapters."""
     rank: int = 8
@@ -71,15 +68,13 @@ class DataConfig:
     fill: tuple[float, float] = (0.25, 1.0)
     """Least and greatest extent of the object as a share of the crop's edge; not used with ``spacing_mm``."""
     spacing_mm: float = 0.0
-    """Fixed isotropic spacing of the crops in mm, for models that have one; 0 lets the crop follow the object's
-    size."""
+    """Isotropic spacing of the crops in mm, for models that have one; 0 lets the crop follow the object's size."""
     placement: Literal["jittered", "centred"] = "jittered"
-    """Where the object lies in the crop: anywhere, or with the middle of its box in the crop's middle (SAM-Med3D)."""
+    """Where the object lies in the crop: anywhere, or with its box in the crop's middle (SAM-Med3D)."""
     augment: Literal["full", "flips"] = "full"
     """Mirroring, axis order, contrast, bias, resolution and noise; or mirroring alone."""
     transforms: list[dict[str, Any]] = field(default_factory=list)
-    """Transforms of torchio by name with their arguments, e.g. ``[{RandomMotion: {p: 0.1}}]``, applied to every sample
-    and its mask before ``augment``; empty applies none."""
+    """Transforms of torchio with their arguments, e.g. ``[{RandomMotion: {p: 0.1}}]``, applied before ``augment``."""
     blur_probability: float = 0.0
     """Probability of a Gaussian blur of a real crop with ``augment: full``; 0 never blurs."""
     workers: int = 0
@@ -103,20 +98,19 @@ class DataConfig:
             workers=at_least(0),
             validation_share=("must be from 0 to below 1", lambda v: 0 <= v < 1),
         )
-        if self.blur_probability and self.augment != "full":
-            raise InputError(
-                f"data.blur_probability must be 0 with data.augment={self.augment}, got {self.blur_probability:g}"
-            )
-        if not self.corpus and self.synthetic_share < 1:
-            raise InputError(
-                f"data.synthetic_share must be 1 while data.corpus is empty, got {self.synthetic_share:g}; "
-                "name a prepared corpus in data.corpus or set data.synthetic_share=1"
-            )
-        if self.corpus and self.synthetic_share == 1:
-            raise InputError(
-                f"data.synthetic_share must be below 1 when data.corpus is given ({len(self.corpus)} folders), got 1: "
-                "the corpus would never be drawn; set data.synthetic_share=0 or a share"
-            )
+        blur, share = self.blur_probability, self.synthetic_share
+        check(
+            not blur or self.augment == "full",
+            "data.blur_probability",
+            f"must be 0 with data.augment={self.augment}",
+            blur,
+        )
+        if not self.corpus and share < 1:
+            remedy = "name a prepared corpus in data.corpus or set data.synthetic_share=1"
+            raise InputError(f"data.synthetic_share must be 1 while data.corpus is empty, got {share:g}; {remedy}")
+        if self.corpus and share == 1:
+            rule = f"data.synthetic_share must be below 1 when data.corpus is given ({len(self.corpus)} folders), got 1"
+            raise InputError(f"{rule}: the corpus would never be drawn; set data.synthetic_share=0 or a share")
 
 
 @dataclass(frozen=True)
@@ -126,21 +120,18 @@ class ClickConfig:
     interactions: int = 4
     """Decodes per sample, each after one more prompt."""
     policy: Literal["uniform", "centre", "ritm", "mixed"] = "uniform"
-    """Where the next click falls in the error of the current mask (rules in ``clicks.py``); mixed is uniform for the
-    first click and one of the three at random for each later one."""
+    """Where a click falls in the mask's error (``clicks.py``); mixed: first uniform, then any of the three."""
     box_probability: float = 0.3
     """Probability that a sample's first prompt is a jittered box instead of a click; 0 never gives a box."""
     mask_only_probability: float = 0.1
     """Probability that a later decode gets the previous mask and no new click; 0 always clicks."""
     mask_only_turns: list[str] = field(default_factory=list)
-    """Turns with the previous mask and no click: ``last``, and ``random``, one of the later turns drawn per batch (in
-    SAM-Med3D both, its random one among turns 3 to 9 of 11); empty has none."""
+    """Turns with the previous mask and no click: ``last``, and ``random``, one of the later turns drawn per batch
+    (SAM-Med3D has both); empty has none."""
     window_probability: float = 0.0
-    """Probability of hiding the previous mask outside a random window of the crop, as after zooming out, in a turn
-    without a click; 0 never hides it."""
+    """Probability of hiding the previous mask outside a random window, in a turn without a click; 0 never hides it."""
     detach: bool = True
-    """Whether the previous mask is detached from the gradient before it is fed back; false keeps one graph over all
-    decodes."""
+    """Whether the previous mask is detached from the gradient; false keeps one graph over all decodes."""
     memory: Literal["all", "newest", "spec"] = "spec"
     """Clicks given at each decode: all, the newest only, or what the model's spec says."""
 
@@ -161,13 +152,11 @@ class OptimConfig:
     """The optimiser and its schedule."""
 
     name: Literal["adamw", "sgd", "muon"] = "adamw"
-    """AdamW, stochastic gradient descent with Nesterov's momentum, or Muon (matrices and kernels; AdamW for the
-    rest)."""
+    """AdamW, SGD with Nesterov's momentum, or Muon (for matrices and kernels; AdamW for the rest)."""
     lr: float = 1e-3
     """Peak learning rate."""
     lr_scale: dict[str, float] = field(default_factory=dict)
-    """Factor on the learning rate of parameters by the beginning of their names, e.g. ``{mask_decoder: 0.1}``; empty
-    gives all the same."""
+    """Factor on the learning rate of parameters by the beginning of their names, e.g. ``{mask_decoder: 0.1}``."""
     weight_decay: float = 0.05
     """Weight decay, decoupled from the gradient with adamw, part of it with sgd; 0 switches it off."""
     decay_all: bool = False
@@ -180,14 +169,12 @@ class OptimConfig:
     """Optimiser steps over which the learning rate rises from 0; 0 starts at the peak."""
     schedule: Literal["cosine", "cosine_minutes", "constant", "multistep", "power"] = "cosine"
     """Learning rate after the warm-up. cosine: half a cosine to 0 at the last step; cosine_minutes: to 0 when
-    ``max_minutes`` are over (it starts again with ``--resume`` and is not repeatable to the last digit); constant;
-    multistep: times ``gamma`` at each of ``milestones``; power: the remaining share of the steps to the power
-    ``exponent``."""
+    ``max_minutes`` are over (not repeatable to the last digit, and ``--resume`` starts it again); multistep: times
+    ``gamma`` at each of ``milestones``; power: the remaining share of the steps to the power ``exponent``."""
     exponent: float = 0.9
     """For power: 1 is a straight line to 0, more falls early, less falls late; above 0."""
     schedule_length: float = 1.0
-    """Length of the schedule in runs: 1 ends with the run, 2 is half-way through when the run ends; not for
-    constant."""
+    """Length of the schedule in runs: 1 ends with the run, 2 is half-way when the run ends; not for constant."""
     milestones: list[float] = field(default_factory=lambda: [0.6, 0.9])
     """For multistep: rising shares of a cycle, each from 0 to 1."""
     gamma: float = 0.1
@@ -203,8 +190,7 @@ class OptimConfig:
     steps: int = 100
     """Optimiser steps of the run; not used with ``epochs``."""
     epochs: float = 0.0
-    """Length of the run in passes over the corpus; a pass has as many samples as the corpus has structures to train on.
-    0 counts ``steps``."""
+    """Length of the run in passes, each with a sample per training structure of the corpus; 0 counts ``steps``."""
     max_minutes: float = 0.0
     """Wall-clock limit in minutes, after which the run saves and ends; 0 sets no limit."""
 
@@ -212,11 +198,11 @@ class OptimConfig:
         check_fields(
             "optim",
             self,
-            lr=("must be above 0", lambda v: v > 0),
+            lr=ABOVE_0,
             weight_decay=at_least(0),
             betas=("must each be from 0 to below 1", lambda v: all(0 <= b < 1 for b in v)),
             momentum=("must be from 0 (none) to below 1", lambda v: 0 <= v < 1),
-            exponent=("must be above 0", lambda v: v > 0),
+            exponent=ABOVE_0,
             schedule_length=at_least(1, "ends with the run"),
             grad_clip=at_least(0, "off"),
             accumulate=at_least(1),
@@ -237,10 +223,8 @@ class OptimConfig:
         if self.schedule == "cosine_minutes":
             rule = "must be above 0 with optim.schedule=cosine_minutes"
             check(self.max_minutes > 0, "optim.max_minutes", rule, self.max_minutes)
-        if self.warmup_steps < 0 or (self.warmup_steps > self.steps and not self.epochs):
-            raise InputError(
-                f"optim.warmup_steps must be from 0 to optim.steps ({self.steps}), got {self.warmup_steps}"
-            )
+        good = self.warmup_steps >= 0 and (self.warmup_steps <= self.steps or bool(self.epochs))
+        check(good, "optim.warmup_steps", f"must be from 0 to optim.steps ({self.steps})", self.warmup_steps)
 
 
 @dataclass(frozen=True)
@@ -254,8 +238,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; auto takes a GPU where there is one, cuda refuses to run without."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the forward; auto takes bf16 on a GPU that has it and on a CPU with AMX, else fp32. fp16 needs a
-    GPU."""
+    """Arithmetic of the forward; auto: bf16 on a GPU that has it and a CPU with AMX, else fp32; fp16 needs a GPU."""
     compile: bool = False
     """Whether torch.compile compiles the image encoder: slower to start, faster afterwards on a GPU."""
     activation_checkpointing: bool = False
@@ -265,7 +248,7 @@ class RunConfig:
     save_every: int = 100
     """Optimiser steps between two checkpoints; 0 saves at the end only."""
     keep: int = 2
-    """How many earlier checkpoints are kept as ``step_NNNNNN.pt`` beside ``last.pt``; 0 keeps ``last.pt`` alone."""
+    """Earlier checkpoints that are kept as ``step_NNNNNN.pt`` beside ``last.pt``; 0 keeps ``last.pt`` alone."""
     ema: float = 0.0
     """Decay of the exponential moving average (EMA) of the weights, 0 to below 1; 0 keeps none."""
     trackers: list[str] = field(default_factory=list)
@@ -300,16 +283,13 @@ class ValidationConfig:
     seed: int = 0
     """Seed of the cases and of their first clicks."""
     hold_out: bool = False
-    """Whether the sources of ``data.hold_out`` are measured too; false measures validation subjects of the trained
-    sources alone."""
+    """Whether the sources of ``data.hold_out`` are measured too, beside validation subjects of the trained sources."""
     images: bool = True
     """Whether pictures of some cases with clicks and masks are written into the run folder."""
 
     def __post_init__(self) -> None:
-        one = at_least(1)
-        check_fields(
-            "validation", self, every=at_least(0, "off"), cases=one, structures=one, clicks=one, seed=at_least(0)
-        )
+        counts = dict.fromkeys(("cases", "structures", "clicks"), at_least(1))
+        check_fields("validation", self, every=at_least(0, "off"), seed=at_least(0), **counts)
 
 
 @dataclass(frozen=True)
@@ -325,13 +305,12 @@ class LossConfig:
     dice_smooth: float = 1.0
     """Number of voxels added to numerator and denominator of Dice; above 0."""
     dice_form: Literal["auto", "squared", "plain"] = "auto"
-    """Whether probabilities are squared in the denominator of Dice; auto squares them for promptable models
-    (SAM-Med3D) and not for semantic segmentation (nnU-Net)."""
+    """Whether the denominator of Dice has squares; auto: for promptable models (SAM-Med3D), not for semantic ones
+    (nnU-Net)."""
     dice_background: bool = False
     """For semantic segmentation: whether the background counts as one of the classes of Dice."""
     dice_batch: bool = False
-    """For semantic segmentation: whether Dice is computed over a process's whole batch as over one volume, or crop by
-    crop."""
+    """For semantic segmentation: whether Dice is computed over a process's whole batch as one volume, or by crop."""
     turns: Literal["mean", "sum"] = "mean"
     """Whether the losses of a sample's turns are averaged or added up (SAM-Med3D)."""
     distill: float = 0.0
@@ -339,14 +318,13 @@ class LossConfig:
     teacher: str = ""
     """Checkpoint (name or file) of the frozen model to learn from; needed for ``distill``."""
     distill_layers: list[tuple[int, int]] = field(default_factory=list)
-    """Pairs [block of the model, block of the teacher] to compare, from 0, -1 being the encoder's output; empty
-    compares the outputs."""
+    """Pairs [block of the model, block of the teacher] to compare, from 0, or -1 for the output; empty: [-1, -1]."""
 
     def __post_init__(self) -> None:
         dice, ce, iou = self.dice, self.ce, self.iou
         check(min(dice, ce, iou) >= 0, "loss.dice, loss.ce, loss.iou", "must be 0 or more", (dice, ce, iou))
         check(dice + ce > 0, "loss.dice, loss.ce", "must not both be 0", (dice, ce))
-        check_fields("loss", self, dice_smooth=("must be above 0", lambda v: v > 0), distill=at_least(0, "off"))
+        check_fields("loss", self, dice_smooth=ABOVE_0, distill=at_least(0, "off"))
         if self.distill and not self.teacher:
             raise InputError(f"loss.teacher must name a checkpoint when loss.distill is above 0, got {self.teacher!r}")
 

@@ -96,10 +96,10 @@ def read_boxes(path: Path) -> list[ChallengeBox] | None:
             file = io.BytesIO(member.read())
         version = np.lib.format.read_magic(file)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        values = _Unpickler(file).load() if header(file)[2].hasobject else _read_array(path, "boxes")
+        values = _Unpickler(file).load() if header(file)[2].hasobject else None
     except _DAMAGED as error:
         raise InputError(f"npz has no readable 'boxes': {path} ({error})") from error
-    boxes = list(np.asarray(values, dtype=object).reshape(-1))
+    boxes = np.asarray(_read_array(path, "boxes") if values is None else values, dtype=object).ravel().tolist()
     for box in boxes:
         if not isinstance(box, dict) or (missing := set(BOX_KEYS) - set(box)):
             lacking = f"; {missing} missing" if isinstance(box, dict) else ""

@@ -292,7 +292,7 @@ def has_enough_voxels(case: CaseRecord, label: LabelRecord, spacing_mm: float) -
 
 
 def split_weight(entry: str) -> tuple[str, float]:
-    """A corpus entry of the config as folder and weight: ``corpora/a=3`` is drawn three times as often; 1 is the default.
+    """A corpus entry of the config as folder and weight: ``corpora/a=3`` is drawn three times as often as ``a``.
 
     Raises:
         InputError: if the weight is not a number above 0.

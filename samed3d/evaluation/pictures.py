@@ -1,6 +1,5 @@
-"""Pictures of the worst and of typical cases of a run, for which the model gets the saved prompts again.
+"""Pictures of the worst and of typical cases of a run, for which the method gets the saved prompts again.
 
-``cases.csv`` decides which cases; ``prompts.jsonl`` has the prompts, image and label come from the files that it names.
 Where a mask cannot be made again (a missing file, a protocol that does not predict on the whole volume, time that is
 up), the report states the reason; where the new mask has another Dice than the saved one, it states both.
 """
@@ -8,11 +7,13 @@ up), the report states the reason; where the new mask has another Dice than the 
 from __future__ import annotations
 
 import base64
+import itertools
 import math
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,24 +21,90 @@ from numpy.typing import NDArray
 
 from samed3d import drawing
 from samed3d.errors import InputError
-from samed3d.evaluation.replay import REPLAYABLE, ReplayCache, Replayed, replay
+from samed3d.evaluation.cases import LoadedCase, TrainingSplit, find_cases
+from samed3d.evaluation.methods import RANDOM_WEIGHTS, Method, MethodSession, method_of
+from samed3d.evaluation.protocols import PROTOCOLS
 from samed3d.evaluation.results import Row, SavedRun, curves, prompt_key, score, untrained
 from samed3d.geometry import as_triple, bounding_region
 from samed3d.metrics import dice
-from samed3d.prompts import Prompt
-from samed3d.volume import Volume
+from samed3d.prompts import Prompt, prompt_from_json
+from samed3d.volume import Volume, read_volume
+from samed3d.volume.label_maps import read_label_map
 
 CASES = 10
 PER_IMAGE = 2
 EDGE = 250
 """Pixels of each of the three square panels of ``case_png``."""
 _SAME_DICE = 0.005
+REPLAYABLE = tuple(name for name, protocol in PROTOCOLS.items() if protocol.replayable)
+"""Protocols whose masks can be made again: those that give prompts on the whole volume through a session."""
 Curve = list[Row]
 """The rows of one structure and seed, by click."""
 _INTRO = (
     "Blue: the label. Orange: the prediction. Green plus: a click on the object, red cross: off it; smaller marks lie "
     f"in other slices. Each structure once, with its worst seed; at most {PER_IMAGE} of one image in each list."
 )
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A mask that was made again: image, label and mask (D, H, W) bool, and all prompts in order."""
+
+    volume: Volume
+    truth: NDArray[np.bool_]
+    mask: NDArray[np.bool_]
+    prompts: list[Prompt]
+
+
+class Replay:
+    """Gives a method the prompts of a line of ``prompts.jsonl`` again.
+
+    It keeps the methods, and the image of the line before with its sessions.
+    """
+
+    def __init__(self) -> None:
+        self.methods: dict[str, Method] = {}
+        self.sessions: dict[str, MethodSession] = {}
+        self.case: tuple[str, str] | None = None
+        self.object_ids = itertools.count(1)
+
+    def __call__(self, line: dict[str, Any]) -> Replayed:
+        """Make the mask of one line.
+
+        Raises:
+            InputError: if the image, the label or the model does not exist any more, or there was no prompt.
+        """
+        if self.case != (line["image"], line["case"]):
+            self.loaded, self.sessions = _read(line), {}
+            self.case = (line["image"], line["case"])
+        volume, truth = self.loaded.volume, self.loaded.labels == int(line["label"])
+        prompts = [prompt_from_json(entry) for turn in line["turns"] for entry in turn["prompts"]]
+        if not prompts:
+            raise InputError("no prompt was given")
+        model = line["model"]
+        if model not in self.methods:
+            self.methods[model] = method_of(model.removesuffix(RANDOM_WEIGHTS))
+        if model not in self.sessions or self.methods[model].knows_truth:  # told the truth: a session per structure
+            self.sessions[model] = self.methods[model].open(volume, truth)
+        session, object_id = self.sessions[model], next(self.object_ids)
+        for prompt in prompts:
+            session.add(prompt, object_id=object_id)
+        return Replayed(volume, truth, session.mask_of(object_id).astype(bool), prompts)
+
+
+def _read(line: dict[str, Any]) -> LoadedCase:
+    """The case: an nnU-Net folder's by its files, a corpus's or a challenge folder's by its name."""
+    image, labels = Path(line["image"]), Path(line["labels_file"])
+    for path in (image, labels):
+        if not path.exists():
+            raise InputError(f"the file is not there any more: {path}")
+    if image.is_file() and image.suffix != ".npz":
+        return LoadedCase(read_volume(image, modality=line.get("modality")), read_label_map(labels)[0])
+    folder = image if image.is_dir() else image.parent
+    for case in find_cases([folder], TrainingSplit(), "all"):
+        if (case.source, case.case) == (line["source"], line["case"]):
+            return case.loaded()
+    raise InputError(f"the case is not there any more: {line['case']} in {folder}")
 
 
 @dataclass
@@ -61,23 +128,23 @@ def worst_and_typical(rows: Sequence[Row], count: int = CASES) -> tuple[list[Cur
     Args:
         rows: Of one model and one prompt strategy.
         count: How many of each, fewer where there are not twice as many structures; a structure appears once, with its
-            worst seed, an image at most twice in each list.
+            worst seed, an image at most ``PER_IMAGE`` times in each list.
     """
     known = [curve for curve in curves(rows) if not math.isnan(score(curve[-1], "dice"))]
     ordered = sorted(known, key=lambda curve: (curve[-1]["dice"], str(prompt_key(curve[0]))))
     count = min(count, (len({_structure(curve) for curve in known}) + 1) // 2)
-    worst = _spread(ordered, count)
+    worst = _first(ordered, count)
     median = float(np.median([curve[-1]["dice"] for curve in known])) if known else math.nan
     taken = {_structure(curve) for curve in worst}
     rest = [curve for curve in ordered if _structure(curve) not in taken]
-    return worst, _spread(sorted(rest, key=lambda curve: abs(curve[-1]["dice"] - median)), count)
+    return worst, _first(sorted(rest, key=lambda curve: abs(curve[-1]["dice"] - median)), count)
 
 
 def _structure(curve: Curve) -> tuple[Any, ...]:
     return (curve[0]["source"], curve[0]["case"], curve[0]["label"])
 
 
-def _spread(ordered: Sequence[Curve], count: int) -> list[Curve]:
+def _first(ordered: Sequence[Curve], count: int) -> list[Curve]:
     """The first so many, a structure once and an image at most ``PER_IMAGE`` times; those of an image in a row."""
     found: dict[tuple[Any, ...], list[Curve]] = {}
     structures: set[tuple[Any, ...]] = set()
@@ -101,14 +168,12 @@ def case_pictures(run: SavedRun, seconds: float) -> CasePictures:
     if not lines:
         return CasePictures("No pictures: the run has no prompts.jsonl to make the masks from.")
     if strategy.protocol not in REPLAYABLE:
-        return CasePictures(
-            f"No pictures: protocol {strategy.protocol} does not predict on the whole volume; pictures are made for "
-            f"{', '.join(REPLAYABLE)}."
-        )
+        why = f"protocol {strategy.protocol} does not predict on the whole volume"
+        return CasePictures(f"No pictures: {why}; pictures are made for {', '.join(REPLAYABLE)}.")
     worst, typical = worst_and_typical([r for r in untrained(run.of(strategy)) if r["model"] == model])
     found = CasePictures(f"Model {model}, {strategy}: after the last click. {_INTRO}")
     made: dict[tuple[Any, ...], dict[str, str]] = {}
-    cache, until = ReplayCache(), time.monotonic() + seconds
+    replay, until = Replay(), time.monotonic() + seconds
     for curve in (*worst, *typical):  # the worst first: time may be up
         line = lines.get(prompt_key(curve[0]))
         if line is None:
@@ -117,14 +182,13 @@ def case_pictures(run: SavedRun, seconds: float) -> CasePictures:
             found.left_out["the time for pictures was up"] += 1
         else:
             try:
-                made[prompt_key(curve[0])] = _figure(curve, replay(line, cache))
+                made[prompt_key(curve[0])] = _figure(curve, replay(line))
             except (InputError, OSError) as error:
                 found.left_out[str(error)] += 1
     titles = (f"The {len(worst)} worst", f"{len(typical)} typical, nearest to the median")
     for title, chosen in zip(titles, (worst, typical), strict=True):
-        found.lists.append(
-            (title, [made[key] for key in map(prompt_key, (curve[0] for curve in chosen)) if key in made])
-        )
+        keys = [prompt_key(curve[0]) for curve in chosen]
+        found.lists.append((title, [made[key] for key in keys if key in made]))
     return found
 
 
@@ -132,12 +196,12 @@ def _figure(curve: Curve, again: Replayed) -> dict[str, str]:
     row, drawn = curve[0], dice(again.mask, again.truth)
     name = str(row["name"]) or f"label {row['label']}"
     size = "" if row.get("volume_ml") is None else f", {row['volume_ml']:.3g} ml"
-    note = f" Not made again exactly: the mask drawn here has Dice {drawn:.2f}."
+    same = abs(drawn - curve[-1]["dice"]) <= _SAME_DICE
+    note = "" if same else f" Not made again exactly: the mask drawn here has Dice {drawn:.2f}."
     return {
         "name": name,
         "scores": " \u2192 ".join(f"{r['dice']:.2f}" for r in curve),
-        "where": f"{row['source']} / {row['case']}{size}, seed {row['seed']}."
-        + (note if abs(drawn - curve[-1]["dice"]) > _SAME_DICE else ""),
+        "where": f"{row['source']} / {row['case']}{size}, seed {row['seed']}.{note}",
         "alt": f"{name} of {row['case']}: three planes with label, prediction and prompts",
         "png_base64": base64.b64encode(case_png(again.volume, again.truth, again.mask, again.prompts)).decode(),
     }

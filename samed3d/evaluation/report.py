@@ -1,21 +1,21 @@
-"""``report.html``: the results of one run as a page, with tables, charts and pictures of cases.
+"""``report.html``: the results of one run as a page, with tables, charts and pictures of cases (``pictures.py``).
 
-The numbers come from ``cases.csv`` and ``results.json``; for the pictures, the model gets the prompts of
-``prompts.jsonl`` again (``pictures.py``). The words and their order are in ``samed3d/templates/report.html``. The
-tables and charts also serve ``compare.py``, which shows several runs.
+The numbers come from ``cases.csv`` and ``results.json``, the words are in ``samed3d/templates/report.html``. The tables
+and charts also serve ``compare.py``, which shows several runs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from samed3d.evaluation.pictures import CasePictures, case_pictures
+from samed3d.evaluation.pictures import case_pictures
 from samed3d.evaluation.results import (
     TRAINED_ON,
     PromptStrategy,
@@ -48,6 +48,10 @@ from samed3d.pages import (
     svg_in_page,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 REPORT_HTML = "report.html"
 PICTURE_SECONDS = 120.0
 PACKAGES = ("jinja2", "matplotlib")
@@ -59,14 +63,11 @@ _PERCENTILES = (5, 25, 50, 75, 95)
 
 
 def write_report(folder: Path, *, picture_seconds: float = PICTURE_SECONDS) -> Path:
-    """Write ``report.html`` beside the results.
+    """Write ``report.html`` into a results folder of ``samed3d evaluate``; returns the page's path.
 
     Args:
-        folder: A results folder of ``samed3d evaluate``.
+        folder: The results folder.
         picture_seconds: No picture of a case is begun after this time; 0 makes none.
-
-    Returns:
-        The page's path.
 
     Raises:
         InputError: if the folder holds no results or cannot be written to, or a package of ``samed3d[evaluate]`` is
@@ -74,36 +75,26 @@ def write_report(folder: Path, *, picture_seconds: float = PICTURE_SECONDS) -> P
     """
     check_installed("a report", *PACKAGES)
     run = read_run(folder)
-    path = folder / REPORT_HTML
-    write_text(path, report_page(run, case_pictures(run, picture_seconds) if picture_seconds > 0 else None))
-    return path
-
-
-def report_page(run: SavedRun, pictures: CasePictures | None = None) -> str:
-    """The text of ``report.html``."""
-    results = run.results
-    command = results.get("command", "")
-    about = [("revision", str(results["revision"]))] if results.get("revision") else []
-    rows = untrained(run.of(run.strategies[0]))
-    return render(
+    results, command, path = run.results, run.results.get("command", ""), folder / REPORT_HTML
+    curves = model_curves(untrained(run.of(run.strategies[0])))
+    page = render(
         "report.html",
         title="samed3d evaluation",
         models=run.models,
         strategies=[_strategy(run, strategy) for strategy in run.strategies],
         counts=_counts(run.rows),
         warnings=_warnings(run),
-        in_short=[
-            (model, min(curve), curve[min(curve)], max(curve), curve[max(curve)])
-            for model, curve in model_curves(rows).items()
-        ],
-        pictures=pictures,
+        in_short=[(model, min(c), c[min(c)], max(c), c[max(c)]) for model, c in curves.items()],
+        pictures=case_pictures(run, picture_seconds) if picture_seconds > 0 else None,
         latency=latency_figure(run),
         command=" ".join(map(str, command)) if isinstance(command, list) else command,
-        settings=about + flattened(run.settings),
+        settings=flattened({"revision": results.get("revision") or None}) + flattened(run.settings),
         environment=flattened(results.get("environment", {})),
         count=count,
         estimate=lambda e: f"{e.mean:.2f} {interval_text(e.low, e.high, '.2f')}".strip(),
     )
+    write_text(path, page)
+    return path
 
 
 def _strategy(run: SavedRun, strategy: PromptStrategy) -> dict[str, Any]:
@@ -144,21 +135,21 @@ def _strategy(run: SavedRun, strategy: PromptStrategy) -> dict[str, Any]:
 
 
 def _counts(rows: Sequence[Row]) -> str:
-    keys = {"structure": ("source", "case", "label"), "image": ("source", "case"), "subject": ("source", "subject")}
-    found = {noun: count(len({tuple(r[k] for k in names) for r in rows}), noun) for noun, names in keys.items()}
-    sources, seeds = (count(len({r[k] for r in rows}), noun) for k, noun in (("source", "data set"), ("seed", "seed")))
-    return f"{found['structure']} in {found['image']} of {found['subject']} from {sources}; {seeds}"
+    def counted(noun: str, *keys: str) -> str:
+        return count(len({tuple(row[key] for key in keys) for row in rows}), noun)
+
+    structures, images = counted("structure", "source", "case", "label"), counted("image", "source", "case")
+    subjects, sources = counted("subject", "source", "subject"), counted("data set", "source")
+    return f"{structures} in {images} of {subjects} from {sources}; {counted('seed', 'seed')}"
 
 
 def _warnings(run: SavedRun) -> list[str]:
-    """What a reader must know before any number."""
+    """What a reader must read before any number."""
     found = [str(warning) for warning in run.results.get("warnings", [])]
     trained = sum(r["group"] == TRAINED_ON for r in run.rows)
     if trained == len(run.rows):
-        found.append(
-            "The first checkpoint was trained on every subject of this run: these numbers say how well it remembers, "
-            "not how accurate it is."
-        )
+        what = "The first checkpoint was trained on every subject of this run"
+        found.append(f"{what}: these numbers say how well it remembers, not how accurate it is.")
     elif trained:
         found.append(
             f"{trained} of {len(run.rows)} rows are of subjects that the first checkpoint was trained on. The tables "
@@ -289,12 +280,7 @@ def _percent(share: float) -> str:
 def curve_chart(curves: Curves, models: Sequence[str], title: str, y_label: str = "Dice", small: bool = False) -> Any:
     """Scores in [0, 1] over clicks, one line per model, with 95 % intervals as bands where there are few lines.
 
-    Args:
-        curves: By model.
-        models: All models of the page, by whose order a model has its colour, marker and dash in every chart.
-        title: Above the chart.
-        y_label: Name of the score.
-        small: For a grid of charts, without a legend.
+    The order of ``models``, all of the page, gives each its colour, marker and dash; ``small`` charts have no legend.
     """
     known = {model: {c: e for c, e in curve.items() if e.measurements} for model, curve in curves.items()}
     known = {model: curve for model, curve in known.items() if curve}
@@ -306,14 +292,9 @@ def curve_chart(curves: Curves, models: Sequence[str], title: str, y_label: str 
         for model, curve in known.items():
             n = models.index(model)
             clicks, colour = list(curve), SERIES_COLOURS[n % len(SERIES_COLOURS)]
-            look: dict[str, Any] = {
-                "marker": _MARKERS[n % 4],
-                "linestyle": _DASHES[(n // 2 + n // 8) % 4],
-                "color": colour,
-            }
-            axes.plot(
-                clicks, [e.mean for e in curve.values()], label=model[:34], markersize=3.5 if small else 5, **look
-            )
+            look: dict[str, Any] = {"marker": _MARKERS[n % 4], "markersize": 3.5 if small else 5, "color": colour}
+            means, dashes = [e.mean for e in curve.values()], _DASHES[(n // 2 + n // 8) % 4]
+            axes.plot(clicks, means, label=model[:34], linestyle=dashes, **look)
             ends = [(c, e.low, e.high) for c, e in curve.items() if not math.isnan(e.low)]
             if ends and len(known) <= (_FEW_SMALL_LINES if small else _FEW_LINES):
                 at, low, high = zip(*ends, strict=True)
@@ -328,6 +309,16 @@ def curve_chart(curves: Curves, models: Sequence[str], title: str, y_label: str 
         return svg_in_page(figure, title)
 
 
+@contextmanager
+def _bar_chart(labels: Sequence[str]) -> Iterator[tuple[Figure, Axes]]:
+    """Axes with one horizontal line per label, from below, and room for a number at its right."""
+    left = 20 + 7 * min(60, max(map(len, labels)))
+    with chart(left + 460, 70 + 26 * len(labels), left=left, right=70) as (figure, axes):
+        axes.set_yticks(range(len(labels)), [label[:60] for label in labels])
+        axes.set_ylim(-0.6, len(labels) - 0.4)
+        yield figure, axes
+
+
 def difference_chart(found: Sequence[Compared]) -> Any:
     """Differences of Dice after the last compared click, with their intervals, around a line at zero."""
     last = next((c.what for c in reversed(found) if c.what.startswith("after")), None)
@@ -335,9 +326,7 @@ def difference_chart(found: Sequence[Compared]) -> Any:
     if not chosen:
         return ""
     title = f"Difference of Dice {last}, 95 % interval over subjects"
-    labels = [f"{c.first} \u2212 {c.second}"[:60] for c in chosen]
-    left = 20 + 7 * max(map(len, labels))
-    with chart(left + 460, 70 + 26 * len(chosen), left=left, right=70) as (figure, axes):
+    with _bar_chart([f"{c.first} \u2212 {c.second}" for c in chosen]) as (figure, axes):
         for y, c in enumerate(chosen):
             d = c.result.difference
             if not math.isnan(d.low):
@@ -345,9 +334,8 @@ def difference_chart(found: Sequence[Compared]) -> Any:
             axes.plot([d.mean], [y], "o", color=SERIES_COLOURS[0])
             axes.text(1.01, y, f"{d.mean:+.3f}", transform=axes.get_yaxis_transform(), va="center")
         axes.axvline(0, color=FAINT, linewidth=1)
-        axes.set_yticks(range(len(chosen)), labels)
         reach = 1.1 * max(0.05, *(abs(v) for v in axes.dataLim.intervalx))
-        axes.set(title=title, xlabel="difference of Dice", xlim=(-reach, reach), ylim=(-0.6, len(chosen) - 0.4))
+        axes.set(title=title, xlabel="difference of Dice", xlim=(-reach, reach))
         return svg_in_page(figure, title)
 
 
@@ -369,9 +357,7 @@ def latency_figure(run: SavedRun) -> tuple[Any, Table] | None:
             rows.append([model, what, str(len(chosen)), *map(seconds_text, spread), encoding, peak])
     if not lines:
         return None
-    labels = [label[:60] for label, *_ in lines[::-1]]
-    left = 20 + 7 * max(map(len, labels))
-    with chart(left + 460, 70 + 26 * len(lines), left=left, right=70) as (figure, axes):
+    with _bar_chart([label for label, *_ in lines[::-1]]) as (figure, axes):
         for y, (_, style, (p5, p25, median, p75, p95)) in enumerate(lines[::-1]):
             colour = SERIES_COLOURS[style % len(SERIES_COLOURS)]
             axes.hlines(y, p5, p95, color=colour, linewidth=2)
@@ -379,7 +365,6 @@ def latency_figure(run: SavedRun) -> tuple[Any, Table] | None:
             axes.plot([median], [y], "|", color=TEXT, markersize=14, markeredgewidth=2)
             axes.text(1.01, y, seconds_text(median), transform=axes.get_yaxis_transform(), va="center")
         axes.set_xscale("log")
-        axes.set_yticks(range(len(lines)), labels)
-        axes.set(title="Time per prompt", xlabel="seconds, logarithmic", ylim=(-0.6, len(lines) - 0.4))
+        axes.set(title="Time per prompt", xlabel="seconds, logarithmic")
         head = ["model", "", "prompts", "5 %", "25 %", "median", "75 %", "95 %", "encoding, median", "peak memory"]
         return svg_in_page(figure, "Time per prompt"), Table(head, rows, left=2)

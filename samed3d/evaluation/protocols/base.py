@@ -123,7 +123,7 @@ class EvaluationProtocol(ABC):
         fixed_clicks: Number of clicks by its rules; None where the run decides.
         tolerance_mm: Its own NSD tolerance; None takes the run's.
         summary_columns: Columns by which ``results.json`` splits its means.
-        replayable: Whether the saved prompts through a session give its masks again (``replay.py``).
+        replayable: Whether the saved prompts through a session give its masks again (``pictures.py``).
     """
 
     name: ClassVar[str]
