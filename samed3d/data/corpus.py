@@ -52,16 +52,8 @@ _HELD_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class LabelRecord:
-    """One structure of one case.
-
-    Attributes:
-        value: Its value in the label map.
-        name: As the source calls it.
-        voxels: How many it has.
-        region: The tight box around it.
-        layer: Which layer of the label map holds it.
-        category: Its normalised name.
-        points: (n, 3) voxel positions inside it, zyx.
+    """One structure of one case: its value in a layer of the label map, its name in the source, its normalised name
+    (``category``), its tight box, and (n, 3) voxel positions inside it, zyx.
     """
 
     value: int
@@ -79,11 +71,7 @@ class CaseRecord:
 
     Attributes:
         id: Unique in the corpus.
-        source: Data set it comes from.
         subject: Patient, animal or specimen; a split never separates the cases of one subject.
-        modality: Of the image.
-        shape_zyx: Of the image and its label map.
-        spacing_zyx_mm: Voxel edges.
         has_image: False for a label map that serves only to generate images.
         labels: The structures that were kept.
         case: ``SOURCE/CASE``; images of several channels share it, and with it one label map.

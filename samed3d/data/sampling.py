@@ -51,10 +51,8 @@ Sample = dict[str, Tensor | str | int]
 class Weighting:
     """Exponents that set how often a structure is drawn: 1 is in proportion, 0 makes all alike.
 
-    Attributes:
-        source: For a source's number of structures.
-        category: For a category's number of structures within its source.
-        size: For a structure's volume within its category: above 0 prefers large ones, below 0 small ones.
+    They weigh a source's number of structures, a category's number of structures within its source, and a structure's
+    volume within its category (below 0 prefers small ones).
     """
 
     source: float = 0.5
@@ -70,7 +68,6 @@ class RawCrop:
         image: (C, D, H, W) raw intensities.
         inside: (D, H, W) bool, the voxels that belong to the volume.
         target: (D, H, W) bool mask or class numbers.
-        spacing_zyx_mm: Of the crop's voxels.
         case: None for a generated crop of random shapes.
         painted: Whether the intensities are generated.
         is_ct: Whether they are Hounsfield units that the model's clamp applies to.
@@ -114,7 +111,7 @@ class SampleDataset(Dataset[Sample]):
         """The sample of one index.
 
         Raises:
-            InputError: if no usable target was found in many attempts.
+            InputError: if no usable target was found in ``ATTEMPTS`` attempts.
         """
         number = self.start + index
         rng = np.random.default_rng([self.seed, number])
@@ -124,8 +121,7 @@ class SampleDataset(Dataset[Sample]):
             case, read = self._draw(rng, generator)
             try:
                 crop = read()
-            # blosc2 and zlib report a damaged chunk in several ways
-            except (InputError, OSError, RuntimeError, ValueError) as error:
+            except (OSError, RuntimeError, ValueError) as error:  # a damaged chunk raises any of them
                 if case is None:
                     raise
                 if case.id not in self.bad:
@@ -143,10 +139,8 @@ class SampleDataset(Dataset[Sample]):
                     "skipped": "\n".join(skipped),
                 }
         bad = f"; {len(self.bad)} cases are damaged, the last: {list(self.bad.values())[-1]}" if self.bad else ""
-        raise InputError(
-            f"no target of {MIN_TARGET_VOXELS} voxels in {ATTEMPTS} attempts at sample {number}; "
-            f"prepare the corpus with stricter rules, or use larger crops{bad}"
-        )
+        what = f"no target of {MIN_TARGET_VOXELS} voxels in {ATTEMPTS} attempts at sample {number}"
+        raise InputError(f"{what}; prepare the corpus with stricter rules, or use larger crops{bad}")
 
     def _draw(self, rng: np.random.Generator, generator: torch.Generator) -> Drawn:
         """The case that is drawn (None for random shapes), and a function that reads or makes its crop."""
@@ -312,8 +306,7 @@ def split_weight(entry: str) -> tuple[str, float]:
 def object_frame(case: CaseRecord, label: LabelRecord, config: DataConfig, rng: np.random.Generator) -> CropFrame:
     """A crop in which the object fills a drawn share (log-uniform in ``config.fill``) of the edge, placed with jitter.
 
-    With ``config.spacing_mm`` the crop's voxels have that size instead; with ``config.placement: centred`` the crop is
-    centred on the object's box.
+    ``config.spacing_mm`` fixes the voxels instead; ``config.placement: centred`` centres the crop on the object's box.
     """
     spacing = case.spacing_zyx_mm
     if config.spacing_mm:
@@ -343,9 +336,8 @@ def sample_mask(labels: NDArray, values: list[int], frame: CropFrame) -> Tensor:
     part = frame.region().expand(reach).clip((labels.shape[0], labels.shape[1], labels.shape[2]))
     if part.is_empty:
         return torch.zeros(frame.shape_zyx, dtype=torch.bool)
-    mask = np.isin(labels[part.slices], values)
     moved = frame.shifted(as_triple([-float(a) for a in part.start_zyx]))
-    return sample_crop(mask, moved)[0] > 0.5
+    return sample_crop(np.isin(labels[part.slices], values), moved)[0] > 0.5
 
 
 def _weighted(choices: list[tuple[float, Choice]], weighting: Weighting) -> tuple[list[Choice], NDArray[np.float64]]:

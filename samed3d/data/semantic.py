@@ -32,8 +32,7 @@ logger = logging.getLogger(__name__)
 
 FOREGROUND_SHARE = 1 / 3
 """Share of crops that are placed on a voxel of a class."""
-SCALE_PROBABILITY = 0.2
-SCALES = (0.7, 1.4)
+SCALE_PROBABILITY, SCALES = 0.2, (0.7, 1.4)
 CUT_PERCENT = (0.5, 99.5)
 """Intensities beyond these percentiles of the image are cut."""
 STATISTICS_VOXELS = 2_000_000
@@ -130,9 +129,7 @@ class SemanticDataset(SampleDataset):
         shape_zyx: Crop in voxels.
         spacing_zyx_mm: Of the crops, or None for each image's own.
         channels: Images per case.
-        seed: Of all random numbers.
-        length: Number of samples.
-        start: Number of the first sample.
+        seed: As in ``CropDataset``, like ``length`` and ``start``.
 
     Raises:
         InputError: if no case holds any of the classes, or none has that many images.

@@ -35,13 +35,12 @@ _TOP = 4000
 def synthetic_case(
     shape_zyx: IntTriple, generator: Generator, labels: Tensor | None = None, *, deform: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """One training case.
+    """One training case, made on the generator's device; on a CPU the same for the same seed.
 
     Args:
         shape_zyx: Voxels.
-        generator: Source of all random numbers; the case is made on its device. Same seed, same case on the CPU.
-        labels: A label map (D, H, W) of any integer type to paint instead of a random one, such as a crop of a real
-            one; negative values are not allowed.
+        generator: Source of all random numbers.
+        labels: A label map (D, H, W) of integers >= 0 to paint instead of a random one.
         deform: Whether to flip and bend ``labels`` first.
 
     Returns:
@@ -62,7 +61,7 @@ def generated_case(
 
     Args:
         kind: One of ``GENERATED_KINDS``.
-        seed: Of all randomness.
+        seed: Of all random numbers.
         shape_zyx: Voxels; a phantom keeps its own grid, a label map its own shape.
         label_map: (D, H, W) labels in canonical axes that ``"labelmaps"`` bends and paints.
         device: Where random shapes and label maps are made; the cases of one seed differ between devices.
