@@ -48,7 +48,7 @@ def config_of(cls: type[T], tree: Mapping[str, Any]) -> T:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as plain dicts and lists, ready for YAML or JSON; ``load_config`` reads it back to an equal object."""
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return {each.name: _plain(getattr(config, each.name)) for each in dataclasses.fields(config)}
 
 
 def nearest_name(name: object, known: Iterable[str], prefix: str = "") -> str:
@@ -68,16 +68,15 @@ def _plain(value: Any) -> Any:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"config file cannot be read: {path} ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"config file must be UTF-8 text: {path}") from error
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
+    tree = _parse_yaml(text, str(path))
+    if not isinstance(tree, dict | None):
         raise InputError(f"config file must be a mapping of sections, got a {type(tree).__name__}: {path}")
-    return tree
+    return tree or {}
 
 
 def _parse_yaml(text: str, where: str) -> Any:

@@ -261,21 +261,21 @@ def crop_spacing(case: CaseRecord, frame: CropFrame) -> Triple:
 
 
 def training_cases(config: DataConfig) -> Iterator[tuple[float, Corpus, CaseRecord]]:
-    """Every case that may be trained on, with its corpus and the corpus's weight."""
+    """Every case that may be trained on, with its corpus and the corpus's weight.
+
+    Left out are cases whose subject is in validation or test, and whose source is held out.
+    """
     for entry in config.corpus:
         folder, weight = split_weight(entry)
-        corpus = Corpus(Path(folder))
-        yield from ((weight, corpus, case) for case in corpus.cases if not is_held_out(case, config))
-
-
-def is_held_out(case: CaseRecord, config: DataConfig) -> bool:
-    """Whether a case is never trained on: its subject is in validation or test, or its source is held out."""
-    return in_validation_part(case, config) or case.split == "test" or case.source in config.hold_out
+        corpus = Corpus(folder)
+        for case in corpus.cases:
+            if not (in_validation_part(case, config) or case.split == "test" or case.source in config.hold_out):
+                yield weight, corpus, case
 
 
 def in_validation_part(case: CaseRecord, config: DataConfig) -> bool:
     """Whether a case's subject, or one that shares an image with it, is on the validation side of the split."""
-    # Any member of the group counts: evaluation reads the sources, not the corpus, and knows each by its own name only.
+    # Any member counts: evaluation reads the sources, not the corpus, and has each subject under its own name only.
     names = {case.subject, *filter(None, case.split_group.split(GROUP_SEPARATOR))}
     return any(in_validation(name, config.validation_share, config.split_seed) for name in names)
 

@@ -187,6 +187,10 @@ def estimate_cell(e: Estimate | None, digits: int = 2, sign: bool = False) -> Ce
     return f"{e.mean:{form}}", interval_text(e.low, e.high, form)
 
 
+def _percent(share: float) -> str:
+    return "" if math.isnan(share) else f"{100 * share:.0f} %"
+
+
 def p_text(p: float) -> str:
     """A p value to two digits; empty for nan."""
     return "" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.2g}"
@@ -268,10 +272,6 @@ def difference_table(found: Sequence[Compared]) -> Table:
         pairs = f"{r.better} / {r.equal} / {r.worse}"
         lines.append([c.first, c.second, c.what, estimate_cell(d, 3, sign=True), *ps, pairs, str(d.subjects)])
     return Table([*head, "better / equal / worse", "subjects"], lines, left=3)
-
-
-def _percent(share: float) -> str:
-    return "" if math.isnan(share) else f"{100 * share:.0f} %"
 
 
 # Charts
