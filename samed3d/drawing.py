@@ -3,7 +3,7 @@
 ``write_preview`` draws what a session segmented. ``ThreePlanes`` and ``SlicePicture`` draw the slices of that preview,
 of the cases of an evaluation report and of the corpus overview. Whatever the storage order of the file, the patient's
 right is at the left of a picture and the front or the head at its top; an oblique volume is drawn along its own axes.
-Pillow is imported inside the functions. Not here: charts of numbers (``evaluation/report.py``, ``training/progress.py``).
+Pillow is imported inside the functions. Charts of numbers are in ``pages.py``.
 """
 
 from __future__ import annotations
