@@ -174,7 +174,7 @@ def test_a_mask_file_is_put_on_the_images_grid(tmp_path):
     assert isinstance(session.objects()[0].prompts[0].mask, PackedMask)  # the file may change; the session does not
     far = Grid(ball.shape, (1, 1, 1), (900.0, 0, 0))
     write_mask(tmp_path / "far.nrrd", ball, far)
-    with pytest.raises(InputError, match="mask lies outside the image"):
+    with pytest.raises(InputError, match="label lies outside its image"):
         session.add(Mask(tmp_path / "far.nrrd"))
     with pytest.raises(InputError, match=r"mask must have the image's shape .*got \(2, 2, 2\)"):
         session.add(Mask(np.ones((2, 2, 2))))

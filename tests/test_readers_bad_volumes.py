@@ -140,7 +140,7 @@ def test_a_label_in_another_place_is_refused_or_put_on_the_image(folder, caplog)
 def test_a_label_outside_its_image_is_never_repaired(folder):
     away = replace(oblique_grid(), shape_zyx=(5, 6, 5), origin_lps_mm=(900.0, 0.0, 0.0))
     write_volume(label_of(folder), trees.label_array((1, 2))[:, :, :5], away)
-    with pytest.raises(InputError, match=r"label lies outside its image .*; it cannot be repaired"):
+    with pytest.raises(InputError, match=r"label lies outside its image .*; it was drawn on another one"):
         load(folder, repair_geometry=True)
 
 

@@ -16,7 +16,7 @@ from data_prep.readers.labels import label_table, pack_layers, single_structure
 from samed3d.errors import InputError
 from samed3d.volume import Volume, read_volume
 from samed3d.volume.itk import count_volumes
-from samed3d.volume.label_maps import EmptyLabelError, grid_difference, read_label_map, read_label_on
+from samed3d.volume.label_maps import EmptyLabelError, grid_difference, read_label_map, read_label_on, same_axes
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class FileReader(Reader):
             path = case.labels[0][1]
             if images:
                 first = images[0][1]
-                grid, array = first.grid, read_label_on(path, first.grid, first.source, repair=repair_geometry)
+                grid, array = first.grid, _read_label(path, first, repair_geometry)
             else:
                 array, grid = read_label_map(path)
             return RawArrays(images, grid, label_table(case.extra).layers(array, path))
@@ -91,12 +91,16 @@ def _on_grid_of(first: Volume, volume: Volume, repair: bool) -> Volume:
     difference = grid_difference(first.grid, volume.grid)
     if not difference:
         return volume
-    same_size = first.grid.shape_zyx == volume.grid.shape_zyx
-    if not (repair and same_size):
-        remedy = "resample it, or give --repair-geometry" if same_size else "resample it"
+    repairable = first.grid.shape_zyx == volume.grid.shape_zyx and same_axes(first.grid, volume.grid)
+    if not (repair and repairable):
+        remedy = "resample it, or give --repair-geometry" if repairable else "resample it"
         raise InputError(f"channels must share one grid: {difference}: {first.source} and {volume.source}; {remedy}")
     logger.warning("%s takes the grid of %s", volume.source, first.source)
     return replace(volume, grid=first.grid)
+
+
+def _read_label(path: str, image: Volume, repair: bool) -> NDArray:
+    return read_label_on(path, image.grid, image.source, mismatch="repair" if repair else "refuse")
 
 
 def _structures(
@@ -105,7 +109,7 @@ def _structures(
     """The masks of files that hold one structure each, one at a time; empty ones are left out."""
     for name, path in labels:
         try:
-            array = read_label_on(path, image.grid, image.source, repair=repair)
+            array = _read_label(path, image, repair)
         except EmptyLabelError:
             continue
         yield name, single_structure(array, path)

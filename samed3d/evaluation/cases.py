@@ -22,7 +22,7 @@ from samed3d.evaluation.results import TRAINED_ON, group_by
 from samed3d.geometry import RAS_DIRECTION, Grid, Triple
 from samed3d.models.weights import find_checkpoint, read_header
 from samed3d.volume import Volume, read_volume
-from samed3d.volume.label_maps import EmptyLabelError, grid_difference, read_label_map
+from samed3d.volume.label_maps import EmptyLabelError, read_label_on
 
 SPLITS = ("val", "train", "all")
 
@@ -111,12 +111,8 @@ class LabelledCase:
         if self.load is not None:
             found = self.load()
         else:
-            labels, grid = read_label_map(self.label_path)
-            found = LoadedCase(read_volume(self.image_path), labels)
-            if difference := grid_difference(found.volume.grid, grid):
-                raise InputError(
-                    f"image and label must share one grid ({difference}): {self.image_path} and {self.label_path}"
-                )
+            image = read_volume(self.image_path)
+            found = LoadedCase(image, read_label_on(self.label_path, image.grid, str(self.image_path)))
         found.volume.modality = found.volume.modality or self.modality
         return found
 

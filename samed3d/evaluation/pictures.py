@@ -29,7 +29,7 @@ from samed3d.geometry import as_triple, bounding_region
 from samed3d.metrics import dice
 from samed3d.prompts import Prompt, prompt_from_json
 from samed3d.volume import Volume, read_volume
-from samed3d.volume.label_maps import read_label_map
+from samed3d.volume.label_maps import read_label_on
 
 CASES = 10
 PER_IMAGE = 2
@@ -99,7 +99,8 @@ def _read(line: dict[str, Any]) -> LoadedCase:
         if not path.exists():
             raise InputError(f"the file is not there any more: {path}")
     if image.is_file() and image.suffix != ".npz":
-        return LoadedCase(read_volume(image, modality=line.get("modality")), read_label_map(labels)[0])
+        volume = read_volume(image, modality=line.get("modality"))
+        return LoadedCase(volume, read_label_on(labels, volume.grid, str(image)))
     folder = image if image.is_dir() else image.parent
     for case in find_cases([folder], TrainingSplit(), "all"):
         if (case.source, case.case) == (line["source"], line["case"]):

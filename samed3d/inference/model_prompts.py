@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -279,14 +278,9 @@ def read_mask_file(prompt: Prompt, volume: Volume) -> Prompt:
     """
     if not isinstance(prompt, Mask) or not isinstance(prompt.mask, str):
         return prompt
-    from samed3d.volume.label_maps import grid_difference, read_label_map, resample_labels
+    from samed3d.volume.label_maps import read_label_on
 
-    labels, grid = read_label_map(Path(prompt.mask))
-    if grid_difference(grid, volume.grid):
-        labels = resample_labels(labels, grid, volume.grid)
-    if not labels.any():
-        raise InputError(f"mask lies outside the image: {prompt.mask}; it was drawn on another one")
-    return Mask(labels)
+    return Mask(read_label_on(prompt.mask, volume.grid, volume.source, mismatch="resample"))
 
 
 def deepest_voxel(mask: PackedMask) -> Triple:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,40 +81,66 @@ def whole_numbers(array: NDArray, name: str) -> NDArray:
     return array.astype(small, copy=False)
 
 
-def read_label_on(path: str | Path, grid: Grid, image: str, *, repair: bool = False) -> NDArray:
+def read_label_on(
+    path: str | Path, grid: Grid, image: str, *, mismatch: Literal["refuse", "repair", "resample"] = "refuse"
+) -> NDArray:
     """A label map on the grid of its image.
+
+    A label whose voxels are the image's own, in another storage order (flipped or permuted axes, as its header states),
+    is put into the image's order.
 
     Args:
         path: The label map.
         grid: The image's grid.
         image: The image, for messages.
-        repair: Repair a mismatch instead of refusing it: a label of the image's size takes the image's grid voxel for
-            voxel (its header is held to be wrong), one of another size is resampled by position, nearest voxel.
+        mismatch: What to do with a label on other voxels. ``"repair"``: a label of the image's size and axes takes the
+            image's grid voxel for voxel (its header is held to be wrong), any other is resampled by position, nearest
+            voxel. ``"resample"``: always by position.
 
     Returns:
         (D, H, W) unsigned integers.
 
     Raises:
-        InputError: if the label cannot be read, or is on another grid; with ``repair``, if nothing of it lies in the
-            image.
+        InputError: if the label cannot be read, is on other voxels and may not be, or lies outside the image.
     """
     array, own = read_label_map(path)
     difference = grid_difference(grid, own)
     if not difference:
         return array
-    if not repair:
+    to_image = np.linalg.inv(grid.affine_lps) @ own.affine_lps  # from the label's ijk to the image's
+    if _same_voxels(to_image, own, grid):
+        logger.info("label is put into the storage order of its image: %s", path)
+        return resample_labels(array, own, grid)
+    if mismatch == "refuse":
         raise InputError(
             f"image and label must share one grid: {difference}: {image} and {path}; correct them, or give "
-            "--repair-geometry"
+            "--repair-geometry to samed3d prepare"
         )
-    if grid.shape_zyx == own.shape_zyx:
+    if mismatch == "repair" and grid.shape_zyx == own.shape_zyx and same_axes(grid, own):
         logger.warning("label takes the grid of its image (%s): %s", difference, path)
         return array
     placed = resample_labels(array, own, grid)
     if not placed.any():
-        raise InputError(f"label lies outside its image ({difference}): {image} and {path}; it cannot be repaired")
+        raise InputError(
+            f"label lies outside its image ({difference}): {image} and {path}; it was drawn on another one"
+        )
     logger.warning("label is resampled onto its image (%s): %s", difference, path)
     return placed
+
+
+def same_axes(one: Grid, other: Grid) -> bool:
+    """Whether i, j and k of both grids run the same way (within 45 degrees): neither is flipped or permuted."""
+    cosines = np.reshape(one.direction_lps, (3, 3)).T @ np.reshape(other.direction_lps, (3, 3))
+    return bool((np.diag(cosines) > np.sqrt(0.5)).all())
+
+
+def _same_voxels(to_image: NDArray[np.float64], own: Grid, grid: Grid) -> bool:
+    """Whether a label's corners are the image's corners, in another order."""
+    ends = [np.array(list(itertools.product(*((0, n - 1) for n in g.size_ijk)))) for g in (own, grid)]
+    placed = ends[0] @ to_image[:3, :3].T + to_image[:3, 3]
+    off_mm = np.abs(placed - np.rint(placed)) * grid.spacing_xyz_mm
+    same = {tuple(corner) for corner in np.rint(placed).astype(int).tolist()} == set(map(tuple, ends[1].tolist()))
+    return same and float(off_mm.max()) <= GRID_TOLERANCE * min(grid.spacing_xyz_mm)
 
 
 def grid_difference(one: Grid, other: Grid) -> str:
