@@ -1,6 +1,6 @@
 """The training config: frozen dataclasses (``sections.py``), read from YAML with dotted overrides (``reading.py``)."""
 
-from samed3d.config.reading import config_of, load_config, nearest_name, to_dict
+from samed3d.config.reading import config_of, load_config, to_dict
 from samed3d.config.sections import (
     ClickConfig,
     DataConfig,
@@ -23,6 +23,5 @@ __all__ = [
     "ValidationConfig",
     "config_of",
     "load_config",
-    "nearest_name",
     "to_dict",
 ]

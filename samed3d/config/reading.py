@@ -7,15 +7,14 @@ value. What the keys mean is in ``config/sections.py``; ``configs/tiny_cpu.yaml`
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from samed3d.config.sections import check
-from samed3d.errors import InputError
+from samed3d.errors import InputError, nearest_name
 
 T = TypeVar("T")
 
@@ -49,13 +48,6 @@ def config_of(cls: type[T], tree: Mapping[str, Any]) -> T:
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as plain dicts and lists, ready for YAML or JSON; ``load_config`` reads it back to an equal object."""
     return {each.name: _plain(getattr(config, each.name)) for each in dataclasses.fields(config)}
-
-
-def nearest_name(name: object, known: Iterable[str], prefix: str = "") -> str:
-    """The remedy for an unknown name: the nearest known one, or all."""
-    known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-    return f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
 
 
 def _plain(value: Any) -> Any:

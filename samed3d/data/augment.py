@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Generator, Tensor
 
-from samed3d.config import nearest_name
 from samed3d.data.corpus import CaseRecord, Corpus
-from samed3d.errors import InputError
+from samed3d.errors import InputError, nearest_name
 from samed3d.geometry import Triple
 
 PERMUTE_PROBABILITY = 0.3

@@ -225,8 +225,8 @@ def _check_space(space: str) -> None:
 def _position(value: Sequence[float], what: str) -> Triple:
     try:
         triple = as_triple(list(value))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{what} must be three numbers, got {value!r}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{what} must be three numbers, got {str(value)[:80]!r}") from error
     if not all(abs(v) < float("inf") for v in triple):
         raise InputError(f"{what} must be finite, got {value!r}")
     return triple

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from samed3d.errors import InputError
+from samed3d.errors import InputError, nearest_name
 from samed3d.geometry import as_triple
 from samed3d.output import write_json
 from samed3d.prompts.kinds import SPACES, Box, Lasso, Mask, ObjectPrompts, Point, Prompt, Scribble
@@ -20,7 +20,14 @@ from samed3d.prompts.packed import PackedMask
 SCHEMA_VERSION = 1
 PromptReader = Callable[[Any, str, str], Prompt]
 """Reads a prompt from JSON; arguments as ``prompt_from_json``."""
-KINDS = ("point", "box", "scribble", "lasso", "mask")
+KEYS = {
+    "point": ("at", "positive"),
+    "box": ("min", "max"),
+    "scribble": ("path", "positive", "radius_vox"),
+    "lasso": ("outline", "positive"),
+    "mask": ("path", "size", "start", "stop", "bits"),
+}
+"""Keys of each kind of prompt; ``type``, ``space`` and ``id`` are keys of all."""
 
 
 def parse_numbers(text: str, count: int, flag: str) -> tuple[float, ...]:
@@ -83,10 +90,10 @@ def load_prompts(path: Path) -> list[ObjectPrompts]:
         InputError: if the file is missing, is not JSON or breaks the schema; the message says where.
     """
     try:
-        body = json.loads(path.read_text())
+        body = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"prompt file cannot be read: {path} ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"prompt file is not JSON: {path} ({error})") from error
     return objects_from_json(body, str(path), lambda *entry: _beside(prompt_from_json(*entry), path))
 
@@ -104,6 +111,7 @@ def objects_from_json(body: Any, where: str, read: PromptReader | None = None) -
     """
     if not isinstance(body, dict) or body.get("version") != SCHEMA_VERSION:
         raise InputError(f'{where}: prompts must be an object with "version": {SCHEMA_VERSION}')
+    _check_keys(body, ("version", "space", "objects"), where)
     space = body.get("space", "ijk")
     if space not in SPACES:
         raise InputError(f"{where}: space must be one of {', '.join(SPACES)}, got {space!r}")
@@ -111,12 +119,13 @@ def objects_from_json(body: Any, where: str, read: PromptReader | None = None) -
     for number, entry in enumerate(_listed(body, "objects", where), start=1):
         place = f"{where}: object {number}"
         prompts = [(read or prompt_from_json)(p, space, place) for p in _listed(entry, "prompts", place)]
+        _check_keys(entry, ("id", "name", "prompts"), place)
         object_id = entry.get("id", number)
         if type(object_id) is not int or object_id < 1:
             raise InputError(f"{place}: id must be a whole number > 0, got {object_id!r}")
         if any(object_id == o.id for o in objects):
             raise InputError(f"{place}: id must differ from those of the objects before it, got {object_id} again")
-        objects.append(ObjectPrompts(object_id, str(entry.get("name", f"object {number}")), prompts))
+        objects.append(ObjectPrompts(object_id, checked_name(entry.get("name", f"object {number}"), place), prompts))
     return objects
 
 
@@ -151,8 +160,9 @@ def prompt_from_json(entry: Any, space: str = "ijk", where: str = "prompt") -> P
         InputError: if it breaks the schema.
     """
     kind = entry.get("type") if isinstance(entry, dict) else None
-    if kind not in KINDS:
-        raise InputError(f"{where}: prompt type must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kind not in KEYS:
+        raise InputError(f"{where}: prompt type must be one of {', '.join(KEYS)}, got {kind!r}")
+    _check_keys(entry, (*KEYS[kind], "type", "space", "id"), f"{where}: a {kind}")
     positive, space = entry.get("positive", True), entry.get("space", space)
     if not isinstance(positive, bool):
         raise InputError(f"{where}: positive must be true or false, got {positive!r}")
@@ -184,6 +194,23 @@ def _beside(prompt: Prompt, file: Path) -> Prompt:
     if isinstance(prompt, Mask) and isinstance(prompt.mask, str):
         return Mask(file.parent / prompt.mask)
     return prompt
+
+
+def checked_name(name: Any, where: str) -> str:
+    """The name of an object.
+
+    Raises:
+        InputError: if it is no text that can be written to a file.
+    """
+    if not isinstance(name, str) or any("\ud800" <= character <= "\udfff" for character in name):
+        raise InputError(f"{where}: name must be text without broken characters, got {name!r}")
+    return name
+
+
+def _check_keys(entry: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in entry:
+        if key not in known:
+            raise InputError(f"{where} has no key {key!r}; {nearest_name(key, known)}")
 
 
 def _listed(entry: Any, key: str, where: str) -> list[Any]:
