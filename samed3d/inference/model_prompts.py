@@ -76,7 +76,11 @@ def to_model_prompts(prompt: Prompt, volume: Volume, spec: ModelSpec) -> ModelPr
     Raises:
         InputError: if it lies outside the volume, is malformed, or the model does not take prompts of its kind.
     """
-    flat_axis = _flat_axis(prompt, volume) if isinstance(prompt, Box) else None
+    flat_axis = None
+    if isinstance(prompt, Box):
+        ends = np.array([_canonical(corner, volume) for corner in box_in_grid(prompt, volume.grid)])
+        same = (np.floor(ends[0] + 0.5) == np.floor(ends[1] + 0.5)) & (np.array(volume.view.shape_zyx) > 1)
+        flat_axis = int(same.argmax()) if same.sum() == 1 else None
     needs = "mask" if isinstance(prompt, Mask) else "box" if isinstance(prompt, Box) and flat_axis is None else "point"
     if needs not in spec.prompts:
         name = type(prompt).__name__.lower() if needs == "point" else needs
@@ -87,12 +91,22 @@ def to_model_prompts(prompt: Prompt, volume: Volume, spec: ModelSpec) -> ModelPr
         at = _canonical(point_in_grid(prompt, volume.grid), volume)
         return ModelPrompts(((at, prompt.positive),), positive=prompt.positive, voxels=_voxels([at], volume))
     if isinstance(prompt, Box):
-        return _box(prompt, flat_axis, volume)
+        corners = (as_triple(ends.min(0)), as_triple(ends.max(0) + 1))  # both corner voxels belong to the box
+        if flat_axis is None:
+            return ModelPrompts(box=corners)
+        return ModelPrompts(((as_triple(ends.mean(0)), True),), slice_box=corners, flat_axis=flat_axis)
     if isinstance(prompt, Scribble):
         return _scribble(prompt, volume)
     if isinstance(prompt, Lasso):
         return _lasso(prompt, volume)
-    return ModelPrompts(mask=_start_mask(prompt, volume))
+    if isinstance(prompt.mask, str):
+        raise InputError(f"mask {prompt.mask} must be read before it is placed")
+    if prompt.mask.shape_zyx != volume.grid.shape_zyx:
+        rule = f"mask must have the image's shape (D, H, W) {volume.grid.shape_zyx}"
+        raise InputError(f"{rule}, got {prompt.mask.shape_zyx}")
+    if prompt.mask.region.is_empty:
+        raise InputError("mask must hold a voxel, got an empty one; leave it out")
+    return ModelPrompts(mask=PackedMask.of(volume.view.to_canonical(prompt.mask.full())))
 
 
 def combine(
@@ -164,29 +178,13 @@ def _voxels(positions: Sequence[Triple] | NDArray, volume: Volume) -> NDArray[np
     return np.unique(np.clip(rounded, 0, np.array(volume.view.shape_zyx) - 1), axis=0)
 
 
-def _flat_axis(box: Box, volume: Volume) -> int | None:
-    """The canonical axis along which a box is one voxel of several; None for a 3D box."""
-    ends = np.array([_canonical(corner, volume) for corner in box_in_grid(box, volume.grid)])
-    same = (np.floor(ends[0] + 0.5) == np.floor(ends[1] + 0.5)) & (np.array(volume.view.shape_zyx) > 1)
-    return int(np.flatnonzero(same)[0]) if same.sum() == 1 else None
-
-
-def _box(box: Box, flat_axis: int | None, volume: Volume) -> ModelPrompts:
-    ends = np.array([_canonical(corner, volume) for corner in box_in_grid(box, volume.grid)])
-    corners = (as_triple(ends.min(0)), as_triple(ends.max(0) + 1))  # both corner voxels belong to the box
-    if flat_axis is None:
-        return ModelPrompts(box=corners)
-    return ModelPrompts(((as_triple(ends.mean(0)), True),), slice_box=corners, flat_axis=flat_axis)
-
-
 def _scribble(scribble: Scribble, volume: Volume) -> ModelPrompts:
     path = np.array([_canonical(ijk, volume) for ijk in path_in_grid(scribble, volume.grid)]).round(6)
     steps = np.abs(np.diff(path, axis=0)).max(1)
     counts = np.maximum(1, np.ceil(2 * steps).astype(int))  # a sample every half voxel hits every voxel under the line
     if counts.sum() > MAX_STROKE_SAMPLES:
-        raise InputError(
-            f"scribble must be at most {MAX_STROKE_SAMPLES // 2} voxels long, got {steps.sum():.0f}; draw several"
-        )
+        most = MAX_STROKE_SAMPLES // 2
+        raise InputError(f"scribble must be at most {most} voxels long, got {steps.sum():.0f}; draw several")
     pieces = [a + (b - a) * (np.arange(n) / n)[:, None] for a, b, n in zip(path[:-1], path[1:], counts, strict=True)]
     line = np.concatenate([*pieces, path[-1:]])
     voxels = _voxels(line, volume)
@@ -212,29 +210,26 @@ def _brush(radius_vox: float, spacing_zyx_mm: Triple) -> NDArray[np.intp]:
 def _lasso(lasso: Lasso, volume: Volume) -> ModelPrompts:
     path = np.array([_canonical(ijk, volume) for ijk in path_in_grid(lasso, volume.grid)]).round(6)
     axis = int(np.argmin(np.ptp(path, axis=0)))
-    if np.ptp(path[:, axis]) > 1.0:
-        raise InputError(
-            f"lasso must lie in one slice of one axis, got an outline {np.ptp(path[:, axis]):.1f} voxels thick; "
-            "draw it in a slice"
-        )
+    thickness = np.ptp(path[:, axis])
+    if thickness > 1.0:
+        found = f"got an outline {thickness:.1f} voxels thick"
+        raise InputError(f"lasso must lie in one slice of one axis, {found}; draw it in a slice")
     at = int(np.clip(np.floor(path[:, axis].mean() + 0.5), 0, volume.view.shape_zyx[axis] - 1))
     rows, columns = (a for a in range(3) if a != axis)
     plane = np.zeros((volume.view.shape_zyx[rows], volume.view.shape_zyx[columns] + 1), dtype=bool)
     toggle_polygon(plane, path[:, [columns, rows]])
     inside = np.logical_xor.accumulate(plane, axis=1)[:, :-1]
     if not inside.any():
-        raise InputError(
-            "lasso must enclose the centre of a voxel of the volume, got an outline that holds none; draw it larger"
-        )
+        raise InputError("lasso must enclose the centre of a voxel of the volume, got none; draw it larger")
     spacing = (volume.view.spacing_zyx_mm[rows], volume.view.spacing_zyx_mm[columns])
-    deep, points = _deep_part(inside, spacing)
-    whole = _into_volume(np.argwhere(inside), axis, at)
+    pixels = (np.argwhere(inside), *_deep_part(inside, spacing))
+    whole, deep, points = (np.insert(found, axis, at, axis=1) for found in pixels)
     return ModelPrompts(
-        points=[(as_triple(p), lasso.positive) for p in _into_volume(points, axis, at)],
+        points=[(as_triple(p), lasso.positive) for p in points],
         slice_box=(as_triple(whole.min(0)), as_triple(whole.max(0) + 1)) if lasso.positive else None,
         positive=lasso.positive,
         flat_axis=axis if lasso.positive else None,
-        voxels=_into_volume(deep, axis, at) if lasso.positive else whole,
+        voxels=deep if lasso.positive else whole,
     )
 
 
@@ -251,23 +246,6 @@ def _deep_part(inside: NDArray[np.bool_], spacing: tuple[float, float]) -> tuple
             break
         chosen.append(deep[int(apart.argmax())])
     return deep, np.array(chosen[::-1])
-
-
-def _into_volume(pixels: NDArray[np.intp], axis: int, at: int) -> NDArray[np.intp]:
-    return np.insert(pixels, axis, at, axis=1)
-
-
-def _start_mask(prompt: Mask, volume: Volume) -> PackedMask:
-    """The given mask in canonical order."""
-    if isinstance(prompt.mask, str):
-        raise InputError(f"mask {prompt.mask} must be read before it is placed")
-    if prompt.mask.shape_zyx != volume.grid.shape_zyx:
-        raise InputError(
-            f"mask must have the image's shape (D, H, W) {volume.grid.shape_zyx}, got {prompt.mask.shape_zyx}"
-        )
-    if prompt.mask.region.is_empty:
-        raise InputError("mask must hold a voxel, got an empty one; leave it out")
-    return PackedMask.of(volume.view.to_canonical(prompt.mask.full()))
 
 
 def read_mask_file(prompt: Prompt, volume: Volume) -> Prompt:

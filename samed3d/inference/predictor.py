@@ -155,8 +155,8 @@ class CropPredictor:
         if frame in self._features:
             self._features.move_to_end(frame)
             return self._features[frame]
-        edges = [e * s for e, s in zip(frame.extent_zyx_vox, self.spacing_zyx_mm, strict=True)]
-        logger.info("encoding a crop of %s mm", " x ".join(f"{edge:.0f}" for edge in edges))
+        edges = [f"{e * s:.0f}" for e, s in zip(frame.extent_zyx_vox, self.spacing_zyx_mm, strict=True)]
+        logger.info("encoding a crop of %s mm", " x ".join(edges))
         crop, inside = sample_crop(self.array, frame)
         spec = self.model.spec
         image = normalise(crop, inside, spec.normalisation, self._clamp)

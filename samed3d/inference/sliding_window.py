@@ -65,15 +65,12 @@ def segment_volume(
         (D, H, W) in the image's own grid and order.
 
     Raises:
-        InputError: if the model needs prompts, the number of volumes or their shapes do not fit, or ``overlap`` is out
-            of range.
+        InputError: if the model needs prompts, or the number or shapes of the volumes or ``overlap`` do not fit.
     """
     volumes = [volume] if isinstance(volume, Volume) else list(volume)
     if not isinstance(model, SemanticModel):
-        raise InputError(
-            f"model must be a semantic segmentation model, got {type(model).__name__}, which needs prompts; "
-            "give --point or --box"
-        )
+        found = f"got {type(model).__name__}, which needs prompts; give --point or --box"
+        raise InputError(f"model must be a semantic segmentation model, {found}")
     if not 0 <= overlap < 1:
         raise InputError(f"overlap must be from 0 to below 1, got {overlap}")
     if len(volumes) != model.spec.in_channels:
@@ -83,7 +80,7 @@ def segment_volume(
         raise InputError(f"images of one case must have one shape, got {shapes}; register and resample them")
     model, view, shape = model.to(device).eval(), volumes[0].view, volumes[0].view.shape_zyx
     arrays = [v.view.to_canonical(v.array) for v in volumes]
-    statistics = [Intensities.of(array) for array in arrays]
+    images = [(array, Intensities.of(array)) for array in arrays]
     spacing = target_spacing(model) or view.spacing_zyx_mm
     steps = as_triple([wanted / s for wanted, s in zip(spacing, view.spacing_zyx_mm, strict=True)])
     rows = window_frames(shape, steps, model.spec.input_shape_zyx, overlap)
@@ -95,8 +92,7 @@ def segment_volume(
         slab = row[0].region().clip(shape)
         total.grow(Region((slab.start_zyx[0], 0, 0), (slab.stop_zyx[0], *shape[1:])))
         for frame in row:
-            pairs = [sample_crop(array, frame) for array in arrays]
-            image = torch.stack([s.scale(crop, inside) for s, (crop, inside) in zip(statistics, pairs, strict=True)])
+            image = torch.stack([statistics.scale(*sample_crop(array, frame)) for array, statistics in images])
             found = _probabilities(model, image[None].to(device), mirror)[0].float().cpu()
             region, values = paste_crop(found * weight, frame, shape)
             if not region.is_empty:
