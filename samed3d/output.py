@@ -45,7 +45,11 @@ def check_output(path: str | Path, *, suffixes: Sequence[str] = ()) -> None:
 
 
 def _check_replaceable(path: Path) -> None:
-    """Refuse what a file must not be put in place of."""
+    """Refuse what a file must not be put in place of, and a name that the file system does not take."""
+    try:
+        path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:12]}-{path.name}").exists()
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
     if path.is_dir():
         raise InputError(f"output must be a file, got a folder: {path}")
     if path.exists() and not path.is_file():

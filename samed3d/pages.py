@@ -27,8 +27,10 @@ Cell = str | tuple[str, str]
 SERIES_COLOURS = ("#0068a8", "#c04f00", "#00805c", "#b0578e", "#8a6d00", "#2f8fc4", "#6b4bb5", "#555555")
 """Eight colours that colour-blind readers tell apart (after Okabe and Ito 2008), for a white ground."""
 TEXT, FAINT, GRID = "#1d1f21", "#5d6268", "#e6e8ea"
-_VARIABLES = {colour: f"var(--s{n})" for n, colour in enumerate(SERIES_COLOURS)}
-_VARIABLES |= {TEXT: "var(--text)", FAINT: "var(--faint)", GRID: "var(--grid)"}
+_VARIABLES = {
+    **{colour: f"var(--s{n})" for n, colour in enumerate(SERIES_COLOURS)},
+    **{TEXT: "var(--text)", FAINT: "var(--faint)", GRID: "var(--grid)"},
+}
 _STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9,

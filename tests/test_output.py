@@ -98,3 +98,8 @@ def test_the_environment_can_be_written_as_json():
     body = json.loads(json.dumps(environment()))
     assert body["packages"]["torch"] and body["cores"] == os.cpu_count()
     assert body["revision"] == git_revision()
+
+
+def test_a_name_that_the_file_system_does_not_take_is_refused_before_any_work(tmp_path):
+    with pytest.raises(InputError, match="cannot write .*too long"):
+        check_output(tmp_path / ("n" * 300 + ".json"))

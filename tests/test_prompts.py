@@ -4,6 +4,7 @@ line."""
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -203,3 +204,29 @@ def test_bad_prompt_files(tmp_path, text, message):
     with pytest.raises(InputError, match=message) as caught:
         load_prompts(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": [{"type": "point", "at": [1, 2, 3], "postive": False}]}, "'postive'; did you mean positive"),
+        ({"prompts": [{"type": "box", "min": [1, 2, 3], "max": [4, 5, 6], "label": 0}]}, "no key 'label'"),
+        ({"Name": "liver"}, "no key 'Name'; did you mean name"),
+        ({"name": "\ud800"}, "name must be text"),
+        ({"prompts": [{"type": "point", "at": [10**400, 2, 3]}]}, "point must be three numbers"),
+    ],
+)
+def test_unknown_keys_and_broken_values_of_a_prompt_file_are_refused(tmp_path, change, message):
+    entry = {"id": 1, "prompts": [{"type": "point", "at": [1, 2, 3]}], **change}
+    (tmp_path / "p.json").write_text(json.dumps({"version": 1, "objects": [entry]}))
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_prompts(tmp_path / "p.json")
+
+
+def test_a_prompt_file_with_a_byte_order_mark_is_read_and_deep_nesting_is_refused(tmp_path):
+    body = {"version": 1, "objects": [{"prompts": [{"type": "point", "at": [1, 2, 3]}]}]}
+    (tmp_path / "p.json").write_text("\ufeff" + json.dumps(body), encoding="utf-8")
+    assert load_prompts(tmp_path / "p.json")[0].prompts == [Point((1, 2, 3))]
+    (tmp_path / "p.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="not JSON"):
+        load_prompts(tmp_path / "p.json")

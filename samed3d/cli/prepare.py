@@ -61,16 +61,9 @@ def prepare(
         generated = SyntheticReader(kind, count, seed, size, label_maps or [])
     chosen = rules_from(rules or ("published" if folders else "lenient"), rule or [])
     settings = Settings(chosen, spacing, max_side, storage, repair_geometry)
-    options: dict[str, Any] = {
-        "source_format": format_,
-        "patterns": (image_pattern, label_pattern),
-        "generated": generated,
-        "licensed_only": licensed_only,
-    }
-    shown = not quiet and sys.stderr.isatty()
-    result = run(
-        folders, output, settings, **options, jobs=jobs or os.cpu_count() or 1, cluster=cluster, progress=shown
-    )
+    options: dict[str, Any] = dict(source_format=format_, patterns=(image_pattern, label_pattern), generated=generated)
+    options |= dict(licensed_only=licensed_only, jobs=jobs or os.cpu_count() or 1, cluster=cluster)
+    result = run(folders, output, settings, **options, progress=not quiet and sys.stderr.isatty())
     for problem in result.failed:
         typer.echo(f"samed3d: refused {problem.path}: {' '.join(problem.reason.split())}", err=True)
     if not quiet:

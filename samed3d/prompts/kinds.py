@@ -226,7 +226,7 @@ def _position(value: Sequence[float], what: str) -> Triple:
     try:
         triple = as_triple(list(value))
     except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{what} must be three numbers, got {str(value)[:80]!r}") from error
+        raise InputError(f"{what} must be three numbers, got {repr(value)[:80]}") from error
     if not all(abs(v) < float("inf") for v in triple):
         raise InputError(f"{what} must be finite, got {value!r}")
     return triple
