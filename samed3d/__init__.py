@@ -1,6 +1,7 @@
 """Fully-3D promptable segmentation: open a volume, click, get the whole structure back in the volume's own grid.
 
-The public names below are loaded when they are first used: ``import samed3d`` alone imports neither torch nor SimpleITK.
+The public names below are loaded when they are first used: ``import samed3d`` alone imports neither torch nor
+SimpleITK.
 They are described in ``docs/api.md``.
 """
 

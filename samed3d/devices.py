@@ -39,7 +39,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device(available[0])
     if name not in available:
         raise InputError(
-            f"device {name} was asked for but {_MISSING[name]}; leave the device out or choose from: {', '.join(available)}"
+            f"device {name} was asked for but {_MISSING[name]}; leave it out or choose from: {', '.join(available)}"
         )
     return torch.device(name)
 

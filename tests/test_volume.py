@@ -170,7 +170,7 @@ def test_skew_by_rounding_is_read_and_a_shear_refused(tmp_path, tiny_image, capl
 
 
 # ---- DICOM
-# -----------------------------------------------------------------------------------------------------------------------
+# ---
 
 
 def dicom_series(folder: Path, array: np.ndarray, uid: str, name: str, *, positions: list[float] | None = None) -> None:

@@ -35,7 +35,7 @@ def commands() -> typer.Typer:
     """Every command, in the order of the help."""
     app = typer.Typer(
         name="samed3d",
-        help="Fully-3D promptable segmentation. Every command also takes --debug, which shows the traceback of an internal error.",
+        help="Fully-3D promptable segmentation. Every command takes --debug: show the traceback of an internal error.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,

@@ -107,7 +107,7 @@ def _packages() -> Iterator[Check]:
 
 
 def _torchvision() -> Iterator[Check]:
-    """torchvision works with exactly one version of torch. Only models that use timm need it, so it is never a failure."""
+    """torchvision works with one version of torch only. Only models of timm need it, so it is never a failure."""
     version = _version("torchvision")
     if not version:
         return

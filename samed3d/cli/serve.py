@@ -1,4 +1,4 @@
-"""``samed3d serve`` and ``samed3d app``: their options and how they become a server. The server is in ``apps/server``."""
+"""``samed3d serve`` and ``samed3d app``: their options. The server is in ``apps/server``."""
 
 from __future__ import annotations
 

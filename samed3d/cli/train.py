@@ -132,6 +132,5 @@ def _finetune(
     result = run(base, corpora, folder, options, elsewhere=others, resume=resume, quiet=quiet)
     if not quiet and result.table:
         typer.echo(result.table)
-        typer.echo(
-            f"model in {folder / 'model.safetensors'}; use it with: samed3d segment IMAGE --model {folder / 'model.safetensors'}"
-        )
+        weights = folder / "model.safetensors"
+        typer.echo(f"model in {weights}; use it with: samed3d segment IMAGE --model {weights}")

@@ -109,7 +109,7 @@ class FinetuneOptions:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """Run folder (``model.safetensors``, ``table.md``, ``table.json``, ``scores.csv``), and the table as lines and text."""
+    """Run folder with ``model.safetensors``, tables and ``scores.csv``; the table as lines and text."""
 
     folder: Path
     changes: list[DiceChange]
@@ -192,7 +192,7 @@ def _finished(
     before: Mapping[str, list[ClickScore]],
     after: Mapping[str, list[ClickScore]],
 ) -> Finetuned:
-    """Write ``table.md``, ``table.json``, ``scores.csv``, and the model's header: its base and its training subjects."""
+    """Write the tables, ``scores.csv``, and the model's header: its base and its training subjects."""
     changes = {place: compare(before[place], after[place]) for place in measured}
     tables = []
     for place, targets in measured.items():
@@ -257,7 +257,7 @@ def load_base(base: str) -> tuple[PromptableModel, Path, dict[str, Any]]:
     header = read_header(path)
     if not isinstance(model, PromptableModel):
         raise InputError(
-            f"--finetune needs a model that takes prompts, got {base!r}, a {header['model']!r} for semantic segmentation"
+            f"--finetune needs a model that takes prompts, got {base!r}, a semantic {header['model']!r}"
         )
     if ADAPTER_KEY in header:
         raise InputError(

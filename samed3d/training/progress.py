@@ -1,4 +1,4 @@
-"""Records of a run: ``metrics.jsonl`` and its curves, ``environment.json``, the progress line, Accelerate's trackers."""
+"""Records of a run: ``metrics.jsonl``, curves, ``environment.json``, the progress line, Accelerate's trackers."""
 
 from __future__ import annotations
 

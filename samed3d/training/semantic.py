@@ -97,7 +97,7 @@ def class_dice(predicted: Tensor, numbers: Tensor, classes: int) -> Tensor:
 
 
 def semantic_overrides(config: TrainConfig, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments for a model's builder: ``overrides``, and the corpus's classes and spacing where they lack them.
+    """Keyword arguments for a model's builder: ``overrides``, and the corpus's classes and spacing if they lack them.
 
     Returns:
         ``overrides`` alone for a promptable model.

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,7 +105,8 @@ def write_volume(path: str | Path, array: NDArray, grid: Grid) -> None:
     if array.shape != grid.shape_zyx:
         raise ValueError(f"array must have the grid's shape {grid.shape_zyx}, got {array.shape}")
     check_output(path, suffixes=SUFFIXES)
-    stored = {"b": np.dtype(np.uint8), "f": np.dtype(np.float32)}.get(array.dtype.kind, array.dtype.newbyteorder("="))
+    kinds: dict[str, np.dtype[Any]] = {"b": np.dtype(np.uint8), "f": np.dtype(np.float32)}
+    stored = kinds.get(array.dtype.kind, array.dtype.newbyteorder("="))
     array = np.ascontiguousarray(array, dtype=stored)
     suffix = suffix_of(path)
     with replacing(path) as partial:
