@@ -4,8 +4,8 @@
     python benchmarks/card.py --page
 
 The card names the commands that made the three folders. Writes ``benchmarks/results/default_evaluation.json``, the
-measured blocks of ``checkpoints/README.md``, and ``docs/images/default_{typical,worst}.png``, for which the model gets
-the saved prompts again. ``--page`` makes the blocks from the JSON that is there.
+head and the measured blocks of ``checkpoints/README.md``, and ``docs/images/default_{typical,worst}.png``, for which
+the model gets the saved prompts again. ``--page`` makes head and blocks from the JSON that is there.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import argparse
 import io
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -156,7 +159,30 @@ def behaviour(rows: Sequence[Row]) -> Body:
 
 
 def card_with_blocks(card: str, body: Body) -> str:
-    return replace_blocks(card, BLOCKS, lambda name: BLOCKS[name](body))
+    """The card with its head and each block made again."""
+    text = replace_blocks(card.partition("\n---\n")[2] or card, BLOCKS, lambda name: BLOCKS[name](body))
+    return f"---\n{head(card, body)}---\n{text}"
+
+
+def head(card: str, body: Body) -> str:
+    """What Hugging Face reads: library, task, licence, the sources of the card's table, and the measured Dice."""
+    results = []
+    for group in AIMS:
+        dice_of = body["group"][group]["dice"]
+        metrics = [
+            {"type": "dice", "name": f"Dice after {click_head(n)}", "value": dice_of[str(n)]["mean"]} for n in CLICKS
+        ]
+        task = {"type": "image-segmentation", "name": "interactive 3D segmentation"}
+        results.append({"task": task, "dataset": {"type": "volumes", "name": group}, "metrics": metrics})
+    about = {
+        "library_name": "samed3d",
+        "pipeline_tag": "image-segmentation",
+        "license": "apache-2.0",
+        "tags": ["medical", "segmentation", "3d", "interactive", "promptable"],
+        "datasets": re.findall(r"^\| `(\w+)` \|", card.partition("| source | licence |")[2], flags=re.MULTILINE),
+        "model-index": [{"name": "samed3d default", "results": results}],
+    }
+    return str(yaml.safe_dump(about, sort_keys=False))
 
 
 def aims_block(body: Body) -> str:

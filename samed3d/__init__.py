@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from samed3d.errors import InputError
     from samed3d.evaluation.run import evaluate
+    from samed3d.inference.export import save_pretrained
     from samed3d.inference.session import Session
-    from samed3d.models import create_model, list_models, load
+    from samed3d.models import create_model, from_pretrained, list_models, load
     from samed3d.prompts import Box, Lasso, Mask, Point, Scribble
     from samed3d.training.loop import train
     from samed3d.volume import Volume, read_volume
@@ -32,17 +33,20 @@ __all__ = [
     "__version__",
     "create_model",
     "evaluate",
+    "from_pretrained",
     "list_models",
     "load",
     "read_volume",
+    "save_pretrained",
     "train",
 ]
 
 _MODULES = {
     "samed3d.errors": ("InputError",),
     "samed3d.evaluation.run": ("evaluate",),
+    "samed3d.inference.export": ("save_pretrained",),
     "samed3d.inference.session": ("Session",),
-    "samed3d.models": ("create_model", "list_models", "load"),
+    "samed3d.models": ("create_model", "from_pretrained", "list_models", "load"),
     "samed3d.prompts": ("Box", "Lasso", "Mask", "Point", "Scribble"),
     "samed3d.training.loop": ("train",),
     "samed3d.volume": ("Volume", "read_volume"),

@@ -1,17 +1,21 @@
 """Exported models answer as ours do: ONNX under onnxruntime, TorchScript, and the way through a Hugging Face folder."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
+import samed3d
 from samed3d.errors import InputError
-from samed3d.inference.export import decoder_inputs, export, hub_model_class, image_example
+from samed3d.inference.export import decoder_inputs, export, image_example, save_pretrained
 from samed3d.models import MODELS, create_model, list_models, load
 from samed3d.models.base import PromptableModel, PromptBatch
 from samed3d.models.weights import save_weights
 
+ROOT = Path(__file__).resolve().parents[1]
 QUICK = "sam_med3d_b"
 QUICK_SEMANTIC = "sam3d"
 
@@ -131,10 +135,10 @@ def test_torchscript_answers_as_the_model(tmp_path, name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", list_models())
 def test_hugging_face_folder_there_and_back(tmp_path, name):
-    pytest.importorskip("huggingface_hub")
     model, path = on_disk(tmp_path, name)
     export(path, "hf", tmp_path / "out")
-    again = hub_model_class().from_pretrained(tmp_path / "out", local_files_only=True).network.eval()
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    again = samed3d.from_pretrained(tmp_path / "out")
     assert again.spec == model.spec
     image = image_example(model)
     if isinstance(model, PromptableModel):
@@ -142,6 +146,54 @@ def test_hugging_face_folder_there_and_back(tmp_path, name):
         assert torch.equal(again(image, batch).logits, model(image, batch).logits)
     else:
         assert torch.equal(again(image), model(image))
+
+
+def test_the_shipped_checkpoint_is_exported_with_its_card(tmp_path):
+    save_pretrained("default", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "samed3d" and head["pipeline_tag"] == "image-segmentation"
+    assert head["license"] == "apache-2.0" and len(head["datasets"]) > 20
+    (index,) = head["model-index"]
+    measured = json.loads((ROOT / "benchmarks/results/default_evaluation.json").read_text())["group"]
+    for result in index["results"]:
+        dice = measured[result["dataset"]["name"]]["dice"]
+        assert [m["value"] for m in result["metrics"]] == [dice[str(n)]["mean"] for n in (1, 3, 5, 10)]
+    assert "Needed" not in card
+    again = samed3d.from_pretrained(tmp_path / "out")
+    for name, tensor in samed3d.load("default").state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_a_model_in_memory_is_saved_and_read(tmp_path):
+    model = create_model(QUICK, **MODELS[QUICK].tiny)
+    samed3d.save_pretrained(model, tmp_path / "out")
+    assert samed3d.from_pretrained(str(tmp_path / "out")).config == model.config
+
+
+def test_models_on_hugging_face_are_loaded_by_address(tmp_path, monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    _, path = on_disk(tmp_path, QUICK)
+    export(path, "hf", tmp_path / "out")
+    asked = []
+
+    def download(repository, file, revision=None):
+        asked.append((repository, file, revision))
+        return str(tmp_path / "out" / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert samed3d.load("hf://owner/name").spec.name == QUICK
+    assert samed3d.from_pretrained("owner/name", revision="v1").spec.name == QUICK
+    assert asked == [("owner/name", "model.safetensors", None), ("owner/name", "model.safetensors", "v1")]
+    with pytest.raises(InputError, match="must be hf://OWNER/NAME"):
+        samed3d.load("hf://name")
+
+    def fail(*_args, **_more):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(InputError, match=r"hf://owner/name cannot be fetched \(no network\)"):
+        samed3d.load("hf://owner/name")
 
 
 def test_model_json_says_what_a_caller_needs(tmp_path):

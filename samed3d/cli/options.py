@@ -11,7 +11,7 @@ from samed3d.errors import InputError
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Device = Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda or mps.")]
-Model = Annotated[str, typer.Option(help="Shipped checkpoint, or a .safetensors file.")]
+Model = Annotated[str, typer.Option(help="Shipped checkpoint, .safetensors file, or hf://OWNER/NAME.")]
 Texts = list[str] | None
 Paths = list[Path] | None
 

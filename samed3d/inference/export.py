@@ -22,9 +22,16 @@ from torch import Tensor, nn
 from samed3d.errors import InputError
 from samed3d.models import MODELS, create_model, load
 from samed3d.models.base import AnyModel, PromptableModel, PromptBatch
+from samed3d.models.hub import PRETRAINED
 from samed3d.models.sam_med3d_moe import MixtureOfExperts
-from samed3d.models.weights import find_checkpoint, spec_from_json, spec_to_json
-from samed3d.output import replacing_folder, write_json
+from samed3d.models.weights import (
+    find_checkpoint,
+    list_checkpoints,
+    read_header,
+    save_weights,
+    spec_to_json,
+)
+from samed3d.output import replacing_folder, write_json, write_text
 
 FORMATS = ("onnx", "torchscript", "hf")
 OUTPUTS = ["logits", "iou", "lowres_logits"]
@@ -97,7 +104,11 @@ def export(name: str, file_format: str, folder: str | Path) -> list[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), replacing_folder(folder) as partial:
         if file_format == "hf":
-            hub_model_class()(model.spec.name, model.config, spec_to_json(model.spec), model).save_pretrained(partial)
+            found = find_checkpoint(name)
+            page = None if found is None else found.with_name("README.md")
+            shipped = name in list_checkpoints() and page is not None and page.is_file()
+            card = page.read_text(encoding="utf-8").replace("../docs/", "docs/") if shipped and page else ""
+            _write_pretrained(model, partial, {} if found is None else read_header(found), card)
         elif file_format == "onnx":
             _check_packages("onnx", "onnxscript")
             _write_graphs(model, partial, ".onnx", _write_onnx)
@@ -145,33 +156,42 @@ def decoder_example(model: PromptableModel, features: list[Tensor], names: list[
     return (features, points, labels, *rest)
 
 
-def hub_model_class() -> Any:
-    """``HubModel``: our models with Hugging Face's ``save_pretrained`` and ``from_pretrained``.
+def save_pretrained(model: AnyModel | str, folder: str | Path) -> list[Path]:
+    """Write a model as a Hugging Face folder: weights with their header, ``config.json`` and the model card.
 
-    Its ``.network`` is the model.
+    ``hf upload OWNER/NAME FOLDER`` publishes it; ``samed3d.load("hf://OWNER/NAME")`` and ``samed3d.from_pretrained``
+    read it. The card of a shipped checkpoint is its own; of another model, one that states what its header says.
+
+    Args:
+        model: A model, or a name or file that ``load`` takes.
+        folder: New folder.
+
+    Returns:
+        The files.
 
     Raises:
-        InputError: if huggingface_hub is not installed.
+        InputError: for an unknown model or an existing folder.
     """
-    _check_packages("huggingface_hub")
-    from huggingface_hub import PyTorchModelHubMixin
+    if isinstance(model, str):
+        return export(model, "hf", folder)
+    with replacing_folder(folder) as partial:
+        _write_pretrained(model, partial, {}, "")
+    return sorted(Path(folder).iterdir())
 
-    tags = ["image-segmentation", "medical", "3d"]
 
-    class HubModel(nn.Module, PyTorchModelHubMixin, library_name="samed3d", tags=tags):
-        """See ``hub_model_class``."""
-
-        def __init__(
-            self, architecture: str, numbers: dict[str, Any], spec: dict[str, Any], network: Any = None
-        ) -> None:
-            super().__init__()
-            self.network = create_model(architecture, **numbers) if network is None else network
-            self.network.spec = spec_from_json(spec)
-
-        def forward(self, *arguments: Any) -> Any:
-            return self.network(*arguments)
-
-    return HubModel
+def _write_pretrained(model: AnyModel, folder: Path, header: dict[str, Any], card: str) -> None:
+    facts = {
+        key: value for key, value in header.items() if key not in ("version", "model", "config", "spec", "adapter")
+    }
+    save_weights(model, folder / PRETRAINED, facts)
+    about = {"architecture": model.spec.name, "numbers": model.config, "spec": spec_to_json(model.spec)}
+    write_json(folder / "config.json", {"library_name": "samed3d", **about})
+    licence = str(facts.get("licence", "other")).lower()
+    head = (
+        f"---\nlibrary_name: samed3d\npipeline_tag: image-segmentation\nlicense: {licence}\ntags: [medical, 3d]\n---\n"
+    )
+    text = f"# {model.spec.name}\n\nSource: {model.spec.source}\n\nNo figures were measured for this model.\n"
+    write_text(folder / "README.md", card or head + text)
 
 
 def _tensor_names(features: list[str]) -> list[str]:

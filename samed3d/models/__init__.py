@@ -14,6 +14,7 @@ import torch
 from samed3d.errors import InputError
 from samed3d.models import ma_sam, sam3d, sam3d_adapter, sam_med3d, samed3d_unet, samed3d_vit, samu
 from samed3d.models.base import AnyModel, ModelEntry, PromptableModel
+from samed3d.models.hub import HUB, PRETRAINED
 from samed3d.models.sam_med3d_moe import MixtureOfExperts, coarsest_feature
 from samed3d.models.weights import (
     ADAPTER_KEY,
@@ -26,7 +27,7 @@ from samed3d.models.weights import (
     spec_to_json,
 )
 
-__all__ = ["MODELS", "create_model", "list_models", "load", "load_promptable"]
+__all__ = ["MODELS", "create_model", "from_pretrained", "list_models", "load", "load_promptable"]
 
 
 def sam_med3d_moe(
@@ -106,7 +107,8 @@ def load(name_or_path: str | Path) -> AnyModel:
     """A model with its trained weights, in ``eval()`` mode on the CPU.
 
     Args:
-        name_or_path: A shipped checkpoint (``"default"``) or a ``.safetensors`` file written by samed3d.
+        name_or_path: A shipped checkpoint (``"default"``), a ``.safetensors`` file written by samed3d, or a model on
+            Hugging Face (``"hf://OWNER/NAME"``, ``"hf://OWNER/NAME@REVISION"``).
 
     Raises:
         InputError: if it is neither, or the file does not hold the architecture that its header names.
@@ -129,6 +131,17 @@ def load(name_or_path: str | Path) -> AnyModel:
     # Fields that an older file lacks are as the builder has them.
     model.spec = spec_from_json({**spec_to_json(model.spec), **header["spec"]})
     return model.eval()
+
+
+def from_pretrained(name_or_folder: str | Path, revision: str | None = None) -> AnyModel:
+    """As ``load``, for a folder of ``samed3d.save_pretrained`` or a model on Hugging Face by ``OWNER/NAME``.
+
+    Raises:
+        InputError: as ``load``.
+    """
+    if Path(name_or_folder).is_dir():
+        return load(Path(name_or_folder) / PRETRAINED)
+    return load(f"{HUB}{name_or_folder}{f'@{revision}' if revision else ''}")
 
 
 def load_promptable(name_or_path: str | Path) -> PromptableModel:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from samed3d.errors import InputError
 from samed3d.models.base import Adaptation, AnyModel, ModelSpec, PromptableModel
+from samed3d.models.hub import HUB, fetch
 from samed3d.nn.adapters import add_adapters
 from samed3d.output import replacing, write_json
 
@@ -277,23 +278,23 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def find_checkpoint(name_or_path: str | Path) -> Path | None:
-    """The weights file of that path, or of that name in the manifest; None if it is neither.
+    """The weights file of that path, of that name in the manifest, or of ``hf://OWNER/NAME``; None if it is neither.
 
     Raises:
-        InputError: if the manifest names a file that is missing or whose sha256 differs.
+        InputError: if the manifest's file is missing or another one, or Hugging Face has no such model.
     """
+    if str(name_or_path).startswith(HUB):
+        return fetch(str(name_or_path))
     if Path(name_or_path).is_file():
         return Path(name_or_path)
-    found = _manifest_entries().get(str(name_or_path))
-    if found is None:
+    if (found := _manifest_entries().get(str(name_or_path))) is None:
         return None
     folder, entry = found
     path = folder / entry["file"]
     if not path.is_file():
         listed = folder / "manifest.json"
         raise InputError(f"checkpoint {str(name_or_path)!r} is in {listed} but its file is missing: {path}")
-    actual = _sha256(path)
-    if actual != entry["sha256"]:
+    if (actual := _sha256(path)) != entry["sha256"]:
         raise InputError(f"checkpoint {path} must have sha256 {entry['sha256']}, got {actual}; fetch it again")
     return path
 
@@ -337,7 +338,7 @@ def licence_of(name_or_path: str | Path) -> str:
     found = _manifest_entries().get(str(name_or_path))
     if found is not None:
         return str(found[1].get("licence", "not stated"))
-    return str(read_header(name_or_path).get("licence", "not stated"))
+    return str(read_header(find_checkpoint(name_or_path) or name_or_path).get("licence", "not stated"))
 
 
 def spec_to_json(spec: ModelSpec) -> dict[str, Any]:

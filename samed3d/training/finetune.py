@@ -256,9 +256,7 @@ def load_base(base: str) -> tuple[PromptableModel, Path, dict[str, Any]]:
     assert path is not None  # else load had refused
     header = read_header(path)
     if not isinstance(model, PromptableModel):
-        raise InputError(
-            f"--finetune needs a model that takes prompts, got {base!r}, a semantic {header['model']!r}"
-        )
+        raise InputError(f"--finetune needs a model that takes prompts, got {base!r}, a semantic {header['model']!r}")
     if ADAPTER_KEY in header:
         raise InputError(
             f"--finetune needs a whole model, got {base!r}, an adapter of {header[ADAPTER_KEY]['base']!r}; "
