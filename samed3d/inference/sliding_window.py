@@ -93,8 +93,8 @@ def segment_volume(
         total.grow(Region((slab.start_zyx[0], 0, 0), (slab.stop_zyx[0], *shape[1:])))
         for frame in row:
             image = torch.stack([statistics.scale(*sample_crop(array, frame)) for array, statistics in images])
-            found = _probabilities(model, image[None].to(device), mirror)[0].float().cpu()
-            region, values = paste_crop(found * weight, frame, shape)
+            probabilities = _probabilities(model, image[None].to(device), mirror)[0].float().cpu()
+            region, values = paste_crop(probabilities * weight, frame, shape)
             if not region.is_empty:
                 total.add(region, values)
         start = total.region.start_zyx[0]
