@@ -131,22 +131,8 @@ def test_segment_takes_an_adapter_file(base, five, tmp_path):
     assert command(base, five, out, "--adapter", "lora", "--quiet") == 0
     image = five / "imagesTr" / "case0_0000.nii.gz"
     mask = tmp_path / "mask.nii.gz"
-    assert (
-        main(
-            [
-                "segment",
-                str(image),
-                "--point",
-                "14,12,5",
-                "--model",
-                str(out / "model.safetensors"),
-                "-o",
-                str(mask),
-                "--quiet",
-            ]
-        )
-        == 0
-    )
+    model = str(out / "model.safetensors")
+    assert main(["segment", str(image), "--point", "14,12,5", "--model", model, "-o", str(mask), "--quiet"]) == 0
     assert mask.is_file()
 
 
@@ -324,20 +310,6 @@ def test_a_run_starts_from_another_by_one_flag(base, tmp_path, capsys):
     assert config["model"]["weights"] == str(tmp_path / "stage1" / "model.safetensors")
     (tmp_path / "stage1" / "best.safetensors").write_bytes(base.read_bytes())
     assert _weights_of(tmp_path / "stage1").name == "best.safetensors" and _weights_of(base) == base
-
-
-def test_experts_become_a_mixture_by_one_flag(base, tmp_path, monkeypatch):
-    called = {}
-    monkeypatch.setattr(
-        "samed3d.training.moe.gate_config", lambda *given, **more: called.update(given=given, more=more) or given[2]
-    )
-    monkeypatch.setattr("samed3d.training.loop.train", lambda *_given, **_more: tmp_path)
-    changes = ["--set", f"model.weights={base}", "--set", "optim.steps=7"]
-    assert main(["train", "--moe", "a.safetensors", "--moe", "b.safetensors", *changes, "-q"]) == 0
-    assert (
-        called["given"][:2] == (str(base), ["a.safetensors", "b.safetensors"]) and called["given"][2].optim.steps == 7
-    )
-    assert main(["train", "--moe", "a.safetensors", "-q"]) == 0 and called["given"][0] == "default"
 
 
 def test_the_cache_is_found_again_and_a_changed_folder_is_another(five, cache):

@@ -4,6 +4,7 @@ are refused."""
 import pytest
 import torch
 
+from samed3d.cli import main
 from samed3d.config import ClickConfig, TrainConfig, load_config
 from samed3d.errors import InputError
 from samed3d.models import MODELS, create_model, load
@@ -189,3 +190,16 @@ def test_wrong_experts_are_refused(tmp_path):
     other, _ = base_and_experts(tmp_path / "other", "samu")
     with pytest.raises(InputError, match=r"expert must be a fine-tune of .* got another architecture"):
         assemble(base, [other])
+
+
+def test_experts_become_a_mixture_by_one_flag(tmp_path, monkeypatch):
+    base, _ = base_and_experts(tmp_path)
+    called = {}
+    monkeypatch.setattr(
+        "samed3d.training.moe.gate_config", lambda *given, **more: called.update(given=given, more=more) or given[2]
+    )
+    monkeypatch.setattr("samed3d.training.loop.train", lambda *_given, **_more: tmp_path)
+    changes = ["--set", f"model.weights={base}", "--set", "optim.steps=7"]
+    assert main(["train", "--moe", "a.safetensors", "--moe", "b.safetensors", *changes, "-q"]) == 0
+    assert called["given"][:2] == (base, ["a.safetensors", "b.safetensors"]) and called["given"][2].optim.steps == 7
+    assert main(["train", "--moe", "a.safetensors", "-q"]) == 0 and called["given"][0] == "default"

@@ -1,9 +1,10 @@
-"""Optimisers, the power schedule and the forms of Dice that published recipes ask for, against values worked out by
-hand."""
+"""Optimisers, schedules, rates and decay by part, and the forms of Dice that published recipes ask for, against values
+worked out by hand."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from samed3d.errors import InputError
 from samed3d.losses import dice_loss
 from samed3d.models import MODELS, create_model
 from samed3d.training.loop import train
-from samed3d.training.optimiser import learning_rate, make_optimiser, set_learning_rate
+from samed3d.training.optimiser import EmaWeights, learning_rate, make_optimiser, parameter_groups, set_learning_rate
 from samed3d.training.semantic import SemanticStep, soft_dice_loss
+from tests.test_training import narrow_model
 from tests.two_processes import SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +94,100 @@ def test_a_run_with_momentum_goes_on_bit_for_bit(tmp_path):
     with pytest.raises(InputError, match=r"changed: optim\.name 'sgd' -> 'adamw'"):
         settings.remove("optim.name=sgd")
         run("parts", 6, resume=True)
+
+
+# Schedules and parts
+
+
+def test_learning_rate_warms_up_then_follows_half_a_cosine():
+    optim = OptimConfig(lr=2.0, warmup_steps=4, steps=12)
+    rates = [learning_rate(optim, done) for done in range(12)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[4] == 2.0 and rates[8] == pytest.approx(1.0) and rates[6] == pytest.approx(1 + math.cos(math.pi / 4))
+    assert rates[4:] == sorted(rates[4:], reverse=True) and 0 < rates[-1] < 0.1
+    assert learning_rate(optim, 12) == pytest.approx(0.0) == learning_rate(optim, 99)
+    flat = OptimConfig(lr=2.0, warmup_steps=4, steps=12, schedule="constant")
+    assert [learning_rate(flat, done) for done in (0, 3, 4, 11)] == [0.5, 2.0, 2.0, 2.0]
+
+
+def test_multistep_falls_at_its_milestones_and_starts_again_in_each_cycle():
+    optim = OptimConfig(lr=1.0, schedule="multistep", milestones=[0.6, 0.8, 0.95], gamma=0.1, cycles=4, steps=800)
+    rates = [learning_rate(optim, done) for done in range(800)]
+    falls = [done for done in range(1, 800) if rates[done] != rates[done - 1]]
+    assert falls == [120, 160, 190, 200, 320, 360, 390, 400, 520, 560, 590, 600, 720, 760, 790]
+    assert (
+        (rates[0], rates[119], rates[120]) == (1.0, 1.0, 0.1)
+        and rates[199] == pytest.approx(1e-3)
+        and rates[200] == 1.0
+    )
+    once = OptimConfig(lr=2.0, schedule="multistep", steps=200, warmup_steps=0)
+    assert [learning_rate(once, done) for done in (0, 119, 120, 179)] == [2.0, 2.0, 0.2, 0.2]
+    assert learning_rate(once, 180) == pytest.approx(0.02) == learning_rate(once, 200)
+
+
+def test_cosine_in_cycles_starts_again():
+    optim = OptimConfig(lr=1.0, cycles=2, steps=20)
+    rates = [learning_rate(optim, done) for done in range(20)]
+    assert rates[0] == rates[10] == 1.0 and rates[5] == pytest.approx(0.5) == rates[15]
+    assert learning_rate(optim, 20) == pytest.approx(0.0)
+
+
+def test_norms_biases_and_tokens_do_not_decay():
+    model = narrow_model()
+    decayed, kept = parameter_groups(model, OptimConfig(weight_decay=0.3))
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
+    name_of = {id(p): n for n, p in model.named_parameters()}
+    kept_names = {name_of[id(p)] for p in kept["params"]}
+    assert {n for n in name_of.values() if n.endswith("bias") or "norm" in n or n == "iou_token"} <= kept_names
+    assert {"stem.weight", "out.weight", "joint.0.qkv.weight", "iou_head.0.weight"} <= {
+        name_of[id(p)] for p in decayed["params"]
+    }
+    assert len(decayed["params"]) + len(kept["params"]) == len(name_of)
+
+
+def test_parts_have_their_own_rate_and_a_longer_name_wins():
+    model = create_model("sam_med3d_b", **MODELS["sam_med3d_b"].tiny)
+    optim = OptimConfig(lr=2.0, lr_scale={"mask_decoder": 0.1, "mask_decoder.iou": 0.5}, steps=10, schedule="constant")
+    optimiser = make_optimiser(model, optim)
+    set_learning_rate(optimiser, optim, 0)
+    rate_of = {id(p): g["lr"] for g in optimiser.param_groups for p in g["params"]}
+    rates = {name: rate_of[id(p)] for name, p in model.named_parameters()}
+    assert len(rates) == len(list(model.parameters()))
+    assert rates["image_encoder.pos_embed"] == rates["prompt_encoder.no_mask_embed.weight"] == 2.0
+    assert rates["mask_decoder.mask_tokens.weight"] == 0.2 and rates["mask_decoder.iou_token.weight"] == 1.0
+    with pytest.raises(
+        InputError, match=r"optim\.lr_scale must name parts of the model, got decoder; it has image_encoder, mask"
+    ):
+        parameter_groups(model, OptimConfig(lr_scale={"decoder": 0.1}))
+
+
+def test_decay_all_decays_all_and_what_is_frozen_is_left_out():
+    model = narrow_model()
+    every = parameter_groups(model, OptimConfig(weight_decay=0.3, decay_all=True))
+    assert {g["weight_decay"] for g in every if g["params"]} == {0.3}
+    model.stem.requires_grad_(False)  # type: ignore[union-attr]
+    left = {id(p) for g in parameter_groups(model, OptimConfig()) for p in g["params"]}
+    assert left == {id(p) for p in model.parameters() if p.requires_grad}
+    with pytest.raises(InputError, match=r"leaves no parameter that learns"):
+        make_optimiser(model.requires_grad_(False), OptimConfig())
+
+
+def test_the_ema_follows_slowly_and_starts_fast():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    ema = EmaWeights(model, 0.9)
+    nn.init.ones_(model.weight)
+    expected = 0.0
+    for count in range(1, 200):
+        ema.update(model)
+        decay = min(0.9, (1 + count) / (10 + count))
+        expected = decay * expected + (1 - decay)
+        assert float(ema.shadow["weight"]) == pytest.approx(expected, abs=1e-5)
+    assert expected > 0.99 and float(model.weight.detach()) == 1
+    off = EmaWeights(model, 0.0)
+    off.update(model)
+    with off.applied(model):
+        assert float(model.weight.detach()) == 1 and not off.shadow
 
 
 # The power schedule
@@ -182,6 +278,26 @@ def test_the_step_takes_the_form_of_dice_from_its_config():
 
 def recipe(name: str) -> TrainConfig:
     return load_config(TrainConfig, ROOT / "configs" / f"{name}.yaml")
+
+
+def test_sam_med3d_as_published_has_two_rates_and_decays_everything():
+    config = load_config(TrainConfig, ROOT / "configs" / "stage1.yaml")
+    with torch.device("meta"):
+        groups = parameter_groups(create_model("sam_med3d_b"), config.optim)
+    counted: Counter[tuple[float, float]] = Counter()
+    for group in groups:
+        counted[group["scale"], group["weight_decay"]] += sum(p.numel() for p in group["params"])
+    assert counted == {(1.0, 0.1): 92_924_928, (0.1, 0.1): 8_668 + 7_575_636}
+    clicks = config.clicks
+    assert (clicks.interactions, clicks.memory, clicks.detach, clicks.mask_only_turns) == (
+        11,
+        "newest",
+        False,
+        ["last", "random"],
+    )
+    assert (
+        config.optim.batch * config.optim.accumulate * 2 == 240 and config.loss.iou == 0 and config.loss.turns == "sum"
+    )
 
 
 def test_sam3d_as_published():

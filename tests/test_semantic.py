@@ -43,8 +43,7 @@ from samed3d.models import MODELS, create_model, load
 from samed3d.models.base import ModelSpec, SemanticModel
 from samed3d.training.loop import train
 from samed3d.training.semantic import SemanticStep, class_dice, semantic_overrides, soft_dice_loss
-from tests.corpus_sources import store_case, store_corpus
-from tests.test_pipeline import LENIENT
+from tests.corpus_sources import EVERYTHING, store_case, store_corpus
 
 
 def cuboids(shape: tuple[int, int, int]) -> np.ndarray:
@@ -182,7 +181,8 @@ def test_structures_that_preparation_dropped_are_spoken_of(tmp_path, data_dir, c
         for file in sorted((source / kind).iterdir())[:3]:
             (few / kind / file.name).symlink_to(file)
     (few / "dataset.json").symlink_to(source / "dataset.json")
-    strict, lenient = prepare([few], tmp_path / "strict").folder, prepare([few], tmp_path / "lenient", LENIENT).folder
+    strict = prepare([few], tmp_path / "strict").folder
+    lenient = prepare([few], tmp_path / "lenient", EVERYTHING).folder
     with caplog.at_level(logging.WARNING):
         dataset(lenient, classes=("anterior", "posterior"))
         assert not caplog.text
@@ -192,7 +192,7 @@ def test_structures_that_preparation_dropped_are_spoken_of(tmp_path, data_dir, c
 
 def test_images_of_one_case_are_one_sample(tmp_path, data_dir):
     source = data_dir / "ms_lesions_mni"
-    corpus = Corpus(prepare([source], tmp_path / "out", LENIENT).folder)
+    corpus = Corpus(prepare([source], tmp_path / "out", EVERYTHING).folder)
     cases = [case for _, case in training_cases(data(corpus.folder))]
     channels = len(cases[0].images)
     assert channels > 1

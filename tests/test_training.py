@@ -21,7 +21,7 @@ from samed3d.models.base import Features, MaskOutput, ModelSpec, PromptableModel
 from samed3d.models.weights import read_header
 from samed3d.training import loop, start
 from samed3d.training.loop import train
-from samed3d.training.optimiser import EmaWeights, learning_rate, parameter_groups
+from samed3d.training.optimiser import parameter_groups
 from samed3d.training.step import InteractiveStep, seed_of
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "tiny_cpu.yaml"
@@ -241,48 +241,6 @@ def test_a_few_steps_on_two_samples_learn_them():
 
 
 # Parts of the run
-
-
-def test_learning_rate_warms_up_then_follows_half_a_cosine():
-    optim = OptimConfig(lr=2.0, warmup_steps=4, steps=12)
-    rates = [learning_rate(optim, done) for done in range(12)]
-    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
-    assert rates[4] == 2.0 and rates[8] == pytest.approx(1.0) and rates[6] == pytest.approx(1 + math.cos(math.pi / 4))
-    assert rates[4:] == sorted(rates[4:], reverse=True) and 0 < rates[-1] < 0.1
-    assert learning_rate(optim, 12) == pytest.approx(0.0) == learning_rate(optim, 99)
-    flat = OptimConfig(lr=2.0, warmup_steps=4, steps=12, schedule="constant")
-    assert [learning_rate(flat, done) for done in (0, 3, 4, 11)] == [0.5, 2.0, 2.0, 2.0]
-
-
-def test_norms_biases_and_tokens_do_not_decay():
-    model = narrow_model()
-    decayed, kept = parameter_groups(model, OptimConfig(weight_decay=0.3))
-    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
-    name_of = {id(p): n for n, p in model.named_parameters()}
-    kept_names = {name_of[id(p)] for p in kept["params"]}
-    assert {n for n in name_of.values() if n.endswith("bias") or "norm" in n or n == "iou_token"} <= kept_names
-    assert {"stem.weight", "out.weight", "joint.0.qkv.weight", "iou_head.0.weight"} <= {
-        name_of[id(p)] for p in decayed["params"]
-    }
-    assert len(decayed["params"]) + len(kept["params"]) == len(name_of)
-
-
-def test_the_ema_follows_slowly_and_starts_fast():
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.zeros_(model.weight)
-    ema = EmaWeights(model, 0.9)
-    nn.init.ones_(model.weight)
-    expected = 0.0
-    for count in range(1, 200):
-        ema.update(model)
-        decay = min(0.9, (1 + count) / (10 + count))
-        expected = decay * expected + (1 - decay)
-        assert float(ema.shadow["weight"]) == pytest.approx(expected, abs=1e-5)
-    assert expected > 0.99 and float(model.weight.detach()) == 1
-    off = EmaWeights(model, 0.0)
-    off.update(model)
-    with off.applied(model):
-        assert float(model.weight.detach()) == 1 and not off.shadow
 
 
 def test_step_seeds_differ_between_seeds_batches_and_ranks():

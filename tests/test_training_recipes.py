@@ -1,11 +1,10 @@
-"""Published recipes and ours as configs: rates by part, schedules, turns without a click, crops of one spacing, two
-stages end to end."""
+"""Published recipes and ours as configs: epochs, turns without a click, crops of one spacing, two stages end
+to end."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,10 @@ from samed3d.errors import InputError
 from samed3d.models import MODELS, create_model, load
 from samed3d.models.weights import read_header
 from samed3d.training.loop import train, with_steps
-from samed3d.training.optimiser import learning_rate, make_optimiser, parameter_groups, set_learning_rate
 from samed3d.training.start import make_accelerator, start_model
 from samed3d.training.step import InteractiveStep
 from tests.corpus_sources import store_case, store_corpus
-from tests.test_training import Recorder, metrics, narrow_model, samples, tiny_config
+from tests.test_training import Recorder, metrics, samples, tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (20, 24, 28)
@@ -51,76 +49,7 @@ def data_of(corpus: Path, **changes: Any) -> DataConfig:
     )
 
 
-# Rates
-
-
-def test_multistep_falls_at_its_milestones_and_starts_again_in_each_cycle():
-    optim = OptimConfig(lr=1.0, schedule="multistep", milestones=[0.6, 0.8, 0.95], gamma=0.1, cycles=4, steps=800)
-    rates = [learning_rate(optim, done) for done in range(800)]
-    falls = [done for done in range(1, 800) if rates[done] != rates[done - 1]]
-    assert falls == [120, 160, 190, 200, 320, 360, 390, 400, 520, 560, 590, 600, 720, 760, 790]
-    assert (
-        (rates[0], rates[119], rates[120]) == (1.0, 1.0, 0.1)
-        and rates[199] == pytest.approx(1e-3)
-        and rates[200] == 1.0
-    )
-    once = OptimConfig(lr=2.0, schedule="multistep", steps=200, warmup_steps=0)
-    assert [learning_rate(once, done) for done in (0, 119, 120, 179)] == [2.0, 2.0, 0.2, 0.2]
-    assert learning_rate(once, 180) == pytest.approx(0.02) == learning_rate(once, 200)
-
-
-def test_cosine_in_cycles_starts_again():
-    optim = OptimConfig(lr=1.0, cycles=2, steps=20)
-    rates = [learning_rate(optim, done) for done in range(20)]
-    assert rates[0] == rates[10] == 1.0 and rates[5] == pytest.approx(0.5) == rates[15]
-    assert learning_rate(optim, 20) == pytest.approx(0.0)
-
-
-def test_parts_have_their_own_rate_and_a_longer_name_wins():
-    model = create_model("sam_med3d_b", **MODELS["sam_med3d_b"].tiny)
-    optim = OptimConfig(lr=2.0, lr_scale={"mask_decoder": 0.1, "mask_decoder.iou": 0.5}, steps=10, schedule="constant")
-    optimiser = make_optimiser(model, optim)
-    set_learning_rate(optimiser, optim, 0)
-    rate_of = {id(p): g["lr"] for g in optimiser.param_groups for p in g["params"]}
-    rates = {name: rate_of[id(p)] for name, p in model.named_parameters()}
-    assert len(rates) == len(list(model.parameters()))
-    assert rates["image_encoder.pos_embed"] == rates["prompt_encoder.no_mask_embed.weight"] == 2.0
-    assert rates["mask_decoder.mask_tokens.weight"] == 0.2 and rates["mask_decoder.iou_token.weight"] == 1.0
-    with pytest.raises(
-        InputError, match=r"optim\.lr_scale must name parts of the model, got decoder; it has image_encoder, mask"
-    ):
-        parameter_groups(model, OptimConfig(lr_scale={"decoder": 0.1}))
-
-
-def test_decay_all_decays_all_and_what_is_frozen_is_left_out():
-    model = narrow_model()
-    every = parameter_groups(model, OptimConfig(weight_decay=0.3, decay_all=True))
-    assert {g["weight_decay"] for g in every if g["params"]} == {0.3}
-    model.stem.requires_grad_(False)  # type: ignore[union-attr]
-    left = {id(p) for g in parameter_groups(model, OptimConfig()) for p in g["params"]}
-    assert left == {id(p) for p in model.parameters() if p.requires_grad}
-    with pytest.raises(InputError, match=r"leaves no parameter that learns"):
-        make_optimiser(model.requires_grad_(False), OptimConfig())
-
-
-def test_sam_med3d_as_published_has_two_rates_and_decays_everything():
-    config = load_config(TrainConfig, ROOT / "configs" / "stage1.yaml")
-    with torch.device("meta"):
-        groups = parameter_groups(create_model("sam_med3d_b"), config.optim)
-    counted: Counter[tuple[float, float]] = Counter()
-    for group in groups:
-        counted[group["scale"], group["weight_decay"]] += sum(p.numel() for p in group["params"])
-    assert counted == {(1.0, 0.1): 92_924_928, (0.1, 0.1): 8_668 + 7_575_636}
-    clicks = config.clicks
-    assert (clicks.interactions, clicks.memory, clicks.detach, clicks.mask_only_turns) == (
-        11,
-        "newest",
-        False,
-        ["last", "random"],
-    )
-    assert (
-        config.optim.batch * config.optim.accumulate * 2 == 240 and config.loss.iou == 0 and config.loss.turns == "sum"
-    )
+# Steps
 
 
 def test_epochs_are_passes_over_the_structures():

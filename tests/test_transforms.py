@@ -18,7 +18,7 @@ from samed3d.data.sampling import CropDataset
 from samed3d.data.semantic import SemanticDataset
 from samed3d.errors import InputError
 from samed3d.training.loop import train
-from tests.test_pipeline import LENIENT
+from tests.corpus_sources import EVERYTHING
 from tests.test_training import SMALL
 
 torchio = pytest.importorskip("torchio")
@@ -33,7 +33,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
         for file in sorted((source / kind).iterdir())[:3]:
             (folder / kind / file.name).symlink_to(file)
     (folder / "dataset.json").symlink_to(source / "dataset.json")
-    return prepare([folder], folder.parent / "corpus", LENIENT).folder
+    return prepare([folder], folder.parent / "corpus", EVERYTHING).folder
 
 
 def data(corpus: Path, *transforms: dict[str, Any], **changes: Any) -> DataConfig:
