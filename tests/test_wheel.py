@@ -11,6 +11,7 @@ import time
 import urllib.request
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,11 +26,14 @@ LEFT_OUT = shutil.ignore_patterns(".*", "build", "dist", "out", "runs", "corpus"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
+def clean_environment() -> dict[str, str]:
+    """Nothing that leads to the source tree."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SAMED3D"))}
+
+
 def run(*command: str | Path, cwd: Path) -> str:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SAMED3D"))}
-    done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=clean, capture_output=True, text=True, check=False
-    )
+    words = [str(part) for part in command]
+    done = subprocess.run(words, cwd=cwd, env=clean_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
@@ -83,7 +87,8 @@ def test_the_installed_program_checks_itself_and_segments(program, tmp_path):
 
 def test_the_installed_program_serves_its_page(program, tmp_path):
     command = [str(program), "app", "--no-browser", "--port", "15280", "--sessions", str(tmp_path / "sessions")]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as server:
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, cwd=tmp_path, env=clean_environment(), **options) as server:
         try:
             for name in ("", "js/app.js", "vendor/niivue.js" if shutil.which("npm") else "style.css"):
                 assert fetch(f"http://127.0.0.1:15280/app/{name}", server)
