@@ -166,7 +166,7 @@ def test_failures_leave_nothing(tmp_path, rng):
     with pytest.raises(ValueError, match=r"mask must have the volume's shape \(16, 32, 32\), got \(2, 2, 2\)"):
         write_preview(tmp_path / "p.png", volume, np.zeros((2, 2, 2)), [])
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(InputError, match="cannot write .*folder.png: "):
+    with pytest.raises(InputError, match="output must be a file, got a folder: .*folder.png"):
         write_preview(tmp_path / "folder.png", volume, np.zeros(SHAPE, bool), [])
     assert [p.name for p in tmp_path.iterdir()] == ["folder.png"]
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from samed3d.devices import pick_device
 from samed3d.environment import environment
 from samed3d.errors import InputError
 from samed3d.evaluation.baselines import BASELINES, longest_edge_mm
@@ -161,7 +162,7 @@ def _planned(
         policies=POLICIES if "all" in policies else tuple(policies),
         prompts=PROMPTS if "all" in prompts else tuple(prompts),
     )
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = pick_device(device).type
     names = [n for name in models for n in (BASELINES if name == "baselines" else [name])]
     if doubled := {str(name) for name in names if names.count(name) > 1}:
         raise InputError(f"models must be given once each, got {', '.join(sorted(doubled))} twice")
