@@ -37,7 +37,7 @@ class Check:
     """What one check found.
 
     Attributes:
-        name: What was looked at.
+        name: What was checked.
         state: ``ok``, ``note`` (nothing that clicking needs is missing) or ``failed``.
         found: One line for a person.
         remedy: What to do about it; empty where there is nothing to do.

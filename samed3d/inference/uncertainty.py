@@ -21,7 +21,7 @@ several."""
 BAND_VOX = 4
 """How far from the mask's border a suggestion may lie."""
 LONGEST = 128
-"""Larger canvases are looked at in steps of several voxels."""
+"""Larger canvases are searched in steps of several voxels."""
 FREE_VOX = 4.0
 """A suggestion keeps this far from earlier clicks, in the finest voxels."""
 
