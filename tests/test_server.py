@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 from pathlib import Path
@@ -209,3 +210,14 @@ def test_a_mask_prior_travels_as_bits(client, ball):
     assert client.post(f"{base}/prompts", json=body).status_code == 200
     assert np.array_equal(masks_of(client, base.rsplit("/", 1)[1])[1], prior)
     assert "bits" not in client.get(base).json()["objects"][0]["prompts"][0]
+
+
+def test_a_full_disk_is_not_the_client_s_fault(client, monkeypatch):
+    def full(*_paths):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr("samed3d.output.os.replace", full)
+        answer = client.post("/api/sessions", json={"path": "ball.nii.gz"})
+    assert answer.status_code == 507 and "No space left" in answer.json()["detail"]
+    assert opened(client)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import re
 import signal
@@ -183,13 +184,16 @@ def _add_error_answers(app: FastAPI, options: ServerOptions) -> None:
     def answer(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
         return JSONResponse({"detail": inside_folders.sub("", " ".join(message.split()))}, status, headers)
 
+    def is_disk_full(cause: BaseException | None) -> bool:
+        return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+
     def invalid(error: RequestValidationError) -> str:
         problems = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()[:5]]
         return "the request does not fit: " + "; ".join(problems)
 
     answers: dict[type[Exception], Callable[[Any], Response]] = {
         ApiError: lambda error: error.response(),
-        InputError: lambda error: answer(400, str(error)),
+        InputError: lambda error: answer(507 if is_disk_full(error.__cause__) else 400, str(error)),
         RequestValidationError: lambda error: answer(422, invalid(error)),
         HTTPException: lambda error: answer(error.status_code, str(error.detail), dict(error.headers or {})),
         # Nobody receives this answer, and nothing is logged.
