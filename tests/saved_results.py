@@ -1,4 +1,4 @@
-"""A results folder made by hand, with the columns of ``evaluation/rows.py``, small enough to compute on paper."""
+"""A results folder written by hand, with the columns of ``evaluation/results.py``, small enough to compute on paper."""
 
 import json
 from pathlib import Path

@@ -31,7 +31,7 @@ def drawn(seed: int, blur_probability: float = 0.0) -> torch.Tensor:
     [(0, 127.823944, 121.019707), (1, 99.598282, 116.050240), (2, 100.0, 115.570343), (3, 140.214523, 104.603058)],
 )
 def test_a_seed_gives_what_it_gave_before_there_was_a_blur(seed, mean, deviation):
-    """A run that was begun then goes on with the same samples."""
+    """A resumed run draws the same samples."""
     image = drawn(seed)
     assert float(image.mean()) == pytest.approx(mean, abs=1e-3) and float(image.std()) == pytest.approx(
         deviation, abs=1e-3

@@ -1,4 +1,4 @@
-"""Many images from a list: every line is checked first, a run that stopped goes on, and one bad image does not stop the
+"""Many images from a list: every line is checked first, a stopped run is resumed, and one bad image does not stop the
 others."""
 
 from __future__ import annotations

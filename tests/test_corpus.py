@@ -210,7 +210,7 @@ def test_the_split_depends_on_the_subject_its_seed_and_the_share_alone():
     chosen = {s for s in subjects if in_validation(s, 0.1)}
     assert 140 < len(chosen) < 260
     assert chosen <= {s for s in subjects if in_validation(s, 0.2)}, (
-        "a larger share keeps whom the smaller one held back"
+        "a larger share keeps the subjects that the smaller one held out"
     )
     assert chosen != {s for s in subjects if in_validation(s, 0.1, seed=1)}
     assert not any(in_validation(s, 0.0) for s in subjects) and all(in_validation(s, 1.0) for s in subjects)

@@ -1,4 +1,4 @@
-"""What a prompt costs, and crops that are looked at again."""
+"""The cost of a prompt, and crops that are encoded again."""
 
 from __future__ import annotations
 

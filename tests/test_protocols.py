@@ -56,7 +56,7 @@ def test_every_protocol_measures_a_network_the_same_twice(name):
     assert 0 <= rows[0][0]["encode_seconds"] <= rows[0][0]["seconds"] and rows[0][0]["peak_mib"] > 0
 
 
-def test_protocols_say_what_flatters():
+def test_protocols_state_their_optimistic_bias():
     assert {name for name, kind in PROTOCOLS.items() if kind.optimistic_bias} == {
         "sam-med3d-released",
         "vista3d-points-flattering",
@@ -166,7 +166,7 @@ def test_whatever_is_no_network_gets_the_cube_as_an_image():
     volume, labels = big_scene()
     method = Fake(lambda seen, truth: Scripted(truth))
     rows = measured(method, volume, labels, "sam-med3d", clicks=2).rows
-    assert 0.6 < rows[0]["dice"] < 1, "perfect in the cube, and the rod goes on beyond it"
+    assert 0.6 < rows[0]["dice"] < 1, "perfect in the cube, and the rod continues beyond it"
 
 
 # RadioActive
@@ -222,15 +222,15 @@ def test_vista_tries_a_flat_kernel_early_and_then_stops(rng):
     assert further_click(target, target, 1, rng) is None
 
 
-def test_the_flattering_form_forgives_other_slices_and_keeps_the_best():
+def test_the_optimistic_form_forgives_other_slices_and_keeps_the_best():
     volume, labels = scene()
     target = labels == 1
     leaky, worse = target.copy(), np.zeros_like(target)
     leaky[0, :, :] = True  # a slice without target
     worse[3, 4, 5] = True
     honest = measured(Fake(lambda *_: Scripted(leaky, worse)), volume, labels, "vista3d-points", clicks=2).rows
-    flattered = measured(
+    optimistic = measured(
         Fake(lambda *_: Scripted(leaky, worse)), volume, labels, "vista3d-points-flattering", clicks=2
     ).rows
     assert honest[0]["dice"] < 1 and honest[1]["dice"] < 0.1
-    assert [row["dice"] for row in flattered] == [1.0, 1.0]
+    assert [row["dice"] for row in optimistic] == [1.0, 1.0]

@@ -167,7 +167,7 @@ def test_ways_of_clicking_are_kept_apart(tmp_path):
     assert "0.335<small>" in text and "0.235<small>" in text and "0.285<small>" not in text
 
 
-def test_a_protocol_is_told_with_its_flattery_and_its_own_figures(tmp_path):
+def test_a_protocol_is_shown_with_its_bias_and_its_own_figures(tmp_path):
     rows = make_rows({"ours": (0.2, 0.3, 0.6, 0.9)}, protocol="cvpr25", policy="own")
     for row in rows:
         row["click"] -= 1  # a box first

@@ -101,11 +101,11 @@ def test_a_sample_is_what_the_step_takes(corpus):
 
 def test_held_out_sources_and_validation_subjects_are_never_drawn(corpus):
     config = config_of(corpus, hold_out=["b"], synthetic_share=0.5, validation_share=0.5)
-    kept_back = {p for p in SUBJECTS if in_validation(p, 0.5)}
-    assert 0 < len(kept_back) < len(SUBJECTS), "the split must divide the subjects of this test"
+    held_out = {p for p in SUBJECTS if in_validation(p, 0.5)}
+    assert 0 < len(held_out) < len(SUBJECTS), "the split must divide the subjects of this test"
     dataset = CropDataset(config, 1, seed=0)
     reachable = {case.id for _, case, _ in [*dataset.real, *dataset.maps]}
-    assert reachable == {f"{s}.{p}" for s in "am" for p in SUBJECTS if p not in kept_back}
+    assert reachable == {f"{s}.{p}" for s in "am" for p in SUBJECTS if p not in held_out}
     many = CropDataset(config, 60, seed=0)
     drawn = Counter(many[i]["case"] for i in range(60))
     assert set(drawn) - {"generated"} <= reachable and len(drawn) > len(reachable) / 2

@@ -1,4 +1,4 @@
-"""How a run ends and goes on: killed at any moment, stopped by a signal, out of memory, with a loss that is not
+"""How a run ends and is resumed: killed at any moment, stopped by a signal, out of memory, with a loss that is not
 finite."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Validation while a run goes on: which volumes, by which clicks, the best checkpoint, and that training does not
+"""Validation during a run: which volumes, by which clicks, the best checkpoint, and that training does not
 notice it."""
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Fine-tuning in one call: hold subjects out, measure with clicks, train with a recipe for small data, measure again.
 
-``configs/finetune.yaml`` is the same recipe for a prepared corpus. ``data_prep/cached.py`` prepares the data,
+``configs/finetune.yaml`` is the same recipe for a prepared corpus. ``data_prep/pipeline.py`` prepares the data,
 ``before_after.py`` measures.
 """
 
