@@ -75,10 +75,11 @@ class RawCase:
 
 @dataclass(frozen=True)
 class Problem:
-    """An input that cannot become a case, with the reason in one line."""
+    """An input that cannot become a case, or a warning about one that did, with the reason in one line."""
 
     path: str
     reason: str
+    kind: str = "refused"
 
 
 @dataclass

@@ -241,6 +241,7 @@ def store(task: Task, raw: RawArrays, notes: list[str]) -> None:
         "stored": kept,
         "images": images,
         "labels": [{"layer": layer, **s.to_json(float(np.prod(spacing)))} for layer, s in structures],
+        "path": case.first_path,
         "notes": notes,
     }
     at = record_path(folder, case.source, case.id)

@@ -10,6 +10,7 @@ import io
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from samed3d.data.corpus import CASE_COLUMNS, GROUP_SEPARATOR, LABEL_COLUMNS, PO
 from samed3d.errors import InputError
 from samed3d.output import replacing, write_text
 
-PROBLEM_COLUMNS = ("source", "path", "reason")
+PROBLEM_COLUMNS = ("source", "kind", "path", "reason")
 Record = dict[str, Any]
 
 
@@ -58,7 +59,10 @@ def write_manifest(folder: Path, settings: dict[str, Any], problems: list[tuple[
             points.append(entry["points"])
     _write_table(folder / "cases.csv", CASE_COLUMNS, cases)
     _write_table(folder / "labels.csv", LABEL_COLUMNS, labels)
-    rows = [{"source": s, "path": p.path, "reason": p.reason} for s, p in sorted(problems, key=str)]
+    warnings = [
+        (r["source"], Problem(r.get("path", r["case"]), note, "warning")) for r in records for note in r["notes"]
+    ]
+    rows = [{"source": s, **asdict(p)} for s, p in sorted(problems + warnings, key=str)]
     _write_table(folder / "problems.csv", PROBLEM_COLUMNS, rows)
     with replacing(folder / "points.npy") as partial:
         np.save(partial, np.array(points, dtype=np.uint16).reshape(-1, POINTS, 3))
@@ -70,6 +74,7 @@ def write_manifest(folder: Path, settings: dict[str, Any], problems: list[tuple[
         "subjects": len({(r["source"], r["subject"]) for r in records}),
         "duplicate_images": len(twins),
         "problems": len(problems),
+        "warnings": len(warnings),
     }
     body = {"version": VERSION, "settings": settings, "counts": counts, "sources": sources}
     write_text(folder / "corpus.json", json.dumps(body, indent=1, ensure_ascii=False) + "\n")
@@ -77,12 +82,12 @@ def write_manifest(folder: Path, settings: dict[str, Any], problems: list[tuple[
 
 
 def read_problems(folder: Path) -> list[tuple[str, Problem]]:
-    """(source, problem) pairs of an earlier run; none where there was none."""
+    """(source, problem) pairs of the inputs that an earlier run refused; none where there was none."""
     try:
-        table = Table.read(folder / "problems.csv")
-    except InputError:
+        table = Table.read(folder / "problems.csv").where(kind="refused")
+    except (InputError, KeyError):  # none, or of an older version
         return []
-    columns = (table[c].tolist() for c in PROBLEM_COLUMNS)
+    columns = (table[c].tolist() for c in ("source", "path", "reason"))
     return [(source, Problem(path, reason)) for source, path, reason in zip(*columns, strict=True)]
 
 

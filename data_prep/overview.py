@@ -68,6 +68,7 @@ def summarise(corpus: Corpus) -> list[Table]:
         ("sources", len(corpus.sources)),
         ("duplicate images", counts["duplicate_images"]),
         ("inputs refused", counts["problems"]),
+        ("warnings", counts.get("warnings", 0)),
     ]
     family = [modality_family(m) for m in stored["modality"].tolist()]
     mask_family = [modality_family(m) for m in kept["modality"].tolist()]

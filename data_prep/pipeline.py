@@ -60,6 +60,8 @@ class Result:
         if dropped:
             remedy = "; --rules lenient (into another folder) keeps small ones" if self.min_volume_mm3 else ""
             lines.append(f"{dropped:,} masks dropped by the rules, each with its reason in labels.csv{remedy}")
+        if warnings := self.counts["warnings"]:
+            lines.append(f"{warnings:,} warnings about prepared cases, in problems.csv")
         if twins := self.counts["duplicate_images"]:
             lines.append(
                 f"{twins:,} images are there twice (duplicate_of in cases.csv); they stay on one side of the split"

@@ -196,6 +196,7 @@ class RemoteSession:
     Attributes:
         id: ``Client.resume`` finds the session by it.
         size_ijk: Of the image.
+        notes: What the user must know of how the server read the image.
         grid: Of the image.
     """
 
@@ -205,6 +206,7 @@ class RemoteSession:
         self.id: str = state["id"]
         i, j, k = state["size_ijk"]
         self.size_ijk: IntTriple = (i, j, k)
+        self.notes: tuple[str, ...] = tuple(state.get("notes", ()))
         lps, spacing = np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.array(state["affine_ras"]), state["spacing_mm"]
         direction = tuple((lps[:3, :3] / spacing).ravel().tolist())
         self.grid = Grid((k, j, i), as_triple(spacing), as_triple(lps[:3, 3]), direction)

@@ -73,6 +73,8 @@ def segment(
     for entry in summary["objects"]:
         size = f"{entry['voxels']:,} voxels, {entry['mm3'] / 1000:,.1f} mL"
         typer.echo(f"{entry['name']}: {size if entry['voxels'] else 'nothing found; add a prompt'}")
+    for note in summary["notes"]:
+        typer.echo(f"note: {note}")
     typer.echo(f"mask in {output} ({summary['seconds']:.1f} s on {summary['device']})")
 
 

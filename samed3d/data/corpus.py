@@ -10,7 +10,7 @@ arrays are read chunk by chunk and need blosc2; ``.npz`` arrays are read whole a
     cases.csv       one row per image
     labels.csv      one row per structure, kept or dropped with the reason
     points.npy      voxels inside each structure, in the order of labels.csv
-    problems.csv    inputs that could not be used, with the reason
+    problems.csv    inputs that could not be used and warnings about the others, with the reason
     arrays/SOURCE/CASE...    .b2nd or .npz            records/SOURCE/CASE.json   what the tables are made of
 """
 

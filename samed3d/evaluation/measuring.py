@@ -28,10 +28,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class CaseResults:
-    """Results of one case: rows of ``cases.csv`` and lines of ``prompts.jsonl``."""
+    """Results of one case: rows of ``cases.csv``, lines of ``prompts.jsonl`` and notes on how its image was read."""
 
     rows: list[Row] = field(default_factory=list)
     lines: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def measure(

@@ -299,6 +299,7 @@ def _merge(plan: EvaluationPlan, settings: dict[str, Any], clicks: Sequence[int]
         "revision": about.pop("revision") or None,
         "environment": about | {"processes": processes},
         "protocols": protocols,
+        "problems": list(dict.fromkeys(note for part in parts for note in part.get("notes", []))),
         "summary": summarise(rows, clicks),
         "scores": score_series(rows),
     }
@@ -378,6 +379,7 @@ def _measure_case(plan: EvaluationPlan, number: int) -> None:
             results = CaseResults()
             if loaded is not None:
                 results = measure(case, plan.methods[index], protocol_of(protocol), plan.settings, loaded)
+                results.notes = [f"{case.source}/{case.case}: {note}" for note in loaded.volume.notes]
             write_text(path, json.dumps(asdict(results)))
 
 

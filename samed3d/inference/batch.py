@@ -176,9 +176,11 @@ def _segment(job: Job, model: PromptableModel, model_name: str, device: str, for
         with Session.open(job.image, model, device, model_name=model_name, **job.options) as session:
             session.add_all(job.objects)
             session.export(job.output, format)
-            found = [{key: o[key] for key in ("id", "name", "voxels", "mm3")} for o in session.report()["objects"]]
+            report = session.report()
     except (InputError, OSError) as error:
         return {**row, "status": "failed", "error": " ".join(str(error).split())}
+    found = [{key: o[key] for key in ("id", "name", "voxels", "mm3")} for o in report["objects"]]
+    row |= {"notes": report["notes"]} if report["notes"] else {}
     return {**row, "status": "done", "objects": found, "seconds": round(time.perf_counter() - began, 3)}
 
 

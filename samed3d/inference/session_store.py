@@ -331,5 +331,6 @@ def describe(
         "device": device,
         "model": model_name,
         "image": {"source": volume.source, "size_ijk": grid.size_ijk, "spacing_mm": grid.spacing_xyz_mm},
+        "notes": list(volume.notes),
         "objects": table,
     }

@@ -171,11 +171,11 @@ def segment_file(
         output: File to write, in the (first) image's own grid.
         format: As ``mask_files.checked_format``.
         device: ``auto``, ``cpu`` or ``cuda``.
-        channel: As ``read_volume``.
-        series: As ``read_volume``.
+        channel: As ``read_volume``, like ``series``.
+        series: See ``channel``.
 
     Returns:
-        ``objects`` (id, name, voxels, mm3 of each class), ``device``, ``seconds``, ``model``.
+        ``objects`` (id, name, voxels, mm3 of each class), ``notes`` of the images, ``device``, ``seconds``, ``model``.
 
     Raises:
         InputError: as ``read_volume``, ``load``, ``segment_volume`` and the writers; also if no class was found and
@@ -196,9 +196,8 @@ def segment_file(
     else:
         found = [n for n in range(1, len(names) + 1) if (labels == n).any()]
         if not found:
-            raise InputError(
-                f"nothing was found in {volume.source}, and {kind} needs a segment; write a label map (.nii.gz) instead"
-            )
+            lacking = f"nothing was found in {volume.source}, and {kind} needs a segment"
+            raise InputError(f"{lacking}; write a label map (.nii.gz) instead")
         segments = [Segment(n, names[n - 1], colour_of(n), PackedMask.of(labels == n)) for n in found]
         export_segments(output, kind, segments, volume, series)
     counts = np.bincount(labels.ravel(), minlength=len(names) + 1)
@@ -210,6 +209,7 @@ def segment_file(
     return {
         "model": str(model),
         "objects": objects,
+        "notes": [note for v in volumes for note in v.notes],
         "device": str(chosen),
         "seconds": round(time.perf_counter() - began, 3),
     }

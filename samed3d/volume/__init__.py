@@ -36,12 +36,14 @@ class Volume:
         grid: Shape, spacing, origin and direction as the file states them.
         source: Where it came from, for messages and reports.
         modality: As the DICOM tag, a data set or the user states it (``"CT"``, ``"MR"``, ...); empty if nobody does.
+        notes: What the user must know of how the file was read, one sentence each.
     """
 
     array: NDArray
     grid: Grid
     source: str
     modality: str = ""
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_array(
@@ -112,8 +114,9 @@ def read_volume(
     """
     path = Path(path)
     logger.info("reading %s", path)
+    notes: tuple[str, ...] = ()
     if path.is_dir():
-        image, tag = read_dicom(path, series, channel)
+        image, tag, notes = read_dicom(path, series, channel)
     elif not path.exists():
         raise InputError(f"image does not exist: {path}")
     elif series is not None:
@@ -123,6 +126,8 @@ def read_volume(
     import SimpleITK as sitk
 
     array = checked_array(sitk.GetArrayFromImage(image), path)
-    volume = Volume(array, grid_of(image), str(path), tag if modality is None else modality)
+    volume = Volume(array, grid_of(image), str(path), tag if modality is None else modality, notes)
+    for note in notes:
+        logger.warning("%s: %s", path, note)
     logger.info("read %s: %s voxels (i, j, k), %s", path.name, volume.grid.size_ijk, array.dtype)
     return volume

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def read_dicom(folder: Path, series: str | int | None, channel: int | None) -> tuple[sitk.Image, str]:
-    """The picked series of a folder of DICOM slices, as a 3D image of one channel, and its modality.
+def read_dicom(folder: Path, series: str | int | None, channel: int | None) -> tuple[sitk.Image, str, tuple[str, ...]]:
+    """The picked series of a folder of DICOM slices, as a 3D image of one channel, its modality, and notes.
 
     Raises:
         InputError: as ``read_volume``.
@@ -30,7 +30,7 @@ def read_dicom(folder: Path, series: str | int | None, channel: int | None) -> t
     uid, names = _files_of(folder, series)
     modality = _tag(names[0], "0008|0060")
     if len(names) == 1:  # a multi-frame file holds the whole volume
-        return execute(Path(names[0]), channel), modality
+        return execute(Path(names[0]), channel), modality, ()
     logger.info("reading %d slices of series %s", len(names), uid)
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(names)
@@ -44,8 +44,8 @@ def read_dicom(folder: Path, series: str | int | None, channel: int | None) -> t
     check_dimensions(image.GetSize(), image.GetSpacing(), folder)
     tag = "0020|0032"
     positions = [reader.GetMetaData(n, tag) for n in range(len(names)) if reader.HasMetaDataKey(n, tag)]
-    _check_slice_positions(positions, image.GetDirection(), folder)
-    return one_channel(image, channel, folder), modality
+    notes = _check_slice_positions(positions, image.GetDirection(), folder)
+    return one_channel(image, channel, folder), modality, notes
 
 
 def slice_files(folder: Path, series: str | int | None) -> list[Path]:
@@ -96,8 +96,8 @@ def _tag(file: str, tag: str) -> str:
     return reader.GetMetaData(tag).strip() if reader.HasMetaDataKey(tag) else ""
 
 
-def _check_slice_positions(positions: Sequence[str], direction: Sequence[float], folder: Path) -> None:
-    """Refuse slices that lie on one another, warn of gaps: ITK spaces all slices evenly either way."""
+def _check_slice_positions(positions: Sequence[str], direction: Sequence[float], folder: Path) -> tuple[str, ...]:
+    """Refuse slices that lie on one another, note of gaps: ITK spaces all slices evenly either way."""
     normal = np.array(direction).reshape(3, 3)[:, 2]
     along = np.sort([float(np.dot([float(v) for v in p.split("\\")], normal)) for p in positions])
     gaps = np.diff(along)
@@ -106,6 +106,5 @@ def _check_slice_positions(positions: Sequence[str], direction: Sequence[float],
             f"DICOM series has several slices at one position (phases or echoes?): {folder}; keep one of them each"
         )
     if gaps.size and gaps.max() - gaps.min() > 0.01 * gaps.mean():
-        logger.warning(
-            "slices of %s are %.3g to %.3g mm apart; they are treated as evenly spaced", folder, gaps.min(), gaps.max()
-        )
+        return (f"slices are {gaps.min():.3g} to {gaps.max():.3g} mm apart; they are treated as evenly spaced",)
+    return ()

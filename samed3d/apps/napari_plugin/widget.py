@@ -79,7 +79,10 @@ class PromptWidget(qw.QWidget):
         if path.lower().endswith(".json"):
             from samed3d.inference.session import Session
 
-            self._open(path, lambda: Session.load(path), lambda session: self._take(session, self._add(session.volume)))
+            def take(session: Session) -> None:
+                self._take(session, self._add(session.volume), session.volume.notes)
+
+            self._open(path, lambda: Session.load(path), take)
         else:
             self._open(path, lambda: read_volume(path), lambda volume: self._start(volume, self._add(volume)))
 
@@ -95,7 +98,7 @@ class PromptWidget(qw.QWidget):
             if tuple(session.size_ijk[::-1]) != tuple(np.shape(image.data)):
                 expected = f"an image of {session.size_ijk} voxels, which {image.name} is not"
                 raise InputError(f"session {session_id} is of {expected}")
-            self._take(session, image)
+            self._take(session, image, session.notes)
 
         self._open(session_id, lambda: Client(url, token or None).resume(session_id), take)
 
@@ -113,7 +116,7 @@ class PromptWidget(qw.QWidget):
 
     def _start(self, volume: Volume, image: Any) -> None:
         def take(session: Any) -> None:
-            self._take(session, image)
+            self._take(session, image, volume.notes)
 
         url, token, model = (field.text().strip() for field in (self._url, self._token, self._model))
         if url:
@@ -121,8 +124,8 @@ class PromptWidget(qw.QWidget):
         else:
             self._open("the model", lambda: open_local(volume, model or "default"), take)
 
-    def _take(self, session: Any, image: Any) -> None:
-        """Show an open session above an Image layer."""
+    def _take(self, session: Any, image: Any, notes: tuple[str, ...]) -> None:
+        """Show an open session above an Image layer, and the notes on its image."""
         self.close_session()
         self._image = image
         self.controller = Controller(session, self.worker)
@@ -132,7 +135,8 @@ class PromptWidget(qw.QWidget):
         self.layers.depth, self.layers.radius_vox = self._depth.value(), self._radius.value()
         self._use_tool("Click")
         where = f"session {session.id} on the server" if self.controller.is_remote else "in this program"
-        self._say(f"Ready, {where}. Click on a structure; with Ctrl, or after T, on what does not belong to it.")
+        how = "Click on a structure; with Ctrl, or after T, on what does not belong to it."
+        self._say("\n".join([f"Ready, {where}. {how}", *(f"Note: {note}" for note in notes)]))
 
     def _add(self, volume: Volume) -> Any:
         """Add an image to the viewer."""

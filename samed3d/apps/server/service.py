@@ -191,6 +191,7 @@ def session_to_json(entry: ServerSession, session: Session) -> Json:
         "size_ijk": list(grid.size_ijk),
         "spacing_mm": list(grid.spacing_xyz_mm),
         "affine_ras": grid.affine_ras.tolist(),
+        "notes": list(session.volume.notes),
         "current": session.current,
         "others_are_negative": session.others_are_negative,
         "can_undo": session.can_undo,

@@ -125,6 +125,7 @@ async function show(session) {
   $("welcome").hidden = true;
   $("volume-name").textContent = session.name;
   $("volume-name").title = `${session.size_ijk.join(" × ")} voxels of ${session.spacing_mm.map((v) => +v.toFixed(3)).join(" × ")} mm`;
+  $("volume-notes").textContent = $("volume-notes").title = session.notes.join("; ");
   if (session.model) $("model").value = session.model;
   await stage.load(await api.image(), session.size_ijk);
   take({ session, updates: await api.masks() });
