@@ -147,6 +147,59 @@ def test_contours_follow_the_even_odd_rule_for_any_polygon(rng):
         np.testing.assert_array_equal(filled, inside)
 
 
+@pytest.mark.parametrize("exclusive_or", [False, True])
+@pytest.mark.parametrize(
+    ("contours", "filled", "xor_filled", "left_out"),
+    [
+        ([(1, 8, 1, 8)] * 2, "1-8", "1-8", "1 stored twice"),
+        ([(1, 8, 1, 8)] * 4, "1-8", "1-8", "3 stored twice"),
+        ([(1, 8, 1, 8), (8, 1, 8, 1), (1, 8, 1.001, 8)], "1-8", "1-8", "2 stored twice"),
+        ([(1, 6, 1, 8), (4, 9, 1, 8)], "1-9", "1-4 6-9", ""),
+        ([(1, 9, 1, 9), (3, 7, 3, 7)], "1-3 7-9", "1-3 7-9", ""),
+        ([(3, 7, 3, 7), (1, 9, 1, 9)], "1-3 7-9", "1-3 7-9", ""),
+        ([(1, 9, 1, 9), (3, 7, 3, 7), (4, 6, 4, 6)], "1-3 4-6 7-9", "1-3 4-6 7-9", ""),
+        ([(1, 9, 1, 9), (3, 7, 3, 7), (3, 7, 3, 7)], "1-3 7-9", "1-3 7-9", "1 stored twice"),
+        ([(1, 9, 1, 9), (2, 5, 2, 8), (4, 7, 2, 8)], "1-2 7-9", "1-2 4-5 7-9", ""),
+        ([(1, 4, 1, 8), (6, 9, 1, 8)], "1-4 6-9", "1-4 6-9", ""),
+    ],
+)
+def test_contours_of_one_slice_are_combined(caplog, contours, filled, xor_filled, left_out, exclusive_or):
+    """Rectangles as (i0, i1, j0, j1) less half a voxel; the row through their middle says what is filled."""
+    outlines = [rectangle(*(v - 0.5 for v in corners), 0) for corners in contours]
+    with caplog.at_level("WARNING"):
+        row = fill_contours(outlines, Grid((1, 10, 10)), "r", exclusive_or=exclusive_or)[0, 5]
+    expected = np.zeros(10, bool)
+    for run in (xor_filled if exclusive_or else filled).split():
+        start, stop = map(int, run.split("-"))
+        expected[start:stop] = True
+    np.testing.assert_array_equal(row, expected)
+    assert [r.getMessage() for r in caplog.records] == [f"contours of 'r' are left out: {left_out}"] * bool(left_out)
+
+
+def test_contours_that_are_left_out_are_listed(tmp_path, array, caplog):
+    """Points, open contours, too few points and contours between slices; the rest of the structure is kept."""
+    import pydicom
+
+    dicom.image_series(tmp_path / "ct", array)
+    box = rectangle(1.5, 6.5, 2.5, 5.5, 1)
+    drawn = [box, rectangle(1.5, 6.5, 2.5, 5.5, 2.5), box, box[:1], box[:2], box, box]
+    path = dicom.structure_set(tmp_path / "rt.dcm", tmp_path / "ct", {"box": drawn, "isocentre": [box[:1]]})
+    data = pydicom.dcmread(path)
+    first, second = (roi.ContourSequence for roi in data.ROIContourSequence)
+    for contour, kind in ((first[3], "POINT"), (first[5], "OPEN_PLANAR"), (first[6], None), (second[0], "POINT")):
+        contour.ContourGeometricType = kind or "CLOSED_PLANAR"
+    del first[6].ContourData
+    data.save_as(path)
+    with caplog.at_level("WARNING"):
+        [(name, mask)] = read_dicom_labels(path, load_case(cases_of(tmp_path)[0][0]).grid)
+    assert (name, mask.sum()) == ("box", 15)
+    assert [r.getMessage() for r in caplog.records][-2:] == [
+        "contours of 'box' are left out: 1 of type POINT, 1 of type OPEN_PLANAR, 1 not in a slice, 1 stored twice, "
+        "2 of fewer than three points",
+        "contours of 'isocentre' are left out: 1 of type POINT",
+    ]
+
+
 def test_a_disc_has_the_area_of_a_disc():
     angle = np.linspace(0, 2 * np.pi, 400, endpoint=False)
     points = np.column_stack([50.3 + 30 * np.cos(angle), 49.6 + 30 * np.sin(angle), np.full(400, 1.0)])

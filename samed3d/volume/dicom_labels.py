@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,12 +185,15 @@ def _contoured(data: Dataset, grid: Grid) -> Iterator[tuple[str, NDArray[np.bool
     }
     for roi in data.get("ROIContourSequence", ()):
         name = names.get(int(roi.ReferencedROINumber), f"ROI {roi.ReferencedROINumber}")
-        contours = [
-            np.asarray(contour.ContourData, dtype=np.float64).reshape(-1, 3)
-            for contour in roi.get("ContourSequence", ())
-            if contour.get("ContourGeometricType", "CLOSED_PLANAR") in _CLOSED
+        contours = roi.get("ContourSequence", ())
+        kinds = [str(contour.get("ContourGeometricType") or _CLOSED[0]) for contour in contours]
+        closed = [
+            np.asarray(contour.get("ContourData") or [], dtype=np.float64).reshape(-1, 3)
+            for contour, kind in zip(contours, kinds, strict=True)
+            if kind in _CLOSED
         ]
-        yield name, fill_contours([c for c in contours if len(c) >= 3], grid, name)
+        left_out = Counter(f"of type {kind}" for kind in kinds if kind not in _CLOSED)
+        yield name, fill_contours(closed, grid, name, exclusive_or=_CLOSED[1] in kinds, left_out=left_out)
 
 
 def _segmented(data: Dataset, grid: Grid) -> Iterator[tuple[str, NDArray[np.bool_]]]:
