@@ -51,43 +51,13 @@ def fill_contours(
     Raises:
         InputError: if no contour is parallel to the slices and in one of them, or none of them touches the image.
     """
-    to_ijk = np.linalg.inv(grid.affine_lps)
-    depth, height, width = grid.shape_zyx
-    by_slice: dict[int, list[NDArray]] = defaultdict(list)
-    reasons, off = Counter(left_out or {}), 0.0
-    for points in contours_lps_mm:
-        if len(points) < 3:
-            reasons["of fewer than three points"] += 1
-            continue
-        ijk = points @ to_ijk[:3, :3].T + to_ijk[:3, 3]
-        middle = round(float(ijk[:, 2].mean()))
-        away = float(np.abs(ijk[:, 2] - middle).max())
-        if away > _PLANE_TOLERANCE:
-            off = max(off, away)
-            reasons["not in a slice"] += 1
-        elif not 0 <= middle < depth:
-            reasons["outside the image"] += 1
-        elif any(_is_same(ijk[:, :2], other) for other in by_slice[middle]):
-            reasons["stored twice"] += 1
-        else:
-            by_slice[middle].append(ijk[:, :2])
-    if off and not by_slice:
-        raise InputError(
-            f"contours of {name!r} must lie in the slices of the image, one is {off:.2f} slices away; "
-            "they were drawn on another series, or need to be resampled"
-        )
-    if reasons["outside the image"] and not by_slice:
-        raise InputError(f"contours of {name!r} lie outside the image; they were drawn on another series")
-    if reasons:
-        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        logger.warning("contours of %r are left out: %s", name, listed)
     mask = np.zeros(grid.shape_zyx, dtype=bool)
-    for k, polygons in by_slice.items():
+    for k, polygons in _in_slices(contours_lps_mm, grid, name, Counter(left_out or {})).items():
         ordered = sorted(polygons, key=_area, reverse=True)
         for number, polygon in enumerate(ordered):
-            plane = np.zeros((height, width + 1), dtype=bool)
+            plane = np.zeros((mask.shape[1], mask.shape[2] + 1), dtype=bool)
             toggle_polygon(plane, polygon)
-            filled = np.logical_xor.accumulate(plane, axis=1)[:, :width]
+            filled = np.logical_xor.accumulate(plane, axis=1)[:, :-1]
             if exclusive_or:
                 mask[k] ^= filled
             elif sum(_is_nested(polygon, larger) for larger in ordered[:number]) % 2:
@@ -95,6 +65,42 @@ def fill_contours(
             else:
                 mask[k] |= filled
     return mask
+
+
+def _in_slices(
+    contours_lps_mm: Iterable[NDArray], grid: Grid, name: str, left_out: Counter[str]
+) -> dict[int, list[NDArray]]:
+    """The distinct contours of each slice, (N, 2) in voxel indices; see ``fill_contours``."""
+    to_ijk = np.linalg.inv(grid.affine_lps)
+    off = 0.0
+    by_slice: dict[int, list[NDArray]] = defaultdict(list)
+    for points in contours_lps_mm:
+        if len(points) < 3:
+            left_out["of fewer than three points"] += 1
+            continue
+        ijk = points @ to_ijk[:3, :3].T + to_ijk[:3, 3]
+        middle = round(float(ijk[:, 2].mean()))
+        away = float(np.abs(ijk[:, 2] - middle).max())
+        if away > _PLANE_TOLERANCE:
+            off = max(off, away)
+            left_out["not in a slice"] += 1
+        elif not 0 <= middle < grid.shape_zyx[0]:
+            left_out["outside the image"] += 1
+        elif any(_is_same(ijk[:, :2], other) for other in by_slice[middle]):
+            left_out["stored twice"] += 1
+        else:
+            by_slice[middle].append(ijk[:, :2])
+    if off and not by_slice:
+        raise InputError(
+            f"contours of {name!r} must lie in the slices of the image, one is {off:.2f} slices away; "
+            "they were drawn on another series, or need to be resampled"
+        )
+    if left_out["outside the image"] and not by_slice:
+        raise InputError(f"contours of {name!r} lie outside the image; they were drawn on another series")
+    if left_out:
+        listed = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        logger.warning("contours of %r are left out: %s", name, listed)
+    return by_slice
 
 
 def _area(polygon: NDArray) -> float:
