@@ -15,10 +15,19 @@ def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0, squared: bool
     Shape:
         logits, target: (B, 1, D, H, W) -> scalar.
     """
-    prob = logits.float().sigmoid().flatten(1)
-    truth = target.flatten(1).to(prob.dtype)
-    overlap = 2 * (prob * truth).sum(dim=1) + smooth
-    return (1 - overlap / ((prob.square() if squared else prob).sum(dim=1) + truth.sum(dim=1) + smooth)).mean()
+    return soft_dice_loss(logits.float().sigmoid().flatten(2), target.flatten(2), smooth, squared, (2,))
+
+
+def soft_dice_loss(
+    prob: Tensor, target: Tensor, smooth: float, squared: bool = False, voxels: tuple[int, ...] = (2,)
+) -> Tensor:
+    """1 - soft Dice of (B, K, N) probabilities, summed over the axes ``voxels``, mean over the others.
+
+    ``smooth`` is added to both sides of the fraction; ``squared`` squares the probabilities in the denominator.
+    """
+    truth = target.to(prob.dtype)
+    overlap = 2 * (prob * truth).sum(voxels) + smooth
+    return (1 - overlap / ((prob.square() if squared else prob).sum(voxels) + truth.sum(voxels) + smooth)).mean()
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from samed3d.data.corpus import in_validation
 from samed3d.errors import InputError
-from samed3d.evaluation.baselines import RegionGrowing
+from samed3d.evaluation.baselines import BaselineSession
 from samed3d.evaluation.cases import TrainingSplit, find_cases
 from samed3d.evaluation.methods import method_of
 from samed3d.evaluation.results import FIELDS
@@ -130,7 +130,7 @@ def test_every_prompt_can_be_given_again():
     volume, labels = one_label()
     part = measured(method_of("region_growing"), volume, labels, clicks=3)
     (line,) = part.lines
-    again = RegionGrowing(volume)
+    again = BaselineSession("region_growing", volume)
     for row, turn in zip(part.rows, line["turns"], strict=False):
         for entry in turn["prompts"]:
             again.add(prompt_from_json(entry))
@@ -143,7 +143,7 @@ def test_every_prompt_can_be_given_again():
 
 def test_region_growing_finds_a_bright_cuboid_and_ignores_negative_clicks():
     image, labels = scene(0)
-    grown = RegionGrowing(Volume(image, RAS, "memory"), multiplier=4.0)
+    grown = BaselineSession("region_growing", Volume(image, RAS, "memory"), multiplier=4.0)
     k, j, i = np.argwhere(labels == 1).mean(axis=0).round()
     grown.add(Point((i, j, k)), object_id=7)
     mask = grown.mask_of(7)

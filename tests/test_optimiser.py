@@ -17,7 +17,7 @@ from samed3d.losses import dice_loss
 from samed3d.models import MODELS, create_model
 from samed3d.training.loop import train
 from samed3d.training.optimiser import EmaWeights, learning_rate, make_optimiser, parameter_groups, set_learning_rate
-from samed3d.training.semantic import SemanticStep, soft_dice_loss
+from samed3d.training.semantic import SemanticStep, class_dice_loss
 from tests.test_training import narrow_model
 from tests.two_processes import SMALL
 
@@ -249,14 +249,14 @@ def two_crops() -> tuple[torch.Tensor, torch.Tensor]:
 def test_dice_of_classes_by_hand():
     logits, numbers = two_crops()
     plain = [(1.5 + 1) / (1 + 1 + 1), (0 + 1) / (1 + 0 + 1)]  # (2 sum p t + 1) / (sum p + sum t + 1) of each crop
-    assert float(soft_dice_loss(logits, numbers, 1.0)) == pytest.approx(1 - sum(plain) / 2)
+    assert float(class_dice_loss(logits, numbers, 1.0)) == pytest.approx(1 - sum(plain) / 2)
     squared = [(1.5 + 1) / (10 / 16 + 1 + 1), 1 / (1 / 2 + 0 + 1)]
-    assert float(soft_dice_loss(logits, numbers, 1.0, squared=True)) == pytest.approx(1 - sum(squared) / 2)
+    assert float(class_dice_loss(logits, numbers, 1.0, squared=True)) == pytest.approx(1 - sum(squared) / 2)
     together = (1.5 + 1) / (10 / 16 + 1 / 2 + 1 + 1)
-    assert float(soft_dice_loss(logits, numbers, 1.0, squared=True, batch=True)) == pytest.approx(1 - together)
+    assert float(class_dice_loss(logits, numbers, 1.0, squared=True, batch=True)) == pytest.approx(1 - together)
     # class 0: probabilities 1/4 3/4 and 1/2 1/2, its mask 0 1 and 1 1
     background = (2 * (0.75 + 1) + 1) / (10 / 16 + 1 / 2 + 3 + 1)
-    found = soft_dice_loss(logits, numbers, 1.0, squared=True, background=True, batch=True)
+    found = class_dice_loss(logits, numbers, 1.0, squared=True, background=True, batch=True)
     assert float(found) == pytest.approx(1 - (together + background) / 2)
 
 
@@ -269,7 +269,7 @@ def test_the_step_takes_the_form_of_dice_from_its_config():
     expected = torch.zeros(())
     for (weight, logits), stride in zip(model.forward_supervised(image), (1, 2, 4), strict=True):
         numbers = target[:, 0, :, stride // 2 :: stride, stride // 2 :: stride].long()
-        expected = expected + weight * soft_dice_loss(logits, numbers, 1.0, squared=True, background=True, batch=True)
+        expected = expected + weight * class_dice_loss(logits, numbers, 1.0, squared=True, background=True, batch=True)
     torch.testing.assert_close(found, expected)
 
 

@@ -10,9 +10,8 @@ from samed3d.evaluation.measuring import measurable
 from samed3d.evaluation.methods import ModelMethod, method_of
 from samed3d.evaluation.protocols import PROTOCOLS, protocol_of
 from samed3d.evaluation.protocols.base import EvaluationSettings
-from samed3d.evaluation.protocols.radioactive import Radioactive3d
+from samed3d.evaluation.protocols.click_rules import Radioactive3d, first_click, further_click
 from samed3d.evaluation.protocols.sam_med3d import SamMed3dReleased
-from samed3d.evaluation.protocols.vista3d import first_click, further_click
 from samed3d.geometry import Grid
 from samed3d.prompts import Box, Point, Scribble
 from samed3d.volume import Volume

@@ -42,7 +42,7 @@ from samed3d.geometry import CropFrame
 from samed3d.models import MODELS, create_model, load
 from samed3d.models.base import ModelSpec, SemanticModel
 from samed3d.training.loop import train
-from samed3d.training.semantic import SemanticStep, class_dice, semantic_overrides, soft_dice_loss
+from samed3d.training.semantic import SemanticStep, class_dice, class_dice_loss, semantic_overrides
 from tests.corpus_sources import EVERYTHING, store_case, store_corpus
 
 
@@ -208,7 +208,7 @@ def test_images_of_one_case_are_one_sample(tmp_path, data_dir):
 def test_a_right_answer_costs_nothing_and_a_wrong_one_much():
     numbers = torch.from_numpy(cuboids((8, 16, 16))).long()[None]
     right = 40.0 * torch.nn.functional.one_hot(numbers, 3).movedim(-1, 1)
-    assert soft_dice_loss(right, numbers) < 1e-4 and soft_dice_loss(right.roll(1, 1), numbers) > 0.99
+    assert class_dice_loss(right, numbers) < 1e-4 and class_dice_loss(right.roll(1, 1), numbers) > 0.99
     assert class_dice(right.argmax(1), numbers, 3).tolist() == [[1, 1]]
     half = numbers.where(numbers != 2, 0)
     assert class_dice(half, numbers, 4).tolist() == [[1, 0, 1]]  # class 3 is in neither
@@ -225,7 +225,7 @@ def test_coarser_outputs_are_weighed_and_compared_with_a_coarser_truth():
         # nearest-exact takes the voxel at the centre's upper neighbour
         truth = target[:, 0, :, stride // 2 :: stride, stride // 2 :: stride].long()
         expected += weight * (
-            0.5 * soft_dice_loss(logits, truth) + 2.0 * torch.nn.functional.cross_entropy(logits, truth)
+            0.5 * class_dice_loss(logits, truth) + 2.0 * torch.nn.functional.cross_entropy(logits, truth)
         )
     torch.testing.assert_close(out.loss, expected)
     assert out.dice.shape == (2, 2) and not out.dice.requires_grad

@@ -9,9 +9,9 @@ from the reference mask and loses only what a coarse output grid loses.
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,22 +34,39 @@ class PromptVoxels:
     box: Region | None = None
 
 
-class Baseline(ABC):
-    """A method on one volume; every prompt makes the object's mask anew from all prompts so far.
+@dataclass(frozen=True)
+class Baseline:
+    """A method without training.
 
     Attributes:
-        name: As on the command line.
+        segment: The mask (D, H, W) from the volume, all prompts of an object (at least one positive voxel or a box) and
+            the method's constants; of a bound from the reference mask too, as ``truth``.
         takes: Kinds of prompt that can come first, of ``"point" "box" "scribble"``; clicks may always follow.
         knows_truth: Whether it is a bound, made from the reference mask itself.
     """
 
-    name: ClassVar[str]
-    takes: ClassVar[frozenset[str]] = frozenset({"point", "scribble"})
-    knows_truth: ClassVar[bool] = False
+    segment: Callable[..., NDArray]
+    takes: frozenset[str] = frozenset({"point", "scribble"})
+    knows_truth: bool = False
 
-    def __init__(self, volume: Volume, truth: NDArray[np.bool_] | None = None) -> None:
-        """On a volume; only bounds use ``truth``, (D, H, W)."""
-        self.volume, self.truth = volume, truth
+
+class BaselineSession:
+    """A baseline on one volume; every prompt makes the object's mask anew from all prompts so far."""
+
+    def __init__(self, name: str, volume: Volume, truth: NDArray[np.bool_] | None = None, **constants: float) -> None:
+        """One of ``BASELINES`` on a volume, with constants other than its own; only bounds use ``truth``, (D, H, W).
+
+        Raises:
+            InputError: for a bound without it.
+        """
+        self.name, self.volume, self.kind = name, volume, BASELINES[name]
+        self._constants: dict[str, Any] = dict(constants)
+        if self.kind.knows_truth:
+            if truth is None:
+                raise InputError(
+                    f"{name} is made from the truth, got none; it measures what an output grid loses, not a method"
+                )
+            self._constants["truth"] = truth
         self._prompts: dict[int, PromptVoxels] = {}
         self._masks: dict[int, NDArray[np.uint8]] = {}
 
@@ -60,29 +77,25 @@ class Baseline(ABC):
             InputError: for a prompt that the method does not take, one outside the volume, or a negative click before
                 anything else.
         """
-        before = self._prompts.get(object_id)
+        before, takes = self._prompts.get(object_id), self.kind.takes
         kind = type(prompt).__name__.lower()
         follows = before is not None and isinstance(prompt, Point)
-        if not isinstance(prompt, Point | Scribble | Box) or (kind not in self.takes and not follows):
-            if "box" not in self.takes:
+        if not isinstance(prompt, Point | Scribble | Box) or (kind not in takes and not follows):
+            if "box" not in takes:
                 taken = "points only"
             else:
-                taken = "points, boxes and scribbles" if "point" in self.takes else "a box first"
+                taken = "points, boxes and scribbles" if "point" in takes else "a box first"
             raise InputError(f"{self.name} takes {taken}, got a {kind}")
         said = PromptVoxels(list(before.inside), list(before.outside), before.box) if before else PromptVoxels()
         self._record(said, prompt)
         if not said.inside and said.box is None:
             raise InputError(f"{self.name} needs a positive prompt before a negative one")
-        self._masks[object_id] = self.segment(said).astype(np.uint8)
+        self._masks[object_id] = self.kind.segment(self.volume, said, **self._constants).astype(np.uint8)
         self._prompts[object_id] = said
 
     def mask_of(self, object_id: int) -> NDArray[np.uint8]:
         """The object's mask, uint8 0 or 1, (D, H, W)."""
         return self._masks[object_id]
-
-    @abstractmethod
-    def segment(self, said: PromptVoxels) -> NDArray:
-        """The mask (D, H, W) for all prompts of an object: at least one positive voxel or a box."""
 
     def _record(self, said: PromptVoxels, prompt: Point | Scribble | Box) -> None:
         grid = self.volume.grid
@@ -96,54 +109,44 @@ class Baseline(ABC):
         side.extend(nearest_voxel(point_in_grid(point, grid)) for point in points)
 
 
-class RegionGrowing(Baseline):
-    """SimpleITK's confidence-connected region growing from all positive clicks; negative clicks are ignored."""
+def region_growing(volume: Volume, said: PromptVoxels, multiplier: float = 0.75) -> NDArray[np.uint8]:
+    """SimpleITK's confidence-connected region growing from all positive clicks; negative clicks are ignored.
 
-    name = "region_growing"
-
-    def __init__(self, volume: Volume, truth: NDArray[np.bool_] | None = None, multiplier: float = 0.75) -> None:
-        """``multiplier`` is the width of the accepted intensities in standard deviations."""
-        super().__init__(volume, truth)
-        self.multiplier = multiplier
-
-    def segment(self, said: PromptVoxels) -> NDArray[np.uint8]:
-        """Grow from every positive voxel."""
-        return grow_region(self.volume.array, said.inside, self.multiplier)
+    ``multiplier`` is the width of the accepted intensities in standard deviations.
+    """
+    return grow_region(volume.array, said.inside, multiplier)
 
 
-class FastMarching(Baseline):
+SMOOTHING = 1.0
+"""Standard deviation of the Gaussian before the gradient, in voxels of the finest axis."""
+
+
+def fast_marching(volume: Volume, said: PromptVoxels, reach: float = 0.3, sharpness: float = 0.5) -> NDArray[np.bool_]:
     """SimpleITK's fast marching as a geodesic distance: a voxel belongs to the nearest click within a limit.
 
     The front moves 1 mm per unit of time in a flat region and slower where the image gradient is large compared with
     its median. Only voxels that the front can reach within the limit are computed.
+
+    Args:
+        volume: The image.
+        said: The prompts.
+        reach: Limit as a share of the image's longest edge.
+        sharpness: How much gradients slow the front.
     """
-
-    name = "fast_marching"
-    smoothing = 1.0
-    """Standard deviation of the Gaussian before the gradient, in voxels of the finest axis."""
-
-    def __init__(
-        self, volume: Volume, truth: NDArray[np.bool_] | None = None, reach: float = 0.3, sharpness: float = 0.5
-    ) -> None:
-        """``reach``: limit as a share of the image's longest edge; ``sharpness``: how much gradients slow the front."""
-        super().__init__(volume, truth)
-        self.limit_mm, self.sharpness = reach * longest_edge_mm(volume), sharpness
-
-    def segment(self, said: PromptVoxels) -> NDArray[np.bool_]:
-        """Compare the arrival times from the positive and from the negative voxels."""
-        spacing, shape = self.volume.grid.spacing_zyx_mm, self.volume.grid.shape_zyx
-        region = _region_around(said.inside, self.limit_mm, self.volume)
-        block = np.ascontiguousarray(self.volume.array[region.slices])
-        gradient = smoothed_gradient(block, spacing, self.smoothing * min(spacing))
-        scale = max(float(np.median(gradient[gradient > 0])) if (gradient > 0).any() else 1.0, 1e-6)
-        speed = 1.0 / (1.0 + self.sharpness * gradient / scale) + 1e-3
-        arrival = travel_time(speed, spacing, _inside_of(said.inside, region.start_zyx), self.limit_mm)
-        found = arrival < self.limit_mm
-        if said.outside and (rivals := _within(said.outside, region.start_zyx, block.shape)):
-            found &= arrival <= travel_time(speed, spacing, rivals, self.limit_mm)
-        mask = np.zeros(shape, bool)
-        mask[region.slices] = found
-        return mask
+    limit_mm = reach * longest_edge_mm(volume)
+    spacing, shape = volume.grid.spacing_zyx_mm, volume.grid.shape_zyx
+    region = _region_around(said.inside, limit_mm, volume)
+    block = np.ascontiguousarray(volume.array[region.slices])
+    gradient = smoothed_gradient(block, spacing, SMOOTHING * min(spacing))
+    scale = max(float(np.median(gradient[gradient > 0])) if (gradient > 0).any() else 1.0, 1e-6)
+    speed = 1.0 / (1.0 + sharpness * gradient / scale) + 1e-3
+    arrival = travel_time(speed, spacing, _inside_of(said.inside, region.start_zyx), limit_mm)
+    found = arrival < limit_mm
+    if said.outside and (rivals := _within(said.outside, region.start_zyx, block.shape)):
+        found &= arrival <= travel_time(speed, spacing, rivals, limit_mm)
+    mask = np.zeros(shape, bool)
+    mask[region.slices] = found
+    return mask
 
 
 def _inside_of(voxels: list[IntTriple], start: IntTriple) -> list[IntTriple]:
@@ -154,118 +157,100 @@ def _within(voxels: list[IntTriple], start: IntTriple, shape: tuple[int, ...]) -
     return [v for v in _inside_of(voxels, start) if all(0 <= i < n for i, n in zip(v, shape, strict=True))]
 
 
-class RandomWalker(Baseline):
+CELLS = 28
+"""Most voxels of the random walker's crop along an axis."""
+BRUSH = 1
+
+
+def random_walker(volume: Volume, said: PromptVoxels, reach: float = 0.3, beta: float = 30.0) -> NDArray[np.bool_]:
     """scikit-image's random walker on a bounded, coarse crop, which takes about a second.
 
     The crop reaches a share ``reach`` of the image's longest edge beyond the positive clicks and is sampled with at
-    most ``cells`` voxels along each axis. Its border counts as negative clicks, or a first click would take everything.
-    A click paints a cube of ``2 * brush + 1`` cells, because a single cell has hardly any influence.
+    most ``CELLS`` voxels along each axis. Its border counts as negative clicks, or a first click would take everything.
+    A click paints a cube of ``2 * BRUSH + 1`` cells, because a single cell has hardly any influence. ``beta`` is how
+    strongly a difference of intensity hinders the walk.
 
     Source:
         Grady, Random walks for image segmentation, PAMI 2006; scikit-image's implementation.
     """
-
-    name = "random_walker"
-    cells = 28
-    brush = 1
-
-    def __init__(
-        self, volume: Volume, truth: NDArray[np.bool_] | None = None, reach: float = 0.3, beta: float = 30.0
-    ) -> None:
-        """``beta`` is how strongly a difference of intensity hinders the walk."""
-        super().__init__(volume, truth)
-        self.reach_mm, self.beta = reach * longest_edge_mm(volume), beta
-
-    def segment(self, said: PromptVoxels) -> NDArray[np.bool_]:
-        """Probability above one half, on the volume's own voxels."""
-        try:
-            from skimage.segmentation import random_walker
-        except ImportError as error:
-            raise InputError("random_walker needs scikit-image: pip install scikit-image") from error
-        spacing, shape = self.volume.grid.spacing_zyx_mm, self.volume.grid.shape_zyx
-        frame = self._frame(said)
-        crop, inside = sample_crop(self.volume.array, frame)
-        labels = np.full(frame.shape_zyx, 0, np.int32)
-        for axis in range(3):
-            if frame.shape_zyx[axis] > 2:
-                index: list[slice | list[int]] = [slice(None)] * 3
-                index[axis] = [0, -1]
-                labels[tuple(index)] = 2
-        labels[~inside.numpy()] = -1
-        for voxels, value in ((said.outside, 2), (said.inside, 1)):
-            for voxel in voxels:
-                at = tuple(int(np.floor(v + 0.5)) for v in frame.to_crop(as_triple(list(voxel))))
-                if all(0 <= v < n for v, n in zip(at, frame.shape_zyx, strict=True)):
-                    brush = labels[tuple(slice(max(v - self.brush, 0), v + self.brush + 1) for v in at)]
-                    brush[brush != -1] = value
-        if not (labels == 2).any():
-            return np.ones(shape, bool)
-        step_mm = [s * t for s, t in zip(spacing, frame.step_zyx_vox, strict=True)]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it advises other solvers
-            walked = random_walker(
-                crop.numpy(), labels, beta=self.beta, mode="cg_j", tol=1e-3, return_full_prob=True, spacing=step_mm
-            )
-        probability = torch.from_numpy(np.nan_to_num(walked[0]).astype(np.float32))
-        region, pasted = paste_crop(probability, frame, shape)
-        mask = np.zeros(shape, bool)
-        mask[region.slices] = pasted.numpy() > 0.5
-        return mask
-
-    def _frame(self, said: PromptVoxels) -> CropFrame:
-        """A box around the positive clicks with nearly cubic cells, never finer than the image."""
-        spacing = self.volume.grid.spacing_zyx_mm
-        low = [min(v[a] for v in said.inside) * s - self.reach_mm for a, s in enumerate(spacing)]
-        high = [max(v[a] for v in said.inside) * s + self.reach_mm for a, s in enumerate(spacing)]
-        low = [max(v, -0.5 * s) for v, s in zip(low, spacing, strict=True)]
-        high = [min(v, (n - 0.5) * s) for v, n, s in zip(high, self.volume.grid.shape_zyx, spacing, strict=True)]
-        cell = max(b - a for a, b in zip(low, high, strict=True)) / self.cells
-        steps = as_triple([max(1.0, cell / s) for s in spacing])
-        d, h, w = (max(1, int(np.ceil((b - a) / s / t))) for a, b, s, t in zip(low, high, spacing, steps, strict=True))
-        middle = as_triple([(a + b) / 2 / s for a, b, s in zip(low, high, spacing, strict=True)])
-        return CropFrame.centred(middle, steps, (d, h, w))
+    try:
+        from skimage.segmentation import random_walker as walk
+    except ImportError as error:
+        raise InputError("random_walker needs scikit-image: pip install scikit-image") from error
+    spacing, shape = volume.grid.spacing_zyx_mm, volume.grid.shape_zyx
+    frame = _walked_frame(volume, said, reach * longest_edge_mm(volume))
+    crop, inside = sample_crop(volume.array, frame)
+    labels = np.full(frame.shape_zyx, 0, np.int32)
+    for axis in range(3):
+        if frame.shape_zyx[axis] > 2:
+            index: list[slice | list[int]] = [slice(None)] * 3
+            index[axis] = [0, -1]
+            labels[tuple(index)] = 2
+    labels[~inside.numpy()] = -1
+    for voxels, value in ((said.outside, 2), (said.inside, 1)):
+        for voxel in voxels:
+            at = tuple(int(np.floor(v + 0.5)) for v in frame.to_crop(as_triple(list(voxel))))
+            if all(0 <= v < n for v, n in zip(at, frame.shape_zyx, strict=True)):
+                brush = labels[tuple(slice(max(v - BRUSH, 0), v + BRUSH + 1) for v in at)]
+                brush[brush != -1] = value
+    if not (labels == 2).any():
+        return np.ones(shape, bool)
+    step_mm = [s * t for s, t in zip(spacing, frame.step_zyx_vox, strict=True)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it advises other solvers
+        walked = walk(crop.numpy(), labels, beta=beta, mode="cg_j", tol=1e-3, return_full_prob=True, spacing=step_mm)
+    probability = torch.from_numpy(np.nan_to_num(walked[0]).astype(np.float32))
+    region, pasted = paste_crop(probability, frame, shape)
+    mask = np.zeros(shape, bool)
+    mask[region.slices] = pasted.numpy() > 0.5
+    return mask
 
 
-class DilatedBall(Baseline):
+def _walked_frame(volume: Volume, said: PromptVoxels, reach_mm: float) -> CropFrame:
+    """A box around the positive clicks with nearly cubic cells, never finer than the image."""
+    spacing = volume.grid.spacing_zyx_mm
+    low = [min(v[a] for v in said.inside) * s - reach_mm for a, s in enumerate(spacing)]
+    high = [max(v[a] for v in said.inside) * s + reach_mm for a, s in enumerate(spacing)]
+    low = [max(v, -0.5 * s) for v, s in zip(low, spacing, strict=True)]
+    high = [min(v, (n - 0.5) * s) for v, n, s in zip(high, volume.grid.shape_zyx, spacing, strict=True)]
+    cell = max(b - a for a, b in zip(low, high, strict=True)) / CELLS
+    steps = as_triple([max(1.0, cell / s) for s in spacing])
+    d, h, w = (max(1, int(np.ceil((b - a) / s / t))) for a, b, s, t in zip(low, high, spacing, steps, strict=True))
+    middle = as_triple([(a + b) / 2 / s for a, b, s in zip(low, high, spacing, strict=True)])
+    return CropFrame.centred(middle, steps, (d, h, w))
+
+
+RADIUS_MM = 10.0
+
+
+def dilated_ball(volume: Volume, said: PromptVoxels) -> NDArray[np.bool_]:
     """A ball of fixed radius around every positive click, without the voxels that are nearer to a negative click."""
+    spacing, shape = volume.grid.spacing_zyx_mm, volume.grid.shape_zyx
+    region = _region_around(said.inside, RADIUS_MM, volume)
+    grid = [np.arange(a, b) for a, b in zip(region.start_zyx, region.stop_zyx, strict=True)]
 
-    name = "dilated_ball"
-    radius_mm = 10.0
+    def nearest(voxels: list[tuple[int, int, int]]) -> NDArray[np.float64]:
+        squares = np.full(region.shape_zyx, np.inf)
+        for voxel in voxels:
+            z, y, x = ((g - v) ** 2 * s**2 for g, v, s in zip(grid, voxel, spacing, strict=True))
+            squares = np.minimum(squares, z[:, None, None] + y[:, None] + x)
+        return squares
 
-    def segment(self, said: PromptVoxels) -> NDArray[np.bool_]:
-        """Distances to the clicks; the image is not used."""
-        spacing, shape = self.volume.grid.spacing_zyx_mm, self.volume.grid.shape_zyx
-        region = _region_around(said.inside, self.radius_mm, self.volume)
-        grid = [np.arange(a, b) for a, b in zip(region.start_zyx, region.stop_zyx, strict=True)]
-
-        def nearest(voxels: list[tuple[int, int, int]]) -> NDArray[np.float64]:
-            squares = np.full(region.shape_zyx, np.inf)
-            for voxel in voxels:
-                z, y, x = ((g - v) ** 2 * s**2 for g, v, s in zip(grid, voxel, spacing, strict=True))
-                squares = np.minimum(squares, z[:, None, None] + y[:, None] + x)
-            return squares
-
-        own = nearest(said.inside)
-        mask = np.zeros(shape, bool)
-        mask[region.slices] = (own <= self.radius_mm**2) & (own <= nearest(said.outside))
-        return mask
+    own = nearest(said.inside)
+    mask = np.zeros(shape, bool)
+    mask[region.slices] = (own <= RADIUS_MM**2) & (own <= nearest(said.outside))
+    return mask
 
 
-class ThresholdInBox(Baseline):
+def threshold_in_box(volume: Volume, said: PromptVoxels) -> NDArray[np.bool_]:
     """Otsu's threshold inside the box: the side that most of the box's middle belongs to. Later clicks are ignored."""
-
-    name = "threshold_in_box"
-    takes = frozenset({"box"})
-
-    def segment(self, said: PromptVoxels) -> NDArray[np.bool_]:
-        """Threshold the voxels of the box."""
-        assert said.box is not None
-        block = self.volume.array[said.box.slices].astype(np.float32)
-        bright = block > _otsu(block)
-        middle = tuple(slice(n // 4, n - n // 4) for n in block.shape)
-        mask = np.zeros(self.volume.grid.shape_zyx, bool)
-        mask[said.box.slices] = bright if bright[middle].mean() >= 0.5 else ~bright
-        return mask
+    assert said.box is not None
+    block = volume.array[said.box.slices].astype(np.float32)
+    bright = block > _otsu(block)
+    middle = tuple(slice(n // 4, n - n // 4) for n in block.shape)
+    mask = np.zeros(volume.grid.shape_zyx, bool)
+    mask[said.box.slices] = bright if bright[middle].mean() >= 0.5 else ~bright
+    return mask
 
 
 def _otsu(values: NDArray[np.float32], bins: int = 256) -> float:
@@ -281,46 +266,28 @@ def _otsu(values: NDArray[np.float32], bins: int = 256) -> float:
     return float(edges[1:-1][int(np.nanargmax(between))]) if bins > 1 else float(centres[0])
 
 
-class OracleBound(Baseline):
+def oracle_bound(
+    volume: Volume, said: PromptVoxels, truth: NDArray[np.bool_], lattice_mm: float = 6.0
+) -> NDArray[np.bool_]:
     """The reference mask on an output grid of ``lattice_mm``: the upper bound of a model with such an output.
 
-    6 mm is the grid that SAM-Med3D decodes to (32 voxels for 192 mm) before it interpolates.
+    The truth is averaged on the lattice, interpolated back and cut at one half; prompts change nothing. 6 mm is the
+    grid that SAM-Med3D decodes to (32 voxels for 192 mm) before it interpolates.
     """
-
-    name = "oracle_bound"
-    takes = frozenset({"point", "box", "scribble"})
-    knows_truth = True
-
-    def __init__(self, volume: Volume, truth: NDArray[np.bool_] | None = None, lattice_mm: float = 6.0) -> None:
-        """On a volume with its reference mask.
-
-        Raises:
-            InputError: without it.
-        """
-        super().__init__(volume, truth)
-        if truth is None:
-            raise InputError(
-                "oracle_bound is made from the truth, got none; it measures what an output grid loses, not a method"
-            )
-        self.lattice_mm = lattice_mm
-
-    def segment(self, said: PromptVoxels) -> NDArray[np.bool_]:
-        """Average the truth on the lattice, interpolate back, threshold at one half; prompts change nothing."""
-        assert self.truth is not None
-        spacing, shape = self.volume.grid.spacing_zyx_mm, self.volume.grid.shape_zyx
-        mask = np.zeros(shape, bool)
-        region = bounding_region(self.truth)
-        if region.is_empty:
-            return mask
-        steps = as_triple([self.lattice_mm / s for s in spacing])
-        middle = as_triple([(a + b - 1) / 2 for a, b in zip(region.start_zyx, region.stop_zyx, strict=True)])
-        frame = CropFrame.centred(middle, steps, _cells(region.shape_zyx, steps))
-        # Sampling repeats the block's border beyond it: a border of zeros.
-        block = np.pad(self.truth[region.slices].astype(np.float32), 1)
-        coarse, _ = sample_crop(block, frame.shifted(as_triple([1.0 - a for a in region.start_zyx])))
-        pasted_region, pasted = paste_crop(coarse, frame, shape)
-        mask[pasted_region.slices] = torch.gt(pasted, 0.5).numpy()
+    spacing, shape = volume.grid.spacing_zyx_mm, volume.grid.shape_zyx
+    mask = np.zeros(shape, bool)
+    region = bounding_region(truth)
+    if region.is_empty:
         return mask
+    steps = as_triple([lattice_mm / s for s in spacing])
+    middle = as_triple([(a + b - 1) / 2 for a, b in zip(region.start_zyx, region.stop_zyx, strict=True)])
+    frame = CropFrame.centred(middle, steps, _cells(region.shape_zyx, steps))
+    # Sampling repeats the block's border beyond it: a border of zeros.
+    block = np.pad(truth[region.slices].astype(np.float32), 1)
+    coarse, _ = sample_crop(block, frame.shifted(as_triple([1.0 - a for a in region.start_zyx])))
+    pasted_region, pasted = paste_crop(coarse, frame, shape)
+    mask[pasted_region.slices] = torch.gt(pasted, 0.5).numpy()
+    return mask
 
 
 def _cells(extent_vox: tuple[int, int, int], steps: Triple) -> tuple[int, int, int]:
@@ -348,5 +315,11 @@ def nearest_voxel(ijk: Triple) -> IntTriple:
     return (z, y, x)
 
 
-_KINDS = (RegionGrowing, FastMarching, RandomWalker, DilatedBall, ThresholdInBox, OracleBound)
-BASELINES: dict[str, type[Baseline]] = {kind.name: kind for kind in _KINDS}
+BASELINES = {
+    "region_growing": Baseline(region_growing),
+    "fast_marching": Baseline(fast_marching),
+    "random_walker": Baseline(random_walker),
+    "dilated_ball": Baseline(dilated_ball),
+    "threshold_in_box": Baseline(threshold_in_box, frozenset({"box"})),
+    "oracle_bound": Baseline(oracle_bound, frozenset({"point", "box", "scribble"}), knows_truth=True),
+}

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.errors import InputError
-from samed3d.evaluation.baselines import BASELINES, Baseline, nearest_voxel
+from samed3d.evaluation.baselines import BASELINES, BaselineSession, nearest_voxel
 from samed3d.evaluation.meter import Cost, Meter
 from samed3d.geometry import as_triple
 from samed3d.inference.session import Session
@@ -147,13 +147,13 @@ class BaselineMethod(Method):
 
     def __init__(self, name: str, **settings: float) -> None:
         """One of ``BASELINES`` (what follows an ``@`` in the name is free), with constants other than its own."""
-        kind = BASELINES[name.partition("@")[0]]
-        super().__init__(name, kind.takes)
-        self._kind, self._settings, self.knows_truth = kind, settings, kind.knows_truth
+        self._baseline, self._settings = name.partition("@")[0], settings
+        super().__init__(name, BASELINES[self._baseline].takes)
+        self.knows_truth = BASELINES[self._baseline].knows_truth
 
-    def open(self, volume: Volume, truth: NDArray[np.bool_]) -> Baseline:
+    def open(self, volume: Volume, truth: NDArray[np.bool_]) -> BaselineSession:
         """The baseline on a volume."""
-        return self._kind(volume, truth if self.knows_truth else None, **self._settings)
+        return BaselineSession(self._baseline, volume, truth, **self._settings)
 
 
 class _MisledSession:

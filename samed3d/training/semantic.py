@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from samed3d.config import LossConfig, TrainConfig
 from samed3d.data.semantic import SemanticDataset, class_names, median_spacing_mm, target_spacing
 from samed3d.errors import InputError
+from samed3d.losses import soft_dice_loss
 from samed3d.models import create_model
 from samed3d.models.base import SemanticModel
 from samed3d.training.step import StepOutput
@@ -44,7 +45,7 @@ class SemanticStep(nn.Module):
         form = {"squared": terms.dice_form == "squared", "background": terms.dice_background, "batch": terms.dice_batch}
         for weight, logits in outputs:
             numbers = resized_numbers(target, logits)
-            overlap = soft_dice_loss(logits, numbers, terms.dice_smooth, **form)
+            overlap = class_dice_loss(logits, numbers, terms.dice_smooth, **form)
             total = total + weight * (terms.dice * overlap + terms.ce * F.cross_entropy(logits.float(), numbers))
         finest = outputs[0][1].detach()
         return StepOutput(total, class_dice(finest.argmax(1), resized_numbers(target, finest), finest.shape[1]))
@@ -57,7 +58,7 @@ def resized_numbers(target: Tensor, like: Tensor) -> Tensor:
     return target[:, 0].long()
 
 
-def soft_dice_loss(
+def class_dice_loss(
     logits: Tensor,
     numbers: Tensor,
     smooth: float = 1e-5,
@@ -79,11 +80,10 @@ def soft_dice_loss(
     Source: SAM3D's training code (after nnU-Net): smooth 1e-5 and the rest as preset; MA-SAM's: squared, background and
     batch all on.
     """
-    first, voxels = 0 if background else 1, (0, 2) if batch else (2,)
+    first = 0 if background else 1
     prob = logits.float().softmax(1)[:, first:].flatten(2)
-    truth = F.one_hot(numbers, logits.shape[1]).movedim(-1, 1)[:, first:].flatten(2).to(prob.dtype)
-    overlap = 2 * (prob * truth).sum(voxels) + smooth
-    return (1 - overlap / ((prob.square() if squared else prob).sum(voxels) + truth.sum(voxels) + smooth)).mean()
+    truth = F.one_hot(numbers, logits.shape[1]).movedim(-1, 1)[:, first:].flatten(2)
+    return soft_dice_loss(prob, truth, smooth, squared, (0, 2) if batch else (2,))
 
 
 def class_dice(predicted: Tensor, numbers: Tensor, classes: int) -> Tensor:

@@ -9,12 +9,11 @@ import difflib
 
 from samed3d.errors import InputError
 from samed3d.evaluation.protocols.base import EvaluationProtocol
+from samed3d.evaluation.protocols.click_rules import Radioactive3d, Vista3dPoints, Vista3dPointsReleased
 from samed3d.evaluation.protocols.cvpr25 import Cvpr25
-from samed3d.evaluation.protocols.radioactive import Radioactive3d
 from samed3d.evaluation.protocols.sam_med3d import SamMed3d, SamMed3dReleased
 from samed3d.evaluation.protocols.samed3d import Samed3dProtocol
 from samed3d.evaluation.protocols.semantic import SemanticProtocol
-from samed3d.evaluation.protocols.vista3d import Vista3dPoints, Vista3dPointsReleased
 
 _KINDS: tuple[type[EvaluationProtocol], ...] = (
     Samed3dProtocol,

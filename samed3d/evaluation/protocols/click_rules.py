@@ -1,9 +1,15 @@
-"""VISTA3D's iterative point protocol, without and with the two choices that make it optimistically biased.
+"""Two groups' rules of the next click on the whole image: RadioActive's and VISTA3D's.
 
-First click: the target eroded by 3 x 3 x 3, its largest component, the voxel nearest that component's mean. Each next
-one: missed and surplus voxels eroded alike, the largest component of each; the missed one where it is at least as
-large; a random voxel in it. Where nothing is left after eroding, the first ten clicks try once more with a
-kernel that is flat across slices; otherwise the series ends. All clicks are kept.
+RadioActive's 3D loop (``radioactive-3d``): a random click in the target, then five at random wrong voxels. Clicks stay
+inside the model's patch around the first click. For a model of relative scale, and for everything that is no network of
+ours, the patch is the whole image. A perfect mask ends the loop and is repeated. Source: ``radioa`` of
+MIC-DKFZ/radioactive, ``threeDCropped`` prompters, ``interactive_max_iter = 5``, seed 11121. Its random numbers are not
+reproduced, only its rule.
+
+VISTA3D's iterative point protocol (``vista3d-points``): the first click is the voxel nearest the mean of the largest
+component of the target eroded by 3 x 3 x 3. Each next one: missed and surplus voxels eroded alike, the largest component
+of each; the missed one where it is at least as large; a random voxel in it. Where nothing is left after eroding, the
+first ten clicks try once more with a kernel that is flat across slices; otherwise the series ends.
 
 ``vista3d-points-flattering`` follows the released script: surplus voxels in slices without any target are deleted
 before scoring **and** before the next click, and the score is the best so far. Both differ from the script: the model
@@ -15,13 +21,14 @@ Source: ``val_multigpu_point_iterative.py`` of Project-MONAI/VISTA.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from samed3d.clicks import largest_component
+from samed3d.clicks import largest_component, next_click
 from samed3d.evaluation.methods import MeteredSession, Method
 from samed3d.evaluation.protocols.base import (
     Answer,
@@ -30,40 +37,85 @@ from samed3d.evaluation.protocols.base import (
     StructureTask,
     Turn,
     click_turns,
+    cube_around,
     point_at,
 )
-from samed3d.geometry import IntTriple, bounding_region
+from samed3d.geometry import IntTriple, Region, bounding_region
 from samed3d.metrics import dice
 
+SEED = 11121
 CUBE, FLAT = (3, 3, 3), (1, 3, 3)
 FLAT_UNTIL = 10
 
 
-class Vista3dPoints(StructureProtocol):
-    """The click rule, scored on the whole mask."""
+class ClickRule(StructureProtocol):
+    """A protocol that gives clicks on the whole image by a rule and scores the whole mask."""
 
-    name = "vista3d-points"
-    title = "VISTA3D's point rule, scored on the whole mask after each click"
     replayable = True
+
+    @abstractmethod
+    def chooser(self, method: Method, task: StructureTask) -> Callable[[int, NDArray[np.bool_]], Click | None]:
+        """The rule: the next click from its number, from 1, and the mask so far; None ends the series."""
+
+    def visible(self, mask: NDArray[np.bool_], target: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """The part of the mask that is scored and that the next click is based on."""
+        return mask
 
     def simulate(self, method: Method, task: StructureTask) -> Iterator[Turn]:
         """Click by the rule."""
         session = MeteredSession.open(method, task.volume, task.target)
 
-        def choose(number: int, mask: NDArray[np.bool_]) -> Click | None:
-            if number == 1:
-                return first_click(task.target), True
-            return further_click(mask, task.target, number - 1, task.rng)
-
         def give(click: Click) -> Answer:
             mask, cost = session.give([point_at(click)])
             return self.visible(mask, task.target), cost
 
-        return click_turns(task.clicks, choose, give, np.zeros(task.target.shape, bool))
+        return click_turns(task.clicks, self.chooser(method, task), give, np.zeros(task.target.shape, bool))
 
-    def visible(self, mask: NDArray[np.bool_], target: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """The part of the mask that is scored and that the next click is based on."""
-        return mask
+
+class Radioactive3d(ClickRule):
+    """RadioActive's; see the module."""
+
+    name = "radioactive-3d"
+    title = "RadioActive's 3D loop: one random click, five at random wrong voxels of the model's patch"
+    fixed_clicks = 6
+
+    def rng(self, seed: int, number: int) -> np.random.Generator:
+        """From RadioActive's seed."""
+        return np.random.default_rng([SEED, seed, number])
+
+    def chooser(self, method: Method, task: StructureTask) -> Callable[[int, NDArray[np.bool_]], Click | None]:
+        """Click inside the patch."""
+        patch = Region((0, 0, 0), task.volume.grid.shape_zyx)
+
+        def choose(number: int, mask: NDArray[np.bool_]) -> Click | None:
+            nonlocal patch
+            # Voxels outside the patch count as right, so that no click falls there.
+            click = next_click(_inside(mask, patch), _inside(task.target, patch), "uniform", task.rng)
+            spec = method.model.spec if method.model is not None else None
+            if number == 1 and click is not None and spec is not None and spec.spacing_mm is not None:
+                patch = cube_around(click[0], max(spec.input_shape_zyx) * spec.spacing_mm, task.volume.grid)
+            return click
+
+        return choose
+
+
+def _inside(mask: NDArray[np.bool_], region: Region) -> NDArray[np.bool_]:
+    cut = np.zeros_like(mask)
+    cut[region.slices] = mask[region.slices]
+    return cut
+
+
+class Vista3dPoints(ClickRule):
+    """VISTA3D's click rule, scored on the whole mask."""
+
+    name = "vista3d-points"
+    title = "VISTA3D's point rule, scored on the whole mask after each click"
+
+    def chooser(self, method: Method, task: StructureTask) -> Callable[[int, NDArray[np.bool_]], Click | None]:
+        """The middle of the target, then the largest eroded error."""
+        return lambda number, mask: (
+            (first_click(task.target), True) if number == 1 else further_click(mask, task.target, number - 1, task.rng)
+        )
 
 
 class Vista3dPointsReleased(Vista3dPoints):
