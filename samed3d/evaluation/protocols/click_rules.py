@@ -7,7 +7,7 @@ MIC-DKFZ/radioactive, ``threeDCropped`` prompters, ``interactive_max_iter = 5``,
 reproduced, only its rule.
 
 VISTA3D's iterative point protocol (``vista3d-points``): the first click is the voxel nearest the mean of the largest
-component of the target eroded by 3 x 3 x 3. Each next one: missed and surplus voxels eroded alike, the largest component
+component of the target eroded by 3 x 3 x 3. Each next one: missed and surplus voxels eroded alike, the largest part
 of each; the missed one where it is at least as large; a random voxel in it. Where nothing is left after eroding, the
 first ten clicks try once more with a kernel that is flat across slices; otherwise the series ends.
 
