@@ -111,6 +111,27 @@ def test_scaling_is_applied_and_doubles_are_halved(tmp_path, tiny_image):
     np.testing.assert_allclose(volume.array, array * 2.0 - 1024.0)
 
 
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("kind", ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8"])
+def test_every_nifti_type_in_both_byte_orders(tmp_path, tiny_image, order, kind):
+    array = tiny_image().astype(order + kind)
+    code = {"u1": 2, "i2": 4, "i4": 8, "f4": 16, "f8": 64, "i1": 256, "u2": 512, "u4": 768, "i8": 1024, "u8": 1280}
+    header = bytearray(352)
+    for layout, offset, values in (
+        ("i", 0, [348]),
+        ("8h", 40, [3, *array.shape[::-1], 1, 1, 1, 1]),
+        ("2h", 70, [code[kind], 8 * array.itemsize]),
+        ("8f", 76, [1] * 8),
+        ("3f", 108, [352, 0, 7]),  # a slope of 0 means no scaling, whatever the intercept
+    ):
+        struct.pack_into(order + layout, header, offset, *values)
+    header[344:347] = b"n+1"
+    (tmp_path / "a.nii").write_bytes(header + array.tobytes())
+    found = read_volume(tmp_path / "a.nii").array
+    assert found.dtype == ("f4" if kind == "f8" else kind) and found.dtype.isnative and found.flags.writeable
+    np.testing.assert_array_equal(found, array)
+
+
 @pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".mha"])
 @pytest.mark.parametrize("dtype", ["int8", "uint16", "uint32", "int32", "float32", "float64"])
 def test_write_volume_keeps_values(tmp_path, tiny_image, suffix, dtype):

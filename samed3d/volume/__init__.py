@@ -18,7 +18,7 @@ from samed3d.errors import InputError
 from samed3d.geometry import RAS_DIRECTION, CanonicalView, Grid, as_triple
 from samed3d.volume.dicom import read_dicom
 from samed3d.volume.files import check_dimensions, checked_array, read_file
-from samed3d.volume.itk import SUFFIXES, grid_of
+from samed3d.volume.itk import SUFFIXES, array_of, grid_of
 from samed3d.volume.writing import write_mask, write_volume
 
 __all__ = ["SUFFIXES", "Volume", "read_volume", "write_mask", "write_volume"]
@@ -117,16 +117,15 @@ def read_volume(
     notes: tuple[str, ...] = ()
     if path.is_dir():
         image, tag, notes = read_dicom(path, series, channel)
+        array, grid = array_of(image), grid_of(image)
     elif not path.exists():
         raise InputError(f"image does not exist: {path}")
     elif series is not None:
         raise InputError(f"--series picks from a DICOM folder, got a file: {path}")
     else:
-        image, tag = read_file(path, channel), ""
-    import SimpleITK as sitk
-
-    array = checked_array(sitk.GetArrayFromImage(image), path)
-    volume = Volume(array, grid_of(image), str(path), tag if modality is None else modality, notes)
+        (array, grid), tag = read_file(path, channel), ""
+    array = checked_array(array, path)
+    volume = Volume(array, grid, str(path), tag if modality is None else modality, notes)
     for note in notes:
         logger.warning("%s: %s", path, note)
     logger.info("read %s: %s voxels (i, j, k), %s", path.name, volume.grid.size_ijk, array.dtype)

@@ -10,9 +10,9 @@ import math
 import os
 import re
 import struct
+import sys
 import zlib
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.errors import InputError
-from samed3d.volume.itk import NIFTI_SUFFIXES, SUFFIXES, itk_reason, open_header, silenced, suffix_of
+from samed3d.geometry import Grid, IntTriple
+from samed3d.volume.itk import NIFTI_SUFFIXES, SUFFIXES, array_of, grid_of, itk_reason, open_header, silenced, suffix_of
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
@@ -32,7 +33,8 @@ logger = logging.getLogger(__name__)
 # orthogonal.
 _SKEW_TOLERANCE = 0.01
 _LONGEST_TEXT_HEADER = 64 * 1024
-_BLOCK = 1 << 20
+_BLOCK = 3 << 20
+_LEAST_OFFSET = 352  # of NIfTI's voxels: header and extension flag
 _WIDEST_VOXEL = 16  # bytes of a complex double
 
 
@@ -49,28 +51,33 @@ class ReadLimits:
     files: int = 10_000
 
 
-def read_file(path: Path, channel: int | None) -> sitk.Image:
-    """The 3D, one-channel image of a file."""
+def read_file(path: Path, channel: int | None) -> tuple[NDArray, Grid]:
+    """The voxels (D, H, W) of one channel of an image file, and their grid.
+
+    ITK reads a cut NIfTI file without complaint, turns NaN into 0 and needs twice the memory; the voxels of NIfTI files
+    are therefore read here.
+    """
     suffix = suffix_of(path)
     if suffix not in SUFFIXES:
         raise InputError(f"image must be a folder of DICOM slices or end in one of {' '.join(SUFFIXES)}, got {path}")
-    if suffix not in NIFTI_SUFFIXES:
-        return execute(path, channel)
-    # ITK reads a cut NIfTI file without complaint and turns NaN into 0. Checking the stream beside the reading costs
-    # little on two cores.
+    if suffix in NIFTI_SUFFIXES:
+        return _read_nifti(path, channel)
+    image = execute(path, channel)
+    return array_of(image), grid_of(image)
+
+
+def _read_nifti(path: Path, channel: int | None) -> tuple[NDArray, Grid]:
     header = _NiftiHeader.read(path)
-    with ThreadPoolExecutor(1) as pool:
-        checked = pool.submit(_check_nifti_stream, path, header)
-        try:
-            image = execute(path, channel)
-        except InputError as error:
-            checked.result()
-            if "orthonormal" not in str(error):
-                raise
-            image = _read_skewed_nifti(path, channel, header)
-        if bad := int(checked.result()[channel or 0]):
-            raise _not_finite(bad, image.GetNumberOfPixels(), path)
-    return image
+    try:
+        reader = open_header(path)
+    except InputError as error:
+        if "orthonormal" not in str(error):
+            header.array(path, 0, "channels")  # a damaged stream has a better message
+            raise
+        reader = _open_skewed_nifti(path, header)
+    size, channels = list(reader.GetSize()), reader.GetNumberOfComponents()
+    check_dimensions([*size, channels] if len(size) == 4 and channels > 1 else size, reader.GetSpacing(), path)
+    return header.array(path, channel, "volumes (4D)" if len(size) == 4 else "channels"), grid_of(reader)
 
 
 def execute(path: Path, channel: int | None) -> sitk.Image:
@@ -85,8 +92,6 @@ def execute(path: Path, channel: int | None) -> sitk.Image:
     if len(size) == 4:
         reader.SetExtractSize([*size[:3], 0])
         reader.SetExtractIndex([0, 0, 0, _picked_channel(channel, size[3], "volumes (4D)", path)])
-    elif reader.GetNumberOfComponents() == 1 and channel not in (None, 0):
-        raise InputError(f"--channel must be 0 for an image of one channel, got {channel}: {path}")
     said: list[str] = []
     try:
         with silenced(said):
@@ -100,10 +105,11 @@ def one_channel(image: sitk.Image, channel: int | None, path: Path) -> sitk.Imag
     """The picked channel of an RGB or vector image; an image of one channel as it is."""
     import SimpleITK as sitk
 
-    channels = image.GetNumberOfComponentsPerPixel()
-    if channels == 1 or "complex" in image.GetPixelIDTypeAsString():
+    if "complex" in image.GetPixelIDTypeAsString():
         return image
-    return sitk.VectorIndexSelectionCast(image, _picked_channel(channel, channels, "channels", path))
+    channels = image.GetNumberOfComponentsPerPixel()
+    picked = _picked_channel(channel, channels, "channels", path)
+    return image if channels == 1 else sitk.VectorIndexSelectionCast(image, picked)
 
 
 def _picked_channel(channel: int | None, count: int, what: str, path: Path) -> int:
@@ -111,6 +117,8 @@ def _picked_channel(channel: int | None, count: int, what: str, path: Path) -> i
         raise InputError(
             f"image has {count} {what}, one is needed: pick one with --channel N (0 to {count - 1}): {path}"
         )
+    if count == 1 and channel not in (None, 0):
+        raise InputError(f"--channel must be 0 for an image of one channel, got {channel}: {path}")
     if not 0 <= (channel or 0) < count:
         raise InputError(f"--channel must be 0 to {count - 1}, got {channel}: {path}")
     return channel or 0
@@ -153,30 +161,71 @@ def _not_finite(bad: int, count: int, path: str | Path) -> InputError:
     )
 
 
+_NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 32: "c8", 64: "f8", 128: "u1", 256: "i1", 512: "u2", 768: "u4"}
+_NIFTI_TYPES |= {1024: "i8", 1280: "u8", 1792: "c16", 2304: "u1"}
+_NIFTI_COLOURS = {128: 3, 2304: 4}
+
+
 @dataclass(frozen=True)
 class _NiftiHeader:
-    """Where a NIfTI-1 file keeps its voxels.
+    """Where a NIfTI-1 file keeps its voxels, and how.
 
     Attributes:
         offset: Bytes before the first voxel.
-        voxels: Voxels of one 3D volume.
+        shape_zyx: Of one 3D volume.
         volumes: 3D volumes that follow one another (time points or channels).
-        bits: Bits per voxel.
-        floating: numpy type of floating-point voxels, else "".
+        colours: Values per voxel, side by side.
+        kind: Type of a value.
+        scaling: Slope and intercept; None for values that are stored as they are.
         axes: 3x3 columns of the sform matrix.
     """
 
     offset: int
-    voxels: int
+    shape_zyx: IntTriple
     volumes: int
-    bits: int
-    floating: str
+    colours: int
+    kind: np.dtype
+    scaling: tuple[float, float] | None
     axes: NDArray[np.float64]
+
+    @property
+    def volume_bytes(self) -> int:
+        """Of one 3D volume."""
+        return math.prod(self.shape_zyx) * self.colours * self.kind.itemsize
 
     @property
     def length(self) -> int:
         """Bytes of the whole file."""
-        return self.offset + self.voxels * self.volumes * self.bits // 8
+        return self.offset + self.volume_bytes * self.volumes
+
+    def array(self, path: Path, channel: int | None, what: str) -> NDArray:
+        """One channel or volume (D, H, W), scaled, as float32 where the file's values are scaled or doubles.
+
+        The file is read to its end: all bytes must be there and, in a .gz, the checksum must agree.
+        """
+        picked = _picked_channel(channel, self.volumes * self.colours, what, path)
+        first, colour = (picked, 0) if self.colours == 1 else (0, picked)
+        single = self.scaling is not None or self.kind.str[1:] == "f8"
+        done, width = 0, self.colours * self.kind.itemsize
+        try:
+            array = np.empty(math.prod(self.shape_zyx), np.float32 if single else self.kind.newbyteorder("="))
+            with _opened(path) as stream, np.errstate(over="ignore"):
+                for _ in _blocks(stream, self.offset + first * self.volume_bytes):
+                    pass
+                for block in _blocks(stream, self.volume_bytes):
+                    values = np.frombuffer(block, self.kind, len(block) // width * self.colours)[colour :: self.colours]
+                    if self.scaling is not None:
+                        values = values * np.float64(self.scaling[0]) + self.scaling[1]
+                    array[done : done + len(values)] = values
+                    done += len(values)
+                for _ in _blocks(stream, sys.maxsize):
+                    pass
+                found = stream.tell()
+        except (OSError, EOFError, zlib.error, MemoryError) as error:
+            raise InputError(f"image is truncated or damaged: {path} ({error})") from error
+        if found < self.length:
+            raise InputError(f"image is truncated or damaged: {path} ({found} of {self.length} bytes)")
+        return array.reshape(self.shape_zyx)
 
     @classmethod
     def read(cls, path: Path, shown: str | Path = "") -> _NiftiHeader:
@@ -196,46 +245,35 @@ class _NiftiHeader:
         if dim[0] >= 3:
             _check_spacing(struct.unpack_from(f"{order}8f", header, 76)[1:4], shown)
         sizes = [max(1, n) if axis <= dim[0] else 1 for axis, n in enumerate(dim[1:], start=1)]
-        kind, bits = struct.unpack_from(f"{order}2h", header, 70)
+        kind = struct.unpack_from(f"{order}h", header, 70)[0]
+        if kind not in _NIFTI_TYPES:
+            raise InputError(f"NIfTI voxels of type {kind} cannot be read: {shown}; save them as integers or float32")
+        offset, slope, intercept = struct.unpack_from(f"{order}3f", header, 108)
+        scaled = math.isfinite(slope) and math.isfinite(intercept) and slope != 0 and (slope, intercept) != (1, 0)
         return cls(
-            offset=int(struct.unpack_from(f"{order}f", header, 108)[0]),
-            voxels=math.prod(sizes[:3]),
+            offset=int(offset) if _LEAST_OFFSET <= offset < 2**31 else _LEAST_OFFSET,
+            shape_zyx=(sizes[2], sizes[1], sizes[0]),
             volumes=math.prod(sizes[3:]),
-            bits=bits,
-            floating={16: f"{order}f4", 64: f"{order}f8"}.get(kind, ""),
+            colours=_NIFTI_COLOURS.get(kind, 1),
+            kind=np.dtype(order + _NIFTI_TYPES[kind]),
+            scaling=(slope, intercept) if scaled else None,
             axes=np.array(struct.unpack_from(f"{order}12f", header, 280)).reshape(3, 4)[:, :3],
         )
 
 
-def _check_nifti_stream(path: Path, header: _NiftiHeader) -> NDArray[np.int64]:
-    """Read a NIfTI file to its end: all bytes must be there and, in a .gz, the checksum must agree.
-
-    Returns:
-        For each volume of the file, how many of its voxels are NaN or infinite.
-    """
-    bad, found = np.zeros(header.volumes, np.int64), 0
-    try:
-        with _opened(path) as stream:
-            found += len(stream.read(header.offset))
-            while block := stream.read(_BLOCK):
-                if header.floating:
-                    values = np.frombuffer(block, header.floating, count=len(block) * 8 // header.bits)
-                    where = np.flatnonzero(~np.isfinite(values)) + (found - header.offset) * 8 // header.bits
-                    bad += np.bincount(where // header.voxels, minlength=header.volumes)[: header.volumes]
-                found += len(block)
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"image is truncated or damaged: {path} ({error})") from error
-    if found < header.length:
-        raise InputError(f"image is truncated or damaged: {path} ({found} of {header.length} bytes)")
-    return bad
+def _blocks(stream: IO[bytes], count: int) -> Iterator[bytes]:
+    """The next bytes of a stream, at most ``count``, in blocks that hold whole voxels of any type."""
+    while count > 0 and (block := stream.read(min(count, _BLOCK))):
+        yield block
+        count -= len(block)
 
 
 def _opened(path: Path) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(path, "rb")) if suffix_of(path) == ".nii.gz" else path.open("rb")
 
 
-def _read_skewed_nifti(path: Path, channel: int | None, header: _NiftiHeader) -> sitk.Image:
-    """Read a NIfTI file whose matrix is not orthogonal, as long as it is by rounding only; a real shear is refused."""
+def _open_skewed_nifti(path: Path, header: _NiftiHeader) -> sitk.ImageFileReader:
+    """As ``open_header`` for a NIfTI file whose matrix is not orthogonal, as long as it is by rounding only; a real shear is refused."""
     axes = header.axes / np.maximum(np.linalg.norm(header.axes, axis=0), 1e-30)
     skew = float(np.abs(axes.T @ axes - np.eye(3)).max())
     if skew > _SKEW_TOLERANCE:
@@ -249,7 +287,7 @@ def _read_skewed_nifti(path: Path, channel: int | None, header: _NiftiHeader) ->
     before = os.environ.get(name)
     os.environ[name] = "1"
     try:
-        return execute(path, channel)
+        return open_header(path)
     finally:
         os.environ.pop(name)
         os.environ |= {name: before} if before is not None else {}

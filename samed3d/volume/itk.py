@@ -9,7 +9,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
@@ -101,11 +105,18 @@ def count_volumes(path: str | Path) -> int:
     return int(size[3]) if len(size) > 3 else 1
 
 
-def grid_of(image: sitk.Image) -> Grid:
-    """The grid of an ITK image, bit for bit."""
-    return Grid(
-        shape_zyx=(image.GetDepth(), image.GetHeight(), image.GetWidth()),
-        spacing_xyz_mm=image.GetSpacing(),
-        origin_lps_mm=image.GetOrigin(),
-        direction_lps=image.GetDirection(),
-    )
+def array_of(image: sitk.Image) -> NDArray:
+    """The voxels of an ITK image, (D, H, W), without a copy; the array keeps the image."""
+    import SimpleITK as sitk
+
+    memory = sitk.GetArrayViewFromImage(image).__array_interface__
+    owner = SimpleNamespace(__array_interface__=memory | {"data": (memory["data"][0], False)}, image=image)
+    return np.asarray(owner)
+
+
+def grid_of(image: sitk.Image | sitk.ImageFileReader) -> Grid:
+    """The grid of an ITK image or header, bit for bit; of one of four axes the first three."""
+    size, spacing, origin = (tuple(values[:3]) for values in (image.GetSize(), image.GetSpacing(), image.GetOrigin()))
+    axes = len(image.GetSize())
+    direction = np.reshape(image.GetDirection(), (axes, axes))[:3, :3]
+    return Grid(size[::-1], spacing, origin, tuple(direction.ravel().tolist()))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
 from samed3d.volume.files import read_file
-from samed3d.volume.itk import count_volumes, grid_of
+from samed3d.volume.itk import count_volumes
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +36,14 @@ def read_label_map(path: str | Path) -> tuple[NDArray, Grid]:
     Raises:
         InputError: if the file is missing, damaged, not 3D, empty (all zero), negative, or holds fractions.
     """
-    import SimpleITK as sitk
-
     path = Path(path)
     if not path.is_file():
         raise InputError(f"label does not exist: {path}")
     volumes = count_volumes(path)
     if volumes > 1:
         raise InputError(f"label must be 3D, got 4D with {volumes} volumes: {path}; save each volume as its own label")
-    image = read_file(path, None)
-    return whole_numbers(sitk.GetArrayFromImage(image), str(path)), grid_of(image)
+    array, grid = read_file(path, None)
+    return whole_numbers(array, str(path)), grid
 
 
 def whole_numbers(array: NDArray, name: str) -> NDArray:
