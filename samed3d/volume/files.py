@@ -275,7 +275,7 @@ def _opened(path: Path) -> IO[bytes]:
 
 
 def _open_skewed_nifti(path: Path, header: _NiftiHeader) -> sitk.ImageFileReader:
-    """As ``open_header`` for a NIfTI file whose matrix is not orthogonal, as long as it is by rounding only; a real shear is refused."""
+    """``open_header`` of a NIfTI file with axes that are skewed by rounding only; a real shear is refused."""
     axes = header.axes / np.maximum(np.linalg.norm(header.axes, axis=0), 1e-30)
     skew = float(np.abs(axes.T @ axes - np.eye(3)).max())
     if skew > _SKEW_TOLERANCE:
