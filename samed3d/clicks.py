@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from samed3d.devices import widest_float
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple, bounding_region
 
@@ -50,7 +51,8 @@ def sample_clicks(
         rules = torch.full((len(pred),), POLICIES.index(policy), device=pred.device)
     candidates = click_candidates(pred, target, rules)
     count = candidates.flatten(1).sum(dim=1)
-    rank = torch.where(rules == POLICIES.index("centre"), 0, (draws[:, 1] * count).long())
+    drawn = (draws[:, 1] * count).long().minimum(count - 1)  # rounding to float32 may make a draw 1
+    rank = torch.where(rules == POLICIES.index("centre"), 0, drawn)
     flat = _nth_voxel(candidates, rank)
     labels = target.flatten(1).gather(1, flat[:, None]).long()
     points = torch.stack(torch.unravel_index(flat, pred.shape[1:]), dim=-1)
@@ -122,8 +124,9 @@ def click_candidates(pred: Tensor, target: Tensor, rules: Tensor) -> Tensor:
 
 
 def uniform_draws(generators: Sequence[torch.Generator], count: int, device: torch.device | str = "cpu") -> Tensor:
-    """(B, count) float64 in [0, 1), a row from each CPU generator, moved to a device."""
-    return torch.stack([torch.rand(count, generator=g, dtype=torch.float64) for g in generators]).to(device)
+    """(B, count) in [0, 1), a row from each CPU generator, moved to a device in its widest float."""
+    draws = torch.stack([torch.rand(count, generator=g, dtype=torch.float64) for g in generators])
+    return draws.to(widest_float(device)).to(device)
 
 
 def _nth_voxel(candidates: Tensor, rank: Tensor) -> Tensor:
@@ -169,7 +172,7 @@ def largest_component(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def squared_depths(mask: Tensor) -> Tensor:
     """(B, D, H, W) bool to float32: ``distance_inside`` of each sample in voxels, squared."""
-    if mask.is_cuda or not len(mask):
+    if not (mask.is_cpu and len(mask)):
         return squared_depths_by_torch(mask)
     depths = np.stack([distance_inside(sample) for sample in mask.numpy()])
     return torch.from_numpy(depths).square_().round_()
@@ -177,7 +180,7 @@ def squared_depths(mask: Tensor) -> Tensor:
 
 def largest_components(mask: Tensor) -> Tensor:
     """(B, D, H, W) bool: ``largest_component`` of each sample."""
-    if mask.is_cuda or not len(mask):
+    if not (mask.is_cpu and len(mask)):
         return largest_components_by_torch(mask)
     return torch.from_numpy(np.stack([largest_component(sample) for sample in mask.numpy()]))
 
@@ -300,14 +303,14 @@ def user_box(
 
 
 def _moved_boxes(target: Tensor, moves: Tensor) -> Tensor:
-    """(B, 2, 3) float64 tight boxes of (B, D, H, W), their faces moved by ``moves`` (B, 2, 3) edges."""
+    """(B, 2, 3) tight boxes of (B, D, H, W), their faces moved by ``moves`` (B, 2, 3) edges."""
     faces = []
     for axis in range(3):
         lines = target.any(dim=[other + 1 for other in range(3) if other != axis])
         size, there = lines.shape[1], lines.byte()
         filled = lines.any(dim=1)
-        low = torch.where(filled, there.argmax(dim=1), 0).double()
-        high = torch.where(filled, size - there.flip(1).argmax(dim=1), size).double()
+        low = torch.where(filled, there.argmax(dim=1), 0).to(moves.dtype)
+        high = torch.where(filled, size - there.flip(1).argmax(dim=1), size).to(moves.dtype)
         edge = high - low
         low = (low + moves[:, 0, axis] * edge).clamp(min=0, max=size - 1)
         high = (high + moves[:, 1, axis] * edge).clamp(max=size)

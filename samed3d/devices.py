@@ -12,8 +12,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 """What ``--device`` takes: ``auto`` is the first of CUDA, MPS (Apple's GPU) and the CPU that is available."""
 
 _MISSING = {
-    "cuda": "this machine has no CUDA GPU that torch can use",
-    "mps": "this machine has no Apple GPU that torch can use",
+    name: f"this machine has no {kind} GPU that torch can use" for name, kind in (("cuda", "CUDA"), ("mps", "Apple"))
 }
 
 
@@ -23,25 +22,26 @@ def available_devices() -> list[str]:
     return [name for name, there in found.items() if there]
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of a name; one that is not available is refused and never replaced.
-
-    Args:
-        name: One of ``DEVICES``.
+def pick_device(name: str, option: str = "device") -> torch.device:
+    """The device of a name in ``DEVICES``; one that is not available is refused and never replaced.
 
     Raises:
-        InputError: for another name, or for a device that this machine does not have.
+        InputError: for another name, or for a device that this machine does not have; it begins with ``option``.
     """
     if name not in DEVICES:
-        raise InputError(f"device must be auto, cpu, cuda or mps, got {name!r}")
+        raise InputError(f"{option} must be auto, cpu, cuda or mps, got {name!r}")
     available = available_devices()
     if name == "auto":
         return torch.device(available[0])
     if name not in available:
-        raise InputError(
-            f"device {name} was asked for but {_MISSING[name]}; leave it out or choose from: {', '.join(available)}"
-        )
+        remedy = f"leave it out or choose from: {', '.join(available)}"
+        raise InputError(f"{option} {name} was asked for but {_MISSING[name]}; {remedy}")
     return torch.device(name)
+
+
+def widest_float(device: torch.device | str) -> torch.dtype:
+    """The widest floating-point type of a device: float64 everywhere but on Apple's GPU, which has float32 at most."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def computes_bf16(device: torch.device) -> bool:

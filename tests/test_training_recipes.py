@@ -202,10 +202,13 @@ def test_weights_of_another_model_are_named_and_their_numbers_are_taken(tmp_path
 
 def test_cuda_that_is_not_there_is_refused_never_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(InputError, match=r"run\.device cuda was asked for but this machine has no CUDA GPU"):
         train(tiny_config(tmp_path / "run", "run.device=cuda"), quiet=True)
-    with pytest.raises(InputError, match=r"run\.precision fp16 needs a GPU"):
+    with pytest.raises(InputError, match=r"run\.precision fp16 needs a CUDA GPU; use fp32 on cpu"):
         make_accelerator(tiny_config(tmp_path / "run", "run.precision=fp16"))
+    with pytest.raises(InputError, match=r"run\.device mps was asked for but this machine has no Apple GPU"):
+        make_accelerator(tiny_config(tmp_path / "run", "run.device=mps"))
     assert make_accelerator(tiny_config(tmp_path / "run", "run.device=cpu")).device.type == "cpu"
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match=r"accelerate must share batches, not weights, between processes"):

@@ -222,8 +222,8 @@ class RunConfig(Section):
     """Folder for checkpoints, ``config.json`` and ``metrics.jsonl``."""
     seed: int = ruled(0, at_least(0))
     """Seed of weights, samples and clicks; the same seed gives the same run on a CPU."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device; auto takes a GPU where there is one, cuda refuses to run without."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device; auto takes a GPU (CUDA's, then Apple's) where there is one; cuda and mps refuse to run without."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward; auto: bf16 on a GPU that has it and a CPU with AMX, else fp32; fp16 needs a GPU."""
     compile: bool = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -169,10 +170,10 @@ class CropPredictor:
             self._features.popitem(last=False)
         return self._features[frame]
 
-    def _precision(self) -> torch.autocast:
+    def _precision(self) -> AbstractContextManager[object]:
         """bf16 where the weights were trained in it and the processor computes in it."""
         enabled = self.model.spec.bf16 and computes_bf16(self.device)
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.device.type, torch.bfloat16) if enabled else nullcontext()
 
     def _batch(self, frame: CropFrame, prompts: ModelPrompts, mask_logits: Tensor | None) -> PromptBatch:
         spec = self.model.spec

@@ -17,6 +17,7 @@ from torch import nn
 from samed3d.config import ModelConfig, TrainConfig
 from samed3d.data.sampling import CropDataset
 from samed3d.data.semantic import SemanticDataset
+from samed3d.devices import pick_device
 from samed3d.errors import InputError
 from samed3d.models import create_model, load_promptable
 from samed3d.models.base import Adaptation, AnyModel, SemanticModel
@@ -37,15 +38,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate for this machine; ``run.precision: auto`` takes bf16 where the hardware computes in it.
 
     Raises:
-        InputError: if ``run.device`` is cuda and there is none, the precision needs a GPU, or Accelerate is configured
-            to share the weights between processes.
+        InputError: if this machine lacks ``run.device``, the precision needs a GPU, or Accelerate is configured to
+            share the weights between processes.
     """
-    if config.run.device == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "run.device cuda was asked for but this machine has no CUDA GPU that torch can use; "
-            "set run.device=cpu or auto"
-        )
-    on_gpu = config.run.device != "cpu" and torch.cuda.is_available()
+    device = pick_device(config.run.device, "run.device")
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
     from accelerate.utils import DataLoaderConfiguration
@@ -56,10 +52,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     precision = config.run.precision
     if precision == "auto":
         capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # newer torch only
-        fast = torch.cuda.is_bf16_supported() if on_gpu else capabilities.get("amx_tile", False)
+        on_cpu = device.type == "cpu" and capabilities.get("amx_tile", False)
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else on_cpu
         precision = "bf16" if fast else "fp32"
-    if precision == "fp16" and not on_gpu:
-        raise InputError("run.precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    if precision == "fp16" and device.type != "cuda":
+        raise InputError(f"run.precision fp16 needs a CUDA GPU; use fp32 on {device.type}, or bf16 on a CPU")
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise InputError(
             "accelerate must share batches, not weights, between processes; "
