@@ -10,10 +10,14 @@ import yaml
 
 import samed3d
 from samed3d.errors import InputError
+from samed3d.geometry import Grid
 from samed3d.inference.export import decoder_inputs, export, image_example, save_pretrained
+from samed3d.inference.sliding_window import segment_volume
 from samed3d.models import MODELS, create_model, list_models, load
 from samed3d.models.base import PromptableModel, PromptBatch
 from samed3d.models.weights import save_weights
+from samed3d.prompts.schema import objects_from_json
+from samed3d.volume import write_volume
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = "sam_med3d_b"
@@ -196,6 +200,69 @@ def test_models_on_hugging_face_are_loaded_by_address(tmp_path, monkeypatch):
         samed3d.load("hf://owner/name")
 
 
+def bundle_given(tmp_path, name) -> tuple[Path, dict]:
+    """An exported bundle, an image, and what its inference is given."""
+    _, path = on_disk(tmp_path, name)
+    export(path, "monai", tmp_path / "bundle")
+    image = tmp_path / "image.nii.gz"
+    array = np.random.default_rng(0).normal(size=(20, 24, 28)).astype(np.float32)
+    write_volume(image, array, Grid(array.shape, (1.5, 1.5, 2.0)))
+    given = {"bundle_root": str(tmp_path / "bundle"), "output": str(tmp_path / "mask.nii.gz")}
+    if name == QUICK_SEMANTIC:
+        return image, given | {"images": [str(image)]}
+    prompts = [{"type": "point", "at": [14, 12, 10]}, {"type": "point", "at": [2, 2, 2], "positive": False}]
+    body = {"version": 1, "space": "ijk", "objects": [{"id": 1, "prompts": prompts}]}
+    return image, given | {"image": str(image), "prompts": body, "device": "cpu"}
+
+
+@pytest.mark.parametrize("name", [QUICK, QUICK_SEMANTIC])
+def test_monai_bundle_holds_what_its_specification_asks(tmp_path, name):
+    _, given = bundle_given(tmp_path, name)
+    folder = Path(given["bundle_root"])
+    metadata = json.loads((folder / "configs/metadata.json").read_text())
+    asked = "version monai_version pytorch_version numpy_version required_packages_version task description authors"
+    assert not set(asked.split()) - set(metadata)
+    shape = metadata["network_data_format"]["inputs"]["image"]
+    assert (shape["num_channels"], *shape["spatial_shape"]) == samed3d.load(
+        str(tmp_path / "model.safetensors")
+    ).spec.image_shape
+    settings = json.loads((folder / "configs/inference.json").read_text())
+    assert set(given) <= set(settings)  # what a user overrides is there
+    weights = torch.load(folder / "models/model.pt", weights_only=True)
+    settings["network_def"].pop("_target_")
+    create_model(**settings["network_def"]).load_state_dict(weights)
+
+
+@pytest.mark.parametrize("name", [QUICK, QUICK_SEMANTIC])
+def test_monai_runs_the_bundle(tmp_path, name):
+    """MONAI loads the network, and the bundle's inference gives the mask that samed3d gives."""
+    bundle = pytest.importorskip("monai.bundle", reason="MONAI is not installed (pip install monai)")
+    image, given = bundle_given(tmp_path, name)
+    model = samed3d.load(str(tmp_path / "model.safetensors"))
+    again = bundle.load("bundle", bundle_dir=tmp_path, workflow_type="inference", device="cpu")
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], tensor), key
+    configs = Path(given["bundle_root"]) / "configs"
+    workflow = bundle.ConfigWorkflow(
+        config_file=str(configs / "inference.json"),
+        meta_file=str(configs / "metadata.json"),
+        workflow_type="inference",
+        logging_file=False,
+        **given,
+    )
+    workflow.initialize()
+    workflow.run()
+    found = samed3d.read_volume(given["output"]).array
+    if name == QUICK_SEMANTIC:
+        expected = segment_volume(samed3d.read_volume(image), model)
+    else:
+        session = samed3d.Session.open(image, model=model, device="cpu")
+        session.add_all(objects_from_json(given["prompts"], "prompts"))
+        expected = session.mask
+    assert len(np.unique(expected)) > 1
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_model_json_says_what_a_caller_needs(tmp_path):
     _, path = on_disk(tmp_path, QUICK)
     export(path, "torchscript", tmp_path / "out")
@@ -210,7 +277,7 @@ def test_model_json_says_what_a_caller_needs(tmp_path):
 
 def test_wrong_requests_are_refused(tmp_path):
     _, path = on_disk(tmp_path, QUICK)
-    with pytest.raises(InputError, match=r"--format must be one of onnx, torchscript, hf, got 'tflite'"):
+    with pytest.raises(InputError, match=r"--format must be one of onnx, torchscript, hf, monai, got 'tflite'"):
         export(path, "tflite", tmp_path / "out")
     (tmp_path / "there").mkdir()
     with pytest.raises(InputError, match=r"--output must be a new folder"):

@@ -71,10 +71,10 @@ def export(
         str, typer.Argument(help="Checkpoint (name or file), or an architecture, with random weights then.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new.")],
-    format_: Annotated[str, typer.Option("--format", help="onnx, torchscript or hf.")] = "onnx",
+    format_: Annotated[str, typer.Option("--format", help="onnx, torchscript, hf or monai.")] = "onnx",
     quiet: Quiet = False,
 ) -> None:
-    """Write a model for other programs: ONNX graphs, TorchScript files or a Hugging Face folder."""
+    """Write a model for other programs: ONNX graphs, TorchScript files, a Hugging Face folder or a MONAI bundle."""
     from samed3d.inference.export import export as run
 
     files = run(model, format_, output)

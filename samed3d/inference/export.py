@@ -1,9 +1,10 @@
-"""Models for other programs: ONNX graphs, TorchScript files, a Hugging Face folder.
+"""Models for other programs: ONNX graphs, TorchScript files, a Hugging Face folder, a MONAI bundle.
 
 A promptable model becomes two graphs, as its contract has two calls: the encoder runs once per crop, the decoder once
 per prompt. Beside them lies ``model.json``, which says what crop they take and in which order the tensors go. Where to
 cut a crop and how to paste the answer back is not in a graph: see ``crop_search.py`` and ``crops.py``. The Hugging
-Face folder holds weights and numbers, not code. ``docs/export.md`` shows a program that needs no samed3d.
+Face folder holds weights and numbers, not code; so does the MONAI bundle, whose inference is a ``Session``.
+``docs/export.md`` shows a program that needs no samed3d.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from samed3d import __version__
 from samed3d.errors import InputError
 from samed3d.models import MODELS, create_model, load
 from samed3d.models.base import AnyModel, PromptableModel, PromptBatch
@@ -33,7 +36,7 @@ from samed3d.models.weights import (
 )
 from samed3d.output import replacing_folder, write_json, write_text
 
-FORMATS = ("onnx", "torchscript", "hf")
+FORMATS = ("onnx", "torchscript", "hf", "monai")
 OUTPUTS = ["logits", "iou", "lowres_logits"]
 MOST_CLICKS = 4096
 OPSET = 18
@@ -98,23 +101,24 @@ def export(name: str, file_format: str, folder: str | Path) -> list[Path]:
     if folder.exists():
         raise InputError(f"--output must be a new folder, got {folder}, which exists")
     model = model_of(name)
-    if file_format != "hf" and isinstance(model, MixtureOfExperts):
+    if file_format in ("onnx", "torchscript") and isinstance(model, MixtureOfExperts):
         rule = "a mixture of experts chooses its decoder as it runs and is no fixed graph"
         raise InputError(f"{rule}; export its base and experts one by one")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), replacing_folder(folder) as partial:
-        if file_format == "hf":
+        if file_format in ("hf", "monai"):
             found = find_checkpoint(name)
             page = None if found is None else found.with_name("README.md")
             shipped = name in list_checkpoints() and page is not None and page.is_file()
             card = page.read_text(encoding="utf-8").replace("../docs/", "docs/") if shipped and page else ""
-            _write_pretrained(model, partial, {} if found is None else read_header(found), card)
+            header = {} if found is None else read_header(found)
+            (_write_pretrained if file_format == "hf" else _write_bundle)(model, partial, header, card)
         elif file_format == "onnx":
             _check_packages("onnx", "onnxscript")
             _write_graphs(model, partial, ".onnx", _write_onnx)
         else:
             _write_graphs(model, partial, ".pt", _write_torchscript)
-    return sorted(folder.iterdir())
+    return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
 def model_of(name: str) -> AnyModel:
@@ -190,8 +194,81 @@ def _write_pretrained(model: AnyModel, folder: Path, header: dict[str, Any], car
     head = (
         f"---\nlibrary_name: samed3d\npipeline_tag: image-segmentation\nlicense: {licence}\ntags: [medical, 3d]\n---\n"
     )
-    text = f"# {model.spec.name}\n\nSource: {model.spec.source}\n\nNo figures were measured for this model.\n"
-    write_text(folder / "README.md", card or head + text)
+    write_text(folder / "README.md", card or head + _plain_card(model))
+
+
+def _plain_card(model: AnyModel) -> str:
+    return f"# {model.spec.name}\n\nSource: {model.spec.source}\n\nNo figures were measured for this model.\n"
+
+
+def _write_bundle(model: AnyModel, folder: Path, header: dict[str, Any], card: str) -> None:
+    """A MONAI bundle: weights, metadata, and an inference configuration that needs samed3d and runs a whole volume.
+
+    Source: MONAI's bundle specification (``configs/metadata.json``, ``configs/inference.json``, ``models/model.pt``).
+    """
+    spec = model.spec
+    patch = {"type": "image", "modality": "any", "dtype": "float32", "spatial_shape": list(spec.input_shape_zyx)}
+    patch |= {"value_range": [], "is_patch_data": True}
+    channels, classes = spec.image_shape[0], list(model.config.get("class_names", ["object"]))
+    inputs = {
+        "format": "magnitude",
+        "num_channels": channels,
+        "channel_def": {str(n): "image" for n in range(channels)},
+    }
+    names = dict(enumerate(["background", *classes] if spec.classes else classes))
+    outputs = {
+        "format": "segmentation",
+        "num_channels": len(names),
+        "channel_def": {str(n): v for n, v in names.items()},
+    }
+    metadata = {
+        "version": __version__,
+        "changelog": {__version__: "exported by samed3d"},
+        "monai_version": "1.3.0",
+        "pytorch_version": torch.__version__.partition("+")[0],
+        "numpy_version": np.__version__,
+        "required_packages_version": {"samed3d": __version__},
+        "name": f"samed3d {spec.name}",
+        "task": "semantic segmentation" if spec.classes else "promptable segmentation of volumes by points and boxes",
+        "description": f"{spec.name}: {spec.source}",
+        "authors": "The samed3d contributors",
+        "copyright": f"Licence of the weights: {header.get('licence', 'not stated')}",
+        "intended_use": "Research. Not a medical device.",
+        "data_type": "one volume of any format that samed3d reads",
+        "network_data_format": {"inputs": {"image": patch | inputs}, "outputs": {"pred": patch | outputs}},
+    }
+    load_weights = ["$@network_def.load_state_dict(@weights)", "$@network_def.eval()"]
+    modules = ("samed3d.inference.sliding_window", "samed3d.prompts.schema")
+    inference: dict[str, Any] = {
+        "imports": [f"$import {name}" for name in ("torch", "samed3d", "samed3d.volume", *modules)],
+        "bundle_root": ".",
+        "output": "mask.nii.gz",
+        "network_def": {"_target_": "samed3d.create_model", "name": spec.name, **model.config},
+        "weights": "$torch.load(@bundle_root + '/models/model.pt', map_location='cpu', weights_only=True)",
+    }
+    if spec.classes:
+        inference |= {
+            "images": ["image.nii.gz"],
+            "volumes": "$[samed3d.read_volume(image) for image in @images]",
+            "labels": "$samed3d.inference.sliding_window.segment_volume(@volumes, @network_def)",
+            "run": [*load_weights, "$samed3d.volume.write_mask(@output, @labels, @volumes[0].grid)"],
+        }
+    else:
+        example = {"id": 1, "prompts": [{"type": "point", "at": [0, 0, 0]}]}
+        inference |= {
+            "image": "image.nii.gz",
+            "prompts": {"version": 1, "space": "ijk", "objects": [example]},
+            "device": "auto",
+            "session": "$samed3d.Session.open(@image, model=@network_def, device=@device)",
+            "objects": "$samed3d.prompts.schema.objects_from_json(@prompts, 'prompts')",
+            "run": [*load_weights, "$@session.add_all(@objects)", "$@session.save(@output)"],
+        }
+    for name in ("configs", "models", "docs"):
+        (folder / name).mkdir()
+    write_json(folder / "configs/metadata.json", metadata)
+    write_json(folder / "configs/inference.json", inference)
+    torch.save(model.state_dict(), folder / "models/model.pt")
+    write_text(folder / "docs/README.md", card or _plain_card(model))
 
 
 def _tensor_names(features: list[str]) -> list[str]:
