@@ -6,6 +6,7 @@ Here, where all cases are seen together, splits are drawn by subject and images 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections import defaultdict
@@ -76,6 +77,7 @@ def write_manifest(folder: Path, settings: dict[str, Any], problems: list[tuple[
         "problems": len(problems),
         "warnings": len(warnings),
     }
+    write_text(folder / "README.md", _card(folder, cases, labels, sources))
     body = {"version": VERSION, "settings": settings, "counts": counts, "sources": sources}
     write_text(folder / "corpus.json", json.dumps(body, indent=1, ensure_ascii=False) + "\n")
     return counts
@@ -126,6 +128,44 @@ def draw_splits(records: list[Record], validation_share: float) -> tuple[dict[st
         held = any(in_validation(name, validation_share) for name in members[root(r["subject"])])
         splits[r["case"]] = "test" if (r["source"], r["subject"]) in tested else "val" if held else "train"
     return groups, splits
+
+
+def _card(folder: Path, cases: list[Record], labels: list[Record], sources: dict[str, Any]) -> str:
+    """The data set card, in the form that Hugging Face reads: contents, licences, attribution, checksums."""
+    licences = sorted({facts["licence"] or "not stated" for facts in sources.values()})
+    single = licences[0].lower() if len(licences) == 1 and not set(licences[0]) & set(" (;") else "other"
+    head = {"license": single, "task_categories": ["image-segmentation"], "tags": ["medical", "3d"]}
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in head.items()),
+        "---",
+        "",
+        f"# {', '.join(sorted(sources)[:3])}{', ...' * (len(sources) > 3)}",
+        "",
+    ]
+    kept = [row for row in labels if row["kept"]]
+    images = sum(row["has_image"] for row in cases)
+    lines += [
+        f"{len(sources)} sources, {len(cases)} volumes ({images} with an image), {len(kept)} masks, prepared by",
+        "`samed3d prepare` (axes z, y, x of RAS+). `cases.csv` lists the images, `labels.csv` the structures.",
+        "",
+        "A copy must meet the licence of every source in it. A source marked `unclear` or `nc` is not free to use.",
+        "",
+        "| source | volumes | subjects | masks | train / val / test | modality | licence | flag | attribution |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, facts in sorted(sources.items()):
+        own = [row for row in cases if row["source"] == name]
+        sides = " / ".join(str(sum(row["split"] == side for row in own)) for side in ("train", "val", "test"))
+        numbers = (len(own), len({row["subject"] for row in own}), sum(row["source"] == name for row in kept), sides)
+        words = (facts["modality"], facts["licence"] or "not stated", facts["licence_flag"], facts["attribution"])
+        lines.append(
+            "| " + " | ".join(str(v).replace("|", "/").replace("\n", " ") for v in (name, *numbers, *words)) + " |"
+        )
+    lines += ["", "SHA-256 of the tables; `cases.csv` holds a hash of each image's voxels:", "", "```"]
+    for name in ("cases.csv", "labels.csv", "points.npy", "problems.csv"):
+        lines.append(f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}")
+    return "\n".join([*lines, "```", ""])
 
 
 def _by_hash(records: list[Record]) -> dict[str, list[tuple[Record, dict[str, Any]]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from data_prep.clean import rules_from
 from data_prep.convert import Settings, compact_image, content_hash
@@ -45,6 +47,27 @@ def test_a_source_becomes_a_corpus_with_every_voxel(tmp_path):
             ("liver", "liver", int((labels == 1).sum())),
             ("kidney", "kidney", int((labels == 2).sum())),
         ]
+
+
+@pytest.mark.parametrize(
+    "licences, head", [(["CC0", "CC0"], "cc0"), (["CC0", "CC-BY-4.0"], "other"), (["", ""], "other")]
+)
+def test_the_data_set_card_states_contents_licences_and_checksums(tmp_path, licences, head):
+    folders = [
+        make_source(tmp_path / name, cases=n, licence=licence, attribution="A. Author | B.\nAuthor")
+        for name, n, licence in zip(("one", "two"), (1, 2), licences, strict=True)
+    ]
+    result = prepare(folders, tmp_path / "out", EVERYTHING)
+    card = (result.folder / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["license"] == head
+    assert "2 sources, 3 volumes (3 with an image), 6 masks" in card
+    row = next(line for line in card.splitlines() if line.startswith("| two"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:4] == ["two", "2", "2", "4"] and cells[6] == (licences[1] or "not stated")
+    assert cells[8] == "A. Author / B. Author" and sum(map(int, cells[4].split(" / "))) == 2
+    for line in card.split("```")[1].split("\n")[1:-1]:
+        digest, name = line.split()
+        assert digest == hashlib.sha256((result.folder / name).read_bytes()).hexdigest()
 
 
 def test_the_published_rules_are_the_default_and_every_drop_has_a_reason(tmp_path):

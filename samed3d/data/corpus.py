@@ -6,6 +6,7 @@ arrays are read chunk by chunk and need blosc2; ``.npz`` arrays are read whole a
 
 ::
 
+    README.md       the data set card: licences, attribution, checksums
     corpus.json     version, settings, sources with licence and attribution, counts
     cases.csv       one row per image
     labels.csv      one row per structure, kept or dropped with the reason
