@@ -206,22 +206,26 @@ def _write_bundle(model: AnyModel, folder: Path, header: dict[str, Any], card: s
 
     Source: MONAI's bundle specification (``configs/metadata.json``, ``configs/inference.json``, ``models/model.pt``).
     """
+    for name in ("configs", "models", "docs"):
+        (folder / name).mkdir()
+    write_json(folder / "configs/metadata.json", _bundle_metadata(model, str(header.get("licence", "not stated"))))
+    write_json(folder / "configs/inference.json", _bundle_inference(model))
+    torch.save(model.state_dict(), folder / "models/model.pt")
+    write_text(folder / "docs/README.md", card or _plain_card(model))
+
+
+def _bundle_metadata(model: AnyModel, licence: str) -> dict[str, Any]:
     spec = model.spec
     patch = {"type": "image", "modality": "any", "dtype": "float32", "spatial_shape": list(spec.input_shape_zyx)}
     patch |= {"value_range": [], "is_patch_data": True}
-    channels, classes = spec.image_shape[0], list(model.config.get("class_names", ["object"]))
-    inputs = {
-        "format": "magnitude",
-        "num_channels": channels,
-        "channel_def": {str(n): "image" for n in range(channels)},
-    }
-    names = dict(enumerate(["background", *classes] if spec.classes else classes))
-    outputs = {
-        "format": "segmentation",
-        "num_channels": len(names),
-        "channel_def": {str(n): v for n, v in names.items()},
-    }
-    metadata = {
+    channels, classes = ["image"] * spec.image_shape[0], list(model.config.get("class_names", ["object"]))
+
+    def tensor(kind: str, names: list[str]) -> dict[str, Any]:
+        defined = {str(n): name for n, name in enumerate(names)}
+        return patch | {"format": kind, "num_channels": len(names), "channel_def": defined}
+
+    outputs = tensor("segmentation", ["background", *classes] if spec.classes else classes)
+    return {
         "version": __version__,
         "changelog": {__version__: "exported by samed3d"},
         "monai_version": "1.3.0",
@@ -232,43 +236,40 @@ def _write_bundle(model: AnyModel, folder: Path, header: dict[str, Any], card: s
         "task": "semantic segmentation" if spec.classes else "promptable segmentation of volumes by points and boxes",
         "description": f"{spec.name}: {spec.source}",
         "authors": "The samed3d contributors",
-        "copyright": f"Licence of the weights: {header.get('licence', 'not stated')}",
+        "copyright": f"Licence of the weights: {licence}",
         "intended_use": "Research. Not a medical device.",
         "data_type": "one volume of any format that samed3d reads",
-        "network_data_format": {"inputs": {"image": patch | inputs}, "outputs": {"pred": patch | outputs}},
+        "network_data_format": {"inputs": {"image": tensor("magnitude", channels)}, "outputs": {"pred": outputs}},
     }
+
+
+def _bundle_inference(model: AnyModel) -> dict[str, Any]:
+    """What ``monai.bundle`` runs: a session with the given prompts, or a sliding window."""
     load_weights = ["$@network_def.load_state_dict(@weights)", "$@network_def.eval()"]
-    modules = ("samed3d.inference.sliding_window", "samed3d.prompts.schema")
-    inference: dict[str, Any] = {
-        "imports": [f"$import {name}" for name in ("torch", "samed3d", "samed3d.volume", *modules)],
+    modules = ("samed3d.volume", "samed3d.inference.sliding_window", "samed3d.prompts.schema")
+    shared = {
+        "imports": [f"$import {name}" for name in ("torch", "samed3d", *modules)],
         "bundle_root": ".",
         "output": "mask.nii.gz",
-        "network_def": {"_target_": "samed3d.create_model", "name": spec.name, **model.config},
+        "network_def": {"_target_": "samed3d.create_model", "name": model.spec.name, **model.config},
         "weights": "$torch.load(@bundle_root + '/models/model.pt', map_location='cpu', weights_only=True)",
     }
-    if spec.classes:
-        inference |= {
+    if model.spec.classes:
+        return shared | {
             "images": ["image.nii.gz"],
             "volumes": "$[samed3d.read_volume(image) for image in @images]",
             "labels": "$samed3d.inference.sliding_window.segment_volume(@volumes, @network_def)",
             "run": [*load_weights, "$samed3d.volume.write_mask(@output, @labels, @volumes[0].grid)"],
         }
-    else:
-        example = {"id": 1, "prompts": [{"type": "point", "at": [0, 0, 0]}]}
-        inference |= {
-            "image": "image.nii.gz",
-            "prompts": {"version": 1, "space": "ijk", "objects": [example]},
-            "device": "auto",
-            "session": "$samed3d.Session.open(@image, model=@network_def, device=@device)",
-            "objects": "$samed3d.prompts.schema.objects_from_json(@prompts, 'prompts')",
-            "run": [*load_weights, "$@session.add_all(@objects)", "$@session.save(@output)"],
-        }
-    for name in ("configs", "models", "docs"):
-        (folder / name).mkdir()
-    write_json(folder / "configs/metadata.json", metadata)
-    write_json(folder / "configs/inference.json", inference)
-    torch.save(model.state_dict(), folder / "models/model.pt")
-    write_text(folder / "docs/README.md", card or _plain_card(model))
+    example = {"id": 1, "prompts": [{"type": "point", "at": [0, 0, 0]}]}
+    return shared | {
+        "image": "image.nii.gz",
+        "prompts": {"version": 1, "space": "ijk", "objects": [example]},
+        "device": "auto",
+        "session": "$samed3d.Session.open(@image, model=@network_def, device=@device)",
+        "objects": "$samed3d.prompts.schema.objects_from_json(@prompts, 'prompts')",
+        "run": [*load_weights, "$@session.add_all(@objects)", "$@session.save(@output)"],
+    }
 
 
 def _tensor_names(features: list[str]) -> list[str]:
