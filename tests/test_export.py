@@ -229,8 +229,7 @@ def test_monai_bundle_holds_what_its_specification_asks(tmp_path, name):
     settings = json.loads((folder / "configs/inference.json").read_text())
     assert set(given) <= set(settings)  # what a user overrides is there
     weights = torch.load(folder / "models/model.pt", weights_only=True)
-    settings["network_def"].pop("_target_")
-    create_model(**settings["network_def"]).load_state_dict(weights)
+    create_model(**settings["architecture"]).load_state_dict(weights)
 
 
 @pytest.mark.parametrize("name", [QUICK, QUICK_SEMANTIC])

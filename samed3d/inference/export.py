@@ -216,7 +216,12 @@ def _write_bundle(model: AnyModel, folder: Path, header: dict[str, Any], card: s
 
 def _bundle_metadata(model: AnyModel, licence: str) -> dict[str, Any]:
     spec = model.spec
-    patch = {"type": "image", "modality": "any", "dtype": "float32", "spatial_shape": list(spec.input_shape_zyx)}
+    patch: dict[str, Any] = {
+        "type": "image",
+        "modality": "any",
+        "dtype": "float32",
+        "spatial_shape": list(spec.input_shape_zyx),
+    }
     patch |= {"value_range": [], "is_patch_data": True}
     channels, classes = ["image"] * spec.image_shape[0], list(model.config.get("class_names", ["object"]))
 
@@ -251,7 +256,8 @@ def _bundle_inference(model: AnyModel) -> dict[str, Any]:
         "imports": [f"$import {name}" for name in ("torch", "samed3d", *modules)],
         "bundle_root": ".",
         "output": "mask.nii.gz",
-        "network_def": {"_target_": "samed3d.create_model", "name": model.spec.name, **model.config},
+        "architecture": {"name": model.spec.name, **model.config},
+        "network_def": "$samed3d.create_model(**@architecture)",
         "weights": "$torch.load(@bundle_root + '/models/model.pt', map_location='cpu', weights_only=True)",
     }
     if model.spec.classes:
