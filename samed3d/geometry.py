@@ -8,9 +8,11 @@ Not here: reading files (``volume/``), sampling a crop's intensities (``crops.py
 
 from __future__ import annotations
 
+import itertools
+import math
 import operator
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,6 +26,11 @@ IntTriple = tuple[int, int, int]
 _LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 RAS_DIRECTION = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
 """``Grid.direction_lps`` of a canonical volume, whose i, j, k axes run to the right, anterior and superior."""
+SHEAR_TOLERANCE_DEGREES = 0.573
+"""Voxel axes this close to perpendicular count as perpendicular (a cosine of 0.01)."""
+GRID_TOLERANCE = 0.25
+"""Two grids are one if every corner is at the same place to within this share of the shortest voxel edge. Headers that
+were rounded in single precision stay far below it, a shift by one voxel far above."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +42,14 @@ class Grid:
         spacing_xyz_mm: Voxel edge along i, j, k in mm, all > 0.
         origin_lps_mm: Physical position of voxel (0, 0, 0) in ITK's LPS frame, mm.
         direction_lps: 3x3 direction cosines, row-major, columns are the i, j, k axes in LPS.
+        nifti_header: Header of the NIfTI file that states this grid, which a mask on it repeats; else empty.
     """
 
     shape_zyx: IntTriple
     spacing_xyz_mm: Triple = (1.0, 1.0, 1.0)
     origin_lps_mm: Triple = (0.0, 0.0, 0.0)
     direction_lps: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+    nifti_header: bytes = field(default=b"", compare=False, repr=False)
 
     @property
     def spacing_zyx_mm(self) -> Triple:
@@ -69,20 +78,24 @@ class Grid:
         return matrix
 
     @classmethod
-    def from_affine_ras(cls, shape_zyx: IntTriple, affine_ras: ArrayLike) -> Grid:
-        """The grid of a 4x4 matrix from ijk to RAS millimetres.
+    def from_affine_ras(cls, shape_zyx: IntTriple, affine_ras: ArrayLike, name: str = "affine_ras") -> Grid:
+        """The grid of a 4x4 matrix from ijk to RAS millimetres, which messages call ``name``.
 
         Raises:
-            InputError: if the matrix is not 4x4 and finite, or its axes have no length or are not orthogonal.
+            InputError: if the matrix is not 4x4 and finite, or its axes have no length or are not perpendicular (see
+                ``SHEAR_TOLERANCE_DEGREES``).
         """
         given = np.asarray(affine_ras, dtype=np.float64)
         spacing = np.linalg.norm(given[:3, :3], axis=0) if given.shape == (4, 4) else np.zeros(3)
         if not np.isfinite(given).all() or not (spacing > 0).all():
-            raise InputError(f"affine_ras must be a finite 4x4 matrix with axes of some length, got {given.tolist()}")
+            raise InputError(f"{name} must be a finite 4x4 matrix with axes of some length, got {given.tolist()}")
+        if is_sheared(given):
+            raise InputError(
+                f"voxel axes must be perpendicular, got {shear_degrees(given):.1f} degrees of shear: {name}; resample "
+                "to an orthogonal grid"
+            )
         matrix = _LPS_FROM_RAS @ given
         direction = matrix[:3, :3] / spacing
-        if not np.allclose(direction.T @ direction, np.eye(3), atol=1e-3):
-            raise InputError("affine_ras must have orthogonal axes, got a sheared one; resample the image")
         return cls(shape_zyx, as_triple(spacing), as_triple(matrix[:3, 3]), tuple(direction.ravel().tolist()))
 
     def ijk_to_ras_mm(self, ijk: Triple) -> Triple:
@@ -100,7 +113,25 @@ class Grid:
     def part(self, region: Region) -> Grid:
         """The grid of a region of the volume, which may reach beyond its ends."""
         offset = np.reshape(self.direction_lps, (3, 3)) @ np.multiply(self.spacing_xyz_mm, region.start_zyx[::-1])
-        return replace(self, shape_zyx=region.shape_zyx, origin_lps_mm=as_triple(self.origin_lps_mm + offset))
+        origin = as_triple(self.origin_lps_mm + offset)
+        return replace(self, shape_zyx=region.shape_zyx, origin_lps_mm=origin, nifti_header=b"")
+
+
+def shear_degrees(affine: NDArray[np.float64]) -> float:
+    """How far the two voxel axes of a matrix from ijk that are furthest from perpendicular are from it."""
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    return math.degrees(math.asin(min(1.0, float(np.abs(axes.T @ axes - np.eye(3)).max()))))
+
+
+def is_sheared(affine: NDArray[np.float64]) -> bool:
+    """Whether the voxel axes of a matrix are not perpendicular, by more than rounding may have caused."""
+    return shear_degrees(affine) > SHEAR_TOLERANCE_DEGREES
+
+
+def corners_apart_mm(one: NDArray[np.float64], other: NDArray[np.float64], size_ijk: Sequence[int]) -> float:
+    """The longest way between where two matrices from ijk put a corner voxel of a volume, in their unit."""
+    corners = np.array([[*corner, 1.0] for corner in itertools.product(*((0, n - 1) for n in size_ijk))])
+    return float(np.linalg.norm(corners @ (one - other).T, axis=1).max())
 
 
 def as_triple(values: Iterable[float]) -> Triple:

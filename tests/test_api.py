@@ -66,7 +66,11 @@ def test_a_volume_from_an_array_lies_where_its_affine_says():
         (np.eye(9).reshape(3, 3, 9), {"spacing_mm": (1, 0, 1)}, "spacing must be > 0 on each axis"),
         (np.eye(9).reshape(3, 3, 9), {"spacing_mm": (1, 1)}, "spacing_mm must be one number or three"),
         (np.eye(9).reshape(3, 3, 9), {"affine_ras": np.eye(3)}, "affine_ras must be a finite 4x4 matrix"),
-        (np.eye(9).reshape(3, 3, 9), {"affine_ras": np.eye(4) + np.eye(4, k=1)}, "must have orthogonal axes"),
+        (
+            np.eye(9).reshape(3, 3, 9),
+            {"affine_ras": np.eye(4) + np.eye(4, k=1)},
+            "axes must be perpendicular, got 45.0 degrees of shear: affine_ras",
+        ),
         (np.eye(9).reshape(3, 3, 9), {"spacing_mm": 1, "affine_ras": np.eye(4)}, "give spacing_mm or affine_ras, not"),
     ],
 )

@@ -178,15 +178,20 @@ def test_nan_in_another_volume_does_no_harm(tmp_path, rng):
         read_volume(path, channel=1)
 
 
-def test_skew_by_rounding_is_read_and_a_shear_refused(tmp_path, tiny_image, caplog):
-    path = nifti(tmp_path / "skew.nii", tiny_image())
-    patched(path, 252, "<2h", 0, 1)
-    patched(path, 280, "<12f", -1, 0.004, 0, 0, 0, -1, 0, 0, 0, 0, 1, 0)
-    volume = read_volume(path)
-    assert "nearest orthogonal" in caplog.text
-    assert volume.grid.shape_zyx == SHAPE
-    patched(path, 280, "<12f", -1, 0.3, 0, 0, 0, -1, 0, 0, 0, 0, 1, 0)
-    with pytest.raises(InputError, match=r"perpendicular, got 16\.\d degrees of shear"):
+@pytest.mark.parametrize("suffix", [".nii", ".nrrd", ".mha"])
+def test_skew_by_rounding_is_kept_exactly_and_a_shear_refused(tmp_path, tiny_image, suffix):
+    path = tmp_path / f"skew{suffix}"
+    for skew in (0.004, 0.3):
+        affine = np.array([[-1, skew, 0, 0], [0, -1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+        if suffix == ".nii":
+            patched(patched(nifti(path, tiny_image()), 252, "<2h", 0, 1), 280, "<12f", *affine[:3].ravel())
+        else:
+            columns = np.linalg.norm(affine[:3, :3], axis=0)
+            direction = np.diag([-1, -1, 1]) @ affine[:3, :3] / columns
+            nifti(path, tiny_image(), Grid(SHAPE, tuple(columns), direction_lps=tuple(direction.ravel())))
+        if skew == 0.004:
+            np.testing.assert_allclose(read_volume(path).grid.affine_ras, affine, atol=1e-5)
+    with pytest.raises(InputError, match=r"perpendicular, got 16\.\d degrees of shear: .*; resample"):
         read_volume(path)
 
 

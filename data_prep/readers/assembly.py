@@ -15,7 +15,7 @@ from data_prep.readers.facts import facts_of
 from data_prep.readers.labels import label_table, pack_layers, single_structure
 from samed3d.errors import InputError
 from samed3d.volume import Volume, read_volume
-from samed3d.volume.itk import count_volumes
+from samed3d.volume.files import count_volumes
 from samed3d.volume.label_maps import EmptyLabelError, grid_difference, read_label_map, read_label_on, same_axes
 
 logger = logging.getLogger(__name__)

@@ -114,7 +114,7 @@ def read_volume(
     """
     path = Path(path)
     logger.info("reading %s", path)
-    notes: tuple[str, ...] = ()
+    tag = ""
     if path.is_dir():
         image, tag, notes = read_dicom(path, series, channel)
         array, grid = array_of(image), grid_of(image)
@@ -123,7 +123,7 @@ def read_volume(
     elif series is not None:
         raise InputError(f"--series picks from a DICOM folder, got a file: {path}")
     else:
-        (array, grid), tag = read_file(path, channel), ""
+        array, grid, notes = read_file(path, channel)
     array = checked_array(array, path)
     volume = Volume(array, grid, str(path), tag if modality is None else modality, notes)
     for note in notes:

@@ -95,16 +95,6 @@ def open_header(path: Path, shown: str | Path = "") -> sitk.ImageFileReader:
     return reader
 
 
-def count_volumes(path: str | Path) -> int:
-    """How many 3D volumes an image file holds: more than one for a 4D image; judged by the header alone.
-
-    Raises:
-        InputError: if the file is not an image.
-    """
-    size = open_header(Path(path)).GetSize()
-    return int(size[3]) if len(size) > 3 else 1
-
-
 def array_of(image: sitk.Image) -> NDArray:
     """The voxels of an ITK image, (D, H, W), without a copy; the array keeps the image."""
     import SimpleITK as sitk
@@ -114,9 +104,11 @@ def array_of(image: sitk.Image) -> NDArray:
     return np.asarray(owner)
 
 
-def grid_of(image: sitk.Image | sitk.ImageFileReader) -> Grid:
-    """The grid of an ITK image or header, bit for bit; of one of four axes the first three."""
-    size, spacing, origin = (tuple(values[:3]) for values in (image.GetSize(), image.GetSpacing(), image.GetOrigin()))
-    axes = len(image.GetSize())
-    direction = np.reshape(image.GetDirection(), (axes, axes))[:3, :3]
-    return Grid(size[::-1], spacing, origin, tuple(direction.ravel().tolist()))
+def grid_of(image: sitk.Image) -> Grid:
+    """The grid of an ITK image, bit for bit."""
+    return Grid(
+        shape_zyx=(image.GetDepth(), image.GetHeight(), image.GetWidth()),
+        spacing_xyz_mm=image.GetSpacing(),
+        origin_lps_mm=image.GetOrigin(),
+        direction_lps=image.GetDirection(),
+    )

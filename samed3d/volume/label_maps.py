@@ -11,15 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.errors import InputError
-from samed3d.geometry import Grid
-from samed3d.volume.files import read_file
-from samed3d.volume.itk import count_volumes
+from samed3d.geometry import GRID_TOLERANCE, Grid, corners_apart_mm
+from samed3d.volume.files import count_volumes, read_file
 
 logger = logging.getLogger(__name__)
-
-# Image and label must put every corner of the volume at the same place to within this share of the shortest voxel edge.
-# Headers that were rounded in single precision stay far below it, a shift by one voxel far above.
-GRID_TOLERANCE = 0.25
 
 
 class EmptyLabelError(InputError):
@@ -42,7 +37,9 @@ def read_label_map(path: str | Path) -> tuple[NDArray, Grid]:
     volumes = count_volumes(path)
     if volumes > 1:
         raise InputError(f"label must be 3D, got 4D with {volumes} volumes: {path}; save each volume as its own label")
-    array, grid = read_file(path, None)
+    array, grid, notes = read_file(path, None)
+    for note in notes:
+        logger.warning("%s: %s", path, note)
     return whole_numbers(array, str(path)), grid
 
 
@@ -146,8 +143,7 @@ def grid_difference(one: Grid, other: Grid) -> str:
     if one.shape_zyx != other.shape_zyx:
         sizes = (" x ".join(map(str, grid.size_ijk)) for grid in (one, other))
         return f"sizes (i, j, k) are {' and '.join(sizes)}"
-    corners = np.array([[*corner, 1.0] for corner in itertools.product(*((0, n - 1) for n in one.size_ijk))])
-    apart = float(np.linalg.norm(corners @ (one.affine_ras - other.affine_ras).T, axis=1).max())
+    apart = corners_apart_mm(one.affine_ras, other.affine_ras, one.size_ijk)
     if apart <= GRID_TOLERANCE * min(one.spacing_xyz_mm):
         return ""
     return f"same size, but positions differ by up to {apart:.3g} mm"

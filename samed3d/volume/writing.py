@@ -1,15 +1,15 @@
 """Writing masks, volumes and named segments: the image's own grid bit for bit, a whole file or none.
 
-ITK's NIfTI writer reports no error on a full disk, and its NIfTI and NRRD headers lose the last bits of an oblique
-grid. All formats are therefore written here. Named segments are one ``.seg.nrrd``, laid out as 3D Slicer's
-segmentations are: names, colours, and layers where segments overlap. DICOM is in ``dicom_writing.py``.
+ITK's NIfTI writer reports no error on a full disk and keeps one of the two matrices of a header, and its NRRD headers
+lose the last bits of an oblique grid. All formats are therefore written here (NIfTI headers in ``nifti.py``). Named
+segments are one ``.seg.nrrd``, laid out as 3D Slicer's segmentations are: names, colours, and layers where segments
+overlap. DICOM is in ``dicom_writing.py``.
 """
 
 from __future__ import annotations
 
 import gzip
 import itertools
-import struct
 import sys
 import zlib
 from collections.abc import Sequence
@@ -24,7 +24,8 @@ from samed3d.errors import InputError
 from samed3d.geometry import Grid
 from samed3d.output import check_output, replacing, write_bytes
 from samed3d.prompts import PackedMask
-from samed3d.volume.itk import NIFTI_SUFFIXES, SUFFIXES, silenced, suffix_of
+from samed3d.volume.itk import NIFTI_SUFFIXES, SUFFIXES, suffix_of
+from samed3d.volume.nifti import mask_header
 
 MASK_FORMATS = {
     "nifti": (".nii.gz", ".nii"),
@@ -94,8 +95,9 @@ def write_volume(path: str | Path, array: NDArray, grid: Grid) -> None:
     """Write a (D, H, W) array on a grid; the suffix decides the format.
 
     A file in the format of the image that the grid was read from gives back the same size, spacing, origin and
-    direction, bit for bit. So does ``.mha`` for any grid; NIfTI stores single precision, so a grid from another format
-    is rounded there (about 1e-7). A failed write leaves no file and does not change an older one.
+    direction, bit for bit: from NIfTI to NIfTI qform, sform, both codes, ``pixdim`` and units. So does ``.mha`` for any
+    grid; NIfTI stores single precision, so a grid from another format is rounded there (about 1e-7). A failed write
+    leaves no file and does not change an older one.
 
     Raises:
         InputError: if the output cannot be written; the message gives the reason.
@@ -177,45 +179,18 @@ def _segment_fields(number: int, segment: Segment, layer: int) -> list[str]:
 
 
 def _write_nifti(path: Path, array: NDArray, grid: Grid, *, compress: bool) -> None:
-    if max(array.shape) > 32767:
+    if max(array.shape) > 32767 and not grid.nifti_header:
         raise InputError(
             f"cannot write {path.name}: NIfTI holds at most 32767 voxels along an axis, got {max(array.shape)}; "
             "use .nrrd"
         )
-    header = _nifti_header(path.with_name(f"{path.name}-header.nii"), array.dtype, grid)
+    header = mask_header(array.dtype, grid)
     with path.open("wb") as file:
         if compress:
             _write_gzip(file, header, array)
         else:
             file.write(header)
             array.tofile(file)
-
-
-def _nifti_header(scratch: Path, kind: np.dtype, grid: Grid) -> bytearray:
-    """ITK's header of a one-voxel image of the same geometry, with the shape and the exact matrix."""
-    import SimpleITK as sitk
-
-    image = sitk.GetImageFromArray(np.zeros((1, 1, 1), kind))
-    image.SetSpacing(grid.spacing_xyz_mm)
-    image.SetOrigin(grid.origin_lps_mm)
-    image.SetDirection(grid.direction_lps)
-    try:
-        with silenced([]):
-            sitk.WriteImage(image, str(scratch))
-        header = bytearray(scratch.read_bytes()[:352])
-    except RuntimeError as error:
-        raise OSError(str(error)) from error
-    finally:
-        scratch.unlink(missing_ok=True)
-    struct.pack_into("=8h", header, 40, 3, *grid.size_ijk, 1, 1, 1, 1)
-    direction = np.array(grid.direction_lps).reshape(3, 3)
-    matrix = np.empty((3, 4))
-    for axis in range(3):
-        matrix[:, axis] = _single_axis(direction[:, axis], grid.spacing_xyz_mm[axis])
-    matrix[:, 3] = grid.origin_lps_mm
-    matrix[:2] *= -1.0  # LPS to RAS
-    struct.pack_into("=12f", header, 280, *matrix.ravel())
-    return header
 
 
 def _nrrd_header(kind: np.dtype, grid: Grid, layers: int = 1) -> list[str]:
@@ -243,7 +218,7 @@ def _write_nrrd(path: Path, lines: list[str], array: NDArray) -> None:
         _write_gzip(file, b"", array)
 
 
-def _write_gzip(file: IO[bytes], header: bytes | bytearray, array: NDArray) -> None:
+def _write_gzip(file: IO[bytes], header: bytes, array: NDArray) -> None:
     with gzip.GzipFile("", "wb", _COMPRESSION, file, mtime=0) as stream:
         stream.write(header)
         stream.write(array.data)
@@ -281,28 +256,8 @@ def _write_metaimage(path: Path, array: NDArray, grid: Grid, header_only_at: Pat
     path.write_bytes(header)
 
 
-def _single_axis(direction: NDArray, spacing: float) -> NDArray:
-    """The single-precision axis vector that ITK turns back into exactly ``direction`` (a reader divides it by its
-    length).
-
-    A direction that was read from a NIfTI file came from such a vector, of a length within rounding of the spacing: try
-    the values of its largest component around there. Falls back to the nearest vector for directions that no such
-    vector gives.
-    """
-    largest = int(np.argmax(np.abs(direction)))
-    guess = np.float32(direction[largest] * spacing).view(np.int32)
-    for offset in sorted(range(-64, 65), key=abs):
-        component = float(np.int32(guess + offset).view(np.float32))
-        axis = (direction * (component / direction[largest])).astype(np.float32).astype(np.float64)
-        if np.array_equal(axis / np.linalg.norm(axis), direction):
-            return axis
-    return direction * spacing
-
-
 def _double_axis(direction: NDArray, spacing: float) -> NDArray:
-    """As ``_single_axis`` for NRRD: the double-precision vector of exactly that length and direction, in the last bits
-    around it.
-    """
+    """The NRRD axis vector that a reader turns back into exactly this spacing and direction, in its last bits."""
     guess = (direction * spacing).view(np.int64)
     steps = sorted(itertools.product(range(-2, 3), repeat=3), key=lambda step: sum(map(abs, step)))
     for step in steps:
