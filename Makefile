@@ -16,8 +16,8 @@ CONSTRAINT := $(if $(GPU),,-c constraints-cpu.txt)
 # pip's own torch for Linux may be the CUDA build. TORCH_INDEX=URL names the index of CPU wheels that pytorch.org's install page gives.
 TORCH_INDEX ?=
 
-NEEDED_CORE := samed3d torch numpy scipy SimpleITK einops safetensors edt cc3d typer rich yaml PIL httpx fastapi uvicorn multipart blosc2 prometheus_client psutil packaging
-NEEDED_DEV := $(NEEDED_CORE) jinja2 matplotlib accelerate torchio pydicom highdicom joblib distributed timm onnx onnxscript onnxruntime huggingface_hub skimage pytest xdist pytest_timeout hypothesis ruff mypy
+NEEDED_CORE := samed3d torch numpy scipy SimpleITK pydicom einops safetensors edt cc3d typer rich yaml PIL httpx fastapi uvicorn multipart blosc2 prometheus_client psutil packaging
+NEEDED_DEV := $(NEEDED_CORE) jinja2 matplotlib accelerate torchio highdicom joblib distributed timm onnx onnxscript onnxruntime huggingface_hub skimage pytest xdist pytest_timeout hypothesis ruff mypy
 # True where an environment that already existed holds all of these packages (-I: do not count this folder itself).
 HAS = $(PY) -I -c "import sys; from importlib.util import find_spec; sys.exit(any(find_spec(n) is None for n in sys.argv[1:]))"
 

@@ -22,13 +22,11 @@ from data_prep.readers.labels import pack_layers
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
 from samed3d.volume import read_volume
+from samed3d.volume.dicom_headers import LABEL_MODALITIES, looks_like_dicom
 from samed3d.volume.dicom_labels import (
-    LABEL_MODALITIES,
     DicomFile,
-    looks_like_dicom,
     read_dicom_labels,
     scan_dicom,
-    series_identifier,
 )
 
 _MODALITIES = {"PT": "PET", "CR": "X-ray", "DX": "X-ray"}
@@ -62,9 +60,9 @@ class DicomReader(Reader):
         """Every image series that a SEG or RTSTRUCT refers to; reads all headers below the folder.
 
         Raises:
-            InputError: if pydicom is not installed.
+            InputError: if highdicom is not installed.
         """
-        _check_pydicom()
+        _check_highdicom()
         facts = self.source(folder)
         files, bad = scan_dicom(folder)
         problems = [Problem(str(path), reason) for path, reason in bad]
@@ -110,9 +108,9 @@ class DicomReader(Reader):
         Raises:
             InputError: if a file cannot be used, a label lies outside the image, or no structure has a voxel.
         """
-        _check_pydicom()
+        _check_highdicom()
         folder = Path(case.images[0][1])
-        image = read_volume(folder, series=series_identifier(folder, case.extra["series"]))
+        image = read_volume(folder, series=case.extra["series"])
         labels = [Path(path) for _, path in case.labels]
         layers = pack_layers(_all_masks(labels, image.grid), image.grid.shape_zyx, ", ".join(map(str, labels)))
         return RawArrays([(case.modality, image)], image.grid, layers)
@@ -156,6 +154,6 @@ def _person(file: DicomFile, folder: Path) -> str:
     return file.patient or (relative.parts[0] if len(relative.parts) > 1 else folder.resolve().name)
 
 
-def _check_pydicom() -> None:
-    if find_spec("pydicom") is None or find_spec("highdicom") is None:
-        raise InputError("reading DICOM labels needs pydicom and highdicom; pip install 'samed3d[dicom]'")
+def _check_highdicom() -> None:
+    if find_spec("highdicom") is None:
+        raise InputError("reading DICOM labels needs highdicom; pip install 'samed3d[dicom]'")

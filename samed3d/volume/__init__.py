@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -17,8 +17,10 @@ from numpy.typing import ArrayLike, NDArray
 from samed3d.errors import InputError
 from samed3d.geometry import RAS_DIRECTION, CanonicalView, Grid, as_triple
 from samed3d.volume.dicom import read_dicom
+from samed3d.volume.dicom_headers import looks_like_dicom
+from samed3d.volume.dicom_series import Layout
 from samed3d.volume.files import check_dimensions, checked_array, read_file
-from samed3d.volume.itk import SUFFIXES, array_of, grid_of
+from samed3d.volume.itk import SUFFIXES, suffix_of
 from samed3d.volume.writing import write_mask, write_volume
 
 __all__ = ["SUFFIXES", "Volume", "read_volume", "write_mask", "write_volume"]
@@ -37,6 +39,7 @@ class Volume:
         source: Where it came from, for messages and reports.
         modality: As the DICOM tag, a data set or the user states it (``"CT"``, ``"MR"``, ...); empty if nobody does.
         notes: What the user must know of how the file was read, one sentence each.
+        layout: Where the slices of a DICOM series lie on the grid; SEG and RTSTRUCT refer to them.
     """
 
     array: NDArray
@@ -44,6 +47,7 @@ class Volume:
     source: str
     modality: str = ""
     notes: tuple[str, ...] = ()
+    layout: Layout | None = field(default=None, repr=False)
 
     @classmethod
     def from_array(
@@ -98,15 +102,17 @@ def read_volume(
     channel: int | None = None,
     series: str | int | None = None,
     modality: str | None = None,
+    untilt: bool = False,
 ) -> Volume:
     """Read an image file, or one series of a DICOM folder.
 
     Args:
-        path: ``.nii .nii.gz .nrrd .mha .mhd`` or a folder of DICOM slices.
+        path: ``.nii .nii.gz .nrrd .mha .mhd``, a folder of DICOM slices, or a multi-frame DICOM file.
         channel: Which channel (0-based) of an RGB or vector image, or which volume of a 4D image.
         series: Which series of a DICOM folder: its UID, or its number in the list that the error message gives.
         modality: What the image is, such as ``"CT"`` or ``"MR"``; None takes a DICOM series' own tag and leaves the
             modality of a file unstated.
+        untilt: Resample DICOM slices that are tilted or unevenly spaced by their positions, instead of refusing them.
 
     Raises:
         InputError: if the image is missing, damaged, not 3D, has several channels or series and none was picked, holds
@@ -114,18 +120,18 @@ def read_volume(
     """
     path = Path(path)
     logger.info("reading %s", path)
-    tag = ""
-    if path.is_dir():
-        image, tag, notes = read_dicom(path, series, channel)
-        array, grid = array_of(image), grid_of(image)
-    elif not path.exists():
+    tag, layout = "", None
+    if not path.exists():
         raise InputError(f"image does not exist: {path}")
+    if path.is_dir() or (suffix_of(path) not in SUFFIXES and looks_like_dicom(path)):
+        array, tag, layout = read_dicom(path, series, channel, untilt)
+        grid, notes = layout.grid, layout.notes
     elif series is not None:
         raise InputError(f"--series picks from a DICOM folder, got a file: {path}")
     else:
         array, grid, notes = read_file(path, channel)
-    array = checked_array(array, path)
-    volume = Volume(array, grid, str(path), tag if modality is None else modality, notes)
+    modality = tag if modality is None else modality
+    volume = Volume(checked_array(array, path), grid, str(path), modality, notes, layout)
     for note in notes:
         logger.warning("%s: %s", path, note)
     logger.info("read %s: %s voxels (i, j, k), %s", path.name, volume.grid.size_ijk, array.dtype)

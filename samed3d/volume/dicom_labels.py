@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from samed3d.errors import InputError
 from samed3d.geometry import Grid, Region, bounding_region
 from samed3d.volume.contours import fill_contours
-from samed3d.volume.itk import silenced
+from samed3d.volume.dicom_headers import LABEL_MODALITIES, NOT_IMAGES, looks_like_dicom
 from samed3d.volume.label_maps import resample_labels
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LABEL_MODALITIES = ("SEG", "RTSTRUCT")
-_NOT_IMAGES = ("RTPLAN", "RTDOSE", "RTRECORD", "SR", "PR", "KO", "REG", "FID", "DOC", "PLAN", "RWV")
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 
 
@@ -52,15 +50,6 @@ class DicomFile:
     series: str
     frame_of_reference: str
     refers_to: tuple[str, ...]
-
-
-def looks_like_dicom(path: Path) -> bool:
-    """Whether a file carries the DICOM mark."""
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
 
 
 def scan_dicom(folder: Path) -> tuple[list[DicomFile], list[tuple[Path, str]]]:
@@ -97,7 +86,7 @@ def _header(path: Path) -> DicomFile | None:
     references = ["ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence"]
     data = dcmread(path, stop_before_pixels=True, specific_tags=wanted)
     modality = str(data.get("Modality", ""))
-    if modality in _NOT_IMAGES or (modality != "RTSTRUCT" and "Rows" not in data):
+    if modality in NOT_IMAGES or (modality != "RTSTRUCT" and "Rows" not in data):
         return None
     refers_to: list[str] = []
     frame = str(data.get("FrameOfReferenceUID", ""))
@@ -110,36 +99,6 @@ def _header(path: Path) -> DicomFile | None:
                 refers_to += [str(item.SeriesInstanceUID) for item in study.get("RTReferencedSeriesSequence", ())]
     patient, series = str(data.get("PatientID", "")).strip(), str(data.get("SeriesInstanceUID", ""))
     return DicomFile(path, modality, patient, series, frame, tuple(dict.fromkeys(refers_to)))
-
-
-def series_identifier(folder: Path, uid: str) -> str:
-    """What ``read_volume(folder, series=...)`` calls the image series with this UID.
-
-    ITK lengthens a UID where a folder's series differ in size or orientation.
-
-    Raises:
-        InputError: if the series is not in the folder, or its slices do not form one stack.
-    """
-    import SimpleITK as sitk
-    from pydicom import dcmread
-
-    matching = []
-    with silenced([]):
-        for identifier in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)):
-            if identifier.startswith(uid):
-                first = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), identifier)[0]
-                if (
-                    str(dcmread(first, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"]).SeriesInstanceUID)
-                    == uid
-                ):
-                    matching.append(identifier)
-    if not matching:
-        raise InputError(f"DICOM series {uid} cannot be read as a stack of images: {folder}")
-    if len(matching) > 1:
-        raise InputError(
-            f"DICOM series {uid} holds {len(matching)} stacks of different size or orientation: {folder}; keep one"
-        )
-    return matching[0]
 
 
 def read_dicom_labels(path: Path, grid: Grid) -> Iterator[tuple[str, NDArray[np.bool_]]]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
+from samed3d.volume.dicom_headers import looks_like_dicom, read_image_file
 from samed3d.volume.itk import NIFTI_SUFFIXES, SUFFIXES, array_of, grid_of, itk_reason, open_header, silenced, suffix_of
 from samed3d.volume.nifti import NiftiHeader
 
@@ -169,10 +170,10 @@ def check_untrusted(path: Path, limits: ReadLimits) -> None:
         InputError: if it cannot be an image, its header is too long or names another file, or it holds more than
             ``limits`` allow.
     """
-    if path.is_dir():
-        _check_folder(path, limits)
-        return
     suffix = suffix_of(path)
+    if path.is_dir() or (suffix not in SUFFIXES and looks_like_dicom(path)):
+        _check_dicom(path, limits)
+        return
     if suffix not in SUFFIXES:
         raise InputError(f"image must end in one of {' '.join(SUFFIXES)}, got {path.name!r}")
     if suffix not in NIFTI_SUFFIXES:
@@ -218,17 +219,19 @@ def _check_gzip(path: Path, limits: ReadLimits) -> None:
         )
 
 
-def _check_folder(path: Path, limits: ReadLimits) -> None:
-    files = [entry for entry in path.iterdir() if entry.is_file()]
+def _check_dicom(path: Path, limits: ReadLimits) -> None:
+    """A folder of DICOM files, or one file."""
+    files = [entry for entry in path.iterdir() if entry.is_file()] if path.is_dir() else [path]
     if len(files) > limits.files:
         raise InputError(f"a DICOM folder must hold at most {limits.files} files, got {len(files)}")
     total = 0
     for file in files:
         try:
-            size, channels = _declared(file, file.name)
-            total += math.prod(size) * channels
+            found = read_image_file(file)
         except InputError:
-            continue  # reading refuses a bad folder with its reason, and ignores files that are no slices
+            continue  # reading refuses a bad folder with its reason
+        if found is not None:
+            total += math.prod(found.encoding.shape) * found.encoding.samples
         _check_voxels((total,), limits, path.name)
 
 
