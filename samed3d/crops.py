@@ -22,6 +22,8 @@ CLAMP_SIGMA = 4.0
 RANK_BINS = 2048
 CT_LOWEST_HU = -500.0
 """An image without a stated modality counts as CT if its lowest value is this low: only CT shows air so far below 0."""
+SLAB_VOXELS = 2**24
+"""Voxels that are converted to float32 at once when a crop is sampled."""
 BACKGROUND_LOGIT = -8.0
 """Logit of voxels that no crop has seen."""
 
@@ -55,18 +57,27 @@ def sample_crop(array: NDArray, frame: CropFrame) -> tuple[Tensor, Tensor]:
         matrices.append(_axis_matrix(position - low, high - low, step))
         slices.append(slice(low, high))
         flags.append(torch.from_numpy((position >= -0.5) & (position < size - 0.5)))
-    block = torch.from_numpy(np.ascontiguousarray(array[tuple(slices)], dtype=np.float32))
+    block, (z, y, x) = np.asarray(array[tuple(slices)]), matrices
+    planes = max(1, SLAB_VOXELS // (block.shape[1] * block.shape[2]))
+    small = torch.empty(block.shape[0], y.shape[0], x.shape[0])
+    for first in range(0, block.shape[0], planes):
+        slab = torch.from_numpy(np.ascontiguousarray(block[first : first + planes], dtype=np.float32))
+        small[first : first + planes] = torch.matmul(y, torch.matmul(slab, x.T))
     inside = flags[0][:, None, None] & flags[1][None, :, None] & flags[2][None, None, :]
-    return _resample(block, matrices), inside
+    return torch.matmul(z, small.flatten(-2)).unflatten(-1, small.shape[1:]), inside
 
 
-def paste_crop(crop: Tensor, frame: CropFrame, shape_zyx: IntTriple) -> tuple[Region, Tensor]:
+def paste_crop(
+    crop: Tensor, frame: CropFrame, shape_zyx: IntTriple, within: Region | None = None
+) -> tuple[Region, Tensor]:
     """Resample crop logits to the volume's own voxels.
 
     Returns:
-        The region of the volume whose voxel centres lie under the crop, and the values there.
+        The region of the volume (its part in ``within``, if given) whose voxel centres lie under the crop, and the
+        values there.
     """
     region = frame.region().clip(shape_zyx)
+    region = region if within is None else region.intersection(within)
     matrices = []
     for axis in range(3):
         voxels = np.arange(region.start_zyx[axis], region.stop_zyx[axis], dtype=np.float32)

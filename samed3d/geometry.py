@@ -13,12 +13,14 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from samed3d.errors import InputError
 
+T = TypeVar("T", bound=np.generic)
 Triple = tuple[float, float, float]
 IntTriple = tuple[int, int, int]
 
@@ -257,6 +259,12 @@ class Region:
         a, b, c = whole.start_zyx
         return self.shifted((-a, -b, -c)).slices
 
+    def placed(self, part: NDArray[T], shape_zyx: IntTriple) -> NDArray[T]:
+        """An array of a shape that holds a part in this region and 0 elsewhere."""
+        whole = np.zeros(shape_zyx, part.dtype)
+        whole[self.slices] = part
+        return whole
+
     def clip(self, shape_zyx: IntTriple) -> Region:
         """The part inside an array of that shape."""
         start, stop = (_each(min, _each(max, end, (0, 0, 0)), shape_zyx) for end in (self.start_zyx, self.stop_zyx))
@@ -354,6 +362,16 @@ class CropFrame:
         return replace(
             self, origin_zyx_vox=as_triple([o + d for o, d in zip(self.origin_zyx_vox, offset_zyx_vox, strict=True)])
         )
+
+    def part(self, region: Region) -> CropFrame:
+        """The frame of a region of its voxels."""
+        offset = [n * s for n, s in zip(region.start_zyx, self.step_zyx_vox, strict=True)]
+        return replace(self.shifted(as_triple(offset)), shape_zyx=region.shape_zyx)
+
+    def in_crop(self, crop: CropFrame) -> CropFrame:
+        """The same box on the voxels of another crop."""
+        origin = np.subtract(self.origin_zyx_vox, crop.origin_zyx_vox) / crop.step_zyx_vox
+        return CropFrame(as_triple(origin), as_triple(np.divide(self.step_zyx_vox, crop.step_zyx_vox)), self.shape_zyx)
 
     def snapped(self) -> CropFrame:
         """Moved by at most half a volume voxel so that its first voxel centre is a volume voxel's: at step 1 nothing is

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from samed3d.crops import BACKGROUND_LOGIT, TileSum
-from samed3d.geometry import EMPTY_REGION, CropFrame, Region, Triple, as_triple, bounding_region
+from samed3d.crops import BACKGROUND_LOGIT, TileSum, paste_crop
+from samed3d.geometry import EMPTY_REGION, CropFrame, IntTriple, Region, Triple, as_triple, bounding_region
 from samed3d.inference.model_prompts import Corners, ModelPrompts
 from samed3d.inference.predictor import Canvas, CropMask, CropPredictor
 from samed3d.prompts import MASK_LOGIT_THRESHOLD
@@ -209,7 +209,7 @@ class _Tiles(_Search):
         tiles, waiting = {frame}, [] if self.only_removes else next_tiles(first)
         before = None if self.previous is None else self.previous.canvas
         total = TileSum((2,), EMPTY_REGION if before is None else before.region)
-        canvas = _blended(total, predictor.paste(first), before)
+        canvas = _blended(total, first, predictor.shape_zyx, before)
         while waiting and len(tiles) < MAX_TILES:
             frame = waiting.pop(0)
             if frame in tiles:
@@ -218,7 +218,7 @@ class _Tiles(_Search):
             tiles.add(frame)
             crop = predictor.decode(frame, self.prompts, predictor.lowres_of(canvas, frame, first.lowres_logits))
             waiting += next_tiles(crop)
-            canvas = _blended(total, predictor.paste(crop), before)
+            canvas = _blended(total, crop, predictor.shape_zyx, before)
         return Prediction(first, canvas)
 
     def start(self) -> tuple[CropFrame, Tensor | None]:
@@ -238,11 +238,12 @@ class _Tiles(_Search):
         return frame, self.lowres_on(frame)
 
 
-def _blended(total: TileSum, tile: Canvas, before: Canvas | None) -> Canvas:
+def _blended(total: TileSum, tile: CropMask, shape_zyx: IntTriple, before: Canvas | None) -> Canvas:
     """Add a tile with weights that fall to its faces; the mean of all tiles over the logits before them."""
-    hats = [1e-3 + 1 - torch.linspace(-1, 1, n + 2)[1:-1].abs() for n in tile.region.shape_zyx]
+    region, values = paste_crop(tile.logits, tile.frame, shape_zyx)
+    hats = [1e-3 + 1 - torch.linspace(-1, 1, n + 2)[1:-1].abs() for n in region.shape_zyx]
     weight = hats[0][:, None, None] * hats[1][:, None] * hats[2]
-    total.add(tile.region, torch.stack([tile.logits * weight, weight]))
+    total.add(region, torch.stack([values * weight, weight]))
     logits, weights = total.values
     base = torch.full_like(logits, BACKGROUND_LOGIT) if before is None else before.on_region(total.region)
     return Canvas(total.region, torch.where(weights > 0, logits / weights.clamp(min=1e-9), base))

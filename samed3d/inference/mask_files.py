@@ -6,6 +6,7 @@ and colours, and their objects may overlap. The writers themselves are in ``volu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.errors import InputError
-from samed3d.geometry import IntTriple, Region
+from samed3d.geometry import EMPTY_REGION, CanonicalView, Region
 from samed3d.inference.history import ObjectState, SessionState
 from samed3d.inference.predictor import Canvas
 from samed3d.output import check_output
@@ -79,26 +80,28 @@ def export_segments(path: Path, kind: str, segments: list[Segment], volume: Volu
 
 
 def label_map(
-    state: SessionState, shape_zyx: IntTriple, canvas_of: Callable[[ObjectState], Canvas]
-) -> NDArray[np.unsignedinteger]:
-    """All objects as one map of their ids on the canonical volume.
+    state: SessionState, view: CanonicalView, canvas_of: Callable[[ObjectState], Canvas]
+) -> tuple[NDArray[np.unsignedinteger], Region]:
+    """All objects as one map of their ids, and the region of the stored array that it covers.
 
     Where objects overlap a locked one wins over others, then the more certain one (the higher logit), then the lower
     id.
 
     Args:
         state: The objects.
-        shape_zyx: Of the canonical volume.
+        view: Of the volume.
         canvas_of: Gives an object's logits; called only where objects overlap.
     """
     highest = max(state.objects, default=0)
-    labels = np.zeros(shape_zyx, dtype=np.uint8 if highest < 256 else np.uint16 if highest < 65536 else np.uint32)
+    regions = (entry.step.mask.region for entry in state.objects.values() if entry.step is not None)
+    whole = functools.reduce(Region.union, regions, EMPTY_REGION)
+    labels = np.zeros(whole.shape_zyx, dtype=np.uint8 if highest < 256 else np.uint16 if highest < 65536 else np.uint32)
     painted: dict[int, ObjectState] = {}
     for entry in sorted(state.objects.values(), key=lambda e: (not e.locked, e.id)):
         if entry.step is None or entry.step.mask.region.is_empty:
             continue
         region, mask = entry.step.mask.region, entry.step.mask.inside()
-        part = labels[region.slices]
+        part = labels[region.slices_in(whole)]
         overlap = mask & (part != 0)
         part[mask & ~overlap] = entry.id
         if not entry.locked:
@@ -111,7 +114,7 @@ def label_map(
             holders[np.flatnonzero(held)[wins]] = entry.id
         part[overlap] = holders
         painted[entry.id] = entry
-    return labels
+    return view.to_stored(labels), view.region_to_stored(whole)
 
 
 def _logits_at(canvas: Canvas, where: NDArray[np.bool_], region: Region) -> NDArray[np.float32]:

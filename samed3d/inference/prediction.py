@@ -239,7 +239,7 @@ def _enforce_clicks(canvas: Canvas, prompts: Sequence[ModelPrompts]) -> Canvas:
         if prompt.positive:
             under = Region(tuple(voxels.min(0).tolist()), tuple((voxels.max(0) + 1).tolist()))
             whole = canvas.region.union(under)
-            canvas = canvas if whole == canvas.region else Canvas(whole, canvas.on_region(whole))
+            canvas = canvas if whole == canvas.region else Canvas(whole, canvas.on_region(whole), canvas.crop)
         index = voxels - np.array(canvas.region.start_zyx)
         index = index[((index >= 0) & (index < np.array(canvas.region.shape_zyx))).all(1)]
         where = tuple(torch.from_numpy(index[:, axis].astype(np.int64)) for axis in range(3))
@@ -254,4 +254,4 @@ def _at_most(canvas: Canvas, before: Canvas) -> Canvas:
     common = canvas.region.intersection(before.region)
     if not common.is_empty:
         earlier[common.slices_in(canvas.region)] = before.logits[common.slices_in(before.region)]
-    return Canvas(canvas.region, torch.minimum(canvas.logits, earlier))
+    return Canvas(canvas.region, torch.minimum(canvas.logits, earlier), canvas.crop)

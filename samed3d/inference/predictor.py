@@ -7,9 +7,10 @@ Features are kept per crop, so a later click costs one decode. Positions are can
 from __future__ import annotations
 
 import logging
+import math
 from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +19,15 @@ from torch import Tensor
 
 from samed3d.crops import BACKGROUND_LOGIT, is_ct, normalise, paste_crop, sample_crop
 from samed3d.devices import computes_bf16
-from samed3d.geometry import CropFrame, IntTriple, Region, Triple, as_triple
+from samed3d.geometry import EMPTY_REGION, CropFrame, IntTriple, Region, Triple, as_triple, bounding_region
 from samed3d.inference.model_prompts import ModelPrompts
 from samed3d.models.base import Features, PromptableModel, PromptBatch
 from samed3d.volume import Volume
 
 logger = logging.getLogger(__name__)
 
+CLEAR_LOGIT = -1.0
+"""Voxels below it are clear background, which no prompt need push down further."""
 CACHED_CROPS = 4
 """Least number of crops whose features are kept."""
 CACHED_MIB = 96
@@ -53,14 +56,25 @@ class CropMask:
 
 @dataclass
 class Canvas:
-    """Logits of a region of the canonical volume: the part that has been predicted. Everything else is background."""
+    """Logits of the canonical volume.
 
-    region: Region
-    logits: Tensor
+    Attributes:
+        region: Where they are kept voxel by voxel: at least the object and a little around it.
+        logits: (D, H, W) there.
+        crop: What was predicted around ``region``, all of it below ``CLEAR_LOGIT``; None is background.
+    """
+
+    region: Region = EMPTY_REGION
+    logits: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0))
+    crop: CropMask | None = None
 
     def on_region(self, region: Region) -> Tensor:
         """The logits (D, H, W) of another region of the volume."""
         logits = torch.full(region.shape_zyx, BACKGROUND_LOGIT)
+        if self.crop is not None:
+            under, values = paste_crop(self.crop.logits, self.crop.frame, region.stop_zyx, region)
+            if not under.is_empty:
+                logits[under.slices_in(region)] = values
         common = self.region.intersection(region)
         if not common.is_empty:
             logits[common.slices_in(region)] = self.logits[common.slices_in(self.region)]
@@ -69,8 +83,12 @@ class Canvas:
     def on_frame(self, frame: CropFrame) -> Tensor:
         """The logits (D, H, W) resampled to a crop's grid."""
         moved = frame.shifted(as_triple([-float(a) for a in self.region.start_zyx]))
-        crop, inside = sample_crop(self.logits.numpy(), moved)
-        return torch.where(inside, crop, BACKGROUND_LOGIT)
+        near, inside = sample_crop(self.logits.numpy(), moved)
+        around: Tensor | float = BACKGROUND_LOGIT
+        if self.crop is not None:
+            far, under = sample_crop(self.crop.logits.numpy(), frame.in_crop(self.crop.frame))
+            around = torch.where(under, far, BACKGROUND_LOGIT)
+        return torch.where(inside, near, around)
 
 
 class CropPredictor:
@@ -144,9 +162,12 @@ class CropPredictor:
         return F.adaptive_avg_pool3d(logits[None, None].to(self.device), (d, h, w))
 
     def paste(self, crop: CropMask) -> Canvas:
-        """The crop's logits on the volume's own voxels."""
-        region, logits = paste_crop(crop.logits, crop.frame, self.shape_zyx)
-        return Canvas(region, logits)
+        """The crop's logits on the volume's own voxels, where they may not be clear background."""
+        logits = torch.where(crop.inside, crop.logits, -math.inf)
+        near = bounding_region((logits >= min(CLEAR_LOGIT, float(logits.max()))).numpy())
+        near = near.expand(1).clip(crop.frame.shape_zyx)
+        region = crop.frame.part(near).region().expand(1)
+        return Canvas(*paste_crop(crop.logits, crop.frame, self.shape_zyx, region), crop)
 
     def clear(self) -> None:
         """Delete all kept features."""

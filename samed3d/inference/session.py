@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from samed3d.devices import pick_device
 from samed3d.errors import InputError
-from samed3d.geometry import EMPTY_REGION
 from samed3d.inference import history
 from samed3d.inference.history import EditHistory, MaskUpdate, ObjectState, SessionObject, SessionState
 from samed3d.inference.mask_files import LABEL_MAP_FORMATS, checked_format, export_segments, label_map, segments_of
@@ -302,8 +300,9 @@ class Session:
 
     def mask_of(self, object_id: int) -> NDArray[np.uint8]:
         """An object's mask, uint8 0 or 1, (D, H, W) on the image's own grid."""
-        packed = self._state.mask(self._prompted(object_id).id, self._predictor.shape_zyx)
-        return np.ascontiguousarray(self.volume.view.to_stored(packed.full().astype(np.uint8)))
+        packed, view = self._state.mask(self._prompted(object_id).id, self._predictor.shape_zyx), self.volume.view
+        part = view.to_stored(packed.inside().view(np.uint8))
+        return view.region_to_stored(packed.region).placed(part, self.volume.grid.shape_zyx)
 
     @property
     def mask(self) -> NDArray[np.uint8]:
@@ -324,8 +323,8 @@ class Session:
         """All objects as one label map of their ids, (D, H, W). Where objects overlap a locked one wins, then the more
         certain one.
         """
-        labels = label_map(self._state, self.volume.view.shape_zyx, self._canvas)
-        return np.ascontiguousarray(self.volume.view.to_stored(labels))
+        labels, region = label_map(self._state, self.volume.view, self._canvas)
+        return region.placed(labels, self.volume.grid.shape_zyx)
 
     def suggest_click(self, object_id: int | None = None) -> Point:
         """A click where the model is least certain, near the border of the mask, with the sign that the model predicts.
@@ -363,7 +362,10 @@ class Session:
         kind, path = checked_format(path, format), Path(path)
         check_spares(path, self.volume.source)
         if kind in LABEL_MAP_FORMATS:
-            write_mask(path, self.labels if len(self._state.objects) > 1 else self.mask, self.volume.grid)
+            labels, region = label_map(self._state, self.volume.view, self._canvas)
+            if len(self._state.objects) <= 1:
+                labels = labels == self._prompted(self.current).id
+            write_mask(path, labels, self.volume.grid, region)
         else:
             export_segments(path, kind, segments_of(self._state, self.volume), self.volume, self._options.get("series"))
 
@@ -395,4 +397,4 @@ class Session:
 
     def _canvas(self, entry: ObjectState) -> Canvas:
         prediction = None if entry.step is None else self._prompts.prediction(entry.step)
-        return Canvas(EMPTY_REGION, torch.zeros(0, 0, 0)) if prediction is None else prediction.canvas
+        return Canvas() if prediction is None else prediction.canvas

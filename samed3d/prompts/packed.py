@@ -60,7 +60,7 @@ class PackedMask:
         """The mask within ``region``."""
         count = int(np.prod(self.region.shape_zyx, dtype=np.int64))
         packed = np.frombuffer(zlib.decompress(self.bits), dtype=np.uint8)
-        return np.unpackbits(packed, count=count).reshape(self.region.shape_zyx).astype(bool)
+        return np.unpackbits(packed, count=count).reshape(self.region.shape_zyx).view(bool)
 
     def on(self, region: Region) -> NDArray[np.bool_]:
         """The mask within any region of the whole."""

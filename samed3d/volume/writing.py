@@ -12,7 +12,7 @@ import gzip
 import itertools
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.errors import InputError
-from samed3d.geometry import Grid
+from samed3d.geometry import Grid, IntTriple, Region
 from samed3d.output import check_output, replacing, write_bytes
 from samed3d.prompts import PackedMask
 from samed3d.volume.itk import NIFTI_SUFFIXES, SUFFIXES, suffix_of
@@ -83,12 +83,41 @@ class Segment:
         return (int(self.colour[1:3], 16), int(self.colour[3:5], 16), int(self.colour[5:7], 16))
 
 
-def write_mask(path: str | Path, array: NDArray, grid: Grid) -> None:
-    """Write a mask or an integer label map, as uint8, or as uint16 where an id exceeds 255; see ``write_volume``."""
+@dataclass(frozen=True)
+class _Planes:
+    """An array to write, plane by plane, so that no second one of the volume's size is made.
+
+    Attributes:
+        array: (d, h, w), in any order and of any type.
+        dtype: To write it as.
+        shape: Of the volume.
+        start: Of the array in it; the volume is zero around the array.
+    """
+
+    array: NDArray
+    dtype: np.dtype
+    shape: IntTriple
+    start: IntTriple = (0, 0, 0)
+
+    def __iter__(self) -> Iterator[NDArray]:
+        rows, columns = (slice(a, a + n) for a, n in zip(self.start[1:], self.array.shape[1:], strict=True))
+        for number in range(-self.start[0], self.shape[0] - self.start[0]):
+            plane = np.zeros(self.shape[1:], self.dtype)
+            if 0 <= number < len(self.array):
+                plane[rows, columns] = self.array[number]
+            yield plane
+
+
+def write_mask(path: str | Path, array: NDArray, grid: Grid, region: Region | None = None) -> None:
+    """Write a mask or an integer label map, as uint8, or as uint16 where an id exceeds 255; see ``write_volume``.
+
+    ``region`` is where the array lies, if it is only a part of the grid; all other voxels are 0.
+    """
     if array.dtype.kind not in "biu":
         raise ValueError(f"a mask must be of bool or integer type, got {array.dtype}")
     wide = array.dtype != np.bool_ and array.size and int(array.max()) > 255
-    write_volume(path, array.astype(np.uint16 if wide else np.uint8, copy=False), grid)
+    kind = np.dtype(np.uint16 if wide else np.uint8)
+    _write(path, array, kind, grid, None if region is None else region.start_zyx)
 
 
 def write_volume(path: str | Path, array: NDArray, grid: Grid) -> None:
@@ -103,21 +132,23 @@ def write_volume(path: str | Path, array: NDArray, grid: Grid) -> None:
         InputError: if the output cannot be written; the message gives the reason.
         ValueError: if the array's shape is not the grid's.
     """
+    kinds: dict[str, np.dtype[Any]] = {"b": np.dtype(np.uint8), "f": np.dtype(np.float32)}
+    _write(path, array, kinds.get(array.dtype.kind, array.dtype.newbyteorder("=")), grid)
+
+
+def _write(path: str | Path, array: NDArray, kind: np.dtype, grid: Grid, start: IntTriple | None = None) -> None:
     path = Path(path)
-    if array.shape != grid.shape_zyx:
+    if start is None and array.shape != grid.shape_zyx:
         raise ValueError(f"array must have the grid's shape {grid.shape_zyx}, got {array.shape}")
     check_output(path, suffixes=SUFFIXES)
-    kinds: dict[str, np.dtype[Any]] = {"b": np.dtype(np.uint8), "f": np.dtype(np.float32)}
-    stored = kinds.get(array.dtype.kind, array.dtype.newbyteorder("="))
-    array = np.ascontiguousarray(array, dtype=stored)
-    suffix = suffix_of(path)
+    planes, suffix = _Planes(array, kind, grid.shape_zyx, start or (0, 0, 0)), suffix_of(path)
     with replacing(path) as partial:
         if suffix in NIFTI_SUFFIXES:
-            _write_nifti(partial, array, grid, compress=suffix == ".nii.gz")
+            _write_nifti(partial, planes, grid, compress=suffix == ".nii.gz")
         elif suffix == ".nrrd":
-            _write_nrrd(partial, _nrrd_header(array.dtype, grid), array)
+            _write_nrrd(partial, _nrrd_header(kind, grid), planes)
         else:
-            _write_metaimage(partial, array, grid, path.resolve() if suffix == ".mhd" else None)
+            _write_metaimage(partial, planes, grid, path.resolve() if suffix == ".mhd" else None)
 
 
 def write_seg_nrrd(path: str | Path, segments: Sequence[Segment], grid: Grid) -> None:
@@ -178,7 +209,7 @@ def _segment_fields(number: int, segment: Segment, layer: int) -> list[str]:
     return [f"Segment{number}_{key}:={value}" for key, value in fields.items()]
 
 
-def _write_nifti(path: Path, array: NDArray, grid: Grid, *, compress: bool) -> None:
+def _write_nifti(path: Path, array: _Planes, grid: Grid, *, compress: bool) -> None:
     if max(array.shape) > 32767 and not grid.nifti_header:
         raise InputError(
             f"cannot write {path.name}: NIfTI holds at most 32767 voxels along an axis, got {max(array.shape)}; "
@@ -190,7 +221,8 @@ def _write_nifti(path: Path, array: NDArray, grid: Grid, *, compress: bool) -> N
             _write_gzip(file, header, array)
         else:
             file.write(header)
-            array.tofile(file)
+            for plane in array:
+                file.write(plane.data)
 
 
 def _nrrd_header(kind: np.dtype, grid: Grid, layers: int = 1) -> list[str]:
@@ -212,23 +244,25 @@ def _nrrd_header(kind: np.dtype, grid: Grid, layers: int = 1) -> list[str]:
     ]
 
 
-def _write_nrrd(path: Path, lines: list[str], array: NDArray) -> None:
+def _write_nrrd(path: Path, lines: list[str], array: _Planes | NDArray) -> None:
     with path.open("wb") as file:
         file.write(("\n".join(lines) + "\n\n").encode())
         _write_gzip(file, b"", array)
 
 
-def _write_gzip(file: IO[bytes], header: bytes, array: NDArray) -> None:
+def _write_gzip(file: IO[bytes], header: bytes, array: _Planes | NDArray) -> None:
     with gzip.GzipFile("", "wb", _COMPRESSION, file, mtime=0) as stream:
         stream.write(header)
-        stream.write(array.data)
+        for plane in array:
+            stream.write(plane.data)
 
 
-def _write_metaimage(path: Path, array: NDArray, grid: Grid, header_only_at: Path | None) -> None:
+def _write_metaimage(path: Path, array: _Planes, grid: Grid, header_only_at: Path | None) -> None:
     """Write ``.mha``; or, for an ``.mhd`` that will be at ``header_only_at``, its header here and its voxels beside
     that place.
     """
-    voxels = zlib.compress(array.data, _COMPRESSION)
+    packer = zlib.compressobj(_COMPRESSION)
+    voxels = b"".join([*(packer.compress(plane.data) for plane in array), packer.flush()])
     by_axis = np.array(grid.direction_lps).reshape(3, 3).T
     fields = {
         "ObjectType": "Image",
