@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,8 +113,19 @@ def test_segment_writes_everything_on_the_images_grid(place, tmp_path, capsys):
     report = json.loads(outputs["report.json"].read_text())
     assert report["device"] == "cpu" and report["seconds"] > 0 and report["objects"][0]["voxels"] > 0
     said = capsys.readouterr()
-    assert "voxels" in said.out and "mL" in said.out and "mask.nii.gz" in said.out
+    assert "voxels" in said.out and "mask.nii.gz" in said.out
     assert said.err == ""
+
+
+@pytest.mark.parametrize(("spacing_mm", "unit"), [(1.0, "mL"), (0.001, "mm³")])
+def test_a_volume_is_never_printed_as_zero(place, tmp_path, capsys, spacing_mm, unit):
+    image = tmp_path / "image.nrrd"
+    write_volume(image, read_volume(place / "image.nii.gz").array, Grid(GRID.shape_zyx, (spacing_mm,) * 3))
+    box = ["--box", "2,2,2,15,13,11", "-o", str(tmp_path / "mask.nrrd")]
+    assert main(["segment", str(image), *segment(place, *box)[2:]]) == 0
+    voxels, size = re.search(r"([\d,]+) voxels, (\S+) " + unit, capsys.readouterr().out).groups()
+    mm3 = float(size) * (1000 if unit == "mL" else 1)
+    assert mm3 == pytest.approx(int(voxels.replace(",", "")) * spacing_mm**3, rel=0.05) and mm3 > 0
 
 
 def test_quiet_prints_nothing(place, tmp_path, capsys):

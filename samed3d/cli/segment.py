@@ -71,7 +71,8 @@ def segment(
     if quiet:
         return
     for entry in summary["objects"]:
-        size = f"{entry['voxels']:,} voxels, {entry['mm3'] / 1000:,.1f} mL"
+        mm3 = entry["mm3"]
+        size = f"{entry['voxels']:,} voxels, {f'{mm3 / 1000:,.1f} mL' if mm3 >= 100 else f'{mm3:.3g} mm³'}"
         typer.echo(f"{entry['name']}: {size if entry['voxels'] else 'nothing found; add a prompt'}")
     for note in summary["notes"]:
         typer.echo(f"note: {note}")
