@@ -32,28 +32,3 @@ from samed3d.prompts.schema import (
     prompt_from_json,
     prompt_to_json,
 )
-
-__all__ = [
-    "MASK_LOGIT_THRESHOLD",
-    "SCHEMA_VERSION",
-    "SPACES",
-    "Box",
-    "Lasso",
-    "Mask",
-    "ObjectPrompts",
-    "PackedMask",
-    "Point",
-    "Prompt",
-    "Scribble",
-    "box_in_grid",
-    "dump_prompts",
-    "is_positive",
-    "load_prompts",
-    "objects_from_json",
-    "parse_numbers",
-    "parse_prompts",
-    "path_in_grid",
-    "point_in_grid",
-    "prompt_from_json",
-    "prompt_to_json",
-]
