@@ -10,7 +10,6 @@ the model gets the saved prompts again. ``--page`` makes head and blocks from th
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import math
@@ -26,6 +25,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from collect import parser_of  # noqa: E402
 from tables import Body, click_head, dice_table, origin, replace_blocks, table, with_interval  # noqa: E402
 
 from samed3d.drawing import BACKGROUND, png_bytes  # noqa: E402
@@ -56,7 +56,7 @@ SHOWN = 5  # data sets in each picture
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--clicks", type=Path, help="results folder: default, clicks only, several seeds")
     parser.add_argument("--box", type=Path, help="results folder: default, a box first")
     parser.add_argument("--controls", type=Path, help="results folder: default, control without a prompt, baselines")

@@ -52,6 +52,14 @@ JOBS = (
 )
 
 
+def parser_of(description: str | None, result: str = "") -> argparse.ArgumentParser:
+    """The options of a benchmark; ``--out`` is by default the file ``result`` of ``RESULTS``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if result:
+        parser.add_argument("--out", type=Path, default=RESULTS / result, help="JSON file to write")
+    return parser
+
+
 def describe_machine() -> dict[str, Any]:
     """What any time depends on."""
     found = environment()
@@ -59,11 +67,10 @@ def describe_machine() -> dict[str, Any]:
     return kept | {"torch": found["packages"]["torch"], "load_before": [round(v, 2) for v in os.getloadavg()]}
 
 
-def write_result(path: Path | None, result: dict[str, Any]) -> None:
-    """Print a result as JSON, and write it to a file if there is one to write to."""
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Print a result as JSON, and write it to a file."""
     print(json.dumps(result, indent=1))
-    if path is not None:
-        write_json(path, result)
+    write_json(path, result)
 
 
 def command_of(job: Job, data: Path | None, out: Path, quick: bool) -> list[str] | str:
@@ -105,7 +112,7 @@ def update_page(results: Path = RESULTS, page: Path = PAGE) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--only", nargs="+", choices=[job.name for job in JOBS], help="these benchmarks")
     parser.add_argument("--quick", action="store_true", help="few repeats, not for publishing")
     parser.add_argument("--data", type=Path, help="folder of data sets; else SAMED3D_DATA, else ../shared/data")

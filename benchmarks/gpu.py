@@ -8,7 +8,6 @@ quality.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.collect import describe_machine, write_result  # noqa: E402
+from benchmarks.collect import describe_machine, parser_of, write_result  # noqa: E402
 from benchmarks.latency import default_model, one_click, random_crop, sam_med3d  # noqa: E402
 from benchmarks.train import PUBLISHED  # noqa: E402
 from samed3d.config import ClickConfig, LossConfig, OptimConfig  # noqa: E402
@@ -88,10 +87,7 @@ def measure_training(
 
 def main() -> None:
     """Measure and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json", help="JSON file to write"
-    )
+    parser = parser_of(__doc__, "gpu.json")
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
     if not torch.cuda.is_available():

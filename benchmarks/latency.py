@@ -9,7 +9,6 @@ in processor time.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import resource
@@ -32,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.collect import describe_machine, write_result  # noqa: E402
+from benchmarks.collect import describe_machine, parser_of, write_result  # noqa: E402
 from samed3d.crops import image_channels  # noqa: E402
 from samed3d.devices import computes_bf16  # noqa: E402
 from samed3d.errors import InputError  # noqa: E402
@@ -185,8 +184,7 @@ def measure_shell(repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/latency.json", help="JSON to write")
+    parser = parser_of(__doc__, "latency.json")
     parser.add_argument("--quick", action="store_true", help="two repeats instead of seven")
     parser.add_argument("--threads", type=int, help="torch threads; with 1, processor times hold on a busy machine")
     options = parser.parse_args()

@@ -5,18 +5,15 @@
 The loop does what SAM-Med3D's released script does: for each data set, each class and each case, resample to 1.5 mm,
 write a binary label and a copy of the image as .nii.gz. It resamples with SimpleITK alone, which is quicker than the
 released torchio pipeline. Microscopy is left out: at 1.5 mm nothing remains of it. The corpus is made twice from the
-same images, at 1.5 mm (the same work) and at native spacing.
+same images, at 1.5 mm (the same work) and at native spacing. Reading and memory: ``docs/design_notes.md``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
 import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,23 +22,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.collect import describe_machine, write_result  # noqa: E402
+from benchmarks.collect import describe_machine, parser_of, write_result  # noqa: E402
 from data_prep.clean import rules_from  # noqa: E402
 from data_prep.convert import Settings  # noqa: E402
 from data_prep.pipeline import prepare  # noqa: E402
-from samed3d.data.corpus import Corpus  # noqa: E402
-from samed3d.geometry import Grid  # noqa: E402
-from samed3d.volume import read_volume, write_volume  # noqa: E402
 
 SPACING_MM = 1.5
 LEAST_MM3 = 10.0
-CROP = 128
-LARGE = (600, 512, 512)
 
 
 def clock(run: Callable[[], Any]) -> tuple[float, float, Any]:
@@ -132,80 +122,15 @@ def compare_preparation(data: Path, names: list[str], place: Path) -> dict[str, 
     return result
 
 
-def large_case(folder: Path) -> Path:
-    """A source of one noisy 512 x 512 x 600 volume with eight blocks."""
-    rng = np.random.default_rng(0)
-    image, labels = np.empty(LARGE, np.int16), np.zeros(LARGE, np.uint8)
-    for value in range(1, 9):
-        start = rng.integers(50, 400, 3)
-        labels[tuple(slice(a, a + 90) for a in start)] = value
-    for z in range(LARGE[0]):
-        image[z] = rng.normal(0, 30, LARGE[1:]) + 60.0 * labels[z]
-    grid = Grid(LARGE, (0.8, 0.8, 1.0))
-    for sub, name, array in (("imagesTr", "big_0000", image), ("labelsTr", "big", labels)):
-        (folder / sub).mkdir(parents=True)
-        write_volume(folder / sub / f"{name}.nii.gz", array, grid)
-    names = {"background": 0} | {f"block {v}": v for v in range(1, 9)}
-    about = {"channel_names": {"0": "CT"}, "labels": names, "file_ending": ".nii.gz"}
-    (folder / "dataset.json").write_text(json.dumps(about))
-    return folder
-
-
-def measure_memory(source: Path, out: Path) -> dict[str, float]:
-    """Peak memory of a process that prepares the large case, beside that of one that only imports."""
-    code = (
-        "import sys; from pathlib import Path; import SimpleITK, blosc2, cc3d, scipy.ndimage, rich.progress\n"
-        "from data_prep.pipeline import prepare\n"
-        "if len(sys.argv) > 1: prepare([Path(sys.argv[1])], Path(sys.argv[2]))\n"
-        "print(next(int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith('VmHWM')))"
-    )
-    commands = ([sys.executable, "-c", code, *words] for words in ((), (str(source), str(out))))
-    idle, used = (int(subprocess.check_output(words, cwd=ROOT, text=True).split()[-1]) for words in commands)
-    volume = int(np.prod(LARGE)) * 3  # int16 image, uint8 labels
-    above = (used - idle) / volume
-    return {"idle_bytes": idle, "peak_bytes": used, "volume_bytes": volume, "peak_above_idle_in_volumes": above}
-
-
-def measure_crops(corpus: Path, source: Path, repeats: int = 20) -> dict[str, float]:
-    """A random crop of image and labels from newly opened files of the corpus, beside reading the two .nii.gz."""
-    rng = np.random.default_rng(0)
-    case = Corpus(corpus).cases[0]
-    times = []
-    for _ in range(repeats):
-        at = [int(rng.integers(0, max(1, n - CROP + 1))) for n in case.shape_zyx]
-        index = tuple(slice(a, a + CROP) for a in at)
-        fresh = Corpus(corpus)
-        start = time.process_time()
-        fresh.image(case)[index]
-        fresh.labels(case)[index]
-        times.append(time.process_time() - start)
-    paths = [next((source / sub).glob("*.nii.gz")) for sub in ("imagesTr", "labelsTr")]
-    start = time.process_time()
-    for path in paths:
-        read_volume(path)
-    whole = time.process_time() - start
-    crop = statistics.median(times)
-    return {"crop_ms": 1e3 * crop, "nii_gz_ms": 1e3 * whole, "faster": whole / crop}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "prepare.json")
     parser.add_argument("--data", type=Path, required=True, help="folder of nnU-Net data sets")
     parser.add_argument("--sets", nargs="*", default=[], help="only these data sets")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        result = {"machine": describe_machine()}
-        result["preparation"] = compare_preparation(options.data, options.sets, place)
-        large = large_case(place / "large")
-        result["memory"] = measure_memory(large, place / "large_corpus")
-        result["crops_of_512x512x600"] = measure_crops(place / "large_corpus", large)
-        real = options.data / "chaos_ct_liver"
-        if real.is_dir():
-            prepare([real], place / "real", Settings(rules_from("lenient", [])))
-            result["crops_of_512x512x78"] = measure_crops(place / "real", real)
+    machine = describe_machine()
+    with tempfile.TemporaryDirectory() as place:
+        result = {"machine": machine, "preparation": compare_preparation(options.data, options.sets, Path(place))}
     digits = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.3g}"))
     write_result(options.out, digits)
 

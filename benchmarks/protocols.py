@@ -10,7 +10,6 @@ then those of the last part alone and are not written.
 
 from __future__ import annotations
 
-import argparse
 import os
 import resource
 import subprocess
@@ -22,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.collect import parser_of  # noqa: E402
 from samed3d.evaluation.results import PromptStrategy, by_model, read_run, untrained  # noqa: E402
 from samed3d.evaluation.statistics import click_curve  # noqa: E402
 from samed3d.output import write_json  # noqa: E402
@@ -33,9 +33,8 @@ LIMITS = ("--limit", "1", "--labels-per-case", "1")
 
 def main() -> None:
     """Run it, time it, write one JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "protocols.json")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="the JSON")
     parser.add_argument("--folder", type=Path, default=ROOT / "out/protocols", help="what samed3d evaluate writes")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--quick", action="store_true")

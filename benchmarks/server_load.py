@@ -27,7 +27,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.collect import describe_machine, write_result  # noqa: E402
+from benchmarks.collect import describe_machine, parser_of, write_result  # noqa: E402
 from samed3d.apps.client import Client, RemoteError, RemoteSession  # noqa: E402
 from samed3d.data.phantom import anatomical_phantom  # noqa: E402
 from samed3d.inference.session import Session  # noqa: E402
@@ -199,13 +199,12 @@ def summary(found: list[Clicking]) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "server_load.json")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=120.0, help="how long they click")
     parser.add_argument("--think", type=float, default=1.0, help="mean seconds between an answer and the next click")
     parser.add_argument("--sessions", type=int, default=200, help="opened and deleted afterwards, one after the other")
     parser.add_argument("--model", default="default")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     machine = describe_machine()
     with tempfile.TemporaryDirectory() as name:

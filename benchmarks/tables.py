@@ -128,22 +128,14 @@ def gpu(body: Body) -> str:
 
 
 def preparation(body: Body) -> str:
-    """A corpus against a plain loop; random crops and memory."""
+    """A corpus against a plain loop."""
     loop = body["preparation"]["loop"]
     rows = [["plain loop, one process", _s(loop["wall_s"]), "", _mb(loop["bytes"]), "", loop["masks"]]]
     for name, found in body["preparation"].items():
         if isinstance(found, dict) and name != "loop":
             faster, smaller = f"{found['faster_wall']:.3g} x", f"{found['smaller']:.3g} x"
             rows.append([f"corpus, {name}", _s(found["wall_s"]), faster, _mb(found["bytes"]), smaller, found["masks"]])
-    more = []
-    for name, found in body.items():
-        if name.startswith("crops_of_"):
-            size = name.removeprefix("crops_of_").replace("x", " x ")
-            speed = f"{found['crop_ms']:.3g} ms, {found['faster']:.3g} x faster than reading both .nii.gz"
-            more.append([f"random 128³ crop of image and labels, {size}", speed])
-    peak = body["memory"]["peak_above_idle_in_volumes"]
-    more.append(["peak memory above idle, 512 x 512 x 600", f"{peak:.2f} x the volume as stored"])
-    return f"{table(['', 'wall time', 'faster', 'size', 'smaller', 'masks'], rows)}\n\n{table(['', 'measured'], more)}"
+    return table(["", "wall time", "faster", "size", "smaller", "masks"], rows)
 
 
 def every_number(body: Body) -> str:

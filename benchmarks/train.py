@@ -10,7 +10,6 @@ and a compiled encoder.
 
 from __future__ import annotations
 
-import argparse
 import resource
 import statistics
 import sys
@@ -25,7 +24,7 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.collect import describe_machine, write_result  # noqa: E402
+from benchmarks.collect import describe_machine, parser_of, write_result  # noqa: E402
 from benchmarks.latency import in_own_process, load_oracle, sam_med3d  # noqa: E402
 from samed3d.config import ClickConfig, LossConfig, TrainConfig, load_config  # noqa: E402
 from samed3d.models.base import PromptableModel  # noqa: E402
@@ -140,10 +139,7 @@ def measure_loader(batches: int, workers: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "train.json", help="JSON file to write"
-    )
+    parser = parser_of(__doc__, "train.json")
     parser.add_argument("--full", action="store_true", help="sam_med3d_b in full")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,7 +111,7 @@ class RawArrays:
     layers: list[LabelLayer] = field(default_factory=list)
 
 
-class Reader:
+class Reader(ABC):
     """One layout of source data on disk.
 
     Attributes:
@@ -125,22 +126,22 @@ class Reader:
         """Whether ``folder`` is laid out the way this reader expects; cheap, never raises."""
         return False
 
+    @abstractmethod
     def source(self, folder: Path) -> SourceFacts:
         """What is known of the data set in ``folder``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cases(self, folder: Path) -> tuple[list[RawCase], list[Problem]]:
         """Every case, and every input that cannot become one; reads no voxels.
 
         Raises:
             InputError: if the data set as a whole cannot be read.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
         """The arrays of one case; with ``repair_geometry``, grids that disagree are repaired instead of refused.
 
         Raises:
             InputError: with the reason, if the files of the case cannot be used.
         """
-        raise NotImplementedError

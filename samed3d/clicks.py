@@ -100,15 +100,9 @@ def next_click(
 
 
 def click_candidates(pred: Tensor, target: Tensor, rules: Tensor) -> Tensor:
-    """Voxels among which each sample's next click is drawn; of ``"centre"`` the first one counts.
+    """Voxels (B, D, H, W) among which each sample's next click is drawn; of ``"centre"`` the first one counts.
 
-    Args:
-        pred: (B, D, H, W) bool, the current masks.
-        target: (B, D, H, W) bool.
-        rules: (B,) index into ``POLICIES`` for each sample.
-
-    Returns:
-        (B, D, H, W) bool, empty where nothing is wrong.
+    ``rules`` (B,) is an index into ``POLICIES`` for each sample. Empty where nothing is wrong.
     """
     error = pred ^ target
     centre, ritm = ((rules == POLICIES.index(name)).nonzero()[:, 0] for name in ("centre", "ritm"))
@@ -254,14 +248,8 @@ def noisy_click(
 ) -> tuple[IntTriple, bool] | None:
     """A person's click: aimed at the middle of the largest wrong component, off by a random distance.
 
-    The sign is the one that was meant, even where the click lands on the wrong side of a border.
-
-    Args:
-        pred_mask: As in ``next_click``.
-        target_mask: As in ``next_click``.
-        spacing_zyx_mm: Voxel edges.
-        sigma_mm: Standard deviation of the error along each axis, in mm; clicks stay inside the volume.
-        rng: Of the error.
+    The sign is the one that was meant, even where the click lands on the wrong side of a border. ``sigma_mm`` is the
+    standard deviation of the error along each axis; clicks stay inside the volume.
 
     Returns:
         As ``next_click``.

@@ -71,15 +71,11 @@ PLANES = (
 
 
 def grey_range(values: NDArray, object_values: NDArray | None = None) -> tuple[float, float]:
-    """The intensities that are drawn black and white.
+    """The intensities of an image that are drawn black and white.
 
     Values look like Hounsfield units where at least one in a hundred is that of air (under -700) and some are over 200:
-    then the range is the soft-tissue window, widened to hold most of the object's own values (lung, bone). Any other
-    image is drawn between its 1st and 99.5th percentile.
-
-    Args:
-        values: Intensities of the image, any shape.
-        object_values: Intensities inside the outlined object.
+    then the range is the soft-tissue window, widened to hold most of the outlined object's own values (lung, bone). Any
+    other image is drawn between its 1st and 99.5th percentile.
     """
     thinned = values[tuple(slice(None, None, max(1, n // 100)) for n in values.shape)].astype(np.float64)
     if np.mean(thinned < -700) > 0.01 and thinned.max() > 200:
@@ -125,12 +121,9 @@ class SlicePicture:
         return float(x), float(y)
 
     def outline(self, mask: NDArray[np.bool_], colour: str, tint: float = 0.0) -> None:
-        """Draw the border of a mask, the half level of the interpolated mask, on a dark rim.
+        """Draw the border of a (down, across) mask, the half level of the interpolated mask, on a dark rim.
 
-        Args:
-            mask: (down, across) bool.
-            colour: ``#rrggbb``.
-            tint: Opacity of the colour inside, 0 to 1.
+        ``tint`` is the opacity of the colour inside, 0 to 1.
         """
         from PIL import Image, ImageChops, ImageFilter
 
@@ -152,12 +145,10 @@ class SlicePicture:
             self.picture.paste(ink, (left, top), mask=rim)
 
     def mark(self, prompt: Prompt, positions: NDArray[np.float64], near: bool = True) -> None:
-        """Draw a point, the rectangle of a box or the line of a scribble or lasso.
+        """Draw a point, the rectangle of a box or the line of a scribble or lasso; fainter if it is not ``near`` this
+        slice.
 
-        Args:
-            prompt: What is drawn.
-            positions: (n, 2) of the point, the two corners or the path, as in ``place``.
-            near: False draws it fainter, for a prompt in another slice.
+        ``positions`` are (n, 2) of the point, the two corners or the path, as in ``place``.
         """
         from PIL import ImageDraw
 

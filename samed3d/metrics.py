@@ -39,14 +39,7 @@ _CORNERS: tuple[_Corner, ...] = tuple(itertools.product((0, 1), repeat=3))
 
 
 def dice(pred: NDArray, target: NDArray) -> float:
-    """Twice the overlap over the sum of the sizes, in [0, 1].
-
-    Args:
-        pred: (D, H, W) mask; non-zero is inside.
-        target: (D, H, W) reference.
-
-    Returns:
-        The coefficient; nan where both are empty, 0 where one is.
+    """Twice the overlap over the sum of the sizes of two (D, H, W) masks, in [0, 1]; nan where both are empty.
 
     Raises:
         ValueError: if the shapes differ.
@@ -65,12 +58,7 @@ def volume_error(pred: NDArray, target: NDArray) -> float:
 
 @dataclass(frozen=True)
 class SurfaceDistances:
-    """Distances between two surfaces, in mm.
-
-    Attributes:
-        pred_to_target_mm: For each surface voxel of the prediction, the distance to the target's nearest surface voxel.
-        target_to_pred_mm: The same from the target to the prediction.
-    """
+    """Distances in mm of each surface voxel of one mask to the other's nearest surface voxel, in both directions."""
 
     pred_to_target_mm: NDArray[np.float32]
     target_to_pred_mm: NDArray[np.float32]
@@ -94,12 +82,6 @@ def surface_distances(pred: NDArray, target: NDArray, spacing_zyx_mm: Triple) ->
 def nsd(pred: NDArray, target: NDArray, spacing_zyx_mm: Triple, tolerance_mm: float) -> float:
     """Normalised surface Dice: the share of both surfaces' voxels within ``tolerance_mm`` of the other surface.
 
-    Args:
-        pred: (D, H, W) mask.
-        target: (D, H, W) reference.
-        spacing_zyx_mm: Voxel edges.
-        tolerance_mm: Distance that counts as agreement, >= 0.
-
     Returns:
         A value in [0, 1]; nan where both masks are empty, 0 where one is.
 
@@ -119,10 +101,8 @@ def nsd_subvoxel(pred: NDArray, target: NDArray, spacing_zyx_mm: Triple, toleran
 
 
 def hd95(pred: NDArray, target: NDArray, spacing_zyx_mm: Triple) -> float:
-    """The larger of the two directed 95th percentile surface distances, in mm.
-
-    Returns:
-        A distance >= 0; nan where both masks are empty, the diagonal of the whole array where one is.
+    """The larger of the two directed 95th percentile surface distances, in mm; the image diagonal where one mask is
+    empty.
 
     Raises:
         ValueError: if the shapes differ.

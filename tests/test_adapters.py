@@ -20,6 +20,7 @@ from samed3d.nn.adapters import (
     add_adapters,
     merge_adapters,
 )
+from samed3d.nn.attention import GridAttention
 from samed3d.nn.vit import ImageEncoder
 
 ARCHITECTURES = ("samed3d_unet", "samed3d_tiny", "sam_med3d_b")
@@ -72,9 +73,8 @@ def test_an_adapted_model_starts_equal_then_differs_and_merges_to_the_same(name,
 @pytest.mark.parametrize(("dim", "depth", "expected"), [(768, 12, 73_728), (1024, 24, 114_688), (1280, 32, 147_456)])
 def test_fact_of_rank_32_has_the_published_number_of_parameters(dim, depth, expected):
     with torch.device("meta"):
-        encoder = ImageEncoder(
-            None, (2, 2, 2), dim, depth, dim // 64, 0, (), 8, misbroadcast_relpos=False, pad_sink=False
-        )
+        grid = (2, 2, 2)
+        encoder = ImageEncoder(None, (GridAttention(dim, dim // 64, grid) for _ in range(depth)), grid, dim, 8)
         assert add_adapters(encoder, "fact", rank=32) == expected
 
 

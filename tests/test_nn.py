@@ -24,8 +24,9 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
 
 
 def make_encoder(grid: tuple[int, int, int], released: bool, pad_sink: bool = True, depth: int = 4) -> ImageEncoder:
+    windows = [14] * (depth - 1) + [0]
     encoder = ImageEncoder(
-        None, grid, 48, depth, 2, 14, (depth - 1,), 24, misbroadcast_relpos=released, pad_sink=pad_sink
+        None, (GridAttention(48, 2, grid, edge, released, pad_sink) for edge in windows), grid, 48, 24
     )
     randomise(encoder, seed=1)
     return encoder.eval()

@@ -202,10 +202,6 @@ def corpus_subjects(corpus: Corpus | Path | str, transform: Any = None) -> Any:
     Each subject has ``image`` and ``labels`` (all layers as channels) in RAS+ with its spacing, and ``case``,
     ``source``, ``patient`` and ``names`` (label value and layer to name).
 
-    Args:
-        corpus: A prepared corpus or its folder.
-        transform: A torchio transform for every subject.
-
     Raises:
         InputError: if there is no corpus, or it has no labelled image.
     """

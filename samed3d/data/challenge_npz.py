@@ -48,11 +48,7 @@ def members(path: Path) -> set[str]:
 
 
 def read_case(path: Path, truth: Path | None = None) -> tuple[NDArray, NDArray, Triple]:
-    """The image, the labels and the spacing of a case.
-
-    Args:
-        path: The file with ``imgs`` and ``spacing``.
-        truth: The file with ``gts`` where that is another one.
+    """The image, the labels and the spacing of a case; ``truth`` is the file with ``gts`` where that is another one.
 
     Returns:
         (D, H, W) image; (D, H, W) labels in the smallest unsigned type; spacing in the order of the file (see

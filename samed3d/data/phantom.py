@@ -81,11 +81,8 @@ def anatomical_phantom(
 ) -> tuple[NDArray[np.int16], NDArray[np.uint8], Grid, dict[int, str]]:
     """Draw one patient.
 
-    Args:
-        generator: Source of all random numbers; the same state gives the same patient.
-        shape_zyx: Voxels. The default grid shows lower chest to pelvis; a smaller field of view cuts the anatomy off.
-        spacing_xyz_mm: Voxel edge along i, j, k.
-        oblique: Whether the grid is turned by a few degrees against the patient.
+    The default grid shows lower chest to pelvis; a smaller field of view cuts the anatomy off. With ``oblique`` it is
+    turned by a few degrees against the patient.
 
     Returns:
         ``(hu, labels, grid, names)``: int16 Hounsfield units and uint8 organ labels, both (D, H, W); the grid (i runs

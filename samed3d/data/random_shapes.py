@@ -59,11 +59,8 @@ def _spline_matrix(size: int, cells: float, phase: float, device: torch.device) 
 def noise_field(channels: int, shape_zyx: Sequence[int], cells: float | Triple, generator: Generator) -> Tensor:
     """(channels, D, H, W) smooth Gaussian noise of unit variance on ``generator.device``.
 
-    Args:
-        channels: Independent fields.
-        shape_zyx: Voxels.
-        cells: Waves over the volume along z, y, x (one number for all): few is smooth, half the voxels is nearly white.
-        generator: Source of all random numbers.
+    ``cells`` are the waves over the volume along z, y, x (one number for all): few is smooth, half the voxels is nearly
+    white.
     """
     per_axis = (cells, cells, cells) if isinstance(cells, (int, float)) else cells
     axes = zip(shape_zyx, per_axis, random_numbers(generator, 3).tolist(), strict=True)
@@ -74,12 +71,9 @@ def noise_field(channels: int, shape_zyx: Sequence[int], cells: float | Triple, 
 
 
 def random_labels(shape_zyx: IntTriple, generator: Generator, *, kind: str | None = None) -> tuple[Tensor, int]:
-    """A label map of random structures.
+    """A label map of random structures, each axis of ``shape_zyx`` >= 8, on the generator's device.
 
-    Args:
-        shape_zyx: Voxels, each axis >= 8.
-        generator: Source of all random numbers; the map is made on its device.
-        kind: One of ``KINDS``, or None to draw one or to paint several over each other.
+    ``kind`` is one of ``KINDS``, or None to draw one or to paint several over each other.
 
     Returns:
         ``(labels, n)``: int16 (D, H, W) with 0 for background and every one of 1..n present. Most structures, not all,

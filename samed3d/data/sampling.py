@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -85,7 +86,7 @@ class RawCrop:
 Drawn = tuple[CaseRecord | None, Callable[[], RawCrop]]
 
 
-class SampleDataset(Dataset[Sample]):
+class SampleDataset(Dataset[Sample], ABC):
     """Base of the training datasets: index to sample, with augmentation and a replacement for damaged cases.
 
     A sample has ``image`` (C, D, H, W) float32; ``target`` (1, D, H, W); ``case``, its id; ``index``, its number in the
@@ -142,13 +143,13 @@ class SampleDataset(Dataset[Sample]):
         what = f"no target of {MIN_TARGET_VOXELS} voxels in {ATTEMPTS} attempts at sample {number}"
         raise InputError(f"{what}; prepare the corpus with stricter rules, or use larger crops{bad}")
 
+    @abstractmethod
     def _draw(self, rng: np.random.Generator, generator: torch.Generator) -> Drawn:
         """The case that is drawn (None for random shapes), and a function that reads or makes its crop."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _tensors(self, crop: RawCrop) -> tuple[Tensor, Tensor]:
         """Normalised image (C, D, H, W) and target (D, H, W)."""
-        raise NotImplementedError
 
     def _augmented(self, crop: RawCrop, rng: np.random.Generator, generator: torch.Generator) -> RawCrop:
         image, inside, target = crop.image, crop.inside, crop.target
@@ -165,13 +166,9 @@ class SampleDataset(Dataset[Sample]):
 class CropDataset(SampleDataset):
     """Samples of one structure each for promptable models; ``target`` is bool, on the model's tensor axes.
 
-    Args:
-        config: What to draw. A corpus may carry a weight, ``folder=3``: it is drawn three times as often.
-        length: Number of samples.
-        seed: Of all random numbers.
-        start: Number of the first sample.
-        normalisation: As in the model's spec, like ``tensor_axes`` and ``ct_clamp_hu`` (for cases that are CT).
-        weighting: How often sources, categories and sizes are drawn.
+    A corpus of the config may carry a weight, ``folder=3``: it is drawn three times as often. ``normalisation``,
+    ``tensor_axes`` and ``ct_clamp_hu`` (for cases that are CT) are as in the model's spec; ``weighting`` says how often
+    sources, categories and sizes are drawn.
 
     Raises:
         InputError: if a corpus has no case left for training, or none with a structure large enough at

@@ -123,13 +123,8 @@ def class_number(label: LabelRecord, numbers: dict[str, int]) -> int:
 class SemanticDataset(SampleDataset):
     """Samples with all classes; ``target`` holds uint8 class numbers.
 
-    Args:
-        config: Corpora, split and augmentation; ``crop``, ``fill`` and ``placement`` are not used.
-        classes: Names of classes 1, 2, ...; other structures are background.
-        shape_zyx: Crop in voxels.
-        spacing_zyx_mm: Of the crops, or None for each image's own.
-        channels: Images per case.
-        seed: As in ``CropDataset``, like ``length`` and ``start``.
+    Classes 1, 2, ... have the names of ``classes``; other structures are background. Of ``config``, ``crop``, ``fill``
+    and ``placement`` are not used; a ``spacing_zyx_mm`` of None is each image's own, ``channels`` are images per case.
 
     Raises:
         InputError: if no case holds any of the classes, or none has that many images.

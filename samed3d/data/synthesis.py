@@ -37,11 +37,7 @@ def synthetic_case(
 ) -> tuple[Tensor, Tensor]:
     """One training case, made on the generator's device; on a CPU the same for the same seed.
 
-    Args:
-        shape_zyx: Voxels.
-        generator: Source of all random numbers.
-        labels: A label map (D, H, W) of integers >= 0 to paint instead of a random one.
-        deform: Whether to flip and bend ``labels`` first.
+    ``labels`` (D, H, W), integers >= 0, are painted instead of random ones, flipped and bent first with ``deform``.
 
     Returns:
         ``(image, labels)``: float32 of no particular scale, and int16, both (D, H, W).
@@ -113,14 +109,9 @@ def deform_labels(labels: Tensor, generator: Generator, *, strength: float = 0.1
 
 
 def render(labels: Tensor, generator: Generator) -> Tensor:
-    """Paint a label map with random intensities, on the generator's device.
+    """Paint a label map (D, H, W) with random intensities, float32 of no particular scale, on the generator's device.
 
-    Args:
-        labels: (D, H, W) non-negative integers, 0 for whatever is not labelled (which may show structures of its own).
-        generator: Source of all random numbers.
-
-    Returns:
-        float32 (D, H, W) of no particular scale; training normalises.
+    0 is whatever is not labelled, which may show structures of its own.
     """
     shape = labels.shape
     index = labels.to(device=generator.device, dtype=torch.int64)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -136,19 +137,19 @@ class SessionState:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Edit:
+class Edit(ABC):
     """One change of a session; ``object_id`` and ``prompt_id`` are 0 in edits that name none."""
 
     object_id: int = 0
     prompt_id: int = 0
 
+    @abstractmethod
     def apply(self, state: SessionState, prompts: PromptHistory) -> SessionState:
         """The state after the edit.
 
         Raises:
             InputError: if there is no such object or prompt, the object is locked, or the prompt cannot be used.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,11 +246,17 @@ class SetRule(Edit):
         return replace(state, others_are_negative=bool(self.others_are_negative))
 
 
-class Undo(Edit):
+class _LogEntry(Edit):
+    def apply(self, state: SessionState, prompts: PromptHistory) -> SessionState:
+        """Nothing: the log itself steps back or forth."""
+        return state
+
+
+class Undo(_LogEntry):
     """Take back the last edit; an entry of the log only."""
 
 
-class Redo(Edit):
+class Redo(_LogEntry):
     """Repeat the edit that was undone last; an entry of the log only."""
 
 

@@ -42,8 +42,7 @@ def sam_med3d_moe(
     Args:
         base: Architecture of the general model and of every expert.
         base_config: Its keyword arguments.
-        experts: Name of each expert to the tensors that are its own; None gives two with all tensors outside the
-            encoder.
+        experts: Names of each expert's own tensors; None gives two experts with all tensors outside the encoder.
         threshold: Least probability of an expert for it to be chosen.
         hidden: Hidden channels of the gate.
 
@@ -85,11 +84,7 @@ def list_models() -> list[str]:
 
 
 def create_model(name: str, **overrides: Any) -> AnyModel:
-    """Build a model with random weights.
-
-    Args:
-        name: One of ``list_models()``.
-        **overrides: Numbers and switches of that architecture's config.
+    """Build one of ``list_models()`` with random weights; ``overrides`` are numbers and switches of its config.
 
     Raises:
         InputError: if the name is unknown (the message gives the nearest names) or the architecture does not take the

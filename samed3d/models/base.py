@@ -70,21 +70,13 @@ class ModelSpec:
         return (channels, *self.input_shape_zyx)
 
     def check_image(self, image: Tensor) -> None:
-        """Refuse a batch of crops of another shape than (B, *image_shape).
-
-        Raises:
-            InputError: that names the shape.
-        """
+        """Refuse a batch of crops of another shape than (B, *image_shape) with an ``InputError`` that names it."""
         if tuple(image.shape[1:]) != self.image_shape:
             shape = ", ".join(str(n) for n in self.image_shape)
             raise InputError(f"image must be (B, {shape}) for {self.name}, got {tuple(image.shape)}; resample the crop")
 
     def check_prompts(self, prompts: PromptBatch) -> None:
-        """Refuse boxes where the model does not understand them.
-
-        Raises:
-            InputError: that names what it understands.
-        """
+        """Refuse boxes, with an ``InputError``, where the model does not understand them."""
         if prompts.boxes is not None and "box" not in self.prompts:
             known = " or ".join(f"{kind}s" for kind in ("point", "mask") if kind in self.prompts)
             raise InputError(f"prompts must be {known} for {self.name}, got a box; use a samed3d_* model for boxes")
@@ -198,13 +190,7 @@ class ModelEntry:
 
 
 def family(network: Callable[..., AnyModel], configs: dict[str, Any], tiny: dict[str, Any]) -> dict[str, ModelEntry]:
-    """Registry entries of one network in several sizes.
-
-    Args:
-        network: Called with the registry name and the config.
-        configs: An ``ArchitectureConfig`` per registry name.
-        tiny: Overrides that make a tiny instance of any of them.
-    """
+    """Registry entries of one network in several sizes: a config by registry name; overrides for a tiny instance."""
 
     def builder(name: str) -> Callable[..., AnyModel]:
         return lambda **overrides: network(name, replace(configs[name], **overrides))

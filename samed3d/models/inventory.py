@@ -6,7 +6,6 @@ on equal shapes: each is counted once, which makes ``samed3d models`` several ti
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,11 +58,7 @@ def take_inventory(model: AnyModel) -> Inventory:
 
 
 def count_flops(model: AnyModel) -> tuple[int, int]:
-    """Operations of ``encode`` and ``decode`` on one crop: convolutions, matrix products and attention.
-
-    Args:
-        model: On the meta device.
-    """
+    """Operations of ``encode`` and ``decode`` on one crop (convolutions, matrix products, attention)."""
     learning = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)  # the counter follows gradients where there are any
     try:
@@ -139,25 +134,19 @@ def _shape(leaf: Any) -> Hashable:
     return (type(leaf), leaf) if isinstance(leaf, int | float | str | None) else object()
 
 
-def _likeness(module: nn.Module) -> Hashable:
-    """Equal for modules of the same class, numbers and shapes, all the way down."""
-    tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    numbers = [(name, _plain(value)) for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES]
-    children = tuple((name, _likeness(child)) for name, child in module.named_children())
-    return type(module), tuple((name, _shape(t)) for name, t in tensors), tuple(numbers), children
-
-
 _MODULE_ATTRIBUTES = frozenset({*vars(nn.Module()), "forward"}) - {"training"}
 
 
-def _plain(value: Any) -> Hashable:
-    """A value that can be compared; anything but numbers, words and containers of them only equals itself."""
-    if isinstance(value, int | float | str | None):
-        return type(value), value
-    if isinstance(value, tuple | list):
-        return type(value), tuple(map(_plain, value))
-    if isinstance(value, dict):
-        return tuple((key, _plain(item)) for key, item in value.items())
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return type(value), tuple(_plain(getattr(value, f.name)) for f in dataclasses.fields(value))
-    return type(value), id(value)
+def _likeness(module: nn.Module) -> Hashable:
+    """Equal for modules of one class with the same numbers and shapes, all the way down."""
+    return tuple(
+        (
+            name,
+            type(part),
+            tuple(
+                (n, _shape(t)) for n, t in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+            ),
+            repr([(key, value) for key, value in vars(part).items() if key not in _MODULE_ATTRIBUTES]),
+        )
+        for name, part in module.named_modules()
+    )

@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple, Triple
-from samed3d.models.base import ModelSpec, SemanticModel, family
+from samed3d.models.base import SemanticModel, family
 from samed3d.models.sam_backbone import BackboneConfig, FrozenParts
 from samed3d.nn.adapters import FactLinear, FactShared
 from samed3d.nn.mask_decoder import ProgressiveMaskDecoder
 from samed3d.nn.prompt_encoder import PromptEncoder2d
+from samed3d.nn.vit import run_block
 
 SOURCE = "MA-SAM (Chen et al., Medical Image Analysis 2024, arXiv:2309.08842), code of cchen-cc/MA-SAM"
 FROM_SAM = ("transformer.", "iou_token.", "output_upscaling.0.", "output_upscaling.1.", "output_upscaling.3.")
@@ -58,12 +58,9 @@ class MaSamConfig(BackboneConfig):
 
 
 class DepthAdapter(nn.Module):
-    """x + up(GELU(convolution along depth(down(norm(x))))).
+    """x + up(GELU(convolution along depth(down(norm(x))))), of 384 channels inside whatever the encoder.
 
-    Args:
-        dim: Token channels.
-        width: Channels between; 384 in MA-SAM whatever the encoder.
-        zero: Start ``up`` at zero, so that the adapter changes nothing until it is trained. MA-SAM starts it at random.
+    ``zero`` starts ``up`` at zero, so that the adapter changes nothing until it is trained. MA-SAM starts it at random.
 
     Source: MA-SAM (Chen et al., MedIA 2024), section 3.2; kernel and widths as in the code.
     """
@@ -86,10 +83,6 @@ class DepthAdapter(nn.Module):
 class MaSam(FrozenParts, SemanticModel):
     """MA-SAM.
 
-    Args:
-        name: Registry name.
-        config: Numbers and switches.
-
     Raises:
         InputError: if the backbone is not SAM's, or its file does not hold it.
 
@@ -103,14 +96,7 @@ class MaSam(FrozenParts, SemanticModel):
         super().__init__()
         c = config
         encoder, state = self.open_backbone(c)
-        self.spec = ModelSpec(
-            name=name,
-            input_shape_zyx=c.input_shape,
-            normalisation="zscore_volume",
-            prompts=frozenset(),
-            source=SOURCE,
-            classes=len(c.class_names) + 1,
-        )
+        self.spec = c.semantic_spec(name, SOURCE)
         dim, out_dim = encoder.dim, encoder.out_dim
         self.checkpoint_blocks = False  # recompute blocks in the backward pass (run.activation_checkpointing)
         self.image_encoder = encoder
@@ -127,15 +113,10 @@ class MaSam(FrozenParts, SemanticModel):
         self._start_from_sam(state)
 
     def forward(self, image: Tensor, boxes: Tensor | None = None) -> Tensor:
-        """Logits of all classes.
+        """Logits (B, K, D, H, W) of (B, 1, D, H, W) normalised stacks of slices.
 
-        Args:
-            image: (B, 1, D, H, W) normalised stacks of slices.
-            boxes: (B, 2, 3) low and high corner (voxel edges, zyx) around what is wanted, or None. As published, every
-                slice gets the box's rectangle; its extent along z is not used.
-
-        Returns:
-            (B, K, D, H, W).
+        ``boxes`` (B, 2, 3) are low and high corners (voxel edges, zyx) around what is wanted. As published, every slice
+        gets the box's rectangle; its extent along z is not used.
 
         Raises:
             InputError: for more than one channel or edges that are no multiples of 16.
@@ -159,10 +140,7 @@ class MaSam(FrozenParts, SemanticModel):
         depth = image.shape[2]
         x = self.image_encoder.tokens(repeat(image, "b 1 d h w -> (b d) 3 h w"))
         for block, adapter in zip(self.image_encoder.blocks, self.adapters, strict=True):
-            if self.checkpoint_blocks and self.training:
-                x = checkpoint(_adapted, block, adapter, x, depth, use_reentrant=False)
-            else:
-                x = _adapted(block, adapter, x, depth)
+            x = run_block(_adapted, block, adapter, x, depth, recompute=self.checkpoint_blocks and self.training)
         return self.image_encoder.neck(rearrange(x, "b h w c -> b c h w"))
 
     def _start_from_sam(self, state: dict[str, Tensor]) -> None:

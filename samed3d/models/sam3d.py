@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple, Triple
-from samed3d.models.base import ModelEntry, ModelSpec, SemanticModel
+from samed3d.models.base import ModelEntry, SemanticModel
 from samed3d.models.sam_backbone import BackboneConfig, FrozenParts
 from samed3d.output import replacing
 
@@ -84,11 +84,7 @@ def _head(channels: int, classes: int) -> nn.Sequential:
 
 
 class Sam3D(FrozenParts, SemanticModel):
-    """SAM3D.
-
-    Args:
-        config: Numbers.
-        feature_cache: Folder that keeps encoder features by the content of the crop, or None.
+    """SAM3D; ``feature_cache`` is a folder that keeps encoder features by the content of the crop.
 
     Source: the paper's section 2; what it calls skip connections are the residual branches inside the decoder blocks,
     as in the code.
@@ -100,15 +96,7 @@ class Sam3D(FrozenParts, SemanticModel):
         super().__init__()
         c = config
         encoder, _ = self.open_backbone(c, any_encoder=True)
-        self.spec = ModelSpec(
-            name="sam3d",
-            input_shape_zyx=c.input_shape,
-            normalisation="zscore_volume",
-            prompts=frozenset(),
-            source=SOURCE,
-            classes=len(c.class_names) + 1,
-            in_channels=c.in_channels,
-        )
+        self.spec = c.semantic_spec("sam3d", SOURCE, in_channels=c.in_channels)
         self.feature_cache = None if feature_cache is None else Path(feature_cache)
         self.image_encoder = encoder.eval()
         self.freeze(f"image_encoder.{name}" for name, _ in encoder.named_parameters())
@@ -123,13 +111,7 @@ class Sam3D(FrozenParts, SemanticModel):
         return self
 
     def encode(self, image: Tensor) -> Tensor:
-        """Frozen features of every slice.
-
-        Args:
-            image: (B, M, D, H, W) normalised crops.
-
-        Returns:
-            (B, M * C, D, H / 16, W / 16), without gradient.
+        """Frozen features (B, M * C, D, H / 16, W / 16), without gradient, of (B, M, D, H, W) normalised crops.
 
         Raises:
             InputError: if the channels or the edges do not fit.

@@ -75,12 +75,6 @@ class SamplerBlock(TwoWayBlock):
     """Sampled features and learned queries attend to each other, then the map attends to the queries.
 
     The layers are those of ``TwoWayBlock``, whose forward differs: nothing has positions, only the queries go on.
-
-    Args:
-        dim: Channels.
-        heads: Attention heads.
-        mlp_dim: Hidden channels of the MLP.
-        token_attention: See ``Sam3DAdapterConfig``.
     """
 
     def __init__(self, dim: int, heads: int, mlp_dim: int, token_attention: bool) -> None:
@@ -108,15 +102,12 @@ class VisualSampler(nn.Module):
         self.blocks = nn.ModuleList(SamplerBlock(dim, heads, mlp_dim, token_attention) for _ in range(2))
 
     def forward(self, image: Tensor, unit: Tensor, valid: Tensor) -> Tensor:
-        """Update a map.
+        """A map (B, C, d, h, w), updated by the points that count.
 
         Args:
-            image: (B, C, d, h, w).
+            image: The map.
             unit: (B, P, 3) points as zyx in [0, 1] between the crop's faces.
-            valid: (B, P) bool, which points count.
-
-        Returns:
-            (B, C, d, h, w).
+            valid: (B, P) bool.
         """
         at = (2 * unit - 1).flip(-1)[:, :, None, None].to(image.dtype)  # grid_sample takes xyz
         sampled = F.grid_sample(image, at, padding_mode="zeros", align_corners=False)
@@ -128,14 +119,7 @@ class VisualSampler(nn.Module):
 
 
 class AggregationDecoder(nn.Module):
-    """Multi-layer aggregation: every tap refined and doubled, joined with the image, then classes at twice that size.
-
-    Args:
-        taps: Number of maps.
-        dim: Their channels.
-        channels: Channels inside.
-        classes: Outputs.
-    """
+    """Multi-layer aggregation: every tap refined and doubled, joined with the image, then classes at twice the size."""
 
     def __init__(self, taps: int, dim: int, channels: int, classes: int) -> None:
         super().__init__()
@@ -182,32 +166,19 @@ class Sam3DAdapter(_Lifted, PromptableModel):
     def __init__(self, name: str, config: Sam3DAdapterConfig) -> None:
         super().__init__()
         self._build(config, classes=2)
-        self.spec = ModelSpec(
-            name=name,
-            input_shape_zyx=config.input_shape,
-            spacing_mm=config.spacing_mm,
-            prompts=frozenset({"point"}),
-            source=SOURCE,
-        )
+        understood = frozenset({"point"})
+        self.spec = ModelSpec(name, config.input_shape, config.spacing_mm, prompts=understood, source=SOURCE)
         dim = self.image_encoder.out_dim
         self.prompt_encoder = VisualSampler(dim, heads=8, mlp_dim=8 * dim, token_attention=config.token_attention)
 
     def encode(self, image: Tensor) -> Features:
-        """``{"image": crop, "tap0": (B, C, d, h, w), ...}`` of a (B, 1, *input_shape) crop.
-
-        Raises:
-            InputError: if the crop has another shape.
-        """
+        """``{"image": crop, "tap0": (B, C, d, h, w), ...}`` of a (B, 1, *input_shape) crop."""
         self.spec.check_image(image)
         maps = self.image_encoder(image)
         return {"image": image, **{f"tap{i}": m for i, m in enumerate(maps)}}
 
     def decode(self, features: Features, prompts: PromptBatch) -> MaskOutput:
-        """One mask (B, 1, D, H, W) from the positive clicks; only the last tap is prompted. ``iou`` is ``own_overlap``.
-
-        Raises:
-            InputError: if the prompts hold a box, which this model cannot understand.
-        """
+        """One mask (B, 1, D, H, W) from the positive clicks, given to the last tap; ``iou`` is ``own_overlap``."""
         self.spec.check_prompts(prompts)
         image = features["image"]
         maps = [features[f"tap{i}"] for i in range(len(self.numbers.taps))]
@@ -220,34 +191,17 @@ class Sam3DAdapter(_Lifted, PromptableModel):
 
 
 class Sam3DAdapterAuto(_Lifted, SemanticModel):
-    """3DSAM-adapter without prompts: 22,298,240 trained parameters for one class.
-
-    Raises:
-        InputError: as ``Sam3DAdapter``.
-    """
+    """3DSAM-adapter without prompts: 22,298,240 trained parameters for one class."""
 
     encoder_parts = ("image_encoder",)
 
     def __init__(self, name: str, config: Sam3DAdapterConfig) -> None:
         super().__init__()
-        classes = len(config.class_names) + 1
-        self._build(config, classes)
-        self.spec = ModelSpec(
-            name=name,
-            input_shape_zyx=config.input_shape,
-            spacing_mm=config.spacing_mm,
-            normalisation="zscore_volume",
-            prompts=frozenset(),
-            source=SOURCE,
-            classes=classes,
-        )
+        self.spec = config.semantic_spec(name, SOURCE, spacing_mm=config.spacing_mm)
+        self._build(config, self.spec.classes)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits (B, K, D, H, W) of a (B, 1, *input_shape) crop.
-
-        Raises:
-            InputError: if the crop has another shape.
-        """
+        """Logits (B, K, D, H, W) of a (B, 1, *input_shape) crop."""
         self.spec.check_image(image)
         return F.interpolate(self.decoder(self.image_encoder(image), image), size=image.shape[2:], mode="trilinear")
 

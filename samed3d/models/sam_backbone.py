@@ -58,6 +58,11 @@ class BackboneConfig(ArchitectureConfig):
         if not self.class_names:
             raise InputError("class_names must name at least one class, got none")
 
+    def semantic_spec(self, name: str, source: str, **more: Any) -> ModelSpec:
+        """The spec of a semantic segmentation model of these classes."""
+        more |= {"normalisation": "zscore_volume", "prompts": frozenset(), "classes": len(self.class_names) + 1}
+        return ModelSpec(name, self.input_shape, source=source, **more)
+
 
 class FrozenParts(nn.Module):
     """A module whose frozen parameters stay out of ``state_dict`` and keep their values in ``load_state_dict``.
@@ -81,15 +86,11 @@ class FrozenParts(nn.Module):
     def open_backbone(self, config: BackboneConfig, any_encoder: bool = False) -> tuple[Any, dict[str, Tensor]]:
         """Build and check the encoder; set ``numbers`` and ``config``, with the encoder's hash in them.
 
-        Args:
-            config: Names the encoder.
-            any_encoder: Whether one that is not SAM's will do.
-
         Returns:
             The encoder, and the whole state dict of its file (see ``open_encoder``).
 
         Raises:
-            InputError: as ``open_encoder``, or if the encoder must be SAM's and is not.
+            InputError: as ``open_encoder``, or without ``any_encoder`` if it is not SAM's.
         """
         encoder, sha256, state = open_encoder(config.backbone, config.backbone_weights, config.backbone_sha256)
         if not (any_encoder or isinstance(encoder, SamEncoder2d)):
@@ -154,16 +155,13 @@ def open_encoder(
 def import_sam(source: Path, output: Path, name: str) -> int:
     """Convert ``sam_vit_{b,l,h}_*.pth`` to one ``.safetensors`` file with SAM's names, for ``backbone_weights``.
 
-    Args:
-        source: The checkpoint; nothing in it is executed.
-        output: File to write; no model that ``load`` builds.
-        name: ``sam_vit_b``, ``sam_vit_l`` or ``sam_vit_h``.
+    Nothing in the checkpoint is executed; the output is no model that ``load`` builds.
 
     Returns:
         How many tensors were written.
 
     Raises:
-        InputError: for another name, or a file that does not hold that encoder whole.
+        InputError: for a name that is not in ``SAM_SIZES``, or a file that does not hold that encoder whole.
     """
     if name not in SAM_SIZES:
         raise InputError(f"model must be one of {', '.join(SAM_SIZES)}, got {name!r}")

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple
@@ -25,6 +25,7 @@ from samed3d.models.base import (
     PromptBatch,
     family,
 )
+from samed3d.nn.attention import DilatedAttention, GridAttention
 from samed3d.nn.mask_decoder import MaskDecoder
 from samed3d.nn.prompt_encoder import PromptEncoder
 from samed3d.nn.vit import ImageEncoder, PatchEmbed, token_grid
@@ -101,10 +102,6 @@ class SamMed3DConfig(ArchitectureConfig):
 class SamMed3D(PromptableModel):
     """SAM-Med3D. State-dict names and shapes are those of the released checkpoint; its IoU head is untrained.
 
-    Args:
-        name: Registry name.
-        config: Numbers and switches.
-
     Source: sections 3.1-3.2 of the paper; where the released code differs from it, as in the code.
     """
 
@@ -128,20 +125,8 @@ class SamMed3D(PromptableModel):
             source=self.source,
         )
         grid = token_grid(c.input_shape, c.patch)
-        self.image_encoder = ImageEncoder(
-            PatchEmbed(c.patch, c.dim),
-            grid,
-            c.dim,
-            c.depth,
-            c.heads,
-            c.window,
-            c.global_blocks,
-            c.prompt_dim,
-            c.misbroadcast_relpos,
-            c.pad_sink,
-            c.plain_blocks,
-            c.patterns if c.attention == "dilated" else None,
-        )
+        attentions = (_attention(c, grid, index) for index in range(c.depth))
+        self.image_encoder = ImageEncoder(PatchEmbed(c.patch, c.dim), attentions, grid, c.dim, c.prompt_dim)
         self.prompt_encoder = PromptEncoder(
             c.prompt_dim,
             grid,
@@ -155,11 +140,7 @@ class SamMed3D(PromptableModel):
         self.mask_decoder = MaskDecoder(c.prompt_dim, c.decoder_heads, c.decoder_mlp_dim, mask_tokens=4, iou_outputs=4)
 
     def encode(self, image: Tensor) -> Features:
-        """``{"image": (B, prompt_dim, d, h, w)}`` of a (B, 1, *input_shape) crop.
-
-        Raises:
-            InputError: if the crop has another shape.
-        """
+        """``{"image": (B, prompt_dim, d, h, w)}`` of a (B, 1, *input_shape) crop."""
         self.spec.check_image(image)
         return {"image": self.image_encoder(image)}
 
@@ -169,11 +150,7 @@ class SamMed3D(PromptableModel):
         return self.image_encoder.layer_features(image)
 
     def decode(self, features: Features, prompts: PromptBatch) -> MaskOutput:
-        """One mask (B, 1, D, H, W) from clicks and the earlier mask; ``lowres_logits`` has four voxels per token edge.
-
-        Raises:
-            InputError: if the prompts hold a box that this model cannot understand.
-        """
+        """One mask (B, 1, D, H, W) from clicks and the earlier mask; ``lowres_logits`` has 4 voxels per token edge."""
         self.spec.check_prompts(prompts)
         if self.spec.click_memory == "newest":
             prompts = prompts.newest_click()
@@ -195,6 +172,16 @@ class FastSam3D(SamMed3D):
     source = "FastSAM3D (Shen et al., 2024, arXiv:2403.09827); teacher SAM-Med3D (arXiv:2310.15161)"
 
 
+def _attention(c: SamMed3DConfig, grid: IntTriple, index: int) -> nn.Module | None:
+    """The attention of one block."""
+    if index < c.plain_blocks:
+        return None
+    if c.attention == "dilated":
+        return DilatedAttention(c.dim, c.heads, grid, c.patterns)
+    window = 0 if index in c.global_blocks else c.window
+    return GridAttention(c.dim, c.heads, grid, window, c.misbroadcast_relpos, c.pad_sink)
+
+
 def variant_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Overrides that a published state dict needs: ``*_bbox_init`` and fine-tunes of it have two more embeddings."""
     corners = [f"prompt_encoder.point_embeddings.{index}.weight" for index in (2, 3)]
@@ -202,15 +189,11 @@ def variant_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def from_teacher(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A student's state dict that starts from its teacher's.
+    """The state dict of a ``FastSam3D`` that starts from a SAM-Med3D's, twice as deep.
 
     Everything outside the blocks is the teacher's: patches, positions, neck, prompt encoder, mask decoder. Block i of
     the student takes the norms, the MLP and the projections of block 2i + 1, whose features it will be taught; relative
     positions keep the student's own start, as the heads have another width.
-
-    Args:
-        student: State dict of a ``FastSam3D``.
-        teacher: State dict of SAM-Med3D, twice as deep.
 
     Raises:
         InputError: if the teacher lacks a tensor or has one of another shape.

@@ -42,13 +42,7 @@ class Gate(nn.Module):
     """Image and prompts to one logit per decoder, the general one first.
 
     It sees the mean and spread of the coarsest features, what lies under the clicks on and off the object (the middle
-    of a box counts as a click on it), and where the prompts are.
-
-    Args:
-        channels: Of the features.
-        decoders: Outputs.
-        hidden: Hidden channels.
-        crop: Crop shape in voxels, the unit of positions.
+    of a box counts as a click on it), and where the prompts are, as shares of the crop's shape.
     """
 
     def __init__(self, channels: int, decoders: int, hidden: int, crop: tuple[int, ...]) -> None:
@@ -80,10 +74,10 @@ class Gate(nn.Module):
 
 
 class MixtureOfExperts(PromptableModel):
-    """See the file's docstring. Only the gate learns.
+    """See the file's docstring. Only the gate learns; the general model is frozen.
 
     Args:
-        general: The base model; it is frozen.
+        general: The base model.
         feature: Name of the features that the gate reads.
         channels: Their channels.
         experts: Name of each expert to the names of the base's tensors that it has its own version of.
@@ -166,11 +160,7 @@ class MixtureOfExperts(PromptableModel):
 
 
 def coarsest_feature(model: PromptableModel) -> tuple[str, int]:
-    """Name and channels of the features with the fewest voxels, then the most channels.
-
-    Args:
-        model: On the meta device.
-    """
+    """Name and channels of the features with the fewest voxels, then the most channels (model on the meta device)."""
     with torch.device("meta"), torch.no_grad():
         features = model.encode(torch.empty(1, *model.spec.image_shape))
     maps = {name: tensor for name, tensor in features.items() if tensor.ndim == 5}

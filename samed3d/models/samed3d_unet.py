@@ -114,12 +114,7 @@ class PromptTokens(nn.Module):
 
 
 class SamedUNet(PromptableModel):
-    """See the file's docstring.
-
-    Args:
-        name: Registry name.
-        config: Its numbers.
-    """
+    """See the file's docstring."""
 
     encoder_parts = ("stem", "downs", "stages", "skips")
     prompt_parts = ("tokens", "map_in", "similarities")

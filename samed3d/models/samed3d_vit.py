@@ -23,6 +23,7 @@ from samed3d.models.base import (
     PromptBatch,
     family,
 )
+from samed3d.nn.attention import GridAttention
 from samed3d.nn.layers import depth_to_space, space_to_depth
 from samed3d.nn.mask_decoder import MaskDecoder
 from samed3d.nn.prompt_encoder import PromptEncoder
@@ -65,15 +66,10 @@ class Samed3DVitConfig(ArchitectureConfig):
 
 
 class Refinement(nn.Module):
-    """Corrects an upsampled mask at full resolution with what the image shows there; the image's part is computed once
-    per crop.
+    """Corrects an upsampled mask at full resolution with what the image shows there, computed once per crop.
 
     It computes on the half-resolution grid, whose voxels hold and predict their eight full-resolution voxels, so no
     detail is lost and no convolution runs on the full grid.
-
-    Args:
-        maps: Low-resolution logit maps.
-        width: Hidden channels.
     """
 
     def __init__(self, maps: int, width: int) -> None:
@@ -96,12 +92,7 @@ class Refinement(nn.Module):
 
 
 class Samed3DVit(PromptableModel):
-    """Our promptable 3D vision transformer: all clicks, boxes, mask prompts, a trained no-mask state and IoU head.
-
-    Args:
-        name: Registry name.
-        config: Its numbers.
-    """
+    """Our promptable 3D vision transformer: all clicks, boxes, mask prompts, a trained no-mask state and IoU head."""
 
     encoder_parts = ("stem", "image_encoder", "skip", "refinement.from_image")
 
@@ -112,7 +103,8 @@ class Samed3DVit(PromptableModel):
         self.spec = ModelSpec(name=name, input_shape_zyx=c.input_shape, source="samed3d; blocks of SAM and SAM-Med3D")
         self.stem = ConvStem(c.patch, c.stem_width, c.dim)
         grid = token_grid(c.input_shape, c.patch)
-        self.image_encoder = ImageEncoder(None, grid, c.dim, c.depth, c.heads, 0, (), c.prompt_dim)
+        attentions = (GridAttention(c.dim, c.heads, grid) for _ in range(c.depth))
+        self.image_encoder = ImageEncoder(None, attentions, grid, c.dim, c.prompt_dim)
         nn.init.trunc_normal_(self.image_encoder.pos_embed, std=0.02)
         self.prompt_encoder = PromptEncoder(c.prompt_dim, grid, c.input_shape)
         self.mask_decoder = MaskDecoder(c.prompt_dim, c.decoder_heads, 4 * c.prompt_dim, c.maps, iou_outputs=1)
@@ -120,14 +112,8 @@ class Samed3DVit(PromptableModel):
         self.refinement = Refinement(c.maps, c.refine_width)
 
     def encode(self, image: Tensor) -> Features:
-        """Features of a (B, 1, *input_shape) crop.
-
-        Returns:
-            ``image`` (B, prompt_dim, d, h, w), ``skip`` (B, prompt_dim/8, 4d, 4h, 4w), ``detail`` (B, refine_width,
-            D/2, H/2, W/2).
-
-        Raises:
-            InputError: if the crop has another shape.
+        """``image`` (B, prompt_dim, d, h, w), ``skip`` (B, prompt_dim/8, 4d, 4h, 4w), ``detail`` (B, refine_width, D/2,
+        H/2, W/2) of a (B, 1, *input_shape) crop.
         """
         self.spec.check_image(image)
         tokens, fine = self.stem(image)

@@ -86,10 +86,6 @@ class PromptAttention(nn.Module):
 
     Tokens attend to each other and to the map, then the map to the tokens. With one token alone, attention from map to
     tokens would be the same at every voxel (a softmax over one key), so the tokens are several.
-
-    Args:
-        channels: Of the map.
-        token_dim: Channels of the prompt tokens and of the positions.
     """
 
     def __init__(self, channels: int, token_dim: int) -> None:
@@ -106,16 +102,13 @@ class PromptAttention(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))  # starts open: from scratch there is no earlier state to protect
 
     def forward(self, image: Tensor, tokens: Tensor, valid: Tensor, positions: RandomFourierPositions) -> Tensor:
-        """The map after the prompts.
+        """The map (B, C, d, h, w) after the prompts.
 
         Args:
-            image: (B, C, d, h, w).
+            image: The map.
             tokens: (B, T, token_dim).
             valid: (B, T) bool, tokens that may be attended to.
             positions: Of the clicks, so that map and tokens share one frame.
-
-        Returns:
-            (B, C, d, h, w).
         """
         grid = (image.shape[2], image.shape[3], image.shape[4])
         x = self.token_in(tokens.transpose(1, 2)).transpose(1, 2)
@@ -133,12 +126,8 @@ class PromptAttention(nn.Module):
 def projected_positions(positions: RandomFourierPositions, grid: tuple[int, int, int], weight: Tensor) -> Tensor:
     """``linear(positions.dense(grid), weight)`` as (d*h*w, C), without the dense features (2 GiB on a 128^3 map).
 
-    Sine and cosine of a sum of angles split into those of (z, y) and of x, so that the whole is one matrix product.
-
-    Args:
-        positions: Sine and cosine features, no swapped axes.
-        grid: (d, h, w).
-        weight: (C, dim).
+    Sine and cosine of a sum of angles split into those of (z, y) and of x, so that the whole is one matrix product with
+    ``weight`` (C, dim). The positions are sine and cosine, no swapped axes.
     """
     matrix = positions.positional_encoding_gaussian_matrix
     z, y, x = (
@@ -165,12 +154,7 @@ class DoubleConv(nn.Sequential):
 
 
 class Samu(PromptableModel):
-    """See the file's docstring.
-
-    Args:
-        name: Registry name.
-        config: Numbers and switches.
-    """
+    """See the file's docstring."""
 
     encoder_parts = ("encoder",)
     prompt_parts = ("attentions", "kinds", "tokens", "mask_in")

@@ -50,7 +50,7 @@ def save_weights(
         model: Its ``spec`` and ``config`` go to the header.
         path: Target; an existing file is replaced only once the new one is complete.
         metadata: Free JSON fields of the header (data, licence, metrics, revision).
-        dtype: Store floating-point tensors as this type (``torch.float16`` halves the file); None keeps theirs.
+        dtype: Type of stored floating-point tensors (``torch.float16`` halves the file); None keeps theirs.
 
     Raises:
         InputError: if the file cannot be written or ``metadata`` uses a key of the header.
@@ -156,11 +156,7 @@ def amend_header(path: str | Path, facts: Mapping[str, Any]) -> None:
 
 
 def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Refuse a state dict that has not exactly the names and shapes of another.
-
-    Args:
-        own: What is needed; may be on the meta device.
-        state: What is there.
+    """Refuse a state dict that has not exactly the names and shapes of ``own``, which may be on the meta device.
 
     Raises:
         InputError: that lists missing, unexpected and mis-shaped keys.

@@ -13,6 +13,7 @@ kernel in the middle factor.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +26,9 @@ QUERY_AND_VALUE = (0, 2)
 """The adapted ones of the three equal parts of a fused query-key-value projection."""
 
 
-class AdaptedLinear(nn.Linear):
-    """A fused query-key-value projection with something added to its queries and values.
-
-    Args:
-        linear: The trained layer; its parameters are used, not copied.
+class AdaptedLinear(nn.Linear, ABC):
+    """A trained query-key-value projection, whose parameters are used and not copied, with changes of queries and
+    values.
 
     Raises:
         InputError: if the output does not have three equal parts.
@@ -50,9 +49,9 @@ class AdaptedLinear(nn.Linear):
             out.narrow(-1, part * self.width, self.width).add_(change.to(out.dtype))
         return out
 
+    @abstractmethod
     def changes(self, x: Tensor) -> list[Tensor]:
         """What is added to queries and to values, (..., out / 3) each."""
-        raise NotImplementedError
 
     def merged(self) -> nn.Linear:
         """A plain layer with the change in its weight."""
@@ -93,11 +92,8 @@ class FactShared(nn.Module):
 class FactLinear(AdaptedLinear):
     """W + (u core v)^T for queries and for values, with a rank x rank core each and u, v of ``shared``.
 
-    Args:
-        linear: As ``AdaptedLinear``.
-        shared: Outer factors; the caller registers them once (they are not a submodule of this layer, so that no state
-            dict holds them twice). Its ``v`` has the width of the queries.
-        dropout: After the core (MA-SAM: 0.1).
+    The caller registers ``shared`` once: it is no submodule of this layer, so that no state dict holds it twice. Its
+    ``v`` has the width of the queries. ``dropout`` follows the core (MA-SAM: 0.1).
     """
 
     def __init__(self, linear: nn.Linear, shared: FactShared, dropout: float = 0.0) -> None:
@@ -114,11 +110,9 @@ class FactLinear(AdaptedLinear):
         return [F.linear(m, shared.v.T) for m in mixed]
 
 
-class AdaptedConv3d(nn.Conv3d):
-    """A convolution with a low-rank one of the same reach added to it.
-
-    Args:
-        conv: The trained layer; its parameters are used, not copied.
+class AdaptedConv3d(nn.Conv3d, ABC):
+    """A trained convolution, whose parameters are used and not copied, with a low-rank one of the same reach added to
+    it.
 
     Raises:
         InputError: for grouped or non-zero-padded convolutions.
@@ -136,13 +130,13 @@ class AdaptedConv3d(nn.Conv3d):
         out = super().forward(input)
         return out + self.change(input).to(out.dtype)
 
+    @abstractmethod
     def change(self, x: Tensor) -> Tensor:
         """What is added, (B, out, d, h, w)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def change_of_weight(self) -> Tensor:
         """The same as a kernel (out, in, kd, kh, kw)."""
-        raise NotImplementedError
 
     def merged(self) -> nn.Conv3d:
         """A plain convolution with the change in its weight."""
@@ -200,19 +194,15 @@ def add_adapters(model: nn.Module, kind: str, rank: int) -> int:
     """Put adapters on a model's image encoder, in place; nothing else changes, nothing is frozen.
 
     Queries and values of every fused ``qkv`` projection are adapted; an encoder without attention has its convolutions
-    with a kernel above 1x1x1 adapted instead.
-
-    Args:
-        model: A model that names its ``encoder_parts``, or a bare encoder, of which everything counts.
-        kind: ``"lora"`` or ``"fact"``.
-        rank: Of every adapter, 1 or more.
+    with a kernel above 1x1x1 adapted instead. The encoder is what the model names in ``encoder_parts``, else all of it.
 
     Returns:
         Number of parameters added.
 
     Raises:
-        InputError: for another kind, a rank below 1, an encoder that has adapters already or has nothing to put them
-            on.
+        InputError: for a kind that is not in ``ADAPTER_KINDS``, a rank below 1, an encoder that has adapters already or
+            has
+            nothing to put them on.
     """
     if kind not in ADAPTER_KINDS:
         raise InputError(f"adapter must be one of {', '.join(ADAPTER_KINDS)}, got {kind!r}")

@@ -40,25 +40,19 @@ class _Terms:
 
 
 class GridAttention(nn.Module):
-    """Multi-head self-attention on a (B, D, H, W, C) token grid.
+    """Multi-head self-attention on a (B, D, H, W, C) token grid, global or in windows of an edge of ``window`` tokens.
 
-    Args:
-        dim: Channels; a multiple of ``heads``.
-        heads: Attention heads.
-        grid: Token grid.
-        window: Window edge in tokens, or 0 for global attention. The grid is covered from its low corner; windows at
-            the high faces may hold fewer tokens.
-        misbroadcast_relpos: Add the relative position bias as SAM-Med3D's released code does, with which its weights
-            were trained: for keys (x, y, z) and queries (a, b, c),
-            ``q[a,b,c].Rd[a-z] + q[a,b,x].Rh[b-z] + q[a,b,y].Rw[y-z]`` instead of
-            ``q[a,b,c].(Rd[a-x] + Rh[b-y] + Rw[c-z])``. Needs a cubic grid.
-        pad_sink: The padding of partly filled windows takes part as unmasked keys (SAM-Med3D); False leaves it out.
+    Windows cover the grid from its low corner; those at the high faces may hold fewer tokens. With ``pad_sink`` the
+    padding of partly filled windows takes part as unmasked keys (SAM-Med3D).
+
+    ``misbroadcast_relpos`` adds the relative position bias as SAM-Med3D's released code does, with which its weights
+    were trained: for keys (x, y, z) and queries (a, b, c), ``q[a,b,c].Rd[a-z] + q[a,b,x].Rh[b-z] + q[a,b,y].Rw[y-z]``
+    instead of ``q[a,b,c].(Rd[a-x] + Rh[b-y] + Rw[c-z])``.
 
     Raises:
         InputError: if ``misbroadcast_relpos`` meets a grid that is not cubic.
 
-    Source: decomposed relative positions of MViTv2 and SAM; both switches as in SAM-Med3D's released code, which
-    differs from SAM.
+    Source: decomposed relative positions of MViTv2 and SAM; both switches as in SAM-Med3D's released code.
     """
 
     def __init__(
@@ -176,14 +170,9 @@ def _regions(size: int, window: int) -> list[slice]:
 
 
 def relative_table(table: Tensor, edge: int) -> Tensor:
-    """Relative positions by query and key.
+    """(edge, edge, e) relative positions, entry [q, k] for the offset q - k.
 
-    Args:
-        table: (R, e) by offset; interpolated to 2 ``edge`` - 1 rows if R differs.
-        edge: Tokens of the axis.
-
-    Returns:
-        (edge, edge, e), entry [q, k] for the offset q - k.
+    ``table`` is (R, e) by offset, interpolated to 2 ``edge`` - 1 rows if R differs.
     """
     rows = 2 * edge - 1
     if table.shape[0] != rows:
@@ -256,14 +245,8 @@ class DilatedAttention(GridAttention):
     pattern. A token's weights over the groups of all patterns add up to one. The state dict is that of global
     attention, which one pattern of one whole segment equals.
 
-    Args:
-        dim: Channels; a multiple of ``heads``.
-        heads: Attention heads.
-        grid: Token grid.
-        patterns: (segment, dilation) pairs; a segment divides the number of tokens, a dilation its segment.
-
     Raises:
-        InputError: if there is no pattern or one does not divide.
+        InputError: if there is no pattern, a segment does not divide the tokens or a dilation its segment.
 
     Source: dilated attention of LongNet, in FastSAM3D for image tokens. The released FastSAM3D concatenates its groups
     without putting the tokens back in their order and drops the positions; here both are kept.

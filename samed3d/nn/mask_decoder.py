@@ -39,11 +39,7 @@ class TokenAttention(nn.Module):
 class TwoWayBlock(nn.Module):
     """Self-attention of the tokens, tokens to image, MLP, image to tokens; each followed by a residual and a norm.
 
-    Args:
-        dim: Channels.
-        heads: Attention heads.
-        mlp_dim: Hidden channels.
-        first: The first block has neither positions nor a residual in its self-attention (as in SAM).
+    The ``first`` block has neither positions nor a residual in its self-attention (as in SAM).
     """
 
     def __init__(self, dim: int, heads: int, mlp_dim: int, first: bool = False) -> None:
@@ -90,16 +86,13 @@ class TwoWayTransformer(nn.Module):
     def forward(
         self, image: Tensor, image_pos: Tensor, tokens: Tensor, valid: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Run the blocks.
+        """Tokens (B, T, C) and image (B, N, C) after all blocks.
 
         Args:
             image: (B, C, ...) features on a grid of N positions.
             image_pos: (1, C, ...) positions.
             tokens: (B, T, C); they are their own positions.
             valid: (B, T) bool, tokens that others may attend to; None means all.
-
-        Returns:
-            Tokens (B, T, C) and the image (B, N, C).
         """
         image, image_pos = (rearrange(t, "b c ... -> b (...) c") for t in (image, image_pos))
         token_pos = tokens
@@ -126,15 +119,8 @@ class DeepMlp(nn.Module):
 class MaskDecoder(nn.Module):
     """Two-way transformer, upscaling by transposed convolutions, and one hypernetwork per mask token.
 
-    Args:
-        dim: Channels.
-        heads: Attention heads of the two-way transformer.
-        mlp_dim: Hidden channels of its MLPs.
-        mask_tokens: Mask tokens, each with its hypernetwork.
-        iou_outputs: Outputs of the IoU head (no activation).
-        widths: Channels after each doubling of the grid; ``(dim / 4, dim / 8)`` if None.
-        conv: Transposed convolution of 3 or 2 dimensions.
-        iou_hidden: Hidden channels of the IoU head.
+    ``widths`` are the channels after each doubling of the grid, ``(dim / 4, dim / 8)`` by default. The IoU head has no
+    activation at its end.
 
     Source: Segment Anything, appendix A; 384 channels, 8 heads, 4 mask tokens in SAM-Med3D.
     """

@@ -17,15 +17,11 @@ MASK_VOXELS_PER_TOKEN = 4
 
 
 class RandomFourierPositions(nn.Module):
-    """Positions in [0, 1] along each axis as sines and cosines of fixed random directions.
+    """Positions in [0, 1] along each of 3 or 2 axes as sines and cosines of fixed random directions.
 
-    Args:
-        dim: Channels; a multiple of 3 with ``sin_cos_sin``, else of 2.
-        sin_cos_sin: Concatenate sine, cosine and the same sine again (SAM-Med3D, as released) instead of sine and
-            cosine.
-        swap_axes: Dense positions take axis 0 for axis 1 and the reverse, while points do not (SAM-Med3D, as released;
-            in 2D as SAM, whose points are (x, y)).
-        axes: 3 or 2.
+    ``sin_cos_sin`` concatenates sine, cosine and the same sine again (SAM-Med3D, as released). With ``swap_axes`` dense
+    positions take axis 0 for axis 1 and the reverse, while points do not (SAM-Med3D, as released; in 2D as SAM, whose
+    points are (x, y)).
     """
 
     positional_encoding_gaussian_matrix: Tensor
@@ -50,7 +46,38 @@ class RandomFourierPositions(nn.Module):
         return self(torch.stack(axes, -1)).movedim(-1, 0)[None]
 
 
-class PromptEncoder(nn.Module):
+class PromptLayers(nn.Module):
+    """The layers of SAM's prompt encoder, with SAM's state-dict names; the mask's go to a grid a quarter as fine."""
+
+    def __init__(
+        self,
+        dim: int,
+        pe_layer: RandomFourierPositions,
+        conv: type[nn.Conv2d] | type[nn.Conv3d],
+        boxes: bool = True,
+        pad_point: bool = True,
+    ) -> None:
+        super().__init__()
+        self.pe_layer = pe_layer
+        self.point_embeddings = nn.ModuleList(nn.Embedding(1, dim) for _ in range(4 if boxes else 2))
+        self.not_a_point_embed = nn.Embedding(1, dim) if pad_point else None
+        self.mask_downscaling = nn.Sequential(
+            conv(1, 4, kernel_size=2, stride=2),
+            LayerNorm3d(4),
+            nn.GELU(),
+            conv(4, 16, kernel_size=2, stride=2),
+            LayerNorm3d(16),
+            nn.GELU(),
+            conv(16, dim, kernel_size=1),
+        )
+        self.no_mask_embed = nn.Embedding(1, dim)
+
+    def embedding(self, *indices: int) -> Tensor:
+        """(len(indices), C): 0 background click, 1 object click, 2 low corner, 3 high corner."""
+        return torch.cat([self.point_embeddings.get_submodule(str(i)).get_parameter("weight") for i in indices])
+
+
+class PromptEncoder(PromptLayers):
     """Prompts to sparse tokens and a dense feature grid.
 
     Args:
@@ -58,8 +85,7 @@ class PromptEncoder(nn.Module):
         grid: Token grid (d, h, w); mask prompts have four times as many voxels along each axis.
         input_shape: Crop shape in voxels, tensor-axis order.
         boxes: Whether boxes are understood (two more embeddings, for the low and the high corner).
-        sin_cos_sin: See ``RandomFourierPositions``.
-        swap_pe_axes: See ``RandomFourierPositions``.
+        sin_cos_sin: As ``swap_pe_axes``, see ``RandomFourierPositions``.
         pad_point: Append a padding token to the points, and let padding tokens take part in attention (SAM-Med3D, as
             released: N clicks give N + 1 tokens). False adds none and masks padding out, so that a sample does not
             depend on its batch mates.
@@ -79,13 +105,8 @@ class PromptEncoder(nn.Module):
         pad_point: bool = False,
         zero_first_mask: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(dim, RandomFourierPositions(dim, sin_cos_sin, swap_pe_axes), nn.Conv3d, boxes, pad_point)
         self.grid, self.input_shape, self.zero_first_mask = grid, input_shape, zero_first_mask
-        self.pe_layer = RandomFourierPositions(dim, sin_cos_sin, swap_pe_axes)
-        self.point_embeddings = nn.ModuleList(nn.Embedding(1, dim) for _ in range(4 if boxes else 2))
-        self.not_a_point_embed = nn.Embedding(1, dim) if pad_point else None
-        self.mask_downscaling = _mask_downscaling(nn.Conv3d, dim)
-        self.no_mask_embed = nn.Embedding(1, dim)
 
     def forward(self, prompts: PromptBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, T, C), which of them count (B, T) bool, and mask features (B, C, d, h, w)."""
@@ -110,8 +131,7 @@ class PromptEncoder(nn.Module):
             labels = torch.cat([labels, labels.new_full((labels.shape[0], 1), PADDING)], 1)
         position = self.pe_layer((points + 0.5) / points.new_tensor(self.input_shape))
         kinds = labels[..., None]
-        background, on_object = (_weight(self.point_embeddings, index) for index in (0, 1))
-        tokens = position + torch.where(kinds == POSITIVE, on_object, background)
+        tokens = position + torch.where(kinds == POSITIVE, self.embedding(1), self.embedding(0))
         if self.not_a_point_embed is None:
             return tokens, labels != PADDING
         tokens = torch.where(kinds == PADDING, self.not_a_point_embed.weight, tokens)
@@ -119,19 +139,12 @@ class PromptEncoder(nn.Module):
 
     def embed_boxes(self, boxes: Tensor) -> Tensor:
         """(B, 2, 3) low and high corners (half-open, voxel edges) as two tokens (B, 2, C)."""
-        corners = torch.cat([_weight(self.point_embeddings, index) for index in (2, 3)])
-        return self.pe_layer(boxes / boxes.new_tensor(self.input_shape)) + corners
+        return self.pe_layer(boxes / boxes.new_tensor(self.input_shape)) + self.embedding(2, 3)
 
     def embed_mask(self, mask_logits: Tensor | None, batch: int, valid: Tensor | None = None) -> Tensor:
-        """An earlier mask as features.
+        """Features (B, C, d, h, w) of an earlier mask (B, 1, 4d, 4h, 4w), None for no mask yet.
 
-        Args:
-            mask_logits: (B, 1, 4d, 4h, 4w), or None for no mask yet.
-            batch: B.
-            valid: (B,) bool, which samples have a mask; None means all.
-
-        Returns:
-            (B, C, d, h, w).
+        ``valid`` (B,) bool says which samples have a mask; None means all.
         """
         none = rearrange(self.no_mask_embed.weight, "1 c -> 1 c 1 1 1")
         given = None if valid is None else valid[:, None, None, None, None]
@@ -150,49 +163,20 @@ class PromptEncoder(nn.Module):
         return self.pe_layer.dense(self.grid)
 
 
-class PromptEncoder2d(nn.Module):
-    """SAM's prompt encoder on slices, with SAM's state-dict names; only boxes and "no mask" are used here."""
+class PromptEncoder2d(PromptLayers):
+    """SAM's prompt encoder on slices; only boxes and "no mask" are used here."""
 
     def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.pe_layer = RandomFourierPositions(dim, swap_axes=True, axes=2)
-        self.point_embeddings = nn.ModuleList(nn.Embedding(1, dim) for _ in range(4))
-        self.not_a_point_embed = nn.Embedding(1, dim)
-        self.mask_downscaling = _mask_downscaling(nn.Conv2d, dim)
-        self.no_mask_embed = nn.Embedding(1, dim)
+        super().__init__(dim, RandomFourierPositions(dim, swap_axes=True, axes=2), nn.Conv2d)
 
     def embed_boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        """Boxes as two tokens each.
-
-        Args:
-            boxes: (B, 2, 2) low and high (y, x) corners, voxel edges.
-            size: (H, W) of the slices.
-
-        Returns:
-            (B, 2, dim).
+        """Boxes as two tokens each (B, 2, dim): (B, 2, 2) low and high (y, x) corners, voxel edges, on slices of size
+        (H, W).
         """
         centres = boxes + boxes.new_tensor([[0.5], [-0.5]])  # of the box's first and last pixel, as SAM takes its boxes
         unit = centres.flip(-1) / boxes.new_tensor([size[1], size[0]])
-        return self.pe_layer(unit) + torch.cat([_weight(self.point_embeddings, index) for index in (2, 3)])
+        return self.pe_layer(unit) + self.embedding(2, 3)
 
     def no_mask(self, batch: int, height: int, width: int) -> Tensor:
         """(B, dim, height, width): what stands for no mask prompt."""
         return rearrange(self.no_mask_embed.weight, "1 c -> 1 c 1 1").expand(batch, -1, height, width)
-
-
-def _mask_downscaling(conv: type[nn.Conv2d] | type[nn.Conv3d], dim: int) -> nn.Sequential:
-    """From mask logits to features on a grid a quarter as fine; state-dict names as in SAM."""
-    return nn.Sequential(
-        conv(1, 4, kernel_size=2, stride=2),
-        LayerNorm3d(4),
-        nn.GELU(),
-        conv(4, 16, kernel_size=2, stride=2),
-        LayerNorm3d(16),
-        nn.GELU(),
-        conv(16, dim, kernel_size=1),
-    )
-
-
-def _weight(embeddings: nn.ModuleList, index: int) -> Tensor:
-    """(1, C): 0 background click, 1 object click, 2 low corner, 3 high corner."""
-    return embeddings.get_submodule(str(index)).get_parameter("weight")

@@ -84,15 +84,9 @@ def prompt_maps(prompts: PromptBatch, stride: int, shape: IntTriple) -> Tensor:
 
 
 def sample_at(features: Tensor, points: Tensor, stride: float) -> Tensor:
-    """Trilinear features under points.
+    """Trilinear features (B, N, C) float32 of (B, C, d, h, w) under points; outside of the crop, those of the border.
 
-    Args:
-        features: (B, C, d, h, w).
-        points: (B, N, 3) positions in voxels of the crop; outside of it, those of the border.
-        stride: Voxels of the crop per voxel of the features.
-
-    Returns:
-        (B, N, C) float32.
+    ``points`` are (B, N, 3) in voxels of the crop, of which ``stride`` lie along a voxel of the features.
     """
     if points.shape[1] == 0:
         return features.new_zeros(points.shape[0], 0, features.shape[1], dtype=torch.float32)
@@ -109,12 +103,9 @@ def sample_at(features: Tensor, points: Tensor, stride: float) -> Tensor:
 
 
 class ClickSimilarity(nn.Module):
-    """How much each voxel resembles what was clicked, per head and sign of the click.
+    """How much each voxel resembles what was clicked, per head (a learned product) and sign of the click.
 
-    Args:
-        channels: Of the features.
-        heads: Learned products; each gives the largest value over all clicks of a sign.
-        head_dim: Channels of a product.
+    Each head gives the largest value over all clicks of a sign.
 
     Source: ours, after the visual sampling at the click of 3DSAM-adapter, which does not compare with every voxel.
     """

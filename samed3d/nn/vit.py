@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -10,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple
-from samed3d.nn.attention import DilatedAttention, GridAttention
 from samed3d.nn.layers import LayerNorm3d, Mlp, neck
 
 
@@ -42,12 +44,7 @@ class PatchEmbed(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block on channels-last tokens (B, ..., dim).
-
-    Args:
-        dim: Channels.
-        attention: Self-attention from (B, ..., dim) to the same shape; None for a block that is its MLP alone.
-    """
+    """Pre-norm transformer block on channels-last tokens (B, ..., dim); without ``attention`` it is its MLP alone."""
 
     def __init__(self, dim: int, attention: nn.Module | None) -> None:
         super().__init__()
@@ -65,21 +62,14 @@ class Block(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Vision transformer over a 3D token grid.
+    """Vision transformer over a token grid, in 3D or 2D: patches, positions, blocks, neck.
 
     Args:
-        patch_embed: Module from (B, 1, D, H, W) to (B, d, h, w, dim) tokens; None when ``forward`` is given tokens.
-        grid: Token grid (d, h, w).
+        patch_embed: Module from a crop to (B, ..., dim) tokens; None when ``forward`` is given tokens.
+        attentions: Self-attention of each block (see ``Block``); taken one by one, so that a generator may build them.
+        grid: Token grid of the positions, (d, h, w) or (h, w).
         dim: Token channels.
-        depth: Blocks.
-        heads: Attention heads.
-        window: Window edge of the windowed blocks; 0 makes every block global.
-        global_blocks: Indices of the blocks that attend globally.
         out_dim: Channels of the neck's output.
-        misbroadcast_relpos: See ``GridAttention``.
-        pad_sink: See ``GridAttention``.
-        plain_blocks: How many of the first blocks have no attention (FastSAM3D).
-        patterns: Dilated instead of global attention in all others (see ``DilatedAttention``), or None.
 
     Attributes:
         checkpoint_blocks: Recompute each block's activations in the backward pass: less memory, the same gradients.
@@ -90,57 +80,37 @@ class ImageEncoder(nn.Module):
     def __init__(
         self,
         patch_embed: nn.Module | None,
-        grid: IntTriple,
+        attentions: Iterable[nn.Module | None],
+        grid: tuple[int, ...],
         dim: int,
-        depth: int,
-        heads: int,
-        window: int,
-        global_blocks: tuple[int, ...],
         out_dim: int,
-        misbroadcast_relpos: bool = False,
-        pad_sink: bool = False,
-        plain_blocks: int = 0,
-        patterns: tuple[tuple[int, int], ...] | None = None,
     ) -> None:
         super().__init__()
+        self.dim, self.out_dim = dim, out_dim
         self.patch_embed = patch_embed
         self.checkpoint_blocks = False
         self.pos_embed = nn.Parameter(torch.zeros(1, *grid, dim))
+        self.blocks = nn.ModuleList(Block(dim, attention) for attention in attentions)
+        self.neck = neck(nn.Conv3d if len(grid) == 3 else nn.Conv2d, dim, out_dim)
 
-        def attention(index: int) -> nn.Module | None:
-            if index < plain_blocks:
-                return None
-            if patterns is not None:
-                return DilatedAttention(dim, heads, grid, patterns)
-            edge = 0 if index in global_blocks else window
-            return GridAttention(dim, heads, grid, edge, misbroadcast_relpos, pad_sink)
-
-        self.blocks = nn.ModuleList(Block(dim, attention(index)) for index in range(depth))
-        self.neck = neck(nn.Conv3d, dim, out_dim)
+    def tokens(self, x: Tensor) -> Tensor:
+        """Tokens with their positions (B, ..., dim) of what ``forward`` takes."""
+        return (x if self.patch_embed is None else self.patch_embed(x)) + self.pos_embed
 
     def forward(self, x: Tensor, layers: list[Tensor] | None = None) -> Tensor:
-        """Encode a crop.
+        """Encode a crop, or its tokens without a ``patch_embed``, to (B, out_dim, d, h, w).
 
-        Args:
-            x: (B, 1, D, H, W), or (B, d, h, w, dim) tokens without a ``patch_embed``.
-            layers: Receives each block's output, (B, d, h, w, dim).
-
-        Returns:
-            (B, out_dim, d, h, w).
+        ``layers`` receives each block's output, (B, d, h, w, dim).
         """
-        if self.patch_embed is not None:
-            x = self.patch_embed(x)
-        x = x + self.pos_embed
+        x = self.tokens(x)
         for block in self.blocks:
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = run_block(block, x, recompute=self.checkpoint_blocks)
             if layers is not None:
                 layers.append(x)
         x = x.movedim(-1, 1)
         for layer in self.neck:
-            x = layer(x.contiguous())  # from channels-last, the convolution would reorder its weights at every call
+            # From channels-last, a 3D convolution would reorder its weights at every call.
+            x = layer(x.contiguous() if x.ndim == 5 else x)
         return x
 
     def layer_features(self, x: Tensor) -> list[Tensor]:
@@ -150,16 +120,18 @@ class ImageEncoder(nn.Module):
         return [*layers, out.movedim(1, -1)]
 
 
+def run_block(block: Callable[..., Tensor], *inputs: Any, recompute: bool) -> Tensor:
+    """A block's output; with ``recompute`` its activations are computed again in the backward pass, to save memory."""
+    if recompute and torch.is_grad_enabled():
+        return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
+    return block(*inputs)
+
+
 class ConvStem(nn.Module):
     """Strided convolutions from voxels to tokens, which also yields a finer feature map for the mask decoder.
 
-    Each stage halves the grid: a 3x3x3 convolution with stride 2, normalisation, GELU. Channels double from ``width``;
-    the last stage has ``dim``.
-
-    Args:
-        patch: Voxels per token edge, a power of two >= 4.
-        width: Channels of the first stage.
-        dim: Token channels.
+    Each stage halves the grid: a 3x3x3 convolution with stride 2, normalisation, GELU. Channels double from ``width``
+    on; the last stage has ``dim``. ``patch``, the voxels per token edge, is a power of two >= 4.
     """
 
     def __init__(self, patch: int, width: int, dim: int) -> None:

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple
 from samed3d.nn.attention import GridAttention
-from samed3d.nn.layers import neck
-from samed3d.nn.vit import Block
+from samed3d.nn.vit import ImageEncoder
 
 SAM_SIZES: dict[str, dict[str, Any]] = {
     "sam_vit_b": {"dim": 768, "depth": 12, "heads": 12, "global_blocks": (2, 5, 8, 11)},
@@ -35,13 +34,8 @@ TIMM_PREFIX = "timm:"
 
 
 class Attention2d(GridAttention):
-    """``GridAttention`` on a (B, H, W, C) grid of any size, with SAM's two tables and its padded windows.
-
-    Args:
-        dim: Channels.
-        heads: Attention heads.
-        grid: Edge of the token grid that the tables were made for.
-        window: Window edge in tokens, 0 for global attention.
+    """``GridAttention`` on a (B, H, W, C) grid of any size, with SAM's two tables, made for an edge of ``grid``, and
+    its padded windows.
 
     Source: Segment Anything's released image encoder (after ViTDet and MViTv2).
     """
@@ -59,18 +53,10 @@ class Attention2d(GridAttention):
         return (1, self.window or x.shape[2], self.window or x.shape[3])
 
 
-class SamEncoder2d(nn.Module):
-    """SAM's image encoder.
+class SamEncoder2d(ImageEncoder):
+    """SAM's image encoder, (B, 3, H, W) to (B, out_dim, H / patch, W / patch), with its numbers from ``SAM_SIZES``.
 
-    Args:
-        dim: Token channels.
-        depth: Blocks.
-        heads: Attention heads.
-        global_blocks: Indices of the blocks that attend globally.
-        grid: Edge of the token grid that the tables are made for.
-        window: Window edge of the other blocks.
-        out_dim: Channels of the neck's output.
-        patch: Pixels per token edge.
+    ``grid`` is the edge of the token grid that the tables are made for; blocks not in ``global_blocks`` have windows.
     """
 
     def __init__(
@@ -84,33 +70,23 @@ class SamEncoder2d(nn.Module):
         out_dim: int = 256,
         patch: int = 16,
     ) -> None:
-        super().__init__()
-        self.dim, self.stride, self.out_dim = dim, patch, out_dim
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, kernel_size=patch, stride=patch)})
-        self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, dim))
-        self.blocks = nn.ModuleList(
-            Block(dim, Attention2d(dim, heads, grid, 0 if i in global_blocks else window)) for i in range(depth)
-        )
-        self.neck = neck(nn.Conv2d, dim, out_dim)
+        patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, kernel_size=patch, stride=patch)})
+        windows = (0 if index in global_blocks else window for index in range(depth))
+        attentions = (Attention2d(dim, heads, grid, edge) for edge in windows)
+        super().__init__(patch_embed, attentions, (grid, grid), dim, out_dim)
+        self.stride = patch
 
-    def tokens(self, image: Tensor) -> Tensor:
+    def tokens(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) pixels to (B, H / patch, W / patch, dim) tokens with their positions.
 
         Raises:
             InputError: if an edge is no multiple of the patch.
         """
-        if any(n % self.stride for n in image.shape[2:]):
+        if any(n % self.stride for n in x.shape[2:]):
             rule, remedy = f"multiples of {self.stride} pixels", "pad or resample the slices"
-            raise InputError(f"image edges must be {rule}, got {tuple(image.shape[2:])}; {remedy}")
-        x = rearrange(self.patch_embed["proj"](image), "b c h w -> b h w c")
-        return x + resampled_positions(self.pos_embed, x.shape[1], x.shape[2])
-
-    def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, out_dim, H / patch, W / patch)."""
-        x = self.tokens(image)
-        for block in self.blocks:
-            x = block(x)
-        return self.neck(rearrange(x, "b h w c -> b c h w"))
+            raise InputError(f"image edges must be {rule}, got {tuple(x.shape[2:])}; {remedy}")
+        tokens = self.get_submodule("patch_embed.proj")(x).movedim(1, -1)
+        return tokens + resampled_positions(self.pos_embed, tokens.shape[1], tokens.shape[2])
 
 
 def resampled_positions(table: Tensor, height: int, width: int) -> Tensor:
@@ -123,10 +99,7 @@ def resampled_positions(table: Tensor, height: int, width: int) -> Tensor:
 
 
 class TimmEncoder2d(nn.Module):
-    """Any vision transformer of timm as an image encoder: (B, 3, H, W) to (B, out_dim, H / stride, W / stride).
-
-    Args:
-        name: timm's model name.
+    """A vision transformer of timm as an image encoder: (B, 3, H, W) to (B, out_dim, H / stride, W / stride).
 
     Raises:
         InputError: if timm is not installed or knows no such model.
@@ -163,11 +136,7 @@ class TimmEncoder2d(nn.Module):
 
 
 def build_encoder(name: str, seed: int = 0) -> SamEncoder2d | TimmEncoder2d:
-    """An encoder by name with random weights that follow from the seed alone.
-
-    Args:
-        name: A key of ``SAM_SIZES`` or ``timm:NAME``.
-        seed: Of the weights.
+    """An encoder by name (a key of ``SAM_SIZES`` or ``timm:NAME``) with random weights that follow from the seed alone.
 
     Raises:
         InputError: for an unknown name.
@@ -196,12 +165,10 @@ def fill_randomly(module: nn.Module, seed: int) -> None:
 
 
 def encoder_state(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The image encoder's part of a SAM checkpoint, in this file's names.
+    """The image encoder's part of a SAM checkpoint, in this file's names; a ``timm:NAME`` gets its own names.
 
-    Args:
-        state: A whole SAM state dict (``image_encoder.*`` beside prompt encoder and mask decoder), an encoder alone, or
-            timm's names.
-        name: The encoder that it is for, as in ``build_encoder``; a ``timm:NAME`` gets its own names.
+    ``state`` is a whole SAM state dict (``image_encoder.*`` beside prompt encoder and mask decoder), an encoder alone,
+    or has timm's names.
     """
     prefix = "image_encoder."
     own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)} or dict(state)

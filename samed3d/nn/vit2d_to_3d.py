@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple
 from samed3d.nn.attention import GridAttention
 from samed3d.nn.layers import neck
-from samed3d.nn.vit import Block
+from samed3d.nn.vit import Block, run_block
 from samed3d.nn.vit2d import Attention2d, SamEncoder2d, resampled_positions
 
 FAR = -100.0
@@ -30,11 +29,8 @@ FAR = -100.0
 class SpatialAdapter(nn.Module):
     """x + ReLU(up(ReLU(depthwise 3x3x3(ReLU(down(x)))))) on a (B, D, H, W, C) grid.
 
-    As released, the last ReLU lets the adapter only add, and it changes the encoder from the start.
-
-    Args:
-        dim: Token channels.
-        zero: Start ``up`` at zero, with a bias just above it so that the ReLU passes a gradient.
+    As released, the last ReLU lets the adapter only add, and it changes the encoder from the start. ``zero`` starts
+    ``up`` at zero, with a bias just above it so that the ReLU passes a gradient.
 
     Source: 3DSAM-adapter (Gong et al., MedIA 2024), section 3.1; the place in front of the block's first norm as in the
     code.
@@ -61,10 +57,6 @@ class DepthPatchEmbed(nn.Module):
 
     The crop is upsampled on the way, a token's thickness of slices at a time; the slices' embeddings are recomputed in
     the backward pass, as all of them together take 1.6 GB for a crop of 512^3.
-
-    Args:
-        proj: SAM's patch convolution, 3 channels in.
-        upsample: How many times finer than the crop the slices are.
     """
 
     def __init__(self, proj: nn.Conv2d, upsample: int) -> None:
@@ -82,9 +74,7 @@ class DepthPatchEmbed(nn.Module):
         along = F.interpolate(unit, size=size[0], mode="linear", align_corners=False)[0].T
         tokens = []
         for rows in along.split(self.patch):
-            args = (image[:, 0], rows.to(image.dtype), size[1:])
-            recompute = torch.is_grad_enabled()
-            tokens.append(checkpoint(self._layer, *args, use_reentrant=False) if recompute else self._layer(*args))
+            tokens.append(run_block(self._layer, image[:, 0], rows.to(image.dtype), size[1:], recompute=True))
         return torch.stack(tokens, 1)
 
     def _layer(self, image: Tensor, rows: Tensor, size: list[int]) -> Tensor:
@@ -102,11 +92,7 @@ class DepthPatchEmbed(nn.Module):
 class WindowAttention3d(GridAttention):
     """SAM's attention weights in shifted 3D windows, with a relative position table for depth beside SAM's two.
 
-    Args:
-        attention: The 2D layer whose projections and tables are used.
-        grid: Token grid (d, h, w), multiples of ``window``.
-        window: Window edge in tokens.
-        shift: How far the windows are shifted along each axis, 0 for not.
+    Edges of ``grid`` are multiples of ``window``; ``shift`` is how far the windows are shifted along each axis.
     """
 
     part: Tensor
@@ -161,15 +147,9 @@ class LiftedBlock(nn.Module):
 
 
 class LiftedEncoder(nn.Module):
-    """3DSAM-adapter's image encoder.
+    """3DSAM-adapter's image encoder, on the tensors of SAM's encoder, whose neck is not used.
 
-    Args:
-        encoder: SAM's encoder; its tensors are taken over, its neck is not used.
-        grid: Token grid.
-        upsample: See ``DepthPatchEmbed``.
-        window: Window edge in tokens.
-        taps: After which blocks, counted from 1, a map is taken; each has a neck of its own.
-        zero: See ``SpatialAdapter``.
+    ``taps`` are the blocks, counted from 1, after which a map is taken through a neck of its own.
 
     Raises:
         InputError: if a tap is no block of the encoder.
@@ -186,7 +166,7 @@ class LiftedEncoder(nn.Module):
         self.checkpoint_blocks = False  # recompute blocks in the backward pass, for memory
         if not taps or not all(1 <= t <= len(encoder.blocks) for t in taps):
             raise InputError(f"taps must be blocks from 1 to {len(encoder.blocks)}, got {taps}")
-        self.patch_embed = DepthPatchEmbed(cast(nn.Conv2d, encoder.patch_embed["proj"]), upsample)
+        self.patch_embed = DepthPatchEmbed(cast(nn.Conv2d, encoder.get_submodule("patch_embed.proj")), upsample)
         self.pos_embed = nn.Parameter(_pooled(encoder.pos_embed.detach(), grid[1], grid[2]))
         self.depth_embed = nn.Parameter(torch.ones(1, grid[0], dim))
         shifts = [window // 2 if index % 2 == 0 and min(grid) > window else 0 for index in range(len(encoder.blocks))]
@@ -207,8 +187,7 @@ class LiftedEncoder(nn.Module):
         x = x + self.pos_embed[:, None] + self.depth_embed[:, :, None, None]
         maps: list[Any] = []
         for number, block in enumerate(self.blocks, start=1):
-            recompute = self.checkpoint_blocks and torch.is_grad_enabled()
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            x = run_block(block, x, recompute=self.checkpoint_blocks)
             if number in self.taps:
                 maps.append(self.necks[self.taps.index(number)](x.movedim(-1, 1).contiguous()))
         return maps

@@ -27,12 +27,9 @@ MAX_PATH = 10_000
 
 @dataclass(frozen=True)
 class Point:
-    """A click.
+    """A click at voxel indices i, j, k (0-based, x first) or, in the space ``"ras"``, RAS millimetres.
 
-    Args:
-        at: Position, three numbers: voxel indices i, j, k (0-based, x first) or RAS millimetres.
-        positive: True marks the object, False marks background.
-        space: ``"ijk"`` or ``"ras"``.
+    A positive one marks the object, a negative one the background.
     """
 
     at: Triple
@@ -46,15 +43,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Box:
-    """A box around the object; both corners belong to it.
+    """A box around the object, from its lowest to its highest corner; both belong to it.
 
     A box that is one voxel thick along exactly one axis is a 2D box: it bounds the object in that slice and says
     nothing of the others.
-
-    Args:
-        min: Lowest corner, i, j, k or RAS mm.
-        max: Highest corner, same space; ``min <= max`` on each axis.
-        space: ``"ijk"`` or ``"ras"``.
     """
 
     min: Triple
@@ -91,19 +83,15 @@ class Scribble:
         _check_space(self.space)
         if not 0 <= self.radius_vox <= MAX_BRUSH_VOX:
             raise InputError(f"scribble radius must be 0 to {MAX_BRUSH_VOX} voxels, got {self.radius_vox!r}")
+        object.__setattr__(self, "radius_vox", float(self.radius_vox))
 
 
 @dataclass(frozen=True)
 class Lasso:
-    """A closed outline drawn by hand in one slice, of any of the three axes.
+    """A closed outline of at least three positions, drawn by hand in one slice of any of the three axes.
 
     A positive one is drawn around the object's part in that slice: the deeper half of what it holds belongs to the
     object. Nothing inside a negative one does.
-
-    Args:
-        outline: At least three positions; the last is joined to the first.
-        positive: See above.
-        space: ``"ijk"`` or ``"ras"``.
     """
 
     outline: tuple[Triple, ...]

@@ -43,13 +43,7 @@ class PackedMask:
 
     @classmethod
     def of_part(cls, part: NDArray, region: Region, shape_zyx: IntTriple) -> PackedMask:
-        """Pack a mask that is known inside ``region`` only and empty elsewhere.
-
-        Args:
-            part: (d, h, w) of the region's shape.
-            region: Where it lies, inside the whole.
-            shape_zyx: Of the whole.
-        """
+        """Pack a (d, h, w) mask that is known inside ``region`` only and empty elsewhere in ``shape_zyx``."""
         tight = bounding_region(part != 0)
         inside = np.packbits(part[tight.slices] != 0)
         if not tight.is_empty:

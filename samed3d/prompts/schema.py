@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,11 @@ from samed3d.prompts.packed import PackedMask
 SCHEMA_VERSION = 1
 PromptReader = Callable[[Any, str, str], Prompt]
 """Reads a prompt from JSON; arguments as ``prompt_from_json``."""
-KEYS = {
-    "point": ("at", "positive"),
-    "box": ("min", "max"),
-    "scribble": ("path", "positive", "radius_vox"),
-    "lasso": ("outline", "positive"),
-    "mask": ("path", "size", "start", "stop", "bits"),
-}
-"""Keys of each kind of prompt; ``type``, ``space`` and ``id`` are keys of all."""
+KINDS: dict[str, Any] = {kind.__name__.lower(): kind for kind in (Point, Box, Scribble, Lasso, Mask)}
+"""Kinds of prompt by their ``type`` in JSON; the other keys are the fields of the kind, but for a mask."""
+_MASK_KEYS = ("path", "size", "start", "stop", "bits")
+_TYPES: dict[str, tuple[Any, str]] = {"positive": (bool, "true or false"), "radius_vox": (int | float, "a number")}
+"""Type of a value, and how to say it; positions are checked by the prompt itself."""
 
 
 def parse_numbers(text: str, count: int, flag: str) -> tuple[float, ...]:
@@ -99,12 +97,7 @@ def load_prompts(path: Path) -> list[ObjectPrompts]:
 
 
 def objects_from_json(body: Any, where: str, read: PromptReader | None = None) -> list[ObjectPrompts]:
-    """The objects of a prompt file's content.
-
-    Args:
-        body: The content, as JSON gives it.
-        where: What messages begin with.
-        read: Reads one prompt; ``prompt_from_json`` by default.
+    """The objects of a prompt file's content; messages begin with ``where``, and ``read`` reads one prompt.
 
     Raises:
         InputError: if it breaks the schema.
@@ -113,8 +106,7 @@ def objects_from_json(body: Any, where: str, read: PromptReader | None = None) -
         raise InputError(f'{where}: prompts must be an object with "version": {SCHEMA_VERSION}')
     _check_keys(body, ("version", "space", "objects"), where)
     space = body.get("space", "ijk")
-    if space not in SPACES:
-        raise InputError(f"{where}: space must be one of {', '.join(SPACES)}, got {space!r}")
+    _check_space(space, where)
     objects: list[ObjectPrompts] = []
     for number, entry in enumerate(_listed(body, "objects", where), start=1):
         place = f"{where}: object {number}"
@@ -131,62 +123,51 @@ def objects_from_json(body: Any, where: str, read: PromptReader | None = None) -
 
 def prompt_to_json(prompt: Prompt) -> dict[str, Any]:
     """One prompt as a JSON object, without its space (``prompt.space``)."""
-    match prompt:
-        case Point():
-            return {"type": "point", "at": list(prompt.at), "positive": prompt.positive}
-        case Box():
-            return {"type": "box", "min": list(prompt.min), "max": list(prompt.max)}
-        case Scribble():
-            path = [list(at) for at in prompt.path]
-            return {"type": "scribble", "path": path, "positive": prompt.positive, "radius_vox": prompt.radius_vox}
-        case Lasso():
-            return {"type": "lasso", "outline": [list(at) for at in prompt.outline], "positive": prompt.positive}
-        case Mask():
-            return {
-                "type": "mask",
-                **({"path": prompt.mask} if isinstance(prompt.mask, str) else prompt.mask.to_json()),
-            }
+    kind = type(prompt).__name__.lower()
+    if isinstance(prompt, Mask):
+        return {"type": kind, **({"path": prompt.mask} if isinstance(prompt.mask, str) else prompt.mask.to_json())}
+    values = {each.name: getattr(prompt, each.name) for each in fields(prompt) if each.name != "space"}
+    return {"type": kind, **{key: _as_lists(value) for key, value in values.items()}}
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(one) for one in value] if isinstance(value, tuple) else value
 
 
 def prompt_from_json(entry: Any, space: str = "ijk", where: str = "prompt") -> Prompt:
-    """The prompt of a JSON object.
+    """The prompt of a JSON object; messages begin with ``where``.
 
-    Args:
-        entry: What ``prompt_to_json`` returns; its own ``"space"``, if it has one, wins over ``space``.
-        space: Of positions.
-        where: What messages begin with.
+    Its own ``"space"``, if it has one, wins over ``space``.
 
     Raises:
         InputError: if it breaks the schema.
     """
-    kind = entry.get("type") if isinstance(entry, dict) else None
-    if kind not in KEYS:
-        raise InputError(f"{where}: prompt type must be one of {', '.join(KEYS)}, got {kind!r}")
-    _check_keys(entry, (*KEYS[kind], "type", "space", "id"), f"{where}: a {kind}")
-    positive, space = entry.get("positive", True), entry.get("space", space)
-    if not isinstance(positive, bool):
-        raise InputError(f"{where}: positive must be true or false, got {positive!r}")
+    name = entry.get("type") if isinstance(entry, dict) else None
+    if name not in KINDS:
+        raise InputError(f"{where}: prompt type must be one of {', '.join(KINDS)}, got {name!r}")
+    kind, space = KINDS[name], entry.get("space", space)
+    own = [each for each in fields(kind) if each.name != "space"]
+    known = _MASK_KEYS if kind is Mask else [each.name for each in own]
+    _check_keys(entry, (*known, "type", "space", "id"), f"{where}: a {name}")
+    for key, (types, rule) in _TYPES.items():
+        if key in entry and (not isinstance(entry[key], types) or isinstance(entry[key], bool) != (types is bool)):
+            raise InputError(f"{where}: {key} must be {rule}, got {entry[key]!r}")
+    _check_space(space, where)
+    if kind is not Mask:
+        for each in own:
+            if each.default is MISSING and each.name not in entry:
+                raise InputError(f"{where}: a {name} needs {each.name!r}")
+        return kind(**{key: entry[key] for key in known if key in entry}, space=space)
+    if "path" not in entry:
+        return Mask(PackedMask.from_json(entry))
+    if not isinstance(entry["path"], str) or not entry["path"]:
+        raise InputError(f"{where}: the path of a mask must be a file name, got {entry['path']!r}")
+    return Mask(entry["path"])
+
+
+def _check_space(space: Any, where: str) -> None:
     if space not in SPACES:
         raise InputError(f"{where}: space must be one of {', '.join(SPACES)}, got {space!r}")
-    try:
-        if kind == "point":
-            return Point(entry["at"], positive, space)
-        if kind == "box":
-            return Box(entry["min"], entry["max"], space)
-        if kind == "scribble":
-            radius = entry.get("radius_vox", 1.0)
-            if isinstance(radius, bool) or not isinstance(radius, int | float):
-                raise InputError(f"{where}: radius_vox must be a number, got {radius!r}")
-            return Scribble(entry["path"], positive, float(radius), space)
-        if kind == "lasso":
-            return Lasso(entry["outline"], positive, space)
-        if "path" not in entry:
-            return Mask(PackedMask.from_json(entry))
-        if not isinstance(entry["path"], str) or not entry["path"]:
-            raise InputError(f"{where}: the path of a mask must be a file name, got {entry['path']!r}")
-        return Mask(entry["path"])
-    except KeyError as error:
-        raise InputError(f"{where}: a {kind} needs {error.args[0]!r}") from error
 
 
 def _beside(prompt: Prompt, file: Path) -> Prompt:
