@@ -21,7 +21,8 @@ from torch import Tensor
 
 from samed3d.devices import widest_float
 from samed3d.errors import InputError
-from samed3d.geometry import IntTriple, bounding_region
+from samed3d.geometry import IntTriple, Triple, bounding_region
+from samed3d.metrics import distance_to_false
 
 POLICIES = ("uniform", "centre", "ritm")
 _NEIGHBOURS = list(itertools.product((-1, 0, 1), repeat=3))
@@ -134,19 +135,9 @@ def _peak(values: Tensor) -> Tensor:
     return values.amax(dim=(1, 2, 3), keepdim=True)
 
 
-def distance_inside(
-    mask: NDArray[np.bool_], spacing_zyx: tuple[float, float, float] = (1.0, 1.0, 1.0)
-) -> NDArray[np.float32]:
+def distance_inside(mask: NDArray[np.bool_], spacing_zyx: Triple = (1.0, 1.0, 1.0)) -> NDArray[np.float32]:
     """Euclidean distance of each True voxel to the nearest False one; beyond the array counts as False."""
-    padded = np.pad(mask, 1)
-    try:
-        import edt  # five times faster than scipy; optional
-
-        return edt.edt(padded, anisotropy=spacing_zyx)[1:-1, 1:-1, 1:-1]
-    except ImportError:
-        from scipy.ndimage import distance_transform_edt
-
-        return distance_transform_edt(padded, sampling=spacing_zyx)[1:-1, 1:-1, 1:-1].astype(np.float32)
+    return distance_to_false(np.pad(mask, 1), spacing_zyx)[1:-1, 1:-1, 1:-1]
 
 
 def largest_component(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

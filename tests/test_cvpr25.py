@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_metrics import nsd_subvoxel
 
 from samed3d.data.challenge_npz import read_boxes
 from samed3d.errors import InputError
@@ -25,7 +26,7 @@ from samed3d.evaluation.protocols.cvpr25 import (
     joined,
     simulated_boxes,
 )
-from samed3d.metrics import dice, nsd_subvoxel
+from samed3d.metrics import dice
 from samed3d.prompts import Box, Point
 from tests.known_methods import Fake
 

@@ -10,9 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from samed3d.metrics import dice, hd95, nsd, surface_distances
+from samed3d.metrics import _cut_together, _distances, dice, surface_scores
 
 SPACING = (3.0, 1.0, 0.5)
+
+
+def one_score(name):
+    return lambda a, b, spacing, tolerance_mm=0.0: surface_scores(a, b, spacing, tolerance_mm, (name,))[name]
+
+
+nsd, nsd_subvoxel, hd95 = map(one_score, ("nsd", "nsd_subvoxel", "hd95_mm"))
+
+
+def surface_distances(a, b, spacing):
+    return _distances(_cut_together(a, b), spacing)
 
 
 def cube(start: tuple[int, int, int], size: int, shape: tuple[int, int, int] = (12, 12, 12)) -> np.ndarray:
@@ -57,9 +68,9 @@ def test_shifted_cube_by_hand():
     """A 4-cube moved by two voxels along z: 16 + 16 of its 56 surface voxels are 6 mm off (end planes), the rest at
     most that."""
     a, b = cube((2, 2, 2), 4), cube((4, 2, 2), 4)
-    found = surface_distances(a, b, SPACING)
-    assert len(found.pred_to_target_mm) == len(found.target_to_pred_mm) == 56
-    assert found.pred_to_target_mm.max() == pytest.approx(6.0)
+    there, back = surface_distances(a, b, SPACING)
+    assert len(there) == len(back) == 56
+    assert there.max() == pytest.approx(6.0)
     assert hd95(a, b, SPACING) == pytest.approx(6.0)
     assert nsd(a, b, SPACING, 6.0) == 1.0
     assert nsd(a, a, SPACING, 0.0) == 1.0
@@ -80,8 +91,8 @@ def test_against_brute_force(monkeypatch, seed, without_edt):
     a, b = blobs(seed)
     there, back = brute_force(a, b, SPACING)
     found = surface_distances(a, b, SPACING)
-    np.testing.assert_allclose(found.pred_to_target_mm, there, rtol=1e-5)
-    np.testing.assert_allclose(found.target_to_pred_mm, back, rtol=1e-5)
+    for one, wanted in zip(found, (there, back), strict=True):
+        np.testing.assert_allclose(one, wanted, rtol=1e-5)
     assert hd95(a, b, SPACING) == pytest.approx(max(np.percentile(there, 95), np.percentile(back, 95)), rel=1e-5)
     assert nsd(a, b, SPACING, 1.0) == pytest.approx(np.mean(np.concatenate([there, back]) <= 1.0))
 
@@ -89,9 +100,9 @@ def test_against_brute_force(monkeypatch, seed, without_edt):
 def test_mask_at_the_border_has_a_surface_there():
     full = np.ones((3, 3, 3), bool)
     inner = cube((1, 1, 1), 1, (3, 3, 3))
-    found = surface_distances(full, inner, (1.0, 1.0, 1.0))
-    assert len(found.pred_to_target_mm) == 26
-    assert found.target_to_pred_mm.tolist() == [1.0]
+    there, back = surface_distances(full, inner, (1.0, 1.0, 1.0))
+    assert len(there) == 26
+    assert back.tolist() == [1.0]
 
 
 def test_empty_masks():

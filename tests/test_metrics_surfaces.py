@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+from test_metrics import hd95, nsd, nsd_subvoxel
 
 from samed3d.metrics import (
     _codes,
@@ -14,10 +15,7 @@ from samed3d.metrics import (
     clicks_to,
     dice,
     element_areas,
-    hd95,
     monotone_share,
-    nsd,
-    nsd_subvoxel,
     surface_scores,
     trapezoid,
     volume_error,
