@@ -2,10 +2,13 @@
 
     python benchmarks/card.py --clicks out/clicks --box out/box --controls out/controls
     python benchmarks/card.py --page
+    python benchmarks/card.py --images ../shared/data
 
 The card names the commands that made the three folders. Writes ``benchmarks/results/default_evaluation.json``, the
 head and the measured blocks of ``checkpoints/README.md``, and ``docs/images/default_{typical,worst}.png``, for which
-the model gets the saved prompts again. ``--page`` makes head and blocks from the JSON that is there.
+the model gets the saved prompts again. ``--page`` makes head and blocks from the JSON that is there. ``--images``
+writes the hashes of the images that ``default`` was trained on into ``checkpoints/manifest.json``, by which they are
+known again under any name.
 """
 
 from __future__ import annotations
@@ -28,7 +31,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from collect import parser_of  # noqa: E402
 from tables import Body, click_head, dice_table, origin, replace_blocks, table, with_interval  # noqa: E402
 
+from samed3d.data.corpus import image_hash  # noqa: E402
+from samed3d.data.exposure import TrainingHistory  # noqa: E402
 from samed3d.drawing import BACKGROUND, png_bytes  # noqa: E402
+from samed3d.evaluation.cases import find_cases  # noqa: E402
 from samed3d.evaluation.pictures import Replay, case_png  # noqa: E402
 from samed3d.evaluation.results import (  # noqa: E402
     Row,
@@ -45,8 +51,11 @@ from samed3d.evaluation.results import (  # noqa: E402
 )
 from samed3d.evaluation.statistics import FALL, Estimate, click_curve, estimate  # noqa: E402
 from samed3d.metrics import dice  # noqa: E402
+from samed3d.models.weights import read_header  # noqa: E402
 from samed3d.output import write_bytes, write_json, write_text  # noqa: E402
+from samed3d.volume import read_volume  # noqa: E402
 
+MANIFEST = ROOT / "checkpoints/manifest.json"
 CARD, RESULT = ROOT / "checkpoints/README.md", ROOT / "benchmarks/results/default_evaluation.json"
 IMAGES = ROOT / "docs/images"
 CLICKS = (1, 3, 5, 10)
@@ -61,7 +70,13 @@ def main() -> None:
     parser.add_argument("--box", type=Path, help="results folder: default, a box first")
     parser.add_argument("--controls", type=Path, help="results folder: default, control without a prompt, baselines")
     parser.add_argument("--page", action="store_true", help="only make the card's blocks from the JSON that is there")
+    parser.add_argument("--images", type=Path, help="folder of the data sets that default was trained on")
     options = parser.parse_args()
+    if options.images:
+        manifest = json.loads(MANIFEST.read_text(encoding="utf-8"))
+        manifest["checkpoints"]["default"]["training_images"] = training_images(options.images)
+        write_json(MANIFEST, manifest)
+        return
     if not options.page:
         if None in (options.clicks, options.box, options.controls):
             parser.error("give --clicks, --box and --controls, or --page")
@@ -69,6 +84,15 @@ def main() -> None:
         write_json(RESULT, body_of(runs))
         draw(runs["clicks"])
     write_text(CARD, card_with_blocks(CARD.read_text(encoding="utf-8"), json.loads(RESULT.read_text(encoding="utf-8"))))
+
+
+def training_images(data: Path) -> dict[str, str]:
+    """Hash to ``SOURCE/SUBJECT`` of the training images of ``default``, without those it held out under other names."""
+    history = TrainingHistory.of_header(read_header(ROOT / "checkpoints/default.safetensors"))
+    trained, others = (find_cases([data], history, side).cases for side in ("train", "val"))
+    held = {image_hash(read_volume(case.image_path).array) for case in others}
+    found = {image_hash(read_volume(case.image_path).array): f"{case.source}/{case.subject}" for case in trained}
+    return {image: name for image, name in sorted(found.items(), key=lambda item: item[1]) if image not in {*held, ""}}
 
 
 # Numbers

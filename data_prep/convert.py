@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from data_prep.cases import Problem, RawArrays, RawCase, SourceFacts
 from data_prep.clean import Rules, Structure, clean_layer, compact_layer
 from data_prep.readers import load_case
-from samed3d.data.corpus import VERSION, image_path, labels_path, write_array
+from samed3d.data.corpus import VERSION, image_hash, image_path, labels_path, write_array
 from samed3d.errors import InputError
 from samed3d.geometry import CanonicalView, IntTriple, Triple, as_triple
 from samed3d.output import write_text
@@ -221,10 +221,10 @@ def store(task: Task, raw: RawArrays, notes: list[str]) -> None:
         suffix = f"_{len(images):04d}" if several else ""
         channel, volume = raw.images.pop(0)  # freed as soon as it is written
         array = compact_image(view.to_canonical(volume.array))
-        content = content_hash(array)
+        known = {"content_hash": content_hash(array), "image_hash": image_hash(array)}
         array = resize_image(array, shape)
         write_array(image_path(folder, key, suffix, settings.storage), array)
-        images.append({"channel": suffix, "modality": channel, "dtype": str(array.dtype), "content_hash": content})
+        images.append({"channel": suffix, "modality": channel, "dtype": str(array.dtype), **known})
     if kept:
         write_array(labels_path(folder, key, settings.storage), layers)
     record = {

@@ -203,6 +203,7 @@ def _case_rows(r: Record, facts: dict[str, Any], shared: Record, twins: dict[str
             "licence_flag": facts.get("licence_flag", ""),
             "content_hash": image.get("content_hash", ""),
             "duplicate_of": twins.get(name, ""),
+            "image_hash": image.get("image_hash", ""),
         }
 
 

@@ -65,6 +65,18 @@ class Table:
     title: str = ""
     left: int = 1
 
+    def as_text(self, intervals: bool = False) -> str:
+        """Columns of equal width, words to the left and numbers to the right, with or without ``intervals``."""
+        rows = [
+            [cell if isinstance(cell, str) else " ".join(cell).strip() if intervals else cell[0] for cell in row]
+            for row in (self.head, *self.rows)
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(f"{text:{'<' if n < self.left else '>'}{widths[n]}}" for n, text in enumerate(row)).rstrip()
+            for row in rows
+        )
+
 
 def check_installed(what: str, *packages: str) -> None:
     """Refuse to begin ``what``, such as ``"a report"``, without the packages that it needs.

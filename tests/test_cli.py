@@ -205,6 +205,7 @@ def test_evaluate_passes_its_options(monkeypatch, tmp_path, capsys):
     import samed3d.evaluation.run as run
 
     seen = {}
+    (tmp_path / "dataset.json").write_text("{}")
     monkeypatch.setattr(run, "evaluate", lambda *values, **named: seen.update(values=values, **named))
     assert (
         main(
@@ -220,6 +221,7 @@ def test_evaluate_passes_its_options(monkeypatch, tmp_path, capsys):
                 "--clicks",
                 "1,2",
                 "--no-report",
+                "--quiet",
             ]
         )
         == 0

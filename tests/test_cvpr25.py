@@ -12,8 +12,9 @@ import pytest
 from test_metrics import nsd_subvoxel
 
 from samed3d.data.challenge_npz import read_boxes
+from samed3d.data.exposure import TrainingHistory
 from samed3d.errors import InputError
-from samed3d.evaluation.cases import TrainingSplit, find_cases
+from samed3d.evaluation.cases import find_cases
 from samed3d.evaluation.measuring import measure
 from samed3d.evaluation.methods import BaselineMethod
 from samed3d.evaluation.protocols import protocol_of
@@ -72,7 +73,7 @@ class EachRound:
 
 
 def measured_case(path: Path, method):
-    (case,) = find_cases([path.parent], TrainingSplit(), "all")
+    (case,) = find_cases([path.parent], TrainingHistory(), "all").cases
     return case, measure(case, method, protocol_of("cvpr25"), EvaluationSettings(3, min_voxels=1))
 
 
@@ -233,21 +234,21 @@ def test_a_file_that_would_run_something_is_refused(tmp_path):
 def test_bad_files_are_named(tmp_path):
     labels = truth()
     path = write_case(tmp_path / "CT_a.npz", labels)
-    (case,) = find_cases([tmp_path], TrainingSplit(), "all")
+    (case,) = find_cases([tmp_path], TrainingHistory(), "all").cases
     loaded = case.loaded()
     volume, found = loaded.volume, loaded.labels
     assert np.array_equal(found, labels) and volume.grid.spacing_xyz_mm == SPACING
     np.savez_compressed(path, imgs=labels, spacing=[1, 1])
     with pytest.raises(InputError, match="npz must hold gts, or have it in .*gts.CT_a.npz"):
-        find_cases([tmp_path], TrainingSplit(), "all")[0].loaded()
+        find_cases([tmp_path], TrainingHistory(), "all").cases[0].loaded()
     np.savez_compressed(path, imgs=labels, gts=labels, spacing=[1, 0, 1])
     with pytest.raises(InputError, match=r"spacing must be three numbers > 0, got \[1.0, 0.0, 1.0\]"):
-        find_cases([tmp_path], TrainingSplit(), "all")[0].loaded()
+        find_cases([tmp_path], TrainingHistory(), "all").cases[0].loaded()
     np.savez_compressed(path, imgs=labels, gts=labels[1:], spacing=[1, 1, 1])
     with pytest.raises(InputError, match="image and label must share one grid: imgs is"):
-        find_cases([tmp_path], TrainingSplit(), "all")[0].loaded()
+        find_cases([tmp_path], TrainingHistory(), "all").cases[0].loaded()
     listed = np.empty(1, object)
     listed[0] = {"z_min": 1}
     np.savez_compressed(path, imgs=labels, gts=labels, spacing=[1, 1, 1], boxes=listed)
     with pytest.raises(InputError, match="boxes must be dicts with z_min z_max z_mid"):
-        find_cases([tmp_path], TrainingSplit(), "all")[0].loaded()
+        find_cases([tmp_path], TrainingHistory(), "all").cases[0].loaded()

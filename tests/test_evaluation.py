@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from samed3d.data.corpus import in_validation
+from samed3d.data.exposure import TrainingHistory
 from samed3d.errors import InputError
 from samed3d.evaluation.baselines import BaselineSession
-from samed3d.evaluation.cases import TrainingSplit, find_cases
+from samed3d.evaluation.cases import find_cases
 from samed3d.evaluation.methods import method_of
 from samed3d.evaluation.results import FIELDS
 from samed3d.evaluation.run import evaluate
@@ -160,26 +161,29 @@ def test_region_growing_finds_a_bright_cuboid_and_ignores_negative_clicks():
 
 
 def test_groups_of_a_split():
-    split = TrainingSplit(0.2, 0, ("held",))
-    assert [split.group("held", SEEN), split.group("free", SEEN), split.group("free", UNSEEN)] == [
+    split = TrainingHistory(0.2, 0, ("held",), frozenset({"free"}))
+    assert [
+        split.side(*one) for one in (("held", [SEEN]), ("free", [SEEN]), ("free", [UNSEEN]), ("other", [SEEN]))
+    ] == [
         "held-out source",
         "trained on",
         "unseen subject",
+        "unseen source",
     ]
 
 
 def test_sides_of_the_split(tmp_path):
     folder = two_sets(tmp_path / "data")
-    split = TrainingSplit(0.2, 0, ("two",))
+    split = TrainingHistory(0.2, 0, ("two",), frozenset({"one"}))
     sides = {
-        which: [(c.source, c.case, c.group) for c in find_cases([folder], split, which)]
+        which: [(c.source, c.case, c.group) for c in find_cases([folder], split, which).cases]
         for which in ("val", "train", "all")
     }
     assert sides["val"] == [("one", "a", "unseen subject"), ("two", "c", "held-out source")]
     assert sides["train"] == [("one", "b", "trained on")]
     assert len(sides["all"]) == 3, "label maps have no image to click on"
-    assert [c.case for c in find_cases([folder / "one", folder / "two"], split, "all", limit=1)] == ["a", "c"]
-    case = find_cases([folder / "one"], split, "val")[0]
+    assert [c.case for c in find_cases([folder / "one", folder / "two"], split, "all", limit=1).cases] == ["a", "c"]
+    case = find_cases([folder / "one"], split, "val").cases[0]
     assert (case.subject, case.modality, case.names) == (UNSEEN, "CT", {0: "background", 1: "bright", 2: "dark"})
     loaded = case.loaded()
     volume, labels = loaded.volume, loaded.labels
@@ -189,13 +193,13 @@ def test_sides_of_the_split(tmp_path):
 def test_bad_sides_empty_sides_and_other_grids_are_named(tmp_path):
     folder = two_sets(tmp_path / "data")
     with pytest.raises(InputError, match="split must be one of val, train, all, got 'test'"):
-        find_cases([folder], TrainingSplit(), "test")
+        find_cases([folder], TrainingHistory(), "test")
     with pytest.raises(InputError, match="no labelled case on side 'val' of the split in .*two"):
-        find_cases([folder / "two"], TrainingSplit(), "val")
+        find_cases([folder / "two"], TrainingHistory(0.2), "val")
     image = folder / "two" / "imagesTr" / "c_0000.nii.gz"
     write_volume(image, scene(2)[0], Grid(RAS.shape_zyx, (1.0, 1.5, 3.0), RAS.origin_lps_mm, RAS.direction_lps))
     with pytest.raises(InputError, match=r"share one grid: .* differ by up to 19 mm: .*c_0000.nii.gz and .*c.nii.gz"):
-        find_cases([folder / "two"], TrainingSplit(), "all")[0].loaded()
+        find_cases([folder / "two"], TrainingHistory(), "all").cases[0].loaded()
 
 
 # Whole runs
@@ -325,5 +329,5 @@ def test_intervals_are_over_subjects_not_over_structures():
 def test_the_split_of_the_first_trained_checkpoint_counts(tmp_path):
     first = tiny_checkpoint(tmp_path / "a.safetensors", validation_share=0.4, split_seed=7, hold_out=["z"])
     second = tiny_checkpoint(tmp_path / "b.safetensors")
-    assert TrainingSplit.of_models(["region_growing", str(first), str(second)]) == TrainingSplit(0.4, 7, ("z",))
-    assert TrainingSplit.of_models(["region_growing"]) == TrainingSplit()
+    assert TrainingHistory.of_models(["region_growing", str(second), str(first)]).kept_from["seed"] == 0
+    assert TrainingHistory.of_models(["region_growing"]).side("any", [SEEN]) == "unseen source"

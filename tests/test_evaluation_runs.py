@@ -15,10 +15,10 @@ import pytest
 
 from samed3d.cli import main
 from samed3d.errors import InputError
-from samed3d.evaluation.cases import LabelledCase, LoadedCase
+from samed3d.evaluation.cases import CaseSelection, LabelledCase, LoadedCase, smallest
 from samed3d.evaluation.methods import ModelMethod
 from samed3d.evaluation.results import FIELDS, curves, read_lines, read_rows
-from samed3d.evaluation.run import QUICK_CASES, _smallest, evaluate
+from samed3d.evaluation.run import QUICK_CASES, evaluate
 from samed3d.evaluation.statistics import score_series
 from samed3d.geometry import Grid
 from samed3d.output import only_writer
@@ -268,7 +268,7 @@ def test_data_that_cannot_be_measured_is_one_line(tmp_path, capsys):
     write_mask(tmp_path / "specks" / "labelsTr" / "a.nii.gz", labels, RAS)
     for words, message in (
         ([], "evaluate needs data"),
-        ([str(tmp_path / "nothing")], "no labelled case on side 'all'"),
+        ([str(tmp_path / "nothing")], "no data set recognised"),
         ([str(tmp_path / "gone")], "data folder does not exist"),
         (
             [str(tmp_path / "set"), "--data", str(tmp_path / "set")],
@@ -309,7 +309,7 @@ def test_a_quick_run_takes_what_covers_least_of_each_source(tmp_path):
         case("fine", "small", 20, 0.5),
         case("none", "a", 5, 0.1, empty=True),
     ]
-    found = [(c.source, c.case) for c in _smallest([*cases, *others])]
+    found = [(c.source, c.case) for c in smallest(CaseSelection([*cases, *others]), QUICK_CASES).cases]
     assert found == [("fine", "small"), *((f"s{n}", "only") for n in range(QUICK_CASES - 1))]
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from data_prep.readers import find_sources, load_case
+from samed3d.data.exposure import TrainingHistory
 from samed3d.errors import InputError
-from samed3d.evaluation.cases import TrainingSplit, find_cases
+from samed3d.evaluation.cases import find_cases
 from samed3d.geometry import as_triple
 from samed3d.inference.model_prompts import read_mask_file
 from samed3d.prompts import Mask
@@ -40,7 +41,7 @@ def test_every_reader_of_labels_places_them_alike(tmp_path):
     [case] = reader.cases(folder)[0]
     for repair in (False, True):
         np.testing.assert_array_equal(load_case(case, repair_geometry=repair).layers[0].array, labels)
-    [found] = find_cases([folder], TrainingSplit(), "all")
+    [found] = find_cases([folder], TrainingHistory(), "all").cases
     np.testing.assert_array_equal(found.loaded().labels, labels)
     prior = read_mask_file(Mask(str(flipped)), Volume(image, RAS, "image"))
     np.testing.assert_array_equal(prior.mask.full(), labels > 0)

@@ -18,6 +18,7 @@ from data_prep.categories import categorise
 from data_prep.pipeline import prepare
 from samed3d.config import DataConfig, LossConfig, TrainConfig, load_config
 from samed3d.data.corpus import Corpus
+from samed3d.data.exposure import TrainingHistory
 from samed3d.data.semantic import (
     FOREGROUND_SHARE,
     Intensities,
@@ -29,7 +30,7 @@ from samed3d.data.semantic import (
     training_cases,
 )
 from samed3d.errors import InputError
-from samed3d.evaluation.cases import LabelledCase, TrainingSplit, find_cases
+from samed3d.evaluation.cases import LabelledCase, find_cases
 from samed3d.evaluation.measuring import measure
 from samed3d.evaluation.methods import SemanticMethod
 from samed3d.evaluation.protocols.base import EvaluationSettings
@@ -324,7 +325,7 @@ def test_an_automatic_model_needs_a_corpus(tmp_path, corpus):
 
 
 def measured(corpus: Path, model: SemanticModel, **settings: object) -> list[Row]:
-    case = find_cases([corpus], TrainingSplit(), "all")[0]
+    case = find_cases([corpus], TrainingHistory(), "all").cases[0]
     method = SemanticMethod("bright", model)
     return measure(case, method, SemanticProtocol(), EvaluationSettings(5, **settings)).rows
 
@@ -346,7 +347,7 @@ def test_rows_say_how_good_each_class_is(corpus):
 
 
 def test_classes_are_found_by_name_or_category(corpus):
-    case = find_cases([corpus], TrainingSplit(), "all")[0]
+    case = find_cases([corpus], TrainingHistory(), "all").cases[0]
     assert class_values(case, ("s2", "S1")) == {2: [1], 1: [2]}
     names = {1: "Left_Kidney", 2: "air", 0: "background"}
     named = LabelledCase("set", "c", "c", "CT", "", corpus, corpus, names)
@@ -362,7 +363,7 @@ def test_a_weights_file_is_measured_on_the_side_it_was_kept_from(tmp_path, corpu
     weights = str(folder / "model.safetensors")
     out = evaluate([corpus], [weights], tmp_path / "out", processes=2)
     rows = read_rows(out / "cases.csv")
-    held = {case.subject for case in find_cases([corpus], TrainingSplit(0.3, 1), "val")}
+    held = {case.subject for case in find_cases([corpus], TrainingHistory(0.3, 1), "val").cases}
     assert held and {row["subject"] for row in rows} == held and {row["group"] for row in rows} == {"unseen subject"}
     body = json.loads((out / "results.json").read_text())
     by_class = [line for line in body["summary"] if line["by"] == "name"]

@@ -77,14 +77,16 @@ def evaluate(
     """Evaluate models on labelled volumes with simulated prompts; semantic segmentation models without prompts."""
     models = [*(model or []), *(f"external:{c}" for c in external or []), *(f"server:{url}" for url in server or [])]
     from data_prep.categories import categorise
+    from samed3d.evaluation.exports import summary_text
     from samed3d.evaluation.report import PACKAGES, write_report
+    from samed3d.evaluation.results import read_run
     from samed3d.evaluation.run import evaluate as run
     from samed3d.pages import check_installed
 
     if report:
         check_installed("a report (or give --no-report)", *PACKAGES)
     run(
-        _folders([*(data or []), *(more_data or [])]),
+        _folders([*(data or []), *(more_data or [])], processes),
         models or ["default"],
         output,
         clicks=_counts(clicks) if clicks is not None else None,
@@ -106,18 +108,26 @@ def evaluate(
     if report:
         write_report(output)
     if not quiet:
+        typer.echo(summary_text(read_run(output)))
         typer.echo(f"results in {output}")
 
 
-def _folders(given: list[Path]) -> list[Path]:
+def _folders(given: list[Path], processes: int) -> list[Path]:
+    """The data; for a folder in a layout that evaluation does not read itself, a corpus of it in the cache."""
     if not given:
         raise InputError(
             "evaluate needs data: name a folder of labelled volumes, as in "
             "samed3d evaluate --data DATA --model default -o out"
         )
+    from data_prep.pipeline import cached_corpus
+    from samed3d.evaluation.cases import kind_of
+
+    found = []
     for folder in given:
         check_exists(folder, "data folder")
-    return given
+        known = kind_of(folder) or (folder.is_dir() and any(kind_of(sub) for sub in folder.iterdir()))
+        found.append(folder if known else cached_corpus(folder, jobs=processes))
+    return found
 
 
 def _counts(text: str) -> tuple[int, ...]:

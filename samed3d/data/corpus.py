@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -42,13 +43,16 @@ POINTS = 32
 """Stored voxels per structure: a crop can be placed on one without reading the label map."""
 CASE_COLUMNS = (
     "id case source subject split_group split modality channel depth height width spacing_z_mm spacing_y_mm "
-    "spacing_x_mm dtype has_image stored layers kept dropped licence licence_flag content_hash duplicate_of"
+    "spacing_x_mm dtype has_image stored layers kept dropped licence licence_flag content_hash duplicate_of image_hash"
 ).split()
 LABEL_COLUMNS = (
     "case source subject split modality layer value name category anatomy side voxels mm3 z0 y0 x0 z1 y1 x1 "
     "components kept reason licence"
 ).split()
 _HELD_BYTES = 1 << 30
+HASH_GRID = 24
+"""Voxels along each axis that ``image_hash`` looks at."""
+HASH_QUANTILES = (0.25, 0.5, 0.75, 0.9)
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class CaseRecord:
         channel: Which image of the case, as its file is called.
         split: ``"train"``, ``"val"`` or ``"test"``.
         split_group: The subject and all that share an image with it, joined by ``GROUP_SEPARATOR``: held out together.
+        image_hash: Of the image before it was resampled (``image_hash``); "" in older corpora.
     """
 
     id: str
@@ -93,6 +98,7 @@ class CaseRecord:
     channel: str = ""
     split: str = "train"
     split_group: str = ""
+    image_hash: str = ""
 
 
 class StoredArray:
@@ -209,6 +215,7 @@ class Corpus:
                     spacing_zyx_mm=cast(Triple, tuple(float(row[f"spacing_{axis}_mm"]) for axis in "zyx")),
                     has_image=row["has_image"] == "1",
                     labels=labels.get(row["case"], []),
+                    image_hash=row.get("image_hash", ""),
                 )
             )
         return found
@@ -261,6 +268,49 @@ def in_validation(subject: str, share: float, seed: int = 0) -> bool:
     """Whether a subject belongs to validation, by a hash: what else a corpus holds does not change the split."""
     digest = hashlib.sha256(f"{seed}:{subject}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < share
+
+
+def image_hash(array: NDArray) -> str:
+    """Shape and hash of an image, the same after every rewriting that keeps its voxels.
+
+    It looks at ``HASH_GRID`` voxels along each axis, spread evenly, and only at which of them lie above the quantiles
+    of all: a change of number type, of scale and offset, of compression or format does not matter. Of the 48 ways to
+    flip and permute the axes the smallest is taken, so that the orientation of the storage does not matter either. A
+    resampled, cropped or smoothed image is another image.
+
+    Args:
+        array: (D, H, W), read slice by slice.
+
+    Returns:
+        ``AxBxC:HASH`` with the sorted edges; "" for an image without contrast, which has no identity.
+    """
+    steps = [_symmetric_steps(n) for n in array.shape]
+    planes = {z: np.asarray(array[int(z)])[np.ix_(steps[1], steps[2])] for z in sorted(set(steps[0].tolist()))}
+    sampled = np.stack([planes[z] for z in steps[0].tolist()])
+    ordered = np.sort(sampled, axis=None)
+    cuts = ordered[[int(q * (len(ordered) - 1)) for q in HASH_QUANTILES]]
+    if ordered[0] == ordered[-1]:
+        return ""
+    levels = np.searchsorted(cuts, sampled, side="left").astype(np.uint8)
+    levels[sampled > cuts[-1]] = len(HASH_QUANTILES) + 1
+    turned = (
+        levels.transpose(order)[tuple(slice(None, None, sign) for sign in signs)].tobytes()
+        for order in itertools.permutations(range(3))
+        for signs in itertools.product((1, -1), repeat=3)
+        if tuple(array.shape[axis] for axis in order) == tuple(sorted(array.shape))
+    )
+    return f"{shape_text(array.shape)}:{hashlib.sha256(min(turned)).hexdigest()[:16]}"
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """Edges in ascending order, as an image's hash begins."""
+    return "x".join(map(str, sorted(int(n) for n in shape)))
+
+
+def _symmetric_steps(size: int) -> NDArray[np.int64]:
+    """``HASH_GRID`` indices, evenly spread, the same when the axis is reversed."""
+    half = ((np.arange(HASH_GRID // 2) + 0.5) * size / HASH_GRID).astype(np.int64)
+    return np.concatenate([half, size - 1 - half[::-1]])
 
 
 def check_storage(storage: str) -> None:

@@ -6,56 +6,31 @@ is evaluated.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.data.challenge_npz import ChallengeBox, members, read_boxes, read_case
-from samed3d.data.corpus import CaseRecord, Corpus, in_validation
+from samed3d.data.corpus import CaseRecord, Corpus, image_hash, shape_text
+from samed3d.data.exposure import NOT_UNSEEN, SIDES, TRAINED_ON, TrainingHistory, stored_hash, subjects_of
 from samed3d.errors import InputError
-from samed3d.evaluation.results import TRAINED_ON, group_by
+from samed3d.evaluation.results import group_by
 from samed3d.geometry import RAS_DIRECTION, Grid, Triple
-from samed3d.models.weights import find_checkpoint, read_header
+from samed3d.pages import count
 from samed3d.volume import Volume, read_volume
+from samed3d.volume.itk import open_header
 from samed3d.volume.label_maps import EmptyLabelError, read_label_on
 
+logger = logging.getLogger(__name__)
+
 SPLITS = ("val", "train", "all")
-
-
-@dataclass(frozen=True)
-class TrainingSplit:
-    """What was held out when a model was trained.
-
-    Attributes:
-        validation_share: Share of subjects.
-        seed: Of that split.
-        hold_out: Whole sources.
-    """
-
-    validation_share: float = 0.2
-    seed: int = 0
-    hold_out: tuple[str, ...] = ()
-
-    @classmethod
-    def of_models(cls, names: Sequence[str]) -> TrainingSplit:
-        """The split stored in the first checkpoint that has one; the default split where none has."""
-        for name in names:
-            path = find_checkpoint(name.rpartition(":")[2])
-            stored = read_header(path).get("training", {}).get("data") if path else None
-            if stored:
-                return cls(stored["validation_share"], stored["split_seed"], tuple(stored["hold_out"]))
-        return cls()
-
-    def group(self, source: str, subject: str) -> str:
-        """``"held-out source"``, ``"unseen subject"`` or ``"trained on"``."""
-        if source in self.hold_out:
-            return "held-out source"
-        return "unseen subject" if in_validation(subject, self.validation_share, self.seed) else TRAINED_ON
 
 
 @dataclass
@@ -82,12 +57,15 @@ class LabelledCase:
         case: Name, unique within the source.
         subject: Person, animal or specimen.
         modality: As the data set states it.
-        group: Whether the evaluated checkpoint was trained on it, see ``TrainingSplit.group``.
+        group: On which side of the measured models' training it is, one of ``exposure.SIDES``; "" until it is judged.
         image_path: Image file, or the folder of a corpus.
         label_path: Label map, or the folder of a corpus.
         names: Names of the label values.
         load: Reads the case where the two paths are not an image and a label map.
         categories: Categories of the label values, for semantic models trained on several sources.
+        people: The subject and all that are split together with it.
+        unusable: Why it cannot be measured.
+        known_as: ``SOURCE/SUBJECT`` under which a measured model was trained on the very same image.
     """
 
     source: str
@@ -100,6 +78,25 @@ class LabelledCase:
     names: dict[int, str]
     load: Callable[[], LoadedCase] | None = field(default=None, compare=False, repr=False)
     categories: dict[int, str] = field(default_factory=dict, compare=False)
+    people: tuple[str, ...] = ()
+    unusable: str = ""
+    known_as: str = ""
+
+    def image_hash(self, shapes: Collection[str]) -> str:
+        """The image's hash (``corpus.image_hash``); "" where its shape is none of ``shapes`` or it cannot be read."""
+        try:
+            if self.image_path.is_dir():
+                corpus = Corpus(self.image_path)
+                return stored_hash(corpus, next(record for record in corpus.cases if record.id == self.case))
+            if self.load is not None:
+                return image_hash(self.load().volume.array)
+            with contextlib.suppress(InputError):  # headers that only the whole reader takes
+                if shape_text(open_header(self.image_path).GetSize()[:3]) not in shapes:
+                    return ""
+            return image_hash(read_volume(self.image_path).array)
+        except InputError as error:  # measuring it will say why
+            logger.warning("not compared with the training images: %s", error)
+            return ""
 
     def loaded(self) -> LoadedCase:
         """The case in memory.
@@ -117,14 +114,35 @@ class LabelledCase:
         return found
 
 
-def find_cases(folders: list[Path], split: TrainingSplit, which: str, limit: int | None = None) -> list[LabelledCase]:
-    """Cases on one side of a split.
+@dataclass
+class CaseSelection:
+    """The cases of a run, and those that were left out, by reason."""
+
+    cases: list[LabelledCase] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+
+    def leave_out(self, reason: str, case: LabelledCase) -> None:
+        """Note a case that is not measured."""
+        name = f"{case.source}/{case.case}"
+        self.left_out.setdefault(reason, []).append(f"{name} (is {case.known_as})" if case.known_as else name)
+
+    def described(self, most: int = 8) -> list[str]:
+        """A line for each reason, with the number of cases and their names, of which at most so many."""
+        return [
+            f"left out {count(len(names), 'case')}, {reason}: {', '.join(names[:most])}"
+            + (f" and {len(names) - most} more" if len(names) > most else "")
+            for reason, names in self.left_out.items()
+        ]
+
+
+def find_cases(folders: list[Path], history: TrainingHistory, which: str, limit: int | None = None) -> CaseSelection:
+    """Cases on one side of the measured models' training.
 
     Args:
         folders: Each an nnU-Net folder (first image channel only), a corpus, a folder of challenge npz files, or a
-            folder of these; label-only sets are left out.
-        split: What was held out of the model's training.
-        which: ``"val"`` (unseen subjects and held-out sources), ``"train"`` or ``"all"``.
+            folder of these.
+        history: What the models were trained on.
+        which: ``"val"`` (everything that they were not trained on), ``"train"`` or ``"all"``.
         limit: Cases per source.
 
     Raises:
@@ -132,16 +150,33 @@ def find_cases(folders: list[Path], split: TrainingSplit, which: str, limit: int
     """
     if which not in SPLITS:
         raise InputError(f"split must be one of {', '.join(SPLITS)}, got {which!r}")
-    found: list[LabelledCase] = []
-    for folder in folders:
-        datasets = [folder] if _kind(folder) else sorted(p for p in folder.iterdir() if p.is_dir() and _kind(p))
-        for dataset in datasets:
-            cases = _READERS[_kind(dataset)](dataset, split)
-            wanted = [case for case in cases if which in ("all", "train" if case.group == TRAINED_ON else "val")]
-            found += [case for mine in group_by(wanted, lambda case: case.source).values() for case in mine[:limit]]
-    if not found:
-        raise InputError(f"no labelled case on side {which!r} of the split in {', '.join(map(str, folders))}")
-    for (source, name), same in group_by(found, lambda case: (case.source, case.case)).items():
+    found, shapes = CaseSelection(), history.shapes
+    datasets = [
+        dataset
+        for folder in folders
+        for dataset in ([folder] if kind_of(folder) else sorted(p for p in folder.iterdir() if kind_of(p)))
+    ]
+    for mine in [cases for d in datasets for cases in group_by(_READERS[kind_of(d)](d), lambda c: c.source).values()]:
+        taken = 0
+        for case in mine:
+            if case.unusable:
+                found.leave_out(case.unusable, case)
+            elif limit is not None and taken >= limit:
+                found.leave_out(f"beyond {limit} per data set", case)
+            else:
+                case = _judged(case, history, shapes)
+                if which == "all" or (which == "train") == (case.group in NOT_UNSEEN):
+                    found.cases.append(case)
+                    taken += 1
+                else:
+                    found.leave_out(case.group, case)
+    if not found.cases:
+        told = "; ".join(found.described()) or "no data set was recognised"
+        remedy = "; --split all measures those too" if set(found.left_out) & set(SIDES) else ""
+        raise InputError(
+            f"no labelled case on side {which!r} of the split in {', '.join(map(str, folders))}: {told}{remedy}"
+        )
+    for (source, name), same in group_by(found.cases, lambda case: (case.source, case.case)).items():
         if len(same) > 1:
             raise InputError(
                 f"case ids must be unique within a source, got {name!r} of {source!r} twice: {same[0].image_path} and "
@@ -150,7 +185,35 @@ def find_cases(folders: list[Path], split: TrainingSplit, which: str, limit: int
     return found
 
 
-def _kind(folder: Path) -> str:
+def _judged(case: LabelledCase, history: TrainingHistory, shapes: Collection[str]) -> LabelledCase:
+    """The case with its side of the training: by its names, and by its image where the names say nothing against it."""
+    side = history.side(case.source, case.people or (case.subject,))
+    known = "" if side in NOT_UNSEEN or not shapes else history.known_image(case.image_hash(shapes))
+    return replace(case, group=TRAINED_ON if known else side, known_as=known)
+
+
+def smallest(found: CaseSelection, count: int) -> CaseSelection:
+    """The smallest file of each source, of the ``count`` sources where it covers the smallest extent."""
+
+    def longest_edge(case: LabelledCase) -> float:
+        try:
+            grid = case.loaded().volume.grid
+            return max(n * s for n, s in zip(grid.shape_zyx, grid.spacing_zyx_mm, strict=True))
+        except EmptyLabelError:
+            return float("inf")
+
+    per_source: dict[str, LabelledCase] = {}
+    for case in sorted(found.cases, key=lambda case: case.image_path.stat().st_size):
+        per_source.setdefault(case.source, case)
+    chosen = sorted(per_source.values(), key=longest_edge)[:count]
+    for case in found.cases:
+        if case not in chosen:
+            found.leave_out("not among the small cases of --quick", case)
+    return CaseSelection(chosen, found.left_out)
+
+
+def kind_of(folder: Path) -> str:
+    """``"corpus"``, ``"nnunet"`` or ``"npz"``; "" for any other folder or file."""
     if not folder.is_dir():
         return ""
     if (folder / "corpus.json").exists():
@@ -161,33 +224,41 @@ def _kind(folder: Path) -> str:
     return "npz" if first is not None and "imgs" in members(first) else ""
 
 
-def _nnunet_cases(dataset: Path, split: TrainingSplit) -> Iterator[LabelledCase]:
+def _nnunet_cases(dataset: Path) -> Iterator[LabelledCase]:
     about = json.loads((dataset / "dataset.json").read_text())
     subjects = {c["case"]: c.get("subject", c["case"]) for c in about.get("cases", [])}
     names = {int(v): k for k, v in about.get("labels", {}).items() if isinstance(v, int)}
     for label_path in sorted((dataset / "labelsTr").glob("*.nii.gz")):
         case = label_path.name.removesuffix(".nii.gz")
         image_path = dataset / "imagesTr" / f"{case}_0000.nii.gz"
-        if image_path.exists():
-            subject = subjects.get(case, case)
-            group = split.group(dataset.name, subject)
-            yield LabelledCase(
-                dataset.name, case, subject, str(about.get("modality", "")), group, image_path, label_path, names
-            )
+        yield LabelledCase(
+            dataset.name,
+            case,
+            subjects.get(case, case),
+            str(about.get("modality", "")),
+            "",
+            image_path,
+            label_path,
+            names,
+            unusable="" if image_path.exists() else "no image",
+        )
 
 
-def _corpus_cases(folder: Path, split: TrainingSplit) -> Iterator[LabelledCase]:
-    corpus = Corpus(folder)
-    for record in corpus.cases:
-        if record.has_image and record.labels:
-            names = {label.value: label.name for label in record.labels if label.layer == 0}
-            load = functools.partial(_load_from_corpus, folder, record.id)
-            people = (record.split_group or record.subject).split("|")
-            groups = [split.group(record.source, person) for person in people]
-            group = next((g for g in groups if g != TRAINED_ON), TRAINED_ON)
-            yield LabelledCase(
-                record.source, record.id, record.subject, record.modality, group, folder, folder, names, load=load
-            )
+def _corpus_cases(folder: Path) -> Iterator[LabelledCase]:
+    for record in Corpus(folder).cases:
+        yield LabelledCase(
+            record.source,
+            record.id,
+            record.subject,
+            record.modality,
+            "",
+            folder,
+            folder,
+            {label.value: label.name for label in record.labels if label.layer == 0},
+            load=functools.partial(_load_from_corpus, folder, record.id),
+            people=subjects_of(record),
+            unusable="" if record.has_image and record.labels else "no image" if record.labels else "no structure kept",
+        )
 
 
 def corpus_volume(corpus: Corpus, record: CaseRecord) -> Volume:
@@ -207,11 +278,10 @@ def _load_from_corpus(folder: Path, case_id: str) -> LoadedCase:
     return LoadedCase(corpus_volume(corpus, record), np.where(np.isin(labels, kept), labels, 0))
 
 
-def _npz_cases(folder: Path, split: TrainingSplit) -> Iterator[LabelledCase]:
+def _npz_cases(folder: Path) -> Iterator[LabelledCase]:
     for path in sorted(folder.glob("*.npz")):
         load, modality = functools.partial(_load_from_npz, path), path.name.split("_")[0]
-        group = split.group(folder.name, path.stem)
-        yield LabelledCase(folder.name, path.stem, path.stem, modality, group, path, _truth_beside(path), {}, load=load)
+        yield LabelledCase(folder.name, path.stem, path.stem, modality, "", path, _truth_beside(path), {}, load=load)
 
 
 def _truth_beside(path: Path) -> Path:
@@ -229,7 +299,7 @@ def _load_from_npz(path: Path) -> LoadedCase:
     return LoadedCase(Volume(image, grid, str(path)), labels, read_boxes(path), spacing)
 
 
-_READERS: dict[str, Callable[[Path, TrainingSplit], Iterator[LabelledCase]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[LabelledCase]]] = {
     "nnunet": _nnunet_cases,
     "corpus": _corpus_cases,
     "npz": _npz_cases,

@@ -12,19 +12,12 @@ from itertools import combinations, product
 from pathlib import Path
 
 from samed3d.errors import InputError
-from samed3d.evaluation.report import (
-    PACKAGES,
-    click_head,
-    curve_chart,
-    difference_chart,
-    difference_table,
-    estimate_cell,
-    some_clicks,
-)
+from samed3d.evaluation.report import PACKAGES
 from samed3d.evaluation.results import (
     PromptStrategy,
     Row,
     SavedRun,
+    clicks_of,
     group_by,
     read_run,
     structure_key,
@@ -37,6 +30,14 @@ from samed3d.evaluation.statistics import (
     compare_rows,
     corrected,
     headline,
+)
+from samed3d.evaluation.tables import (
+    click_head,
+    curve_chart,
+    difference_chart,
+    difference_table,
+    estimate_cell,
+    some_clicks,
 )
 from samed3d.output import check_output, write_text
 from samed3d.pages import Cell, Table, check_installed, render, seconds_text
@@ -125,9 +126,9 @@ def comparison_text(comparison: Comparison) -> str:
     """The tables as plain text for a terminal."""
     parts = [f"Not alike: {told}" for told in comparison.unlike]
     for strategy, entries in group_by(comparison.entries, lambda entry: entry.strategy).items():
-        parts += [f"Dice, {strategy}", _as_text(_score_table(entries))]
+        parts += [f"Dice, {strategy}", _score_table(entries).as_text()]
     for strategy, found in comparison.differences:
-        parts += [f"Paired, {strategy}", _as_text(difference_table(found), intervals=True)]
+        parts += [f"Paired, {strategy}", difference_table(found).as_text(intervals=True)]
     if not comparison.differences:
         parts.append("No paired test: the runs have no structure, seed and click in common.")
     return "\n\n".join(parts)
@@ -184,17 +185,24 @@ def _tested(entries: Sequence[ComparedModel], runs: Sequence[str]) -> list[tuple
 
 
 def _score_table(entries: Sequence[ComparedModel]) -> Table:
+    """Dice by click, and the scores that depend on the number of clicks up to the last one that all entries have."""
+    every = [set(clicks_of(entry.rows)) for entry in entries]
     clicks = some_clicks([row for entry in entries for row in entry.rows], _SHOWN_CLICKS)
+    shared = sorted(set.intersection(*every))
     lines: list[list[Cell]] = []
     for entry in entries:
-        h = headline(entry.rows, entry.model)
-        last = h.dice[max(h.dice)]
-        scores = [estimate_cell(e, 3) for e in (*(h.dice.get(click) for click in clicks), h.area, h.nsd)]
-        times = [seconds_text(h.first_seconds), seconds_text(h.later_seconds)]
+        whole, curve = headline(entry.rows, entry.model), click_curve(entry.rows)
+        dice = [estimate_cell(curve.get(click), 3) for click in clicks]
+        scores: list[Cell] = ["", "", ""]
+        if shared:
+            h = headline([row for row in entry.rows if row["click"] in shared], entry.model)
+            scores = [estimate_cell(h.area, 3), estimate_cell(h.nsd, 3), estimate_cell(h.hd95_mm, 1)]
+        last = curve[max(curve)]
         who: list[Cell] = [entry.name, str(last.subjects), str(last.measurements)]
-        lines.append([*who, *scores, estimate_cell(h.hd95_mm, 1), *times])
+        lines.append([*who, *dice, *scores, seconds_text(whole.first_seconds), seconds_text(whole.later_seconds)])
+    until = f" to {click_head(shared[-1])}" if shared and len(set(map(max, every))) > 1 else ""
     head = ["run and model", "subjects", "measured", *map(click_head, clicks)]
-    return Table([*head, "area", "NSD", "HD95, mm", "first", "later"], lines)
+    return Table([*head, f"area{until}", f"NSD{until}", f"HD95{until}, mm", "first", "later"], lines)
 
 
 def _held_out(run: SavedRun) -> str:
@@ -215,16 +223,3 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [str(f) for f in folders]
-
-
-def _as_text(table: Table, intervals: bool = False) -> str:
-    """Columns of equal width, words to the left and numbers to the right."""
-    rows = [
-        [cell if isinstance(cell, str) else " ".join(cell) if intervals else cell[0] for cell in row]
-        for row in (table.head, *table.rows)
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(f"{text:{'<' if n < table.left else '>'}{widths[n]}}" for n, text in enumerate(row)).rstrip()
-        for row in rows
-    )

@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d import drawing
+from samed3d.data.exposure import TrainingHistory
 from samed3d.errors import InputError
-from samed3d.evaluation.cases import LoadedCase, TrainingSplit, find_cases
+from samed3d.evaluation.cases import LoadedCase, find_cases
 from samed3d.evaluation.methods import RANDOM_WEIGHTS, Method, MethodSession, method_of
 from samed3d.evaluation.protocols import PROTOCOLS
 from samed3d.evaluation.results import Row, SavedRun, curves, prompt_key, score, untrained
@@ -102,7 +103,7 @@ def _read(line: dict[str, Any]) -> LoadedCase:
         volume = read_volume(image, modality=line.get("modality"))
         return LoadedCase(volume, read_label_on(labels, volume.grid, str(image)))
     folder = image if image.is_dir() else image.parent
-    for case in find_cases([folder], TrainingSplit(), "all"):
+    for case in find_cases([folder], TrainingHistory(), "all").cases:
         if (case.source, case.case) == (line["source"], line["case"]):
             return case.loaded()
     raise InputError(f"the case is not there any more: {line['case']} in {folder}")

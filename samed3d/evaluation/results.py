@@ -7,7 +7,7 @@ column               meaning
 ===================  ===================================================================================================
 model                as given to ``--model``; ``NAME (random weights)`` for an architecture without trained weights
 protocol             a name of ``protocols.PROTOCOLS``
-group                ``unseen subject``, ``held-out source`` or ``trained on``, by the first checkpoint's stored split
+group                on which side of the checkpoints' training it is: one of ``data.exposure.SIDES``
 source               data set
 case                 image, unique within its source
 subject              person or animal; intervals are over subjects
@@ -39,7 +39,9 @@ An empty cell means "does not apply" or "not measured". A perfect mask gets no f
 ``interval``, ``nsd``, ``nsd_subvoxel``, ``hd95_mm``, ``obeyed``, ``median_seconds``, ``subjects``, ``measurements``)
 and ``scores`` (one entry per model, protocol, policy, prompt, ``group`` and ``score``: ``value``, ``interval``,
 ``subjects``, ``measurements``; scores are ``area``, ``clicks to 0.9``, ``failures at 0.9``, ``monotone`` and a
-protocol's own such as ``DSC_AUC``). An interval is null where there is one subject.
+protocol's own such as ``DSC_AUC``); ``left_out`` (reason to the names of the cases that were not measured, ``SOURCE/
+CASE``) and ``trained_as`` (measured cases whose very image a checkpoint was trained on under another name). An interval
+is null where there is one subject.
 
 ``prompts.jsonl``: one line per model, protocol, case, structure, seed, policy and first prompt, from which every mask
 can be made again: ``model protocol source case label seed policy prompt image labels_file modality turns``; ``turns``
@@ -59,6 +61,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+from samed3d.data.exposure import NOT_UNSEEN
 from samed3d.errors import InputError
 from samed3d.output import replacing, write_text
 
@@ -91,7 +94,6 @@ MISSING_COLUMNS: dict[str, Any] = {
 }
 """Values of the columns that an older or foreign ``cases.csv`` lacks."""
 CASES_CSV, RESULTS_JSON, PROMPTS_JSONL = "cases.csv", "results.json", "prompts.jsonl"
-TRAINED_ON = "trained on"
 
 _SIZES = (("volume_ml", (0.1, 1.0, 10.0, 100.0), "ml"), ("voxels", (1e3, 1e4, 1e5, 1e6), "voxels"))
 _Item = TypeVar("_Item")
@@ -253,7 +255,7 @@ def curves(rows: Iterable[Row]) -> list[list[Row]]:
 
 def untrained(rows: Sequence[Row]) -> list[Row]:
     """Rows of subjects that the model was not trained on; all rows where there are only others."""
-    return [row for row in rows if row["group"] != TRAINED_ON] or list(rows)
+    return [row for row in rows if row["group"] not in NOT_UNSEEN] or list(rows)
 
 
 def strategy_of(row: Row) -> PromptStrategy:

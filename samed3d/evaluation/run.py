@@ -25,11 +25,12 @@ from typing import Any
 
 import torch
 
+from samed3d.data.exposure import TrainingHistory
 from samed3d.devices import pick_device
 from samed3d.environment import environment
 from samed3d.errors import InputError
-from samed3d.evaluation.baselines import BASELINES, longest_edge_mm
-from samed3d.evaluation.cases import LabelledCase, LoadedCase, TrainingSplit, find_cases
+from samed3d.evaluation.baselines import BASELINES
+from samed3d.evaluation.cases import CaseSelection, LabelledCase, LoadedCase, find_cases, smallest
 from samed3d.evaluation.measuring import CaseResults, measurable, measure
 from samed3d.evaluation.methods import Method, SemanticMethod, method_of
 from samed3d.evaluation.protocols import PROTOCOLS, protocol_of
@@ -121,7 +122,7 @@ def evaluate(
         out: Folder for the results, which is returned.
         clicks: Click counts to report, by default 1, 3, 5; the largest is how many are given.
         seeds: Repetitions with other clicks, by default 1.
-        split: ``"val"``, ``"train"`` or ``"all"``, of the split stored in the first checkpoint that has one.
+        split: ``"val"`` (what the checkpoints were not trained on), ``"train"`` or ``"all"``.
         limit: Cases per source.
         labels_per_case: Structures per case, drawn with a fixed seed; None takes all.
         protocols: Names of ``PROTOCOLS`` or ``"all"``; by default ``samed3d``, for semantic models ``automatic``.
@@ -144,11 +145,21 @@ def evaluate(
     )
     settings = replace(settings, labels_per_case=1 if quick else labels_per_case)
     plan = _planned(models, given, settings, out, device)
-    held_out = TrainingSplit.of_models([name for name in plan.names if isinstance(name, str)])
-    cases = find_cases(list(data), held_out, split, limit)
-    plan = replace(plan, cases=_prepared(cases, quick, category_of))
-    about = {"split": split, "kept_from": asdict(held_out)}
-    _run(plan, clicks or DEFAULT_CLICKS, about, processes, progress)
+    history = TrainingHistory.of_models(plan.names)
+    found = find_cases(list(data), history, split, limit)
+    found = smallest(found, QUICK_CASES) if quick else found
+    if category_of is not None:
+        found.cases = [
+            replace(c, categories={v: category_of(n, c.source) for v, n in c.names.items()}) for c in found.cases
+        ]
+    _run(
+        replace(plan, cases=tuple(found.cases)),
+        clicks or DEFAULT_CLICKS,
+        {"split": split, "kept_from": history.kept_from},
+        found,
+        processes,
+        progress,
+    )
     return out
 
 
@@ -179,17 +190,14 @@ def _planned(
     return EvaluationPlan((), tuple(methods), tuple(names), chosen, pairs, settings, out / PARTS, device)
 
 
-def _prepared(
-    cases: list[LabelledCase], quick: bool, category_of: Callable[[str, str], str] | None
-) -> tuple[LabelledCase, ...]:
-    """The cases of a quick run or all of them, with categories."""
-    cases = _smallest(cases) if quick else cases
-    if category_of is not None:
-        cases = [replace(c, categories={v: category_of(n, c.source) for v, n in c.names.items()}) for c in cases]
-    return tuple(cases)
-
-
-def _run(plan: EvaluationPlan, clicks: Sequence[int], about: dict[str, Any], processes: int, progress: bool) -> None:
+def _run(
+    plan: EvaluationPlan,
+    clicks: Sequence[int],
+    about: dict[str, Any],
+    found: CaseSelection,
+    processes: int,
+    progress: bool,
+) -> None:
     settings: dict[str, Any] = {
         "models": {method.name: method.fingerprint for method in plan.methods},
         "protocols": list(plan.protocols),
@@ -200,13 +208,15 @@ def _run(plan: EvaluationPlan, clicks: Sequence[int], about: dict[str, Any], pro
     }
     settings["hash"] = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     out = plan.parts.parent
+    for line in found.described():
+        logger.warning("%s", line)
     if _is_finished(out, settings):
         logger.info("already measured with these settings: %s", out)
         return
     with only_writer(plan.parts):
         write_json(plan.parts / SETTINGS_JSON, settings)
         _measure_cases(plan, processes, progress)
-        _merge(plan, settings, clicks, processes)
+        _merge(plan, settings, clicks, found, processes)
 
 
 def _chosen_protocols(methods: Sequence[Method], given: dict[str, Any]) -> tuple[str, ...]:
@@ -230,21 +240,6 @@ def _chosen_protocols(methods: Sequence[Method], given: dict[str, Any]) -> tuple
     return (without_prompts,)
 
 
-def _smallest(cases: list[LabelledCase]) -> list[LabelledCase]:
-    """The smallest file of each source, of the ``QUICK_CASES`` sources where it covers the smallest extent."""
-
-    def longest_edge(case: LabelledCase) -> float:
-        try:
-            return longest_edge_mm(case.loaded().volume)
-        except EmptyLabelError:
-            return float("inf")
-
-    per_source: dict[str, LabelledCase] = {}
-    for case in sorted(cases, key=lambda case: case.image_path.stat().st_size):
-        per_source.setdefault(case.source, case)
-    return sorted(per_source.values(), key=longest_edge)[:QUICK_CASES]
-
-
 def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
     """Whether ``out`` holds the results of these very settings.
 
@@ -254,7 +249,12 @@ def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
     begun = out / PARTS / SETTINGS_JSON
     path = next((path for path in (begun, out / RESULTS_JSON) if path.exists()), None)
     if path is None and not (out / CASES_CSV).exists():
-        check_results_folder(out, (PROMPTS_JSONL, REPORT_HTML, PARTS), _holds_nothing)
+        begins = (
+            PROMPTS_JSONL,
+            REPORT_HTML,
+            PARTS,
+        )  # a run that was stopped before its first result leaves hidden files
+        check_results_folder(out, begins, lambda parts: all(entry.name.startswith(".") for entry in parts.iterdir()))
         return False
     stored: dict[str, Any] = {}
     if path is not None:
@@ -272,12 +272,9 @@ def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
     return not begun.exists()
 
 
-def _holds_nothing(folder: Path) -> bool:
-    """Whether a folder of parts is as a run leaves it that was stopped before its first result."""
-    return all(entry.name.startswith(".") for entry in folder.iterdir())
-
-
-def _merge(plan: EvaluationPlan, settings: dict[str, Any], clicks: Sequence[int], processes: int) -> None:
+def _merge(
+    plan: EvaluationPlan, settings: dict[str, Any], clicks: Sequence[int], found: CaseSelection, processes: int
+) -> None:
     """Make the three files of the results from the parts, ``results.json`` last, and delete the parts."""
     parts = [json.loads(path.read_text(encoding="utf-8")) for path in plan.files()]
     rows = [row for part in parts for row in part["rows"]]
@@ -286,6 +283,10 @@ def _merge(plan: EvaluationPlan, settings: dict[str, Any], clicks: Sequence[int]
         if SemanticProtocol.name in plan.protocols:
             lacking = f"no label of a class of {plan.methods[0].name}"
         raise InputError(f"nothing could be measured: {lacking} in {len(plan.cases)} cases")
+    measured = {(row["source"], row["case"]) for row in rows}
+    for case in plan.cases:
+        if (case.source, case.case) not in measured:
+            found.leave_out("nothing in it that could be measured", case)
     out = plan.parts.parent
     write_rows(out / CASES_CSV, rows)
     write_lines(out / PROMPTS_JSONL, [line for part in parts for line in part["lines"]])
@@ -300,6 +301,8 @@ def _merge(plan: EvaluationPlan, settings: dict[str, Any], clicks: Sequence[int]
         "environment": about | {"processes": processes},
         "protocols": protocols,
         "problems": list(dict.fromkeys(note for part in parts for note in part.get("notes", []))),
+        "left_out": found.left_out,
+        "trained_as": {f"{case.source}/{case.case}": case.known_as for case in plan.cases if case.known_as},
         "summary": summarise(rows, clicks),
         "scores": score_series(rows),
     }
@@ -384,8 +387,6 @@ def _measure_case(plan: EvaluationPlan, number: int) -> None:
 
 
 def _shown(items: Iterable[Any], total: int, progress: bool) -> Iterable[Any]:
-    if not progress:
-        return items
     from rich.progress import track
 
-    return track(items, description="measuring", total=total)
+    return track(items, description="measuring", total=total) if progress else items

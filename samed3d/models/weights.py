@@ -283,7 +283,7 @@ def find_checkpoint(name_or_path: str | Path) -> Path | None:
         return fetch(str(name_or_path))
     if Path(name_or_path).is_file():
         return Path(name_or_path)
-    if (found := _manifest_entries().get(str(name_or_path))) is None:
+    if (found := manifest_entries().get(str(name_or_path))) is None:
         return None
     folder, entry = found
     path = folder / entry["file"]
@@ -326,12 +326,12 @@ def publish(weights: str | Path, name: str, folder: str | Path, facts: Mapping[s
 
 def list_checkpoints() -> list[str]:
     """Names of the shipped checkpoints, sorted."""
-    return sorted(_manifest_entries())
+    return sorted(manifest_entries())
 
 
 def licence_of(name_or_path: str | Path) -> str:
     """What weights may be used for, as their manifest or their header says; ``"not stated"`` where neither does."""
-    found = _manifest_entries().get(str(name_or_path))
+    found = manifest_entries().get(str(name_or_path))
     if found is not None:
         return str(found[1].get("licence", "not stated"))
     return str(read_header(find_checkpoint(name_or_path) or name_or_path).get("licence", "not stated"))
@@ -354,7 +354,7 @@ def spec_from_json(body: Mapping[str, Any]) -> ModelSpec:
     return ModelSpec(**{**values, "prompts": frozenset(body["prompts"])})
 
 
-def _manifest_entries() -> dict[str, tuple[Path, dict[str, Any]]]:
+def manifest_entries() -> dict[str, tuple[Path, dict[str, Any]]]:
     """Name to (folder, entry) over all checkpoint folders; of folders with the same name the first counts."""
     folders = [
         Path(__file__).resolve().parents[1] / "checkpoints",  # an installed package
