@@ -149,18 +149,14 @@ def evaluate(
     found = find_cases(list(data), history, split, limit)
     found = smallest(found, QUICK_CASES) if quick else found
     if category_of is not None:
-        found.cases = [
-            replace(c, categories={v: category_of(n, c.source) for v, n in c.names.items()}) for c in found.cases
-        ]
-    _run(
-        replace(plan, cases=tuple(found.cases)),
-        clicks or DEFAULT_CLICKS,
-        {"split": split, "kept_from": history.kept_from},
-        found,
-        processes,
-        progress,
-    )
+        found.cases = [_with_categories(case, category_of) for case in found.cases]
+    about = {"split": split, "kept_from": history.kept_from}
+    _run(replace(plan, cases=tuple(found.cases)), clicks or DEFAULT_CLICKS, about, found, processes, progress)
     return out
+
+
+def _with_categories(case: LabelledCase, category_of: Callable[[str, str], str]) -> LabelledCase:
+    return replace(case, categories={v: category_of(n, case.source) for v, n in case.names.items()})
 
 
 def _planned(
