@@ -87,9 +87,8 @@ def run_tiny_server(folder: Path, port: int, limits: dict[str, float]) -> None:
     """The body of a ``ServerProcess``."""
     from samed3d.apps.server.app import run_server
     from samed3d.apps.server.service import ServerOptions
-    from samed3d.apps.server.sessions import Limits
 
-    run_server(ServerOptions(folder / "sessions", (folder,), limits=Limits(**limits)), "127.0.0.1", port, tiny_model)  # type: ignore[arg-type]
+    run_server(ServerOptions(folder / "sessions", (folder,), **limits), "127.0.0.1", port, tiny_model)  # type: ignore[arg-type]
 
 
 class ServerProcess:

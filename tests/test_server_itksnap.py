@@ -104,9 +104,8 @@ def test_a_session_survives_a_restart(tmp_path, ball):
 
 
 def test_an_upload_may_be_larger_than_a_json_body(tmp_path, ball):
-    from samed3d.apps.server.security import Access
 
-    with served(tmp_path, access=Access(largest_json=100)) as client:
+    with served(tmp_path, largest_json=100) as client:
         started(client, ball.array)
         assert client.post("/api/sessions", content=b"x" * 101).status_code == 413
 

@@ -18,7 +18,6 @@ from samed3d.apps.server.nninteractive_arrays import (
     scribble_prompts,
     unpack_array,
 )
-from samed3d.apps.server.security import Access
 from samed3d.errors import InputError
 from samed3d.inference.model_prompts import to_model_prompts
 from samed3d.inference.session import Session
@@ -199,7 +198,7 @@ def test_the_client_on_a_real_volume(remote, data_dir, tmp_path, source):
 
 @pytest.fixture
 def plain(tmp_path, ball):
-    with served(tmp_path, images=ReadLimits(voxels=50_000), access=Access(largest_upload=500_000)) as client:
+    with served(tmp_path, images=ReadLimits(voxels=50_000), largest_upload=500_000) as client:
         client.headers["X-Lease-Token"] = client.post("/claim").json()["lease_token"]
         yield client
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from starlette.exceptions import HTTPException
 
 from samed3d.apps.client import update_from_json
 from samed3d.apps.server.files import confined, safe_name
-from samed3d.apps.server.security import Access, ApiError, check_binding
-from samed3d.apps.server.service import ServerOptions, Service, update_to_json
-from samed3d.apps.server.sessions import Limits, Registry
+from samed3d.apps.server.security import check_binding
+from samed3d.apps.server.service import ServerOptions, Service
+from samed3d.apps.server.sessions import update_to_json
 from samed3d.cli import main
 from samed3d.errors import InputError
 from samed3d.geometry import Region
@@ -29,7 +30,7 @@ TOKEN = "correct-horse-battery-staple"
 
 @pytest.fixture
 def guarded(tmp_path):
-    with served(tmp_path, access=Access(TOKEN, frozenset({"scans.example.org"}), largest_json=2000)) as client:
+    with served(tmp_path, token=TOKEN, hosts=frozenset({"scans.example.org"}), largest_json=2000) as client:
         yield client
 
 
@@ -131,7 +132,7 @@ def test_an_upload_without_a_length_ends_at_the_limit(tmp_path):
         for _ in range(100):
             yield bytes(1000)
 
-    with served(tmp_path, access=Access(largest_upload=50_000)) as client:
+    with served(tmp_path, largest_upload=50_000) as client:
         assert client.post("/api/sessions/upload", params={"name": "x.nii"}, content=chunks()).status_code == 413
         assert [p.name for p in (tmp_path / "sessions").iterdir()] == ["lock"]
 
@@ -155,11 +156,11 @@ def test_listening_beyond_loopback_demands_a_token(monkeypatch, capsys):
 
 def test_confined_follows_no_loop(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(ApiError) as caught:
-        confined("loop", (tmp_path,), ReadLimits())
-    assert caught.value.status in (403, 404)
-    with pytest.raises(ApiError, match="no folder is open"):
-        confined("a", (), ReadLimits())
+    with pytest.raises(HTTPException) as caught:
+        confined("loop", ServerOptions(tmp_path, (tmp_path,)))
+    assert caught.value.status_code in (403, 404)
+    with pytest.raises(HTTPException, match="no folder is open"):
+        confined("a", ServerOptions(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -215,14 +216,14 @@ def test_only_images_within_limits_are_read(tmp_path):
 
 
 def test_the_registry_survives_a_damaged_session_file(tmp_path):
-    registry = Registry(tmp_path / "s", tiny_model, Limits())
+    registry = Service(ServerOptions(tmp_path / "s"), tiny_model)
     entry = registry.create()
     (entry.folder / "session.json").write_text("{broken")
-    registry.close()
-    registry = Registry(tmp_path / "s", tiny_model, Limits())
+    asyncio.run(registry.close())
+    registry = Service(ServerOptions(tmp_path / "s"), tiny_model)
     assert registry.get(entry.id).info is None and registry.stored() == [entry.id]
     assert (tmp_path / "s").stat().st_mode & 0o077 == 0
-    registry.close()
+    asyncio.run(registry.close())
 
 
 def test_counters_as_prometheus_text(tmp_path):
@@ -230,14 +231,14 @@ def test_counters_as_prometheus_text(tmp_path):
     service.requests.labels("GET", "/x", 200).inc()
     service.predictions.observe(0.2)
     service.predictions.observe(40.0)
-    service.registry.create()
+    service.create()
     lines = service.metrics().decode().splitlines()
     assert 'samed3d_prediction_seconds_bucket{le="0.25"} 1.0' in lines
     assert 'samed3d_prediction_seconds_bucket{le="+Inf"} 2.0' in lines
     assert 'samed3d_requests_total{method="GET",route="/x",status="200"} 1.0' in lines
     assert "samed3d_sessions_stored 1.0" in lines and "samed3d_sessions_loaded 0.0" in lines
     assert next(float(line.split()[1]) for line in lines if line.startswith("process_resident_memory_bytes")) > 2**20
-    service.registry.close()
+    asyncio.run(service.close())
 
 
 def test_serve_says_what_is_wrong_before_it_listens(tmp_path: Path, monkeypatch, capsys):
@@ -340,7 +341,7 @@ def test_messages_name_no_folder_of_the_server(tmp_path):
         ]
         opened = client.post("/api/sessions", json={"path": "ball.nii.gz"}).json()["id"]
         (tmp_path / "sessions" / opened / "journal.jsonl").write_text("damaged\n")
-        client.app.state.service.registry.get(opened).unload()
+        client.app.state.service.get(opened).unload()
         answers.append(client.get(f"/api/sessions/{opened}"))
     details = [answer.json()["detail"] for answer in answers]
     assert [answer.status_code for answer in answers] == [400, 400, 404, 400, 400], details

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from samed3d.apps.client import Client, RemoteError
-from samed3d.apps.server.sessions import Limits
 from samed3d.errors import InputError
 from samed3d.inference.session import Session
 from samed3d.prompts import Box, Mask, Point, Scribble
@@ -33,12 +32,12 @@ def client(tmp_path: Path, ball):
 
 
 def test_an_unloaded_session_comes_back_with_its_masks(client):
-    registry = client.app.state.service.registry
+    registry = client.app.state.service
     session_id = opened(client)
     client.post(f"/api/sessions/{session_id}/prompts", json=CLICK)
     before, mask = client.get(f"/api/sessions/{session_id}").json(), masks_of(client, session_id)[1]
     registry.get(session_id).used -= 10_000
-    assert registry.expire() == [session_id]
+    assert client.portal.call(registry.expire) == [session_id]
     for _ in range(100):
         if not registry.loaded():
             break
@@ -49,20 +48,20 @@ def test_an_unloaded_session_comes_back_with_its_masks(client):
 
 
 def test_sessions_in_memory_are_bounded_and_none_is_lost(tmp_path, ball):
-    with served(tmp_path, limits=Limits(loaded=2, busy_seconds=0.0)) as client:
+    with served(tmp_path, loaded=2, busy_seconds=0.0) as client:
         ids = [opened(client) for _ in range(5)]
         for session_id in ids:
             assert client.post(f"/api/sessions/{session_id}/prompts", json=CLICK).status_code == 200
-        assert len(client.app.state.service.registry.loaded()) == 2
+        assert len(client.app.state.service.loaded()) == 2
         assert all(len(client.get(f"/api/sessions/{i}").json()["objects"][0]["prompts"]) == 1 for i in ids)
 
 
 def test_a_full_server_says_when_to_come_back(tmp_path, ball):
-    with served(tmp_path, limits=Limits(loaded=1, stored=2, busy_seconds=1000.0)) as client:
+    with served(tmp_path, loaded=1, stored=2, busy_seconds=1000.0) as client:
         opened(client)
         answer = client.post("/api/sessions", json={"path": "ball.nii.gz"})
         assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
-    with served(tmp_path, limits=Limits(stored=1)) as client:
+    with served(tmp_path, stored=1) as client:
         assert client.post("/api/sessions", json={"path": "ball.nii.gz"}).status_code == 507
 
 
@@ -175,17 +174,17 @@ def test_only_one_server_may_use_a_folder(tmp_path):
 
 
 def test_reading_a_large_image_holds_nobody_up(client, monkeypatch):
-    import samed3d.apps.server.sessions as sessions
+    import samed3d.apps.server.service as service
 
     first, gate, reads = opened(client), threading.Event(), []
-    real = sessions.read_volume
+    real = service.read_volume
 
     def slow(path, **picked):
         reads.append(path)
         gate.wait(10)
         return real(path, **picked)
 
-    monkeypatch.setattr(sessions, "read_volume", slow)
+    monkeypatch.setattr(service, "read_volume", slow)
     opening = threading.Thread(target=opened, args=(client,))
     opening.start()
     while not reads:

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from samed3d.apps.server.security import Access
 from samed3d.volume import read_volume
 from samed3d.volume.files import ReadLimits
 from tests.server_tools import CLICK, served, write_ball
@@ -41,6 +40,25 @@ def test_paths_stay_in_the_allowed_folders(client, tmp_path):
     (folder / "slice.dcm").symlink_to(outside)
     assert client.post("/api/sessions", json={"path": "series"}).status_code == 403
     outside.unlink()
+
+
+def test_the_modality_can_be_stated_and_is_kept(client, tmp_path, monkeypatch):
+    content = (tmp_path / "ball.nii.gz").read_bytes()
+    query = {"name": "x.nii.gz", "modality": "MR"}
+    numbers = [
+        client.post("/api/sessions", json={"path": "ball.nii.gz", "modality": "MR"}).json()["id"],
+        client.post("/api/sessions/upload", params=query, content=content).json()["id"],
+    ]
+    for number in numbers:
+        entry = client.app.state.service.get(number)
+        assert entry.session.volume.modality == "MR"
+        entry.unload()  # and again after the session was unloaded
+        assert client.get(f"/api/sessions/{number}").status_code == 200 and entry.session.volume.modality == "MR"
+    read = []
+    monkeypatch.setattr("samed3d.apps.server.segment.Session.open", lambda volume, *_: read.append(volume) or 1 / 0)
+    prompts = {"version": 1, "objects": [{"prompts": [CLICK["prompt"]]}]}
+    client.post("/segment", json={"path": "ball.nii.gz", "modality": "PT", "prompts": prompts})
+    assert read[0].modality == "PT"
 
 
 def test_upload(client, ball, tmp_path):
@@ -111,7 +129,7 @@ def test_a_header_that_declares_a_huge_image_is_refused(client, tmp_path):
 def test_a_zip_bomb_is_refused(tmp_path, ball):
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("../../a.dcm", bytes(20 * 2**20))
-    with served(tmp_path, access=Access(largest_upload=2**20)) as client:
+    with served(tmp_path, largest_upload=2**20) as client:
         answer = client.post(
             "/api/sessions/upload", params={"name": "x.zip"}, content=(tmp_path / "x.zip").read_bytes()
         )

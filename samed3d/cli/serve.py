@@ -47,9 +47,8 @@ def serve(
 ) -> None:
     """Serve sessions over HTTP: a REST API, and nnInteractive's protocol for napari, 3D Slicer and others."""
     from samed3d.apps.server.app import run_server
-    from samed3d.apps.server.security import Access, check_binding
+    from samed3d.apps.server.security import check_binding
     from samed3d.apps.server.service import ServerOptions
-    from samed3d.apps.server.sessions import Limits
     from samed3d.volume.files import ReadLimits
 
     token = _read_token(token_file)
@@ -63,8 +62,11 @@ def serve(
         model=model,
         models=tuple(also or []),
         device=device,
-        access=Access(token, frozenset(names), largest_upload=max_upload_mb * 2**20),
-        limits=Limits(loaded=max_sessions, idle_seconds=60 * idle_minutes),
+        token=token,
+        hosts=frozenset(names),
+        largest_upload=max_upload_mb * 2**20,
+        loaded=max_sessions,
+        idle_seconds=60 * idle_minutes,
         images=ReadLimits(max_voxels),
     )
     _check_models(options)

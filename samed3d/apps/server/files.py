@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
 
-from samed3d.apps.server.security import ApiError
+from samed3d.apps.server.service import ServerOptions
 from samed3d.errors import InputError
 from samed3d.volume import write_volume
 from samed3d.volume.files import ReadLimits, check_untrusted
@@ -27,20 +28,24 @@ IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha")
 """Formats that are one file. MetaImage's .mhd keeps its voxels in a second one."""
 EXAMPLE_SEED = 0
 _BLOCK = 1 << 20
+_MOST_UNPACKED = 4
+"""A zip may unpack to this many times the largest upload."""
 
 
-def confined(path: str, roots: tuple[Path, ...], limits: ReadLimits) -> Path:
+def confined(path: str, options: ServerOptions) -> Path:
     """Resolve and check the path of an image, which must lie in an allowed folder; so must links inside a folder.
 
     Raises:
-        ApiError: 403 if it lies elsewhere, whether or not it exists there; 404 if there is no such file.
+        HTTPException: 403 if it lies elsewhere, whether or not it exists there; 404 if there is no such file.
         InputError: if the image is larger than the limits, or not an image.
     """
-    if not roots:
-        raise ApiError(403, "no folder is open to clients; start the server with --root FOLDER, or upload the file")
+    if not options.roots:
+        raise HTTPException(
+            403, "no folder is open to clients; start the server with --root FOLDER, or upload the file"
+        )
     if "\0" in path or len(path) > 4096:
-        raise ApiError(400, "path must be a file name, got one with a zero byte or of more than 4096 characters")
-    real_roots = [root.resolve() for root in roots]
+        raise HTTPException(400, "path must be a file name, got one with a zero byte or of more than 4096 characters")
+    real_roots = [root.resolve() for root in options.roots]
 
     def is_allowed(real: Path | None) -> bool:
         return real is not None and any(real.is_relative_to(root) for root in real_roots)
@@ -48,13 +53,13 @@ def confined(path: str, roots: tuple[Path, ...], limits: ReadLimits) -> Path:
     # An absolute path replaces the root that it is joined to.
     inside = [real for root in real_roots if is_allowed(real := _resolved(root / path)) and real is not None]
     if not inside:
-        raise ApiError(403, f"path must lie in a folder that the server was started with (--root), got {path}")
+        raise HTTPException(403, f"path must lie in a folder that the server was started with (--root), got {path}")
     real = next((candidate for candidate in inside if candidate.exists()), None)
     if real is None:
-        raise ApiError(404, f"there is no such file in the allowed folders: {path}")
+        raise HTTPException(404, f"there is no such file in the allowed folders: {path}")
     if real.is_dir() and not all(is_allowed(_resolved(entry)) for entry in real.iterdir() if entry.is_symlink()):
-        raise ApiError(403, f"a link in this folder points out of the allowed folders: {path}")
-    check_untrusted(real, limits)
+        raise HTTPException(403, f"a link in this folder points out of the allowed folders: {path}")
+    check_untrusted(real, options.images)
     return real
 
 
@@ -62,13 +67,13 @@ def safe_name(name: str) -> str:
     """The last part of a client's file name, in characters that are safe in any file system.
 
     Raises:
-        ApiError: 415 unless it ends like an image or a zip.
+        HTTPException: 415 unless it ends like an image or a zip.
     """
     last = re.split(r"[\\/]", name)[-1]
     cleaned = re.sub(r"[^\w.+-]", "_", last, flags=re.ASCII).lstrip(".")[-120:].lower()
     if not cleaned.endswith((*IMAGE_SUFFIXES, ".zip")):
         suffixes = " ".join(IMAGE_SUFFIXES)
-        raise ApiError(
+        raise HTTPException(
             415, f"the file name must end in one of {suffixes} or .zip (of a DICOM folder), got {last[:100]!r}"
         )
     return cleaned
@@ -78,32 +83,25 @@ async def receive(stream: AsyncIterator[bytes], target: Path) -> None:
     """Write a body to a file as it arrives; the caller removes the file if that fails.
 
     Raises:
-        ApiError: 400 for an empty body, 413 (from the guard) for one that is too long.
+        HTTPException: 400 for an empty body, 413 (from the guard) for one that is too long.
     """
     with target.open("wb") as file:
         async for block in stream:
             file.write(block)
         if not file.tell():
-            raise ApiError(400, "the request has no body; send the file's bytes")
+            raise HTTPException(400, "the request has no body; send the file's bytes")
 
 
-def accept(file: Path, limits: ReadLimits, largest_upload: int) -> Path:
-    """Check a received file; the caller removes its folder if the file is refused.
-
-    Args:
-        file: An image, or a zip, which is replaced by a folder with its files.
-        limits: Of the image.
-        largest_upload: Bytes of the largest upload; a zip may unpack to four times as many.
-
-    Returns:
-        The path to give to ``read_volume``.
+def accept(file: Path, options: ServerOptions) -> Path:
+    """Check a received image, or a zip, which is replaced by a folder with its files; the path for ``read_volume``.
 
     Raises:
-        InputError: if the file is refused.
+        InputError: if the file is refused; the caller removes its folder.
     """
-    image = _unzipped(file, limits, 4 * largest_upload) if file.name.endswith(".zip") else file
-    check_untrusted(image, limits)
-    return image
+    if file.name.endswith(".zip"):
+        file = _unzipped(file, options.images, _MOST_UNPACKED * options.largest_upload)
+    check_untrusted(file, options.images)
+    return file
 
 
 def _unzipped(file: Path, limits: ReadLimits, largest_bytes: int) -> Path:
@@ -147,10 +145,10 @@ def suffix_of(format: str) -> str:
     """The suffix of an export format.
 
     Raises:
-        ApiError: 400 for an unknown format.
+        HTTPException: 400 for an unknown format.
     """
     if format not in MASK_FORMATS:
-        raise ApiError(400, f"format must be one of {', '.join(MASK_FORMATS)}, got {format[:40]!r}")
+        raise HTTPException(400, f"format must be one of {', '.join(MASK_FORMATS)}, got {format[:40]!r}")
     return MASK_FORMATS[format][0]
 
 

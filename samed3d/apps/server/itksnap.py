@@ -17,11 +17,12 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import APIRouter, Depends, File, Form, Query, Request, UploadFile
 from numpy.typing import NDArray
+from starlette.exceptions import HTTPException
 
 from samed3d.apps.server import nninteractive_arrays as arrays
-from samed3d.apps.server.leases import Lease, LeaseState
-from samed3d.apps.server.security import ApiError
-from samed3d.apps.server.service import Json, SharedService, parse_json
+from samed3d.apps.server.leases import Lease
+from samed3d.apps.server.service import SharedService, parse_json
+from samed3d.apps.server.sessions import Json
 from samed3d.geometry import IntTriple
 
 PROTOCOL_VERSION = "0.1.2"
@@ -31,14 +32,13 @@ MODEL = "nnInteractive"
 
 async def _not_from_a_browser(request: Request) -> None:
     if "sec-fetch-site" in request.headers or "origin" in request.headers:
-        raise ApiError(403, "these routes are for ITK-SNAP; a browser uses /api")
+        raise HTTPException(403, "these routes are for ITK-SNAP; a browser uses /api")
 
 
 async def _lease(session_id: str, request: Request, service: SharedService) -> Lease:
-    entry = service.registry.get(session_id)
-    if not (entry.folder / "lease.json").exists():
-        raise ApiError(404, "this session was not started by ITK-SNAP")
-    return Lease(entry, service, request)
+    if lease := Lease.find(session_id, service, request):
+        return lease
+    raise HTTPException(404, "this session was not started by ITK-SNAP")
 
 
 async def _array(request: Request, file: Annotated[UploadFile, File()], metadata: Annotated[str, Form()]) -> NDArray:
@@ -46,13 +46,13 @@ async def _array(request: Request, file: Annotated[UploadFile, File()], metadata
     about = parse_json(metadata, "metadata")
     size = about.get("dimensions") if isinstance(about, dict) else None
     if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int and n > 0 for n in size):
-        raise ApiError(400, f"metadata must give three dimensions, got {str(size)[:80]}")
+        raise HTTPException(400, f"metadata must give three dimensions, got {str(size)[:80]}")
     if about.get("components_per_pixel", 1) != 1:
-        raise ApiError(400, "an image must have one component per voxel; choose one component in ITK-SNAP")
+        raise HTTPException(400, "an image must have one component per voxel; choose one component in ITK-SNAP")
     shape: IntTriple = (size[2], size[1], size[0])
     largest = request.app.state.service.options.images.voxels
     if math.prod(shape) > largest:
-        raise ApiError(413, f"an image must have at most {largest} voxels, got {math.prod(shape)}")
+        raise HTTPException(413, f"an image must have at most {largest} voxels, got {math.prod(shape)}")
     packed = await file.read()
     return await asyncio.to_thread(_unpacked, packed, shape)
 
@@ -63,12 +63,12 @@ def _unpacked(packed: bytes, shape: IntTriple) -> NDArray:
         with gzip.GzipFile(fileobj=io.BytesIO(packed)) as stream:
             raw = stream.read(expected + 1)  # never more than the declared size, whatever the file unpacks to
     except (OSError, EOFError) as error:
-        raise ApiError(400, f"the file must be gzip, got something else ({error})") from error
+        raise HTTPException(400, f"the file must be gzip, got something else ({error})") from error
     if len(raw) != expected:
-        raise ApiError(400, f"the file must hold {expected} bytes for its dimensions, got {len(raw)}")
+        raise HTTPException(400, f"the file must hold {expected} bytes for its dimensions, got {len(raw)}")
     array = np.frombuffer(raw, "<f4").reshape(shape)
     if not np.isfinite(array).all():
-        raise ApiError(400, "the image holds NaN or infinite values; replace them with the background value")
+        raise HTTPException(400, "the image holds NaN or infinite values; replace them with the background value")
     return array
 
 
@@ -96,10 +96,8 @@ async def models() -> Json:
 async def start_session(request: Request, service: SharedService, model_id: str = MODEL) -> Json:
     """Start a session."""
     if model_id != MODEL:
-        raise ApiError(404, f"model must be {MODEL}, got {model_id[:80]!r}")
-    entry = service.registry.create()
-    Lease(entry, service, request).state = LeaseState()
-    return {"session_id": entry.id}
+        raise HTTPException(404, f"model must be {MODEL}, got {model_id[:80]!r}")
+    return {"session_id": Lease.new(service, request).entry.id}
 
 
 @itksnap.post("/upload_raw/{session_id}")
@@ -126,17 +124,13 @@ async def point_of_list(lease: OneLease, point: Annotated[list[int], Query()], f
 @itksnap.post("/process_scribble_interaction/{session_id}")
 async def scribble(lease: OneLease, drawing: Array, foreground: bool = False) -> Json:
     """A scribble, drawn into an image of the size of the session's."""
-    return await _interact(
-        lease, lambda shape: arrays.scribble_prompts(*arrays.drawn_region(drawing, None, shape), foreground)
-    )
+    return await _interact(lease, lambda shape: arrays.drawn_prompts("scribble", drawing, None, shape, foreground))
 
 
 @itksnap.post("/process_lasso_interaction/{session_id}")
 async def lasso(lease: OneLease, drawing: Array, foreground: bool = False) -> Json:
     """A lasso, drawn into an image of the size of the session's."""
-    return await _interact(
-        lease, lambda shape: arrays.lasso_prompts(*arrays.drawn_region(drawing, None, shape), foreground)
-    )
+    return await _interact(lease, lambda shape: arrays.drawn_prompts("lasso", drawing, None, shape, foreground))
 
 
 @itksnap.get("/reset_interactions/{session_id}")
@@ -151,7 +145,7 @@ async def reset_interactions(lease: OneLease) -> Json:
 @itksnap.get("/v2/end_session/{session_id}")
 async def end_session(lease: OneLease) -> Json:
     """End the session, which is kept on disk until it is deleted through the REST API."""
-    await lease.service.registry.queue.run(lease.entry.id, lease.entry.unload)
+    await lease.service.queue.run(lease.entry.id, lease.entry.unload)
     return {"message": "Session ended"}
 
 

@@ -9,23 +9,25 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+from fastapi import Request
 from numpy.typing import NDArray
+from starlette.exceptions import HTTPException
 
-from samed3d.apps.server.security import ApiError
-from samed3d.apps.server.service import SessionWork
+from samed3d.apps.server.service import Service, SessionWork
 from samed3d.apps.server.sessions import SessionInfo
 from samed3d.errors import InputError
-from samed3d.geometry import Grid, IntTriple, Region
+from samed3d.geometry import EMPTY_REGION, Grid, IntTriple
 from samed3d.inference.session import MaskUpdate, Session
 from samed3d.output import write_json
 from samed3d.prompts import Prompt
 from samed3d.volume import write_volume
 
-_IMAGE = "image.nii"
+_IMAGE, _STATE = "image.nii", "lease.json"
 
 
 @dataclass(frozen=True)
@@ -40,29 +42,43 @@ class LeaseState:
     """
 
     object_id: int = 1
-    steps: tuple[int, ...] = ()
-    shape: IntTriple | None = None
+    steps: Sequence[int] = ()
+    shape: Sequence[int] | None = None
     target: str | None = None
 
 
 class Lease(SessionWork):
     """A client's lease: a session, its state, and the request that names it."""
 
+    @classmethod
+    def new(cls, service: Service, request: Request) -> Lease:
+        """A lease of a new session without an image; raises as ``Service.create``."""
+        lease = cls(service.create(), service, request)
+        lease.state = LeaseState()
+        return lease
+
+    @classmethod
+    def find(cls, lease_id: str, service: Service, request: Request) -> Lease | None:
+        """The lease of that id, if there is one; a session of the REST API is none."""
+        with suppress(HTTPException):
+            entry = service.get(lease_id)
+            if (entry.folder / _STATE).exists():
+                return cls(entry, service, request)
+        return None
+
     @property
     def state(self) -> LeaseState:
         """The state on disk."""
-        body = json.loads((self.entry.folder / "lease.json").read_text())
-        steps, shape = tuple(body.get("steps", ())), tuple(body.get("shape") or ()) or None
-        return LeaseState(body.get("object_id", 1), steps, shape, body.get("target"))
+        return LeaseState(**json.loads((self.entry.folder / _STATE).read_text()))
 
     @state.setter
     def state(self, state: LeaseState) -> None:
-        write_json(self.entry.folder / "lease.json", asdict(state))
+        write_json(self.entry.folder / _STATE, asdict(state))
 
     @property
     def remaining_seconds(self) -> float:
         """Time until the session is unloaded."""
-        return max(0.0, self.service.options.limits.idle_seconds - (time.monotonic() - self.entry.used))
+        return max(0.0, self.service.options.idle_seconds - (time.monotonic() - self.entry.used))
 
     async def open_array(self, array: NDArray, grid: Grid, name: str) -> None:
         """Open an array (D, H, W) in the session; the prompts on an earlier image are deleted.
@@ -77,10 +93,10 @@ class Lease(SessionWork):
         def job() -> None:
             incoming.replace(image)
             info = SessionInfo(str(image), name, service.options.model, kind="nninteractive")
-            service.registry.set_image(self.entry, info)
+            service.set_image(self.entry, info)
             self.state = LeaseState(shape=grid.shape_zyx)
 
-        await service.registry.queue.run(self.entry.id, job, self.is_gone)
+        await service.queue.run(self.entry.id, job, self.is_gone)
         try:
             await self.run(lambda session: None)
         except InputError:
@@ -89,10 +105,10 @@ class Lease(SessionWork):
 
     async def add(self, prompts: Callable[[IntTriple], list[Prompt]], predict: bool) -> MaskUpdate | None:
         """Add the prompts of one interaction in order, and predict once after the last."""
-        shape = self.state.shape
-        if shape is None:
-            raise ApiError(400, "there is no image yet; send one first")
-        added = await asyncio.to_thread(prompts, shape)
+        if self.state.shape is None:
+            raise HTTPException(400, "there is no image yet; send one first")
+        d, h, w = self.state.shape
+        added = await asyncio.to_thread(prompts, (d, h, w))
 
         def job(session: Session) -> MaskUpdate | None:
             before, updates = self.state, []
@@ -117,14 +133,14 @@ class Lease(SessionWork):
             state = self.state
             self.state = replace(state, object_id=state.object_id + bool(state.steps), steps=())
 
-        await self.service.registry.queue.run(self.entry.id, job, self.is_gone)
+        await self.service.queue.run(self.entry.id, job, self.is_gone)
 
 
 def combined(session: Session, updates: list[MaskUpdate], object_id: int) -> MaskUpdate | None:
     """Several updates of one object as one: its mask now, in the box around all of them."""
     if len(updates) == 1:
         return updates[0]
-    region = Region((0, 0, 0), (0, 0, 0))
+    region = EMPTY_REGION
     for update in updates:
         region = region.union(update.region)
     exists = any(o.id == object_id for o in session.objects())

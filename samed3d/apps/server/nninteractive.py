@@ -12,16 +12,17 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, Header, Request, Response
 from numpy.typing import NDArray
+from starlette.exceptions import HTTPException
 
 from samed3d.apps.server import nninteractive_arrays as arrays
-from samed3d.apps.server.leases import Lease, LeaseState, combined
-from samed3d.apps.server.security import ApiError
-from samed3d.apps.server.service import Json, Service, SharedService, parse_json
+from samed3d.apps.server.leases import Lease, combined
+from samed3d.apps.server.service import SharedService, parse_json
+from samed3d.apps.server.sessions import Json
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple
 from samed3d.inference.session import MaskUpdate, Session
@@ -38,13 +39,9 @@ nninteractive = APIRouter(tags=["nnInteractive"])
 
 
 async def _lease(request: Request, service: SharedService, token: LeaseToken = None) -> Lease:
-    try:
-        entry = service.registry.get(token or "")
-    except ApiError as error:
-        raise ApiError(410, "the lease is unknown; claim a new one") from error
-    if not (entry.folder / "lease.json").exists():
-        raise ApiError(410, "the lease is unknown; claim a new one")
-    return Lease(entry, service, request)
+    if lease := Lease.find(token or "", service, request):
+        return lease
+    raise HTTPException(410, "the lease is unknown; claim a new one")
 
 
 OneLease = Annotated[Lease, Depends(_lease)]
@@ -54,7 +51,7 @@ OneLease = Annotated[Lease, Depends(_lease)]
 async def _meta(request: Request) -> Json:
     text = request.headers.get("x-meta", "{}")
     if len(text) > _LONGEST_META:
-        raise ApiError(431, f"the X-Meta header must have at most {_LONGEST_META} characters, got {len(text)}")
+        raise HTTPException(431, f"the X-Meta header must have at most {_LONGEST_META} characters, got {len(text)}")
     return _object(text, "the X-Meta header")
 
 
@@ -65,14 +62,24 @@ async def _json(request: Request) -> Json:
 def _object(text: str | bytes, what: str) -> Json:
     body = parse_json(text, what)
     if not isinstance(body, dict):
-        raise ApiError(400, f"{what} must be a JSON object, got {type(body).__name__}")
+        raise HTTPException(400, f"{what} must be a JSON object, got {type(body).__name__}")
     return body
+
+
+async def _array(request: Request, service: SharedService) -> NDArray:
+    body = await request.body()
+    array = await asyncio.to_thread(arrays.unpack_array, body, service.options.images.voxels)
+    if array.dtype.kind == "f" and not math.isfinite(float(array.sum(dtype=np.float64)) if array.size else 0.0):
+        raise InputError("the array holds NaN or infinite values; replace them with the background value")
+    return array
 
 
 JsonBody = Annotated[Json, Depends(_json)]
 """A route's parameter of this type receives the body, a JSON object."""
 MetaHeader = Annotated[Json, Depends(_meta)]
 """A route's parameter of this type receives the X-Meta header, a JSON object."""
+ArrayBody = Annotated[Any, Depends(_array)]
+"""A route's parameter of this type receives the body, an array."""
 
 
 # Leases
@@ -82,7 +89,7 @@ MetaHeader = Annotated[Json, Depends(_meta)]
 async def capabilities(service: SharedService) -> Json:
     """Which prompts are understood."""
     model = service.options.model
-    spec = await service.registry.queue.run("capabilities", lambda: service.registry.model(model).spec)
+    spec = await service.queue.run("capabilities", lambda: service.model(model).spec)
     drawn = dict.fromkeys(("points", "bbox2d", "scribble", "lasso"), "point" in spec.prompts)
     return {
         "supported_interactions": {**drawn, "bbox3d": "box" in spec.prompts},
@@ -103,27 +110,23 @@ async def capabilities(service: SharedService) -> Json:
 @nninteractive.post("/claim")
 async def claim(request: Request, service: SharedService) -> Json:
     """Claim a lease."""
-    limits, entry = service.options.limits, service.registry.create()
-    Lease(entry, service, request).state = LeaseState()
+    options = service.options
     return {
-        "lease_token": entry.id,
-        "idle_timeout_seconds": limits.idle_seconds,
-        "liveness_timeout_seconds": limits.liveness_seconds,
-        "max_sessions": limits.loaded,
+        "lease_token": Lease.new(service, request).entry.id,
+        "idle_timeout_seconds": options.idle_seconds,
+        "liveness_timeout_seconds": options.liveness_seconds,
+        "max_sessions": options.loaded,
     }
 
 
 @nninteractive.post("/release")
 async def release(request: Request, service: SharedService, token: LeaseToken = None) -> dict[str, bool]:
     """Return a lease; its session is kept until it is deleted through the REST API."""
-    try:
-        entry = (await _lease(request, service, token)).entry
-    except ApiError:
-        return {"released": True}
-    if entry.info is None:  # it was never used
-        await service.registry.delete(entry)
-    else:
-        await service.registry.queue.run(entry.id, entry.unload)
+    lease = Lease.find(token or "", service, request)
+    if lease is not None and lease.entry.info is None:  # it was never used
+        await service.delete(lease.entry)
+    elif lease is not None:
+        await service.queue.run(lease.entry.id, lease.entry.unload)
     return {"released": True}
 
 
@@ -137,7 +140,7 @@ async def heartbeat(lease: OneLease) -> dict[str, float]:
 @nninteractive.get("/lease_status")
 async def lease_status(lease: OneLease) -> dict[str, float]:
     """Seconds until the session is unloaded."""
-    idle = lease.service.options.limits.idle_seconds
+    idle = lease.service.options.idle_seconds
     return {"remaining_seconds": lease.remaining_seconds, "idle_timeout_seconds": idle}
 
 
@@ -150,7 +153,7 @@ async def set_image(request: Request, lease: OneLease, meta: MetaHeader) -> Json
     async with lease.service.uploads:
         array = await _array(request, lease.service)
         if array.ndim != 4 or array.shape[0] != 1:
-            raise ApiError(400, f"image must have one channel and three axes, (1, X, Y, Z), got {array.shape}")
+            raise HTTPException(400, f"image must have one channel and three axes, (1, X, Y, Z), got {array.shape}")
         shape: IntTriple = (array.shape[1], array.shape[2], array.shape[3])
         stored = array[0].astype(_STORED.get(array.dtype.name, array.dtype), copy=False)
         await lease.open_array(stored, arrays.grid_of(shape, meta.get("image_properties")), "array")
@@ -161,7 +164,7 @@ async def set_image(request: Request, lease: OneLease, meta: MetaHeader) -> Json
 @nninteractive.post("/upload_segment", include_in_schema=False)
 async def earlier_protocol() -> Json:
     """The routes of nnInteractive's servers before 2.0, which had no leases."""
-    raise ApiError(
+    raise HTTPException(
         426, "this client uses nnInteractive's protocol before 2.0; update the client (the Slicer extension)"
     )
 
@@ -170,11 +173,11 @@ async def earlier_protocol() -> Json:
 async def set_target_buffer(lease: OneLease, body: JsonBody) -> Json:
     """Shape and type of the client's result array."""
     state, dtype = lease.state, str(body.get("dtype"))
-    if state.shape is None or body.get("shape") != list(state.shape):
+    if state.shape is None or body.get("shape") != state.shape:
         got = str(body.get("shape"))[:80]
-        raise ApiError(400, f"the target must have the image's shape {state.shape}, got {got}")
+        raise HTTPException(400, f"the target must have the image's shape {state.shape}, got {got}")
     if dtype not in arrays.DTYPES or np.dtype(dtype).kind not in "biu":
-        raise ApiError(400, f"the target must be of bool or an integer type, got {dtype[:40]!r}")
+        raise HTTPException(400, f"the target must be of bool or an integer type, got {dtype[:40]!r}")
     lease.state = replace(state, target=dtype)
     return {}
 
@@ -199,48 +202,37 @@ async def reset_interactions(lease: OneLease) -> Json:
 @nninteractive.post("/add_point_interaction")
 async def add_point(lease: OneLease, body: JsonBody) -> Response:
     """A click."""
-    prompt = arrays.point_prompt(body.get("coordinates"), _flag(body, "include_interaction"))
-    return await _interact(lease, lambda _: [prompt], _flag(body, "run_prediction", True))
+    return await _interact(lease, body, lambda _, include: [arrays.point_prompt(body.get("coordinates"), include)])
 
 
 @nninteractive.post("/add_bbox_interaction")
 async def add_bbox(lease: OneLease, body: JsonBody) -> Response:
     """A box."""
-    include, box = _flag(body, "include_interaction"), body.get("bbox_coords")
-    return await _interact(
-        lease, lambda shape: [arrays.box_prompt(box, include, shape)], _flag(body, "run_prediction", True)
-    )
+    box = body.get("bbox_coords")
+    return await _interact(lease, body, lambda shape, include: [arrays.box_prompt(box, include, shape)])
 
 
 @nninteractive.post("/add_scribble_interaction")
-async def add_scribble(request: Request, lease: OneLease, meta: MetaHeader) -> Response:
+async def add_scribble(lease: OneLease, meta: MetaHeader, mask: ArrayBody) -> Response:
     """A scribble, drawn into a mask."""
-    return await _add_drawn(request, lease, meta, arrays.scribble_prompts)
-
-
-@nninteractive.post("/add_lasso_interaction")
-async def add_lasso(request: Request, lease: OneLease, meta: MetaHeader) -> Response:
-    """A lasso, drawn into a mask."""
-    return await _add_drawn(request, lease, meta, arrays.lasso_prompts)
-
-
-async def _add_drawn(
-    request: Request, lease: Lease, meta: Json, translate: Callable[[NDArray[np.bool_], IntTriple, bool], list[Prompt]]
-) -> Response:
-    include, box = _flag(meta, "include_interaction"), meta.get("interaction_bbox")
-    mask = await _array(request, lease.service)
+    box = meta.get("interaction_bbox")
     return await _interact(
-        lease,
-        lambda shape: translate(*arrays.drawn_region(mask, box, shape), include),
-        _flag(meta, "run_prediction", True),
+        lease, meta, lambda shape, include: arrays.drawn_prompts("scribble", mask, box, shape, include)
     )
 
 
+@nninteractive.post("/add_lasso_interaction")
+async def add_lasso(lease: OneLease, meta: MetaHeader, mask: ArrayBody) -> Response:
+    """A lasso, drawn into a mask."""
+    box = meta.get("interaction_bbox")
+    return await _interact(lease, meta, lambda shape, include: arrays.drawn_prompts("lasso", mask, box, shape, include))
+
+
 @nninteractive.post("/add_initial_seg_interaction")
-async def add_initial_seg(request: Request, lease: OneLease, meta: MetaHeader) -> Response:
+async def add_initial_seg(lease: OneLease, meta: MetaHeader, mask: ArrayBody) -> Response:
     """A segmentation to start from; replaces earlier prompts."""
-    mask = await _array(request, lease.service)
-    return await _interact(lease, lambda shape: [arrays.mask_prompt(mask, shape)], _flag(meta, "run_prediction", False))
+    body = {"include_interaction": True, "run_prediction": False, **meta}
+    return await _interact(lease, body, lambda shape, _: [arrays.mask_prompt(mask, shape)])
 
 
 @nninteractive.post("/predict")
@@ -277,9 +269,10 @@ async def undo(lease: OneLease) -> Response:
 # Answers, and what requests hold
 
 
-async def _interact(lease: Lease, prompts: Callable[[IntTriple], list[Prompt]], predict: bool) -> Response:
-    """Add the prompts of one interaction and send what changed."""
-    return await _answer(lease, await lease.add(prompts, predict))
+async def _interact(lease: Lease, body: Json, prompts: Callable[[IntTriple, bool], list[Prompt]]) -> Response:
+    """Add the prompts of one interaction, made of the image's shape and the sign, and send what changed."""
+    include, predict = _flag(body, "include_interaction"), _flag(body, "run_prediction", True)
+    return await _answer(lease, await lease.add(lambda shape: prompts(shape, include), predict))
 
 
 async def _answer(lease: Lease, update: MaskUpdate | None) -> Response:
@@ -296,16 +289,8 @@ async def _answer(lease: Lease, update: MaskUpdate | None) -> Response:
     return Response(body, media_type="application/octet-stream", headers=headers)
 
 
-async def _array(request: Request, service: Service) -> NDArray:
-    body = await request.body()
-    array = await asyncio.to_thread(arrays.unpack_array, body, service.options.images.voxels)
-    if array.dtype.kind == "f" and not math.isfinite(float(array.sum(dtype=np.float64)) if array.size else 0.0):
-        raise InputError("the array holds NaN or infinite values; replace them with the background value")
-    return array
-
-
 def _flag(body: Json, key: str, default: bool | None = None) -> bool:
     value = body.get(key, default)
     if not isinstance(value, bool):
-        raise ApiError(400, f"{key} must be true or false, got {str(value)[:40]}")
+        raise HTTPException(400, f"{key} must be true or false, got {str(value)[:40]}")
     return value

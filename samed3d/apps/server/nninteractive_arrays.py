@@ -217,6 +217,12 @@ def drawn_region(mask: NDArray, bbox: Any, shape: IntTriple) -> tuple[NDArray[np
     return drawn[tight.slices], (d, h, w)
 
 
+def drawn_prompts(kind: str, mask: NDArray, bbox: Any, shape: IntTriple, include: bool) -> list[Prompt]:
+    """The prompts of a drawing, of kind "scribble" or "lasso"; arguments as ``drawn_region``."""
+    drawn, start = drawn_region(mask, bbox, shape)
+    return (scribble_prompts if kind == "scribble" else lasso_prompts)(drawn, start, include)
+
+
 def scribble_prompts(drawn: NDArray[np.bool_], start: IntTriple, include: bool) -> list[Prompt]:
     """Scribbles that mark exactly the drawn voxels: one path from neighbour to neighbour per connected piece."""
     prompts: list[Prompt] = []

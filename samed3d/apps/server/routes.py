@@ -17,21 +17,20 @@ from typing import Annotated
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
 
 from samed3d.apps.server import files
-from samed3d.apps.server.security import ApiError
-from samed3d.apps.server.service import (
+from samed3d.apps.server.service import OneSession, SessionWork, SharedService, prompt_from_client
+from samed3d.apps.server.sessions import (
+    VIEWED,
     Json,
-    OneSession,
-    SessionWork,
-    SharedService,
-    prompt_from_client,
+    SessionInfo,
+    read_info,
     session_to_json,
     update_to_json,
     whole_mask_to_json,
 )
-from samed3d.apps.server.sessions import VIEWED, SessionInfo, read_info
 from samed3d.inference.session import MaskUpdate, Session
 from samed3d.volume import write_volume
 from samed3d.volume.writing import MASK_FORMAT_NAMES
@@ -49,13 +48,14 @@ class _Body(BaseModel):
 
 
 class OpenBody(_Body):
-    """Which image to open: a path in one of the server's folders, or the example."""
+    """Which image to open, a path in one of the server's folders or the example, and how."""
 
     path: str | None = None
     example: bool = False
     model: str | None = None
     channel: int | None = Field(None, ge=0)
     series: str | None = None
+    modality: str | None = None
 
 
 class EditBody(_Body):
@@ -119,18 +119,14 @@ async def about(service: SharedService) -> Json:
 @api.get("/sessions", tags=["sessions"])
 async def sessions(service: SharedService) -> list[Json]:
     """All sessions, the newest first."""
-    registry = service.registry
-    loaded = {entry.id for entry in registry.loaded()}
+    loaded = {entry.id for entry in service.loaded()}
 
     def listed() -> list[Json]:
-        infos = ((session_id, read_info(registry.folder / session_id)) for session_id in registry.stored())
+        infos = ((session_id, read_info(service.folder / session_id)) for session_id in service.stored())
+        keys = ("name", "model", "kind", "created")
         return [
-            {
-                "id": session_id,
-                **{key: getattr(info, key) for key in ("name", "model", "kind", "created")},
-                "loaded": session_id in loaded,
-            }
-            for session_id, info in infos
+            {"id": number, **{key: getattr(info, key) for key in keys}, "loaded": number in loaded}
+            for number, info in infos
             if info is not None
         ]
 
@@ -141,15 +137,15 @@ async def sessions(service: SharedService) -> list[Json]:
 async def open_session(body: OpenBody, request: Request, service: SharedService) -> Json:
     """Open an image by path, or the example."""
     if (body.path is None) == (not body.example):
-        raise ApiError(400, "give either path or example: true")
+        raise HTTPException(400, "give either path or example: true")
     model = service.model_name(body.model)
     image, name = None, "example"
     if body.path is not None:
-        image = await asyncio.to_thread(files.confined, body.path, service.options.roots, service.options.images)
+        image = await asyncio.to_thread(files.confined, body.path, service.options)
         name = image.name[:200]
     async with service.new_session() as entry:
         image = image or await asyncio.to_thread(files.write_example, entry.folder)
-        info = SessionInfo(str(image), name, model, body.channel, body.series)
+        info = SessionInfo(str(image), name, model, body.channel, body.series, body.modality)
         return await service.open(entry, info, request)
 
 
@@ -166,6 +162,7 @@ async def upload(
     model: str | None = None,
     channel: Annotated[int | None, Query(ge=0)] = None,
     series: str | None = None,
+    modality: str | None = None,
 ) -> Json:
     """Open an image that is the body of the request (.nii .nii.gz .nrrd .mha, or .zip of a DICOM folder)."""
     model, options = service.model_name(model), service.options
@@ -174,8 +171,8 @@ async def upload(
         async with service.uploads:
             file = entry.folder / file_name
             await files.receive(request.stream(), file)
-            image = await asyncio.to_thread(files.accept, file, options.images, options.access.largest_upload)
-        info = SessionInfo(str(image), name[:200], model, channel, series)
+            image = await asyncio.to_thread(files.accept, file, options)
+        info = SessionInfo(str(image), name[:200], model, channel, series, modality)
         return await service.open(entry, info, request)
 
 
@@ -188,7 +185,7 @@ async def read_session(work: OneSession) -> Json:
 @api.delete(_SESSION, tags=["sessions"], status_code=204)
 async def delete_session(work: OneSession) -> Response:
     """Delete a session with its prompts."""
-    await work.service.registry.delete(work.entry)
+    await work.service.delete(work.entry)
     return Response(status_code=204)
 
 
@@ -196,36 +193,36 @@ async def delete_session(work: OneSession) -> Response:
 
 
 async def edited(
-    work: SessionWork, revision: int | None, change: Callable[[Session], object], timed: bool = True
+    work: SessionWork, body: EditBody | int | None, change: Callable[[Session], object], timed: bool = True
 ) -> Json:
     """Change a session.
 
     Args:
         work: The session.
-        revision: The one that the client has seen, or None.
+        body: The request's body, or the revision that the client has seen.
         change: The change; where it returns a ``MaskUpdate``, the answer holds it.
         timed: Whether the prediction's duration goes into the metrics.
     """
 
     def job(session: Session) -> Json:
         update = change(session)
-        body: Json = {"seconds": 0.0, "prompt_id": None, "updates": []}
+        answer: Json = {"seconds": 0.0, "prompt_id": None, "updates": []}
         if isinstance(update, MaskUpdate):
-            body = {"seconds": round(update.seconds, 4), "prompt_id": update.prompt_id, "updates": []}
+            answer |= {"seconds": round(update.seconds, 4), "prompt_id": update.prompt_id}
             if update.changed:
-                body["updates"] = [update_to_json(update.object_id, update.region, update.mask)]
+                answer["updates"] = [update_to_json(update.object_id, update.region, update.mask)]
             if timed:
                 work.service.predictions.observe(update.seconds)
-        return {**body, "session": session_to_json(work.entry, session)}
+        return {**answer, "session": session_to_json(work.entry, session)}
 
-    return await work.run(job, revision)
+    return await work.run(job, body.revision if isinstance(body, EditBody) else body)
 
 
 @api.post(_SESSION + "/prompts", tags=["prompts"])
 async def add_prompt(work: OneSession, body: PromptBody) -> Json:
     """Add a prompt to an object."""
     prompt = prompt_from_client(body.prompt)
-    return await edited(work, body.revision, lambda s: s.add(prompt, body.object_id, body.name))
+    return await edited(work, body, lambda s: s.add(prompt, body.object_id, body.name))
 
 
 _PROMPT = _SESSION + "/prompts/{prompt_id}"
@@ -235,7 +232,7 @@ _PROMPT = _SESSION + "/prompts/{prompt_id}"
 async def move_prompt(work: OneSession, prompt_id: int, body: MoveBody) -> Json:
     """Replace a prompt; the later ones are predicted again."""
     prompt = prompt_from_client(body.prompt)
-    return await edited(work, body.revision, lambda s: s.move(prompt_id, prompt))
+    return await edited(work, body, lambda s: s.move(prompt_id, prompt))
 
 
 @api.delete(_PROMPT, tags=["prompts"])
@@ -247,20 +244,19 @@ async def remove_prompt(work: OneSession, prompt_id: int, revision: int | None =
 @api.post(_SESSION + "/undo", tags=["prompts"])
 async def undo(work: OneSession, body: EditBody | None = None) -> Json:
     """Undo the last change."""
-    return await edited(work, body.revision if body else None, lambda s: s.undo(), timed=False)
+    return await edited(work, body, lambda s: s.undo(), timed=False)
 
 
 @api.post(_SESSION + "/redo", tags=["prompts"])
 async def redo(work: OneSession, body: EditBody | None = None) -> Json:
     """Redo the last change."""
-    return await edited(work, body.revision if body else None, lambda s: s.redo(), timed=False)
+    return await edited(work, body, lambda s: s.redo(), timed=False)
 
 
 @api.post(_SESSION + "/objects", tags=["objects"])
 async def new_object(work: OneSession, body: NewObjectBody | None = None) -> Json:
     """A new, empty object."""
-    revision, name = (body.revision, body.name) if body else (None, None)
-    return await edited(work, revision, lambda s: s.new_object(name))
+    return await edited(work, body, lambda s: s.new_object(body.name if body else None))
 
 
 @api.patch(_OBJECT, tags=["objects"])
@@ -268,8 +264,8 @@ async def edit_object(work: OneSession, object_id: int, body: ObjectBody) -> Jso
     """Name, colour, visibility, lock."""
     changes = body.model_dump(exclude_none=True, exclude={"revision"})
     if not changes:
-        raise ApiError(400, "give what changes: name, colour, visible or locked")
-    return await edited(work, body.revision, lambda s: s.edit_object(object_id, **changes))
+        raise HTTPException(400, "give what changes: name, colour, visible or locked")
+    return await edited(work, body, lambda s: s.edit_object(object_id, **changes))
 
 
 @api.delete(_OBJECT, tags=["objects"])
@@ -281,7 +277,7 @@ async def remove_object(work: OneSession, object_id: int, revision: int | None =
 @api.put(_SESSION + "/rule", tags=["objects"])
 async def set_rule(work: OneSession, body: RuleBody) -> Json:
     """Whether other objects are background for a prediction."""
-    return await edited(work, body.revision, lambda s: setattr(s, "others_are_negative", body.others_are_negative))
+    return await edited(work, body, lambda s: setattr(s, "others_are_negative", body.others_are_negative))
 
 
 # Results
@@ -290,11 +286,8 @@ async def set_rule(work: OneSession, body: RuleBody) -> Json:
 @api.get(_SESSION + "/masks", tags=["results"])
 async def masks(work: OneSession) -> Json:
     """The masks of all objects, each in its box."""
-    return {
-        "updates": await work.run(
-            lambda s: [whole_mask_to_json(o.id, s.mask_of(o.id)) for o in s.objects() if o.voxels]
-        )
-    }
+    found = await work.run(lambda s: [whole_mask_to_json(o.id, s.mask_of(o.id)) for o in s.objects() if o.voxels])
+    return {"updates": found}
 
 
 @api.get(_OBJECT + "/mask", tags=["results"])

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from fastapi import APIRouter, Request
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.responses import FileResponse
 
 from samed3d.apps.server import files
-from samed3d.apps.server.security import ApiError
-from samed3d.apps.server.service import Json, Service, SharedService, parse_json, prompt_from_client
+from samed3d.apps.server.service import Service, SharedService, parse_json, prompt_from_client
+from samed3d.apps.server.sessions import Json
 from samed3d.inference.session import Session
 from samed3d.prompts import objects_from_json
 from samed3d.volume import read_volume
@@ -21,7 +22,11 @@ from samed3d.volume.writing import MASK_FORMATS
 _BLOCK = 1 << 20
 one_shot = APIRouter()
 
-_FIELDS: Json = {"model": {"type": "string"}, "format": {"type": "string", "enum": list(MASK_FORMATS)}}
+_FIELDS: Json = {
+    "model": {"type": "string"},
+    "modality": {"type": "string"},
+    "format": {"type": "string", "enum": list(MASK_FORMATS)},
+}
 _FORM = {
     "image": {"type": "string", "format": "binary"},
     "prompts": {"type": "string", "description": "a prompt file (JSON)"},
@@ -45,20 +50,20 @@ async def segment(request: Request, service: SharedService) -> FileResponse:
     """An image and its prompts in, the mask out."""
     with files.exporting(service.options.sessions) as folder:
         image, fields = await _image_and_fields(request, service, folder)
-        format = str(fields.get("format") or "nifti")
+        chosen = {key: str(fields[key]) for key in _FIELDS if fields.get(key) is not None}
+        format, model = chosen.get("format", "nifti"), service.model_name(chosen.get("model"))
         target = folder / f"segmentation{files.suffix_of(format)}"
-        model = service.model_name(None if fields.get("model") is None else str(fields["model"]))
         prompts = fields.get("prompts")
         prompts = parse_json(prompts, "prompts") if isinstance(prompts, str) else prompts
         objects = objects_from_json(prompts, "prompts", prompt_from_client)
-        volume = await asyncio.to_thread(read_volume, image)
+        volume = await asyncio.to_thread(read_volume, image, modality=chosen.get("modality"))
 
         def job() -> None:
-            with Session.open(volume, service.registry.model(model), service.options.device) as session:
+            with Session.open(volume, service.model(model), service.options.device) as session:
                 session.add_all(objects)
                 session.export(target, format)
 
-        await service.registry.queue.run(folder.name, job, request.is_disconnected)
+        await service.queue.run(folder.name, job, request.is_disconnected)
         return files.exported(target, target.name)
 
 
@@ -68,11 +73,11 @@ async def _image_and_fields(request: Request, service: Service, folder: Path) ->
     if kind.startswith("multipart/form-data"):
         return await _from_form(request, service, folder)
     if not kind.startswith("application/json"):
-        raise ApiError(415, "send a form (image, prompts) or JSON (path, prompts)")
+        raise HTTPException(415, "send a form (image, prompts) or JSON (path, prompts)")
     fields = parse_json(await request.body(), "the body")
     if not isinstance(fields, dict) or not isinstance(fields.get("path"), str):
-        raise ApiError(400, 'the body must be an object with "path" and "prompts"')
-    image = await asyncio.to_thread(files.confined, fields["path"], service.options.roots, service.options.images)
+        raise HTTPException(400, 'the body must be an object with "path" and "prompts"')
+    image = await asyncio.to_thread(files.confined, fields["path"], service.options)
     return image, fields
 
 
@@ -80,13 +85,13 @@ async def _from_form(request: Request, service: Service, folder: Path) -> tuple[
     options = service.options
     async with service.uploads:
         try:
-            form = await request.form(max_files=1, max_fields=8, max_part_size=options.access.largest_json)
+            form = await request.form(max_files=1, max_fields=8, max_part_size=options.largest_json)
         except (MultiPartException, AssertionError) as error:
-            raise ApiError(400, f"the form cannot be read: {error}") from error
+            raise HTTPException(400, f"the form cannot be read: {error}") from error
         try:
             sent = form.get("image")
             if not isinstance(sent, UploadFile) or not sent.filename:
-                raise ApiError(400, "the form needs a file called image")
+                raise HTTPException(400, "the form needs a file called image")
             file = folder / files.safe_name(sent.filename)
             with file.open("wb") as out:
                 while block := await sent.read(_BLOCK):
@@ -94,4 +99,4 @@ async def _from_form(request: Request, service: Service, folder: Path) -> tuple[
             fields = {key: value for key, value in form.items() if isinstance(value, str)}
         finally:
             await form.close()
-        return await asyncio.to_thread(files.accept, file, options.images, options.access.largest_upload), fields
+        return await asyncio.to_thread(files.accept, file, options), fields
