@@ -19,6 +19,8 @@ from samed3d.resample import axis_weights
 
 CLAMP_SIGMA = 4.0
 """Normalised intensities are cut at this many standard deviations: metal and bright vessels must not set the scale."""
+LEAST_DEVIATION = 1e-6
+"""The smallest deviation that counts, as a share of the largest intensity: a few steps of single precision."""
 RANK_BINS = 2048
 CT_LOWEST_HU = -500.0
 """An image without a stated modality counts as CT if its lowest value is this low: only CT shows air so far below 0."""
@@ -143,20 +145,32 @@ def normalise(crop: Tensor, inside: Tensor, method: str, clamp: tuple[float, flo
     """
     if clamp is not None:
         crop = crop.clamp(*clamp)
+    crop = _near_one(crop)
     if method == "zscore_positive":
         crop = torch.where(inside, crop, 0.0)
         chosen = crop[crop > 0]
         chosen = chosen if chosen.numel() > 1 else crop.flatten()
-        return ((crop - chosen.mean()) / chosen.std().clamp(min=1e-6))[None]
+        return ((crop - chosen.mean()) / chosen.std().clamp(min=LEAST_DEVIATION))[None]
     channels = image_channels(method)
     everywhere = bool(inside.all())  # most crops: picking voxels would cost more than all else
     chosen = crop.flatten() if everywhere else crop[inside]
     if chosen.numel() == 0:
         return crop.new_zeros(channels, *crop.shape)
-    scaled = ((crop - chosen.mean()) / chosen.std(correction=0).clamp(min=1e-6)).clamp_(-CLAMP_SIGMA, CLAMP_SIGMA)
+    scaled = (crop - chosen.mean()) / chosen.std(correction=0).clamp(min=LEAST_DEVIATION)
+    scaled.clamp_(-CLAMP_SIGMA, CLAMP_SIGMA)
     if not everywhere:
         scaled = torch.where(inside, scaled, 0.0)
     return scaled[None] if channels == 1 else torch.stack([scaled, _rank(scaled, None if everywhere else inside)])
+
+
+def _near_one(crop: Tensor) -> Tensor:
+    """Intensities times the power of two that brings the largest to between 0.5 and 1.
+
+    That rounds nothing, so that an image gives the same result in any unit, and no square of it leaves single
+    precision.
+    """
+    largest = max(abs(float(end)) for end in crop.aminmax())
+    return crop * 2.0 ** -max(-126, min(126, math.frexp(largest)[1]))
 
 
 def image_channels(method: str) -> int:

@@ -85,7 +85,9 @@ def grey_range(values: NDArray, object_values: NDArray | None = None) -> tuple[f
             low, high = min(low, float(own_low)), max(high, float(own_high))
         return low, high
     low, high = (float(v) for v in np.percentile(thinned, [1, 99.5]))
-    return (low, high) if high > low else (float(thinned.min()), float(thinned.max()) + 1e-6)
+    if not high > low:
+        low, high = float(thinned.min()), float(thinned.max())
+    return low, high if high > low else low + 1.0
 
 
 class SlicePicture:

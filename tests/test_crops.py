@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from samed3d.crops import CLAMP_SIGMA, image_channels, normalise, paste_crop, sample_crop
 from samed3d.geometry import CropFrame
@@ -282,3 +284,36 @@ def test_unknown_method_is_named():
         ValueError, match="normalisation must be one of zscore, zscore_positive, zscore_rank, got 'minmax'"
     ):
         normalise(torch.zeros(2, 2, 2), torch.ones(2, 2, 2, dtype=torch.bool), "minmax")
+
+
+# One image in any unit
+
+
+METHODS = ["zscore", "zscore_rank", "zscore_positive"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(exponent=st.integers(-100, 80), seed=st.integers(0, 9))
+def test_a_power_of_two_changes_no_bit(method, exponent, seed):
+    crop = torch.from_numpy(random_array((6, 7, 8), seed)) * 250 + 40
+    inside = torch.ones(crop.shape, dtype=torch.bool)
+    inside[0, 0] = seed % 2 == 0
+    assert torch.equal(normalise(crop * 2.0**exponent, inside, method), normalise(crop, inside, method))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(factor=st.floats(1e-15, 1e15), offset=st.floats(-1000, 1000))
+def test_any_scale_and_offset_changes_rounding_only(method, factor, offset):
+    crop = torch.from_numpy(random_array((6, 7, 8))) * 250 + 2000
+    shifted = crop if method == "zscore_positive" else crop + offset
+    one, other = (normalise(c, everywhere(crop), method) for c in (crop, shifted * factor))
+    atol = 2e-4 if method != "zscore_rank" else 2 * math.sqrt(12) / crop.numel()  # a voxel may change its bin
+    torch.testing.assert_close(other[0], one[0], atol=2e-4, rtol=0)
+    torch.testing.assert_close(other[-1], one[-1], atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("level", [0.0, 1e-15, -1024.0, 1e15])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_constant_crop_stays_small_at_any_level(method, level):
+    crop = torch.full((6, 7, 8), level)
+    assert normalise(crop, everywhere(crop), method).abs().max() < 0.5

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from samed3d.config import DataConfig
-from samed3d.crops import sample_crop
+from samed3d.crops import LEAST_DEVIATION, sample_crop
 from samed3d.data import sampling
 from samed3d.data.corpus import CaseRecord, Corpus, LabelRecord
 from samed3d.data.sampling import Drawn, RawCrop, SampleDataset, crop_spacing
@@ -52,10 +52,11 @@ class Intensities:
         """Statistics of a (D, H, W) array, from about two million voxels on a regular grid, read slice by slice."""
         step = max(1, math.ceil((math.prod(array.shape) / STATISTICS_VOXELS) ** (1 / 3)))
         slices = (np.asarray(array[z : z + 1])[0, ::step, ::step] for z in range(0, array.shape[0], step))
-        values = np.concatenate([one.astype(np.float32).ravel() for one in slices])
-        low, high = np.percentile(values, CUT_PERCENT)
+        values = np.concatenate([one.astype(np.float64).ravel() for one in slices])
+        low, high = (float(v) for v in np.percentile(values, CUT_PERCENT))
         values = values.clip(low, high)
-        return cls(float(low), float(high), float(values.mean()), max(float(values.std()), 1e-6))
+        least = LEAST_DEVIATION * max(-low, high) or 1.0
+        return cls(low, high, float(values.mean()), max(float(values.std()), least))
 
     def scale(self, crop: Tensor, inside: Tensor) -> Tensor:
         """(D, H, W) raw intensities to mean 0 and deviation 1 of the image; voxels outside the volume are 0."""

@@ -88,7 +88,8 @@ class Volume:
                 raise InputError(f"spacing_mm must be one number or three, got {spacing_mm}")
             grid = Grid(shape, as_triple(spacing * (3 // len(spacing))), direction_lps=RAS_DIRECTION)
         check_dimensions(grid.size_ijk, grid.spacing_xyz_mm, source)
-        return cls(checked_array(array, source), grid, source, modality)
+        array, notes = checked_array(array, source)
+        return cls(array, grid, source, modality, notes)
 
     @cached_property
     def view(self) -> CanonicalView:
@@ -130,8 +131,9 @@ def read_volume(
         raise InputError(f"--series picks from a DICOM folder, got a file: {path}")
     else:
         array, grid, notes = read_file(path, channel)
-    modality = tag if modality is None else modality
-    volume = Volume(checked_array(array, path), grid, str(path), modality, notes, layout)
+    array, found = checked_array(array, path)
+    notes += found
+    volume = Volume(array, grid, str(path), tag if modality is None else modality, notes, layout)
     for note in notes:
         logger.warning("%s: %s", path, note)
     logger.info("read %s: %s voxels (i, j, k), %s", path.name, volume.grid.size_ijk, array.dtype)

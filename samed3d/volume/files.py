@@ -30,6 +30,10 @@ logger = logging.getLogger(__name__)
 
 _LONGEST_TEXT_HEADER = 64 * 1024
 _BLOCK = 1 << 20
+FILL_VALUE = 1e30
+"""No intensity has this magnitude in any unit; files mark voxels without a value by such numbers (-3.4e38, 9.97e36)."""
+SPIKE_REACH, SPIKE_SHARE = 1e6, 1e-4
+"""At most this share of the voxels, further from all others than this many times their range, are no intensities."""
 _WIDEST_VOXEL = 16  # bytes of a complex double
 
 
@@ -130,8 +134,8 @@ def _check_spacing(spacing: Sequence[float], path: str | Path) -> None:
         raise InputError(f"spacing must be > 0 on each axis, got {shown} mm: {path}; correct the header")
 
 
-def checked_array(array: NDArray, path: str | Path) -> NDArray:
-    """The voxels, float64 as float32; refused if they are complex, not finite or all equal."""
+def checked_array(array: NDArray, path: str | Path) -> tuple[NDArray, tuple[str, ...]]:
+    """The voxels, float64 as float32, and notes on them; refused if they are complex, not finite or all equal."""
     if array.dtype.kind == "c":
         raise InputError(f"image holds complex numbers: {path}; save its magnitude first")
     if array.dtype == np.float64:
@@ -140,9 +144,37 @@ def checked_array(array: NDArray, path: str | Path) -> NDArray:
     low, high = array.min(), array.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         raise _not_finite(array.size - int(np.count_nonzero(np.isfinite(array))), array.size, path)
+    far = _meaningless(array, float(low), float(high)) if array.dtype.kind == "f" else None
+    notes: tuple[str, ...] = ()
+    if far is not None and far.any() and not far.all():
+        lowest = array.min(where=~far, initial=np.inf)
+        value = array[far][0]
+        count = np.count_nonzero(far)
+        notes = (f"{count} voxels are no intensities (such as {value:.3g}) and are set to the lowest of the others",)
+        array = np.where(far, lowest, array)
+        low, high = array.min(), array.max()
     if low == high:
         raise InputError(f"image is constant, every voxel is {low:g}: {path}; there is nothing to segment")
-    return array
+    return array, notes
+
+
+def _meaningless(array: NDArray, lowest: float, highest: float) -> NDArray[np.bool_] | None:
+    """Where a floating-point image holds fill values or a few spikes, as the constants say; None if nowhere.
+
+    One of them would set the scale of all statistics and leave nothing of the image.
+    """
+    thinned = array[tuple(slice(None, None, -(-n // 100)) for n in array.shape)].astype(np.float64)
+    thinned = thinned[np.abs(thinned) < FILL_VALUE]
+    low, high = np.percentile(thinned, (1, 99)) if thinned.size else (0.0, 0.0)
+    reach = SPIKE_REACH * (high - low) or np.inf
+    least, most = max(low - reach, -FILL_VALUE), min(high + reach, FILL_VALUE)
+    if least < lowest and highest < most:
+        return None
+    far, fill = (
+        np.stack([(plane <= a) | (plane >= b) for plane in array])
+        for a, b in ((least, most), (-FILL_VALUE, FILL_VALUE))
+    )
+    return far if np.count_nonzero(far) - np.count_nonzero(fill) <= SPIKE_SHARE * array.size else fill
 
 
 def _not_finite(bad: int, count: int, path: str | Path) -> InputError:
