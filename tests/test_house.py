@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"errors", "output", "environment", "geometry", "prompts", "config"},
-    {"devices", "volume", "resample", "crops", "drawing", "pages", "clicks", "losses", "metrics", "nn"},
+    {"devices", "volume", "resample", "crops", "drawing", "pages", "clicks", "losses", "masks", "metrics", "nn"},
     {"models", "data"},
     {"training", "inference", "evaluation"},
     {"apps", "cli", "__main__"},

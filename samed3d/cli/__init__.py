@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import typer
 
-from samed3d.cli import compare, doctor, evaluate, models, prepare, segment, serve, train
+from samed3d.cli import compare, doctor, evaluate, masks, models, prepare, segment, serve, train
 from samed3d.errors import InputError
 
 # A file system that refuses is the user's to mend, whatever was being written.
@@ -43,6 +43,8 @@ def commands() -> typer.Typer:
     )
     app.command()(segment.demo)
     app.command()(segment.segment)
+    app.command()(masks.clean)
+    app.command()(masks.measure)
     app.command()(serve.app)
     app.command()(serve.serve)
     app.command()(prepare.prepare)

@@ -9,8 +9,22 @@ from typing import Annotated, Any
 
 import typer
 
-from samed3d.cli.options import Device, Model, Quiet, Texts, check_exists
+from samed3d.cli.options import (
+    Device,
+    FillHoles,
+    GrowMm,
+    KeepLargest,
+    MaskFormat,
+    MinIslandMm3,
+    Modality,
+    Model,
+    Quiet,
+    SmoothMm,
+    Texts,
+    check_exists,
+)
 from samed3d.errors import InputError
+from samed3d.masks import Cleaning
 from samed3d.output import check_distinct, check_output, write_json
 from samed3d.prompts import Mask, ObjectPrompts, load_prompts, parse_prompts
 
@@ -29,9 +43,7 @@ def segment(
     space: Annotated[str, typer.Option(help="Positions are ijk (voxels, x first, from 0) or ras (mm).")] = "ijk",
     prompts: Annotated[Path | None, typer.Option(help="Prompt file (JSON) of one or more objects instead.")] = None,
     batch: Annotated[Path | None, typer.Option(help="Instead of IMAGE, a CSV with one line per image.")] = None,
-    format: Annotated[
-        str | None, typer.Option(help="nifti, nrrd, mha, seg.nrrd, dicom-seg or rtstruct. [default: by the suffix]")
-    ] = None,
+    format: MaskFormat = None,
     model: Model = "default",
     probability: Annotated[Path | None, typer.Option(help="Also write the probability, float32.")] = None,
     preview: Annotated[Path | None, typer.Option(help="Also write a PNG: three slices, outlines, prompts.")] = None,
@@ -40,9 +52,12 @@ def segment(
     device: Device = "auto",
     channel: Annotated[int | None, typer.Option(help="Channel or frame of a 4D or RGB image, from 0.")] = None,
     series: Annotated[str | None, typer.Option(help="DICOM series of the folder (its UID or number).")] = None,
-    modality: Annotated[
-        str | None, typer.Option(help="CT, MR, ... [default: the DICOM tag, or by intensities]")
-    ] = None,
+    modality: Modality = None,
+    min_island_mm3: MinIslandMm3 = 0.0,
+    keep_largest: KeepLargest = False,
+    fill_holes: FillHoles = False,
+    smooth_mm: SmoothMm = 0.0,
+    grow_mm: GrowMm = 0.0,
     quiet: Quiet = False,
 ) -> None:
     """Segment one image from clicks, boxes and strokes, or every image of a list.
@@ -50,10 +65,12 @@ def segment(
     A mask to start from comes first, then boxes, then positive points and strokes, then negative ones, each in the
     order given; a prompt file keeps its own order.
     """
+    cleaning = Cleaning(min_island_mm3, keep_largest, fill_holes, smooth_mm, grow_mm)
     typed = (point, negative_point, box, scribble, negative_scribble, mask)
     also = {"--probability": probability, "--preview": preview, "--report": report, "--session": session}
     if batch is not None:
-        if image or any(typed) or prompts or any(also.values()) or channel is not None or series or modality:
+        own = (image, *typed, prompts, *also.values(), channel is not None, series, modality, cleaning != Cleaning())
+        if any(own):
             allowed = "--output, --format, --space, --model, --device"
             raise InputError(f"--batch takes images and prompts from its list; give only {allowed} beside it")
         _segment_list(batch, output, model, device, format, space, quiet)
@@ -61,15 +78,20 @@ def segment(
     from samed3d.inference.sliding_window import is_semantic
 
     if image is not None and is_semantic(model):
+        if cleaning != Cleaning():
+            raise InputError(f"model {model!r} is automatic: clean its label map afterwards with samed3d clean")
         summary = _segment_semantic(image, output, model, format, device, channel, series, also, any((*typed, prompts)))
     else:
         objects = _gather_prompts(*typed, space=space, file=prompts)
         if image is None:
             raise InputError("segment needs an image: samed3d segment IMAGE --point I,J,K -o MASK")
         options = {"device": device, "channel": channel, "series": series, "modality": modality}
-        summary = _segment_objects(image, objects, output, model, format, options, also)
-    if quiet:
-        return
+        summary = _segment_objects(image, objects, output, model, format, options, also, cleaning)
+    if not quiet:
+        _print_summary(summary, output)
+
+
+def _print_summary(summary: dict[str, Any], output: Path) -> None:
     for entry in summary["objects"]:
         mm3 = entry["mm3"]
         size = f"{entry['voxels']:,} voxels, {f'{mm3 / 1000:,.1f} mL' if mm3 >= 100 else f'{mm3:.3g} mm³'}"
@@ -87,6 +109,7 @@ def _segment_objects(
     format: str | None,
     options: dict[str, Any],
     also: dict[str, Path | None],
+    cleaning: Cleaning,
 ) -> dict[str, Any]:
     """Segment prompted objects and write every file that was asked for; the session's report."""
     from samed3d.inference.mask_files import checked_format
@@ -102,6 +125,10 @@ def _segment_objects(
     started = time.perf_counter()
     opened = Session.open(image, model=model, **options)
     opened.add_all(objects)
+    if cleaning != Cleaning():
+        for entry in opened.objects():
+            if entry.voxels:
+                opened.clean(cleaning, entry.id)
     summary = {**opened.report(), "seconds": round(time.perf_counter() - started, 3)}
     opened.export(output, format)
     if probability := also["--probability"]:

@@ -17,8 +17,9 @@ from samed3d.errors import InputError
 from samed3d.geometry import EMPTY_REGION, CanonicalView, Region
 from samed3d.inference.history import ObjectState, SessionState
 from samed3d.inference.predictor import Canvas
+from samed3d.masks import Cleaning
 from samed3d.output import check_output
-from samed3d.prompts import PackedMask
+from samed3d.prompts import Mask, PackedMask
 from samed3d.volume import Volume
 from samed3d.volume.dicom_writing import source_slices, write_dicom_seg, write_rtstruct
 from samed3d.volume.writing import MASK_FORMATS, Segment, write_seg_nrrd
@@ -54,6 +55,23 @@ def segments_of(state: SessionState, volume: Volume) -> list[Segment]:
         mask = PackedMask.of_part(part, region, volume.grid.shape_zyx)
         found.append(Segment(entry.id, entry.name, entry.colour, mask))
     return found
+
+
+def cleaned_mask(entry: ObjectState, volume: Volume, cleaning: Cleaning) -> Mask:
+    """An object's mask after cleaning, on the image's own grid.
+
+    Raises:
+        InputError: if the object has no voxel, or none would be left.
+    """
+    region = EMPTY_REGION if entry.step is None else entry.step.mask.region
+    if entry.step is None or region.is_empty:
+        raise InputError(f"object {entry.id} has no voxel to clean; add a prompt first")
+    view = volume.view
+    region = region.expand(cleaning.margin(view.spacing_zyx_mm)).clip(view.shape_zyx)
+    cleaned = cleaning.apply(entry.step.mask.on(region), view.spacing_zyx_mm)
+    if not cleaned.any():
+        raise InputError(f"cleaning would leave nothing of object {entry.id}; use smaller values")
+    return Mask(PackedMask.of_part(view.to_stored(cleaned), view.region_to_stored(region), volume.grid.shape_zyx))
 
 
 def export_segments(path: Path, kind: str, segments: list[Segment], volume: Volume, series: str | int | None) -> None:

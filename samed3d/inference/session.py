@@ -17,22 +17,13 @@ from numpy.typing import NDArray
 
 from samed3d.devices import pick_device
 from samed3d.errors import InputError
-from samed3d.inference import history
+from samed3d.inference import history, mask_files, session_store
 from samed3d.inference.history import EditHistory, MaskUpdate, ObjectState, SessionObject, SessionState
-from samed3d.inference.mask_files import LABEL_MAP_FORMATS, checked_format, export_segments, label_map, segments_of
 from samed3d.inference.model_prompts import read_mask_file
 from samed3d.inference.prediction import PromptHistory
 from samed3d.inference.predictor import Canvas, CropPredictor
-from samed3d.inference.session_store import (
-    Journal,
-    check_same,
-    describe,
-    find_image,
-    identity,
-    read_session,
-    save_session,
-)
 from samed3d.inference.uncertainty import least_certain
+from samed3d.masks import Cleaning
 from samed3d.models import load_promptable
 from samed3d.models.base import PromptableModel
 from samed3d.output import check_spares
@@ -51,7 +42,7 @@ class Session:
         self._predictor = CropPredictor.of(model.eval(), self.device, volume)
         self._prompts = PromptHistory(volume, self._predictor)
         self._history = EditHistory(self._prompts)
-        self._journal: Journal | None = None
+        self._journal: session_store.Journal | None = None
         self._options: dict[str, Any] = {}
 
     @classmethod
@@ -92,7 +83,7 @@ class Session:
         session = cls(volume, network, device, model_name or ("" if isinstance(model, PromptableModel) else str(model)))
         session._options = {k: v for k, v in (("channel", channel), ("series", series)) if v is not None}
         if journal is not None:
-            session._journal = Journal(journal, session._identity())
+            session._journal = session_store.Journal(journal, session._identity())
             try:
                 session._history.replay(session._journal.edits)
             except BaseException:
@@ -122,18 +113,19 @@ class Session:
         Raises:
             InputError: if the file is damaged, or the image is missing or another one.
         """
-        header, edits = read_session(Path(path))
+        header, edits = session_store.read_session(Path(path))
         if journal is not None and Path(journal).exists():
             rule = "journal must be a new file for a loaded session"
             raise InputError(f"{rule}, got {journal}; open the journal itself instead")
         options = {key: header["image"].get(key) for key in ("channel", "series", "modality")}
         options["modality"] = options["modality"] or None
         network = str(header["model"]["name"]) if model is None else model
-        session = cls.open(find_image(header, Path(path)) if image is None else image, network, device, **options)
-        check_same(header, session._identity(), f"session {path}")
+        image = session_store.find_image(header, Path(path)) if image is None else image
+        session = cls.open(image, network, device, **options)
+        session_store.check_same(header, session._identity(), f"session {path}")
         session._history.replay(edits)
         if journal is not None:
-            session._journal = Journal(journal, session._identity())
+            session._journal = session_store.Journal(journal, session._identity())
             for edit in edits:
                 session._journal.append(edit)
             session._history.record = session._journal.append
@@ -226,6 +218,16 @@ class Session:
         or from the same prompts and the present mask.
         """
         return self._history.commit(history.Predict(object_id=self._number(object_id)))
+
+    def clean(self, cleaning: Cleaning, object_id: int | None = None) -> MaskUpdate:
+        """Replace an object's mask (the current one's by default) by the cleaned one. It is added as a mask prompt, so
+        that it can be undone and later prompts go on from it.
+
+        Raises:
+            InputError: if the object has no mask or is locked, or nothing would be left.
+        """
+        number = self._number(object_id)
+        return self._add(mask_files.cleaned_mask(self._prompted(number), self.volume, cleaning), number, None, True)
 
     def undo(self) -> MaskUpdate | None:
         """Take back the last edit, of whatever kind; None if there is none. Unlimited, and exact."""
@@ -323,7 +325,7 @@ class Session:
         """All objects as one label map of their ids, (D, H, W). Where objects overlap a locked one wins, then the more
         certain one.
         """
-        labels, region = label_map(self._state, self.volume.view, self._canvas)
+        labels, region = mask_files.label_map(self._state, self.volume.view, self._canvas)
         return region.placed(labels, self.volume.grid.shape_zyx)
 
     def suggest_click(self, object_id: int | None = None) -> Point:
@@ -344,7 +346,7 @@ class Session:
         """
         if Path(path).name.lower().endswith(".json"):
             check_spares(path, self.volume.source)
-            save_session(Path(path), self._identity(), self.objects(), self._history.log())
+            session_store.save_session(Path(path), self._identity(), self.objects(), self._history.log())
         else:
             self.export(path)
 
@@ -359,15 +361,17 @@ class Session:
             InputError: if format and suffix disagree, there is nothing to write, the file cannot be written, or DICOM
                 is asked for an image of another format.
         """
-        kind, path = checked_format(path, format), Path(path)
+        kind, path = mask_files.checked_format(path, format), Path(path)
         check_spares(path, self.volume.source)
-        if kind in LABEL_MAP_FORMATS:
-            labels, region = label_map(self._state, self.volume.view, self._canvas)
+        if kind in mask_files.LABEL_MAP_FORMATS:
+            labels, region = mask_files.label_map(self._state, self.volume.view, self._canvas)
             if len(self._state.objects) <= 1:
                 labels = labels == self._prompted(self.current).id
             write_mask(path, labels, self.volume.grid, region)
         else:
-            export_segments(path, kind, segments_of(self._state, self.volume), self.volume, self._options.get("series"))
+            mask_files.export_segments(
+                path, kind, mask_files.segments_of(self._state, self.volume), self.volume, self._options.get("series")
+            )
 
     def save_probability(self, path: str | Path) -> None:
         """Write the current object's probability, float32."""
@@ -377,14 +381,14 @@ class Session:
     def report(self) -> dict[str, Any]:
         """What was done, ready for JSON: versions, device, model, prompts, timings, voxels and volume per object."""
         seconds = {number: [s.seconds for s in entry.chain] for number, entry in self._state.objects.items()}
-        return describe(self.volume, str(self.device), self.model_name, self.objects(), seconds)
+        return session_store.describe(self.volume, str(self.device), self.model_name, self.objects(), seconds)
 
     @property
     def _state(self) -> SessionState:
         return self._history.state
 
     def _identity(self) -> dict[str, Any]:
-        return identity(self.volume, self._options, self._predictor.model, self.model_name)
+        return session_store.identity(self.volume, self._options, self._predictor.model, self.model_name)
 
     def _number(self, object_id: int | None) -> int:
         return self.current if object_id is None else object_id
