@@ -147,9 +147,17 @@ def test_the_commands_clean_and_measure(files, capsys):
     assert json.loads((files / "sizes.json").read_text())["structures"][1]["voxels"] == SMALL.sum()
 
 
+def test_segment_cleans_what_it_found(files):
+    write_mask(files / "both.nii.gz", BIG | SMALL, GRID)
+    start = ["segment", str(files / "image.nii.gz"), "--mask", str(files / "both.nii.gz"), "--device", "cpu"]
+    assert main([*start, "-o", str(files / "mask.nii.gz"), "--keep-largest"]) == 0
+    assert np.array_equal(read_volume(files / "mask.nii.gz").array.astype(bool), BIG)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["segment", "--batch", "list.csv", "-o", "out", "--fill-holes"], "--batch takes images and prompts"),
         (["clean", "labels.nii.gz", "-o", "out.nii.gz"], "clean needs something to do"),
         (["clean", "labels.nii.gz", "-o", "labels.nii.gz", "--keep-largest"], "labels.nii.gz"),
         (["clean", "labels.nii.gz", "-o", "out.txt", "--keep-largest"], "out.txt"),

@@ -214,14 +214,11 @@ class Session:
         return self._history.commit(history.MovePrompt(prompt_id=prompt_id, prompt=read_mask_file(to, self.volume)))
 
     def predict(self, object_id: int | None = None) -> MaskUpdate:
-        """Predict an object (the current one by default) again, with the prompts that were added with ``predict=False``
-        or from the same prompts and the present mask.
-        """
+        """Predict an object (the current one by default) again, with prompts added by ``predict=False``."""
         return self._history.commit(history.Predict(object_id=self._number(object_id)))
 
     def clean(self, cleaning: Cleaning, object_id: int | None = None) -> MaskUpdate:
-        """Replace an object's mask (the current one's by default) by the cleaned one. It is added as a mask prompt, so
-        that it can be undone and later prompts go on from it.
+        """Clean an object's mask (the current one's by default). The result is a mask prompt: later ones go on from it.
 
         Raises:
             InputError: if the object has no mask or is locked, or nothing would be left.
@@ -262,8 +259,7 @@ class Session:
         visible: bool | None = None,
         locked: bool | None = None,
     ) -> None:
-        """Change an object's row of the object table; what is None stays. The mask of a locked object cannot be changed
-        and is on top in ``labels``.
+        """Change an object's row of the object table; what is None stays. A locked mask is on top in ``labels``.
 
         Raises:
             InputError: if there is no such object, or the colour is not ``#rrggbb``.
@@ -322,9 +318,7 @@ class Session:
 
     @property
     def labels(self) -> NDArray[np.unsignedinteger]:
-        """All objects as one label map of their ids, (D, H, W). Where objects overlap a locked one wins, then the more
-        certain one.
-        """
+        """One (D, H, W) map of all ids. Where objects overlap a locked one wins, then the more certain one."""
         labels, region = mask_files.label_map(self._state, self.volume.view, self._canvas)
         return region.placed(labels, self.volume.grid.shape_zyx)
 
@@ -336,9 +330,7 @@ class Session:
         """
         entry = self._prompted(self._number(object_id))
         given = [at for step in entry.chain if step.model_prompts is not None for at, _ in step.model_prompts.points]
-        zyx, positive = least_certain(self._canvas(entry), given, self.volume.view.spacing_zyx_mm)
-        i, j, k = self.volume.view.position_to_stored(zyx)[::-1]
-        return Point((i, j, k), positive)
+        return least_certain(self._canvas(entry), given, self.volume.view)
 
     def save(self, path: str | Path) -> None:
         """Write the masks as ``export`` does, or, if the name ends in ``.json``, the whole session: the prompts, the

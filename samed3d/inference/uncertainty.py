@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from samed3d.errors import InputError
-from samed3d.geometry import Triple, as_triple
+from samed3d.geometry import CanonicalView, Triple, as_triple
 from samed3d.inference.predictor import Canvas
-from samed3d.prompts import MASK_LOGIT_THRESHOLD
+from samed3d.prompts import MASK_LOGIT_THRESHOLD, Point
 
 WINDOW_VOX = 5
 """Edge of the cube over which uncertainty is averaged: every border is uncertain in its last voxel, a doubtful one over
@@ -26,13 +26,13 @@ FREE_VOX = 4.0
 """A suggestion keeps this far from earlier clicks, in the finest voxels."""
 
 
-def least_certain(canvas: Canvas, clicked: Sequence[Triple], spacing_zyx_mm: Triple) -> tuple[Triple, bool]:
-    """The voxel of a canvas where the model knows least, and whether it calls it object.
+def least_certain(canvas: Canvas, clicked: Sequence[Triple], view: CanonicalView) -> Point:
+    """A click on the voxel of a canvas where the model knows least, with the sign that the model predicts.
 
     Args:
         canvas: The object's logits.
         clicked: Canonical zyx positions of earlier prompts.
-        spacing_zyx_mm: Of the canonical volume.
+        view: Of the volume.
 
     Raises:
         InputError: if nothing was predicted.
@@ -49,14 +49,15 @@ def least_certain(canvas: Canvas, clicked: Sequence[Triple], spacing_zyx_mm: Tri
         band = _pooled(near, wide, F.max_pool3d) + _pooled(1 - near, wide, F.max_pool3d) > 1
         doubt = torch.where(band, doubt, -1.0)
     start = np.array(canvas.region.start_zyx)
-    scale = np.array(spacing_zyx_mm) / min(spacing_zyx_mm)
+    scale = np.array(view.spacing_zyx_mm) / min(view.spacing_zyx_mm)
     axes = [torch.arange(n, dtype=torch.float32) * step + float(a) for n, a in zip(doubt.shape, start, strict=True)]
     for at in clicked:
         squared = [((axis - p) * float(s)) ** 2 for axis, p, s in zip(axes, at, scale, strict=True)]
         close = squared[0][:, None, None] + squared[1][:, None] + squared[2] < FREE_VOX**2
         doubt = torch.where(close, doubt - 2.0, doubt)
     best = np.array(np.unravel_index(int(doubt.argmax()), tuple(doubt.shape)))
-    return as_triple(best * step + start), bool(mask[tuple(best.tolist())])
+    position = as_triple(view.position_to_stored(as_triple(best * step + start))[::-1])
+    return Point(position, bool(mask[tuple(best.tolist())]))
 
 
 def _pooled(values: torch.Tensor, width: int, pool: Callable[..., torch.Tensor]) -> torch.Tensor:
