@@ -8,6 +8,7 @@ quality.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 from collections.abc import Callable
@@ -92,26 +93,14 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no GPU that torch can use")
-    result: dict[str, Any] = {
-        "machine": describe_machine(),
-        "clicks": {},
-        "training": {},
-    }
     default, weights = default_model()
-    result["default"] = weights
-    models = {
-        "default": default,
-        "sam_med3d_b": sam_med3d(),
-        "samed3d_base": create_model("samed3d_base").eval(),
-    }
-    for name, model in models.items():
-        model.to(DEVICE)
-        edges = (64, 128) if name == "default" else (128,)
-        for edge in edges:
-            for precision in ("fp32", "bf16"):
-                result["clicks"][f"{name} {edge} {precision}"] = measure_clicks(
-                    model, edge, precision == "bf16", options.repeats
-                )
+    result: dict[str, Any] = {"machine": describe_machine(), "clicks": {}, "training": {}, "default": weights}
+    base = create_model("samed3d_base").eval()
+    models = {"default": default, "sam_med3d_b": sam_med3d(), "samed3d_base": base}
+    cases = [(name, 128) for name in models]
+    for (name, edge), bf16 in itertools.product([("default", 64), *cases], (False, True)):
+        key = f"{name} {edge} {'bf16' if bf16 else 'fp32'}"
+        result["clicks"][key] = measure_clicks(models[name].to(DEVICE), edge, bf16, options.repeats)
     del models["default"]
     ours = ClickConfig(interactions=4, policy="mixed")
     few = max(3, options.repeats // 4)

@@ -120,6 +120,11 @@ def peak_memory_mib(padded: bool) -> float:
     model = sam_med3d()
     crop, encoder = random_crop(model), model.get_submodule("image_encoder")
     model.decode({"image": load_oracle()(encoder, crop)} if padded else model.encode(crop), one_click())
+    return peak_mib()
+
+
+def peak_mib() -> float:
+    """Highest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KiB elsewhere
 

@@ -10,11 +10,10 @@ and a compiled encoder.
 
 from __future__ import annotations
 
-import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.collect import describe_machine, parser_of, write_result  # noqa: E402
-from benchmarks.latency import in_own_process, load_oracle, sam_med3d  # noqa: E402
+from benchmarks.latency import alternate, in_own_process, load_oracle, peak_mib, sam_med3d  # noqa: E402
 from samed3d.config import ClickConfig, LossConfig, TrainConfig, load_config  # noqa: E402
 from samed3d.models.base import PromptableModel  # noqa: E402
 from samed3d.training.optimiser import make_optimiser  # noqa: E402
@@ -87,29 +86,23 @@ def measure_step(full: bool, batch: int, device: str, repeats: int) -> dict[str,
     if device == "cuda":
         runs["ours_bf16"] = one_step(network(full, False), batch, device, bf16=True)
         runs["ours_bf16_compiled"] = one_step(network(full, False), batch, device, bf16=True, compiled=True)
-    losses = {name: [run()] for name, run in runs.items()}
-    wall: dict[str, list[float]] = {name: [] for name in runs}
-    busy: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start, processor = time.perf_counter(), time.process_time()
-            losses[name].append(run())
-            wall[name].append(time.perf_counter() - start)
-            busy[name].append(time.process_time() - processor)
-    seconds = {name: statistics.median(values) for name, values in wall.items()}
+    losses: dict[str, list[float]] = {name: [] for name in runs}
+    seconds, busy = alternate(
+        {name: partial(lambda name, run: losses[name].append(run()), name, run) for name, run in runs.items()}, repeats
+    )
     result: dict[str, Any] = {"samples_per_s": {name: batch / value for name, value in seconds.items()}}
     result["times_faster_than_padded"] = {
         name: seconds["padded"] / value for name, value in seconds.items() if name != "padded"
     }
     if device == "cpu":
-        result["times_faster_processor_time"] = statistics.median(busy["padded"]) / statistics.median(busy["ours"])
+        result["times_faster_processor_time"] = busy["padded"] / busy["ours"]
     return result | {"losses": {name: losses[name] for name in ("ours", "padded")}}
 
 
-def peak_mib(full: bool, padded: bool, batch: int) -> float:
+def peak_of_step(full: bool, padded: bool, batch: int) -> float:
     """Highest resident memory after one optimiser step; run it in a process of its own."""
     one_step(network(full, padded), batch, "cpu")()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return peak_mib()
 
 
 def measure_loader(batches: int, workers: int) -> dict[str, float]:
@@ -146,13 +139,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1, help="loader processes")
     options = parser.parse_args()
-    memory = {}
-    if options.device == "cpu":
-        names = {"ours": False, "padded": True}
-        memory = {
-            f"peak_mib_{name}": in_own_process(peak_mib, options.full, padded, options.batch)
-            for name, padded in names.items()
-        }
+    memory = {
+        f"peak_mib_{name}": in_own_process(peak_of_step, options.full, padded, options.batch)
+        for name, padded in (("ours", False), ("padded", True))
+        if options.device == "cpu"
+    }
     result = {
         "machine": describe_machine(),
         "geometry": "sam_med3d_b" if options.full else f"sam_med3d_b with {HALF}",

@@ -15,19 +15,10 @@ from torch import Tensor, nn
 
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple
-from samed3d.models.base import (
-    Features,
-    MaskOutput,
-    ModelSpec,
-    PromptableModel,
-    PromptBatch,
-    SemanticModel,
-    family,
-    own_overlap,
-)
+from samed3d.models.base import Features, MaskOutput, ModelSpec, PromptableModel, SemanticModel, family, own_overlap
 from samed3d.models.sam_backbone import BackboneConfig, FrozenParts
 from samed3d.nn.mask_decoder import TwoWayBlock
-from samed3d.nn.prompt_batch import POSITIVE
+from samed3d.nn.prompt_batch import POSITIVE, PromptBatch
 from samed3d.nn.vit2d_to_3d import LiftedEncoder
 
 SOURCE = "3DSAM-adapter (Gong et al., Medical Image Analysis 2024, arXiv:2306.13465)"

@@ -17,16 +17,9 @@ from torch import Tensor, nn
 
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple
-from samed3d.models.base import (
-    ArchitectureConfig,
-    Features,
-    MaskOutput,
-    ModelSpec,
-    PromptableModel,
-    PromptBatch,
-    family,
-)
+from samed3d.models.base import ArchitectureConfig, Features, MaskOutput, ModelSpec, PromptableModel, family
 from samed3d.nn.layers import LayerNorm3d, ResidualBlock, depth_to_space, space_to_depth
+from samed3d.nn.prompt_batch import PromptBatch
 from samed3d.nn.prompt_maps import MAP_CHANNELS, ClickSimilarity, positions_at, prompt_maps, sample_at
 
 STRIDES = (2, 4, 8, 16)

@@ -14,18 +14,11 @@ from torch import Tensor, nn
 
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple
-from samed3d.models.base import (
-    ArchitectureConfig,
-    Features,
-    MaskOutput,
-    ModelSpec,
-    PromptableModel,
-    PromptBatch,
-    family,
-)
+from samed3d.models.base import ArchitectureConfig, Features, MaskOutput, ModelSpec, PromptableModel, family
 from samed3d.nn.attention import GridAttention
 from samed3d.nn.layers import depth_to_space, space_to_depth
 from samed3d.nn.mask_decoder import MaskDecoder
+from samed3d.nn.prompt_batch import PromptBatch
 from samed3d.nn.prompt_encoder import PromptEncoder
 from samed3d.nn.vit import ConvStem, ImageEncoder, token_grid
 

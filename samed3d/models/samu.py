@@ -24,12 +24,12 @@ from samed3d.models.base import (
     MaskOutput,
     ModelSpec,
     PromptableModel,
-    PromptBatch,
     family,
     own_overlap,
 )
 from samed3d.nn.layers import CoarseConv3d, Mlp
 from samed3d.nn.mask_decoder import TokenAttention
+from samed3d.nn.prompt_batch import PromptBatch
 from samed3d.nn.prompt_encoder import RandomFourierPositions
 from samed3d.nn.prompt_maps import MASK_CHANNELS, mask_map
 
