@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from data_prep.categories import Category, categorise
 from samed3d.data.corpus import POINTS
-from samed3d.errors import InputError
+from samed3d.errors import InputError, check_choice
 from samed3d.geometry import Triple, bounding_region
 
 LARGEST_VALUE = 32767
@@ -71,8 +71,7 @@ def rules_from(preset: str, changes: list[str]) -> Rules:
     Raises:
         InputError: for an unknown preset or rule, or a value that does not fit.
     """
-    if preset not in PRESETS:
-        raise InputError(f"--rules must be one of {', '.join(PRESETS)}, got {preset!r}")
+    check_choice("--rules", preset, PRESETS)
     kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(Rules)}
     values: dict[str, Any] = {}
     for change in changes:

@@ -10,7 +10,7 @@ import numpy as np
 from data_prep.cases import LabelLayer, Problem, RawArrays, RawCase, Reader, SourceFacts
 from data_prep.readers import find_sources, load_case
 from samed3d.data.synthesis import GENERATED_KINDS, generated_case
-from samed3d.errors import InputError
+from samed3d.errors import InputError, check_choice
 from samed3d.geometry import CanonicalView, Grid, as_triple
 from samed3d.resample import resize_labels, target_shape
 from samed3d.volume import Volume
@@ -38,8 +38,7 @@ class SyntheticReader(Reader):
     name: str = NAME
 
     def __post_init__(self) -> None:
-        if self.kind not in GENERATED_KINDS:
-            raise InputError(f"--kind must be one of {', '.join(GENERATED_KINDS)}, got {self.kind!r}")
+        check_choice("--kind", self.kind, GENERATED_KINDS)
         if (self.kind == "labelmaps") != bool(self.label_maps):
             raise InputError(
                 f"--label-maps must be given with --kind labelmaps and with no other, got --kind {self.kind}"

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from samed3d.devices import widest_float
-from samed3d.errors import InputError
+from samed3d.errors import InputError, check_choice
 from samed3d.geometry import IntTriple, Triple, bounding_region
 from samed3d.metrics import distance_to_false
 
@@ -31,13 +31,13 @@ _NEIGHBOURS = list(itertools.product((-1, 0, 1), repeat=3))
 def sample_clicks(
     pred_mask: Tensor, target_mask: Tensor, policy: str, generators: Sequence[torch.Generator]
 ) -> tuple[Tensor, Tensor]:
-    """One click per sample of a batch.
+    """One click per sample of a batch, which does not depend on the others of its batch.
 
     Args:
         pred_mask: (B, 1, D, H, W) bool, the current masks.
         target_mask: (B, 1, D, H, W) bool.
         policy: As in ``next_click``, or ``"mixed"``: uniform while a sample has no mask, then any of the policies.
-        generators: One CPU generator per sample; a sample's click does not depend on the others of its batch.
+        generators: One CPU generator per sample.
 
     Returns:
         Points (B, 1, 3) float zyx and labels (B, 1): 1 for a missed voxel, 0 for a surplus one, -1 where nothing is
@@ -83,8 +83,7 @@ def next_click(
     Raises:
         InputError: for an unknown policy or a missing generator.
     """
-    if policy not in POLICIES:
-        raise InputError(f"click policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+    check_choice("click policy", policy, POLICIES)
     pred, target = np.asarray(pred_mask, bool), np.asarray(target_mask, bool)
     region = bounding_region(pred ^ target)
     if region.is_empty:
@@ -298,14 +297,11 @@ def _moved_boxes(target: Tensor, moves: Tensor) -> Tensor:
 
 
 def user_stroke(target_mask: NDArray[np.bool_], rng: np.random.Generator) -> list[IntTriple]:
-    """A person's stroke along the middle of the structure in one of its larger slices.
+    """A person's stroke along the middle of the structure in one of its larger slices; empty for an empty target.
 
     The slice (of the array's first axis) is drawn among those with at least half the largest slice's area. The stroke
     follows the slice's largest component along its longer side, from middle to middle of its runs, and leaves out a
-    fifth at either end.
-
-    Returns:
-        zyx voxels inside the structure; empty for an empty target.
+    fifth at either end; its zyx voxels lie inside the structure.
     """
     areas = target_mask.sum(axis=(1, 2))
     if not areas.any():

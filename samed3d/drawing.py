@@ -254,14 +254,8 @@ def write_preview(
 ) -> None:
     """Write a PNG of three slices through the first positive prompt (a point, or the centre of a box).
 
-    The picture shows the objects and prompts with a margin of half their extent, not the whole image.
-
-    Args:
-        path: Output file, replaced as a whole.
-        volume: The image.
-        mask: (D, H, W) mask, or integer label map whose values are object ids; 0 is background.
-        objects: The objects with their prompts.
-        title: Text above the slices.
+    The picture shows the objects and prompts with a margin of half their extent, not the whole image. ``mask`` is a
+    (D, H, W) mask, or an integer label map whose values are object ids; 0 is background.
 
     Raises:
         InputError: if the file cannot be written.

@@ -1,4 +1,4 @@
-"""The one exception for what the user can correct, and the nearest known name for messages.
+"""The one exception for what the user can correct, a check of a choice, and the nearest known name for messages.
 
 The command line prints the exception as one line and exits with code 2.
 """
@@ -6,11 +6,21 @@ The command line prints the exception as one line and exits with code 2.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class InputError(ValueError):
     """Bad input: the message is one line that names the argument, the rule, the value received and the remedy."""
+
+
+def check_choice(what: str, value: object, known: Collection[str]) -> None:
+    """Refuse a value that is not one of the ``known`` ones.
+
+    Raises:
+        InputError: that lists them.
+    """
+    if value not in known:
+        raise InputError(f"{what} must be one of {', '.join(known)}, got {value!r}")
 
 
 def nearest_name(name: object, known: Iterable[str], prefix: str = "") -> str:

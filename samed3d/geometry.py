@@ -164,8 +164,7 @@ class CanonicalView:
     Attributes:
         axes: For each canonical axis (z, y, x), the stored zyx axis it comes from.
         flips: For each canonical axis, whether it runs against the stored axis.
-        shape_zyx: Shape of the canonical array.
-        spacing_zyx_mm: Spacing of the canonical array.
+        shape_zyx: Of the canonical array, as is the spacing.
     """
 
     axes: IntTriple

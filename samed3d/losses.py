@@ -10,10 +10,9 @@ from samed3d.prompts import MASK_LOGIT_THRESHOLD
 
 
 def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0, squared: bool = True) -> Tensor:
-    """1 - soft Dice per sample, mean over the batch; ``squared`` squares the denominator (MONAI's ``squared_pred``).
+    """1 - soft Dice per sample of (B, 1, D, H, W), mean over the batch.
 
-    Shape:
-        logits, target: (B, 1, D, H, W) -> scalar.
+    ``squared`` squares the denominator (MONAI's ``squared_pred``).
     """
     return soft_dice_loss(logits.float().sigmoid().flatten(2), target.flatten(2), smooth, squared, (2,))
 
@@ -31,11 +30,7 @@ def soft_dice_loss(
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Binary cross-entropy per voxel, mean over all.
-
-    Shape:
-        logits, target: (B, 1, D, H, W) -> scalar.
-    """
+    """Binary cross-entropy per voxel of (B, 1, D, H, W), mean over all."""
     return F.binary_cross_entropy_with_logits(logits.float(), target.to(torch.float32))
 
 

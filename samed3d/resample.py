@@ -16,16 +16,10 @@ from samed3d.geometry import CropFrame, IntTriple, Triple, as_triple
 
 
 def axis_weights(positions: NDArray[np.floating], size: int, step: float) -> NDArray[np.floating]:
-    """Weights that sample a line of voxels: linear interpolation, or a triangle filter as wide as the step (no
-    aliasing).
+    """(N, size) weights that sample a line of ``size`` voxels at (N,) positions, ``step`` voxels apart; rows sum to 1.
 
-    Args:
-        positions: (N,) voxel positions; beyond the ends of the line its last voxel counts.
-        size: Voxels of the line.
-        step: Distance between two positions in voxels.
-
-    Returns:
-        (N, size) weights in the type of ``positions``; each row sums to 1.
+    They interpolate linearly, or are a triangle filter as wide as the step (no aliasing). Beyond the ends of the line
+    its last voxel counts.
     """
     inside = positions.clip(0, size - 1)
     voxels = np.arange(size, dtype=positions.dtype)

@@ -90,7 +90,7 @@ def test_the_facade_imports_nothing_at_run_time():
 
 def test_a_model_imports_no_model_but_its_base():
     """What is no architecture is free for all; a variant imports at most one architecture (no circles: see below)."""
-    shared = {f"samed3d.models.{name}" for name in ("base", "hub", "weights", "sam_backbone", "inventory")}
+    shared = {f"samed3d.models.{name}" for name in ("base", "weights", "sam_backbone", "inventory")}
     others = {
         module: {target for target in imports_of(module) if target.startswith("samed3d.models")} - shared
         for module in packaged()

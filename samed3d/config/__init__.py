@@ -33,10 +33,7 @@ T = TypeVar("T")
 def load_config(cls: type[T], path: Path | str | None = None, overrides: Sequence[str] = ()) -> T:
     """A config dataclass from a YAML file and overrides; what they leave out has its default.
 
-    Args:
-        cls: The dataclass.
-        path: YAML file, or None for the defaults.
-        overrides: ``"section.key=value"`` strings, the value in YAML; later ones win.
+    Overrides are ``"section.key=value"`` strings, the value in YAML; later ones win.
 
     Raises:
         InputError: for a missing or broken file, an unknown key (with the nearest name), a wrong type or a broken rule.

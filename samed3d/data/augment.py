@@ -95,10 +95,8 @@ class SampleTransforms:
     """torchio transforms in the order of the config, applied to a crop and its masks together.
 
     torchio gets the crop in RAS+ with its spacing, so that millimetres and anatomical axes mean what they say. Masks
-    are label maps to it: only spatial transforms change them, by nearest neighbour.
-
-    Args:
-        entries: One mapping each from a transform's name to its arguments, e.g. ``{"RandomMotion": {"p": 0.1}}``.
+    are label maps to it: only spatial transforms change them, by nearest neighbour. Each entry is one mapping from a
+    transform's name to its arguments, e.g. ``{"RandomMotion": {"p": 0.1}}``.
 
     Raises:
         InputError: if torchio is missing, or an entry, a name or an argument is wrong; the nearest name is given.
@@ -110,13 +108,9 @@ class SampleTransforms:
     def __call__(
         self, image: Tensor, masks: Sequence[Tensor], spacing_zyx_mm: Triple, seed: int
     ) -> tuple[Tensor, list[Tensor]]:
-        """Transform one crop.
+        """Transform a (C, D, H, W) crop of raw intensities and its masks, each (D, H, W) bool or uint8.
 
-        Args:
-            image: (C, D, H, W) raw intensities.
-            masks: Each (D, H, W) bool or uint8.
-            spacing_zyx_mm: Of the crop's voxels.
-            seed: Of all that the transforms draw; torch's global generator is left as it was.
+        ``seed`` is that of all that the transforms draw; torch's global generator is left as it was.
 
         Raises:
             InputError: if a transform changes the crop's shape or fails.

@@ -31,7 +31,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from samed3d.errors import InputError
+from samed3d.errors import InputError, check_choice
 from samed3d.geometry import IntTriple, Region, Triple
 from samed3d.output import replacing
 
@@ -319,8 +319,7 @@ def check_storage(storage: str) -> None:
     Raises:
         InputError: if it is not one of ``STORAGES``, or needs a package that is missing.
     """
-    if storage not in STORAGES:
-        raise InputError(f"--storage must be one of {', '.join(STORAGES)}, got {storage!r}")
+    check_choice("--storage", storage, STORAGES)
     if storage == "b2nd":
         _blosc2()
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -69,8 +70,7 @@ class RawCrop:
         image: (C, D, H, W) raw intensities.
         inside: (D, H, W) bool, the voxels that belong to the volume.
         target: (D, H, W) bool mask or class numbers.
-        case: None for a generated crop of random shapes.
-        painted: Whether the intensities are generated.
+        case: None for a generated crop of random shapes; of others ``painted`` says whether intensities are generated.
         is_ct: Whether they are Hounsfield units that the model's clamp applies to.
     """
 
@@ -218,7 +218,8 @@ class CropDataset(SampleDataset):
         clamp = self.ct_clamp_hu if crop.is_ct else None
         image = normalise(crop.image[0], crop.inside, self.normalisation, clamp)
         if self.tensor_axes == "xyz":
-            return image.permute(0, 3, 2, 1).contiguous(), crop.target.permute(2, 1, 0).contiguous()
+            target = rearrange(crop.target, "z y x -> x y z").contiguous()
+            return rearrange(image, "c z y x -> c x y z").contiguous(), target
         return image, crop.target
 
     def _random_shapes(self, rng: np.random.Generator, generator: torch.Generator) -> RawCrop:

@@ -23,7 +23,7 @@ from samed3d.data.random_shapes import (
     random_numbers,
     uniform,
 )
-from samed3d.errors import InputError
+from samed3d.errors import InputError, check_choice
 from samed3d.geometry import RAS_DIRECTION, Grid, IntTriple
 
 GENERATED_KINDS = ("phantom", "shapes", *KINDS, "labelmaps")
@@ -53,14 +53,10 @@ def synthetic_case(
 def generated_case(
     kind: str, seed: list[int], shape_zyx: IntTriple, label_map: NDArray | None = None, device: str = "cpu"
 ) -> tuple[NDArray[np.int16], NDArray, Grid, dict[int, str]]:
-    """One whole case, the same for the same kind, seed and shape on a CPU.
+    """One whole case of one of ``GENERATED_KINDS``, the same for the same kind, seed and shape on a CPU.
 
-    Args:
-        kind: One of ``GENERATED_KINDS``.
-        seed: Of all random numbers.
-        shape_zyx: Voxels; a phantom keeps its own grid, a label map its own shape.
-        label_map: (D, H, W) labels in canonical axes that ``"labelmaps"`` bends and paints.
-        device: Where random shapes and label maps are made; the cases of one seed differ between devices.
+    A phantom keeps its own grid. ``label_map``, (D, H, W) labels in canonical axes that ``"labelmaps"`` bends and
+    paints, keeps its shape. Random shapes and label maps are made on ``device``, and differ between devices.
 
     Returns:
         Image, labels (D, H, W), their grid (1 mm in axes R, A, S for all but phantoms), and the names of the labels
@@ -69,8 +65,7 @@ def generated_case(
     Raises:
         InputError: for an unknown kind, or a label map that is missing or not wanted.
     """
-    if kind not in GENERATED_KINDS:
-        raise InputError(f"--kind must be one of {', '.join(GENERATED_KINDS)}, got {kind!r}")
+    check_choice("--kind", kind, GENERATED_KINDS)
     if (kind == "labelmaps") != (label_map is not None):
         rule = "a label map is needed for kind labelmaps and for no other"
         raise InputError(f"{rule}, got kind {kind!r}; see --label-maps")

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from samed3d import __version__
-from samed3d.errors import InputError
+from samed3d.errors import InputError, check_choice
 from samed3d.models import MODELS, create_model, load
 from samed3d.models.base import AnyModel, PromptableModel, PromptBatch
-from samed3d.models.hub import PRETRAINED
 from samed3d.models.sam_med3d_moe import MixtureOfExperts
 from samed3d.models.weights import (
+    PRETRAINED,
     find_checkpoint,
     list_checkpoints,
     read_header,
@@ -95,8 +95,7 @@ def export(name: str, file_format: str, folder: str | Path) -> list[Path]:
         InputError: for an unknown format or model, an existing folder, a missing package, or a model that is no fixed
             graph.
     """
-    if file_format not in FORMATS:
-        raise InputError(f"--format must be one of {', '.join(FORMATS)}, got {file_format!r}")
+    check_choice("--format", file_format, FORMATS)
     folder = Path(folder)
     if folder.exists():
         raise InputError(f"--output must be a new folder, got {folder}, which exists")

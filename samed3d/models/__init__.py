@@ -14,10 +14,11 @@ import torch
 from samed3d.errors import InputError
 from samed3d.models import ma_sam, sam3d, sam3d_adapter, sam_med3d, samed3d_unet, samed3d_vit, samu
 from samed3d.models.base import AnyModel, ModelEntry, PromptableModel
-from samed3d.models.hub import HUB, PRETRAINED
 from samed3d.models.sam_med3d_moe import MixtureOfExperts, coarsest_feature
 from samed3d.models.weights import (
     ADAPTER_KEY,
+    HUB,
+    PRETRAINED,
     find_checkpoint,
     list_checkpoints,
     load_state_strict,
@@ -101,12 +102,11 @@ def create_model(name: str, **overrides: Any) -> AnyModel:
 def load(name_or_path: str | Path) -> AnyModel:
     """A model with its trained weights, in ``eval()`` mode on the CPU.
 
-    Args:
-        name_or_path: A shipped checkpoint (``"default"``), a ``.safetensors`` file written by samed3d, or a model on
-            Hugging Face (``"hf://OWNER/NAME"``, ``"hf://OWNER/NAME@REVISION"``).
+    The name is that of a shipped checkpoint (``"default"``), a ``.safetensors`` file written by samed3d, or a model on
+    Hugging Face (``"hf://OWNER/NAME"``, ``"hf://OWNER/NAME@REVISION"``).
 
     Raises:
-        InputError: if it is neither, or the file does not hold the architecture that its header names.
+        InputError: if it is none of them, or the file does not hold the architecture that its header names.
     """
     path, name = find_checkpoint(name_or_path), str(name_or_path)
     if path is None:

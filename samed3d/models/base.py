@@ -102,8 +102,7 @@ class Adaptation:
     """Which adapters a model has, and on which weights; a weights file of it holds only what was trained beside those.
 
     Attributes:
-        kind: ``"lora"`` or ``"fact"``.
-        rank: Of every adapter.
+        kind, rank: ``"lora"`` or ``"fact"``, and the rank of every adapter.
         base: Name or file of the weights that the adapters were put on.
         base_sha256: Hash of their tensors (``weights.tensors_sha256``); another base is refused.
     """
@@ -150,12 +149,7 @@ class PromptableModel(nn.Module, ABC):
 
 
 class SemanticModel(nn.Module, ABC):
-    """Base of all semantic segmentation models: every class of a crop at once, no prompt.
-
-    Attributes:
-        spec: What a caller must know.
-        config: Keyword arguments that rebuild the model.
-    """
+    """Base of all semantic segmentation models: every class of a crop at once, no prompt. Attributes as above."""
 
     spec: ModelSpec
     config: dict[str, Any]

@@ -24,11 +24,9 @@ class Inventory:
     """Exact counts of one architecture.
 
     Attributes:
-        total: Parameters, frozen ones included.
-        trained: Those that learn by default.
+        total: Parameters, frozen ones included; ``trained`` are those that learn by default.
         encoder: Parameters that ``encode`` uses (all but the decoder of a semantic model).
-        prompts: Parameters that read prompts.
-        decoder: The rest.
+        prompts: Parameters that read prompts; ``decoder`` are the rest.
         encode_flops: Operations of one crop's ``encode``, two per multiply-add; of the whole forward for a semantic
             model.
         decode_flops: Operations of one ``decode`` with one click; 0 for a semantic model.

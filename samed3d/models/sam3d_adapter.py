@@ -106,7 +106,7 @@ class VisualSampler(nn.Module):
         flat = rearrange(image, "b c d h w -> b (d h w) c")
         for block in self.blocks:
             flat, points = block(flat, points, valid)
-        return flat.transpose(1, 2).unflatten(2, image.shape[2:])
+        return rearrange(flat, "b (d h w) c -> b c d h w", d=image.shape[2], h=image.shape[3])
 
 
 class AggregationDecoder(nn.Module):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samed3d.errors import InputError
+from samed3d.errors import InputError, check_choice
 from samed3d.geometry import IntTriple
 from samed3d.models.base import ArchitectureConfig, ModelSpec
 from samed3d.models.weights import (
@@ -118,16 +118,10 @@ class FrozenParts(nn.Module):
 def open_encoder(
     name: str, weights: str, sha256: str = ""
 ) -> tuple[SamEncoder2d | TimmEncoder2d, str, dict[str, Tensor]]:
-    """A pretrained 2D encoder, checked.
+    """A pretrained 2D encoder (see ``vit2d.build_encoder``), the hash of its tensors, and its file's whole state dict.
 
-    Args:
-        name: As ``vit2d.build_encoder``.
-        weights: File with its weights, or ``""`` for random ones (a warning says so).
-        sha256: What the hash of its tensors must be, or ``""`` for anything.
-
-    Returns:
-        The encoder, the hash of its tensors (``""`` on the meta device) and the file's whole state dict (empty without
-        a file).
+    Without a file the weights are random, which a warning says, and the state dict is empty; on the meta device so is
+    the hash. A ``sha256`` is what the hash must be.
 
     Raises:
         InputError: if the file does not hold that encoder, or the hash differs.
@@ -163,8 +157,7 @@ def import_sam(source: Path, output: Path, name: str) -> int:
     Raises:
         InputError: for a name that is not in ``SAM_SIZES``, or a file that does not hold that encoder whole.
     """
-    if name not in SAM_SIZES:
-        raise InputError(f"model must be one of {', '.join(SAM_SIZES)}, got {name!r}")
+    check_choice("model", name, SAM_SIZES)
     state = import_upstream(source)
     found = encoder_state(state, name)
     with torch.device("meta"):

@@ -31,14 +31,11 @@ class SamMed3DConfig(ArchitectureConfig):
     Attributes:
         input_shape: Crop shape in voxels, tensor-axis order; a multiple of ``patch``.
         patch: Voxels per token edge.
-        dim: Encoder channels.
-        depth: Encoder blocks.
-        heads: Encoder attention heads.
+        dim, depth, heads: Channels, blocks and attention heads of the encoder.
         global_blocks: Indices of the blocks with global attention.
         window: Window edge of the others, in tokens; 0 makes all global.
         prompt_dim: Channels of the prompt encoder and the mask decoder.
-        decoder_heads: Attention heads of the mask decoder.
-        decoder_mlp_dim: Hidden channels of the mask decoder's MLPs.
+        decoder_heads, decoder_mlp_dim: Attention heads of the mask decoder, hidden channels of its MLPs.
         misbroadcast_relpos: Quirk: relative positions added along the wrong axes (see ``nn.attention.GridAttention``).
         pad_sink: Quirk: padding of windows takes part in attention (see ``nn.attention.GridAttention``).
         swap_pe_axes: Quirk: dense positions swap axes 0 and 1, points do not.

@@ -78,7 +78,7 @@ class MixtureOfExperts(PromptableModel):
 
     Args:
         general: The base model.
-        feature: Name of the features that the gate reads.
+        feature: Name of the features that the gate reads, as ``coarsest_feature`` gives it.
         channels: Their channels.
         experts: Name of each expert to the names of the base's tensors that it has its own version of.
         threshold: Least probability of an expert for it to be chosen, 0 to 1; above 1 the general model always answers.

@@ -30,9 +30,7 @@ class Samed3DVitConfig(ArchitectureConfig):
     Attributes:
         input_shape: Crop shape in voxels (z, y, x); multiples of ``patch``, not necessarily a cube.
         patch: Voxels per token edge, a power of two >= 4.
-        dim: Encoder channels.
-        depth: Encoder blocks, all global.
-        heads: Encoder attention heads.
+        dim, depth, heads: Channels, blocks (all global) and attention heads of the encoder.
         prompt_dim: Channels of the prompt encoder and the mask decoder; a multiple of 16.
         stem_width: Channels of the stem's first stage.
         maps: Mask tokens; the first gives the low-resolution mask, all of them guide the refinement.

@@ -16,17 +16,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from samed3d.errors import InputError
+from samed3d.errors import InputError, check_choice
 from samed3d.geometry import IntTriple
-from samed3d.models.base import (
-    ArchitectureConfig,
-    Features,
-    MaskOutput,
-    ModelSpec,
-    PromptableModel,
-    family,
-    own_overlap,
-)
+from samed3d.models import base
+from samed3d.models.base import ArchitectureConfig, Features, MaskOutput, ModelSpec, PromptableModel, family
 from samed3d.nn.layers import CoarseConv3d, Mlp
 from samed3d.nn.mask_decoder import TokenAttention
 from samed3d.nn.prompt_batch import PromptBatch
@@ -67,8 +60,7 @@ class SamuConfig(ArchitectureConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prompt_levels not in PROMPT_LEVELS:
-            raise InputError(f"prompt_levels must be one of {', '.join(PROMPT_LEVELS)}, got {self.prompt_levels!r}")
+        check_choice("prompt_levels", self.prompt_levels, PROMPT_LEVELS)
         if self.click_memory not in ("newest", "all"):
             raise InputError(f"click_memory must be newest or all, got {self.click_memory!r}")
         shape, rule = self.input_shape, f"three multiples of {self.stride} for {len(self.widths)} levels"
@@ -120,7 +112,7 @@ class PromptAttention(nn.Module):
         x = x + self.mlp(self.norms[2](x))
         at = self.norms[3](x)
         change = self.image_to_token(key, at, at, valid)
-        return image + self.scale * change.transpose(1, 2).unflatten(2, grid)
+        return image + self.scale * rearrange(change, "b (d h w) c -> b c d h w", d=grid[0], h=grid[1])
 
 
 def projected_positions(positions: RandomFourierPositions, grid: tuple[int, int, int], weight: Tensor) -> Tensor:
@@ -163,15 +155,9 @@ class Samu(PromptableModel):
         super().__init__()
         c = config
         self.numbers, self.config = c, asdict(c)
-        prompts = {"point"} | ({"box"} if c.boxes else set()) | ({"mask"} if c.mask_prior else set())
+        prompts = frozenset({"point"} | ({"box"} if c.boxes else set()) | ({"mask"} if c.mask_prior else set()))
         self.spec = ModelSpec(
-            name,
-            c.input_shape,
-            c.spacing_mm,
-            "zscore",
-            prompts=frozenset(prompts),
-            click_memory=c.click_memory,
-            source=SOURCE,
+            name, c.input_shape, c.spacing_mm, prompts=prompts, click_memory=c.click_memory, source=SOURCE
         )
         self.encoder = nn.ModuleList(DoubleConv(a, b) for a, b in zip((1, *c.widths), c.widths, strict=False))
         pairs = list(zip(c.widths[1:], c.widths, strict=False))
@@ -206,7 +192,7 @@ class Samu(PromptableModel):
         return features
 
     def decode(self, features: Features, prompts: PromptBatch) -> MaskOutput:
-        """One mask (B, 1, D, H, W); ``iou`` is not learned (see ``own_overlap``)."""
+        """One mask (B, 1, D, H, W); ``iou`` is not learned (see ``base.own_overlap``)."""
         tokens, valid = self._tokens(prompts, features["level0"].shape) if len(self.attentions) else (None, None)
         top = len(self.numbers.widths) - 1
         x = self._with_prompts(top, features[f"level{top}"], tokens, valid)
@@ -219,7 +205,7 @@ class Samu(PromptableModel):
                 x = x + (self.mask_in[level](seen) * seen[..., 2:]).movedim(-1, 1)
             x = self.decoder[level](torch.cat([skip, x], dim=1))
         logits = self.head(x).float()
-        return MaskOutput(logits, own_overlap(logits.detach()), F.avg_pool3d(logits, LOWRES_STRIDE))
+        return MaskOutput(logits, base.own_overlap(logits.detach()), F.avg_pool3d(logits, LOWRES_STRIDE))
 
     def _with_prompts(self, level: int, x: Tensor, tokens: Tensor | None, valid: Tensor | None) -> Tensor:
         if tokens is None or valid is None or str(level) not in self.attentions:

@@ -1,7 +1,7 @@
 """Weights on disk: one ``.safetensors`` file whose JSON header names the model, its numbers and where they come from.
 
 Also reads upstream training checkpoints (``.pth``) without running what they contain, puts adapters on their base, and
-finds shipped checkpoints by name. Building a model from a file is ``samed3d.models.load``.
+finds checkpoints by name, shipped or on Hugging Face. Building a model from a file is ``samed3d.models.load``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from torch import Tensor
 
 from samed3d.errors import InputError
 from samed3d.models.base import Adaptation, AnyModel, ModelSpec, PromptableModel
-from samed3d.models.hub import HUB, fetch
 from samed3d.nn.adapters import add_adapters
 from samed3d.output import replacing, write_json
 
@@ -35,22 +34,19 @@ OWN_KEYS = ("version", "model", "config", "spec")
 ADAPTER_KEY = "adapter"
 """Header field of a file that holds what was trained beside a base, and not a whole model."""
 CHECKPOINT_FOLDER_VARIABLE = "SAMED3D_CHECKPOINTS"
+HUB, PRETRAINED = "hf://", "model.safetensors"
+"""Beginning of the address of a model on Hugging Face, and its weights file there."""
 _MAX_LISTED = 12
 
 
 def save_weights(
     model: AnyModel, path: str | Path, metadata: Mapping[str, Any], dtype: torch.dtype | None = None
 ) -> None:
-    """Write a model to one ``.safetensors`` file, whole or not at all.
+    """Write a model to one ``.safetensors`` file, whole or not at all; its ``spec`` and ``config`` go to the header.
 
     Of a model with adapters (``model.adaptation``) only what was trained is written, with the name and hash of its base
-    in the header; ``put_on_base`` makes it whole again.
-
-    Args:
-        model: Its ``spec`` and ``config`` go to the header.
-        path: Target; an existing file is replaced only once the new one is complete.
-        metadata: Free JSON fields of the header (data, licence, metrics, revision).
-        dtype: Type of stored floating-point tensors (``torch.float16`` halves the file); None keeps theirs.
+    in the header; ``put_on_base`` makes it whole again. ``metadata`` are free JSON fields of the header (data, licence,
+    metrics, revision); a ``dtype`` such as ``torch.float16``, which halves the file, is that of stored numbers.
 
     Raises:
         InputError: if the file cannot be written or ``metadata`` uses a key of the header.
@@ -188,16 +184,9 @@ def load_state_strict(model: torch.nn.Module, state: Mapping[str, Tensor]) -> No
 def put_on_base(
     model: PromptableModel, trained: Mapping[str, Tensor], header: Mapping[str, Any], path: Path
 ) -> dict[str, Tensor]:
-    """Add the adapters of a file to a freshly built model, and find the rest of its tensors in the base.
+    """The whole state dict of a file of adapters, which are added to the freshly built ``model``; all else is frozen.
 
-    Args:
-        model: Built from the header; everything that the file does not hold is frozen.
-        trained: Tensors of the file.
-        header: Of the file.
-        path: The file; its base may lie beside it.
-
-    Returns:
-        The whole state dict, to be loaded strictly.
+    The base is found by the name in the file's header, or beside the file at ``path``.
 
     Raises:
         InputError: if the base is not found or is not the one that the adapters were trained on.
@@ -228,7 +217,7 @@ def put_on_base(
 
 
 def import_upstream(path: str | Path) -> dict[str, Tensor]:
-    """The model's state dict from an upstream SAM-Med3D checkpoint (``.pth``).
+    """The model's state dict from an upstream SAM-Med3D checkpoint (``.pth``), as its released ``train.py`` writes it.
 
     Takes a training checkpoint (``model_state_dict`` beside optimiser state and an ``argparse.Namespace``) or a bare
     state dict, with or without ``module.`` before the keys. Nothing in the file is executed: apart from tensors and
@@ -236,8 +225,6 @@ def import_upstream(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         InputError: if the file is missing, damaged, holds any other Python object, or holds no state dict.
-
-    Source: checkpoint layout as SAM-Med3D's released ``train.py`` writes it.
     """
     path = Path(path)
     if not path.is_file():
@@ -273,6 +260,25 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     return read_weights(path)[0] if path.suffix == ".safetensors" else import_upstream(path)
 
 
+def fetch(address: str) -> Path:
+    """The weights file of ``hf://OWNER/NAME`` or ``hf://OWNER/NAME@REVISION``, from Hugging Face or its cache.
+
+    Raises:
+        InputError: if the address is wrong, the file cannot be had or huggingface_hub is not installed.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise InputError(f"{address} needs huggingface_hub; run: pip install 'samed3d[export]'") from error
+    repository, _, revision = address.removeprefix(HUB).partition("@")
+    if repository.count("/") != 1:
+        raise InputError(f"a model on Hugging Face must be {HUB}OWNER/NAME, with @REVISION if wanted, got {address!r}")
+    try:
+        return Path(hf_hub_download(repository, PRETRAINED, revision=revision or None))
+    except Exception as error:  # the hub's own types, the network's and the file system's
+        raise InputError(f"{address} cannot be fetched ({str(error).strip().splitlines()[0]})") from error
+
+
 def find_checkpoint(name_or_path: str | Path) -> Path | None:
     """The weights file of that path, of that name in the manifest, or of ``hf://OWNER/NAME``; None if it is neither.
 
@@ -301,11 +307,8 @@ def publish(weights: str | Path, name: str, folder: str | Path, facts: Mapping[s
     Args:
         weights: A file of ``save_weights``, such as a run's ``model.safetensors``.
         name: What ``load`` and ``--model`` will take; an entry of that name is replaced.
-        folder: Where checkpoints live (``checkpoints`` in the repository, or the folder named by SAMED3D_CHECKPOINTS).
+        folder: ``checkpoints`` in the repository, or the folder named by SAMED3D_CHECKPOINTS.
         facts: Free JSON fields of the entry: licence, data, command, revision.
-
-    Returns:
-        The new file.
 
     Raises:
         InputError: if the file cannot be read or the folder cannot be written.

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samed3d.errors import InputError
+from samed3d.errors import InputError, check_choice
 
 ADAPTER_KINDS = ("lora", "fact")
 QUERY_AND_VALUE = (0, 2)
@@ -125,29 +125,28 @@ class AdaptedConv3d(nn.Conv3d, ABC):
         self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
         self.weight, self.bias = conv.weight, conv.bias
 
+    @abstractmethod
+    def factors(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Before, with and after the kernel: (rank, in) or None, (rank, rank or in, kd, kh, kw) and (out, rank)."""
+
     def forward(self, input: Tensor) -> Tensor:
         """(B, in, D, H, W) to (B, out, d, h, w)."""
         out = super().forward(input)
-        return out + self.change(input).to(out.dtype)
-
-    @abstractmethod
-    def change(self, x: Tensor) -> Tensor:
-        """What is added, (B, out, d, h, w)."""
-
-    @abstractmethod
-    def change_of_weight(self) -> Tensor:
-        """The same as a kernel (out, in, kd, kh, kw)."""
+        before, kernel, after = self.factors()
+        x = input.to(kernel.dtype)
+        x = x if before is None else F.conv3d(x, before[:, :, None, None, None])
+        x = F.conv3d(x, kernel, None, self.stride, self.padding, self.dilation)
+        return out + F.conv3d(x, after[:, :, None, None, None]).to(out.dtype)
 
     def merged(self) -> nn.Conv3d:
         """A plain convolution with the change in its weight."""
         plain = nn.Conv3d(self.in_channels, self.out_channels, _size(self), bias=self.bias is not None, device="meta")
         plain.stride, plain.padding, plain.dilation = self.stride, self.padding, self.dilation
-        plain.weight = nn.Parameter(self.weight.detach() + self.change_of_weight().detach().to(self.weight.dtype))
-        plain.bias = self.bias
+        before, kernel, after = (None if t is None else t.detach() for t in self.factors())
+        change = torch.einsum("or,ridhw->oidhw", after, kernel)
+        change = change if before is None else torch.einsum("ordhw,ri->oidhw", change, before)
+        plain.weight, plain.bias = nn.Parameter(self.weight.detach() + change.to(self.weight.dtype)), self.bias
         return plain
-
-    def _over(self, x: Tensor, kernel: Tensor) -> Tensor:
-        return F.conv3d(x, kernel, None, self.stride, self.padding, self.dilation)
 
 
 class LoraConv3d(AdaptedConv3d):
@@ -159,14 +158,9 @@ class LoraConv3d(AdaptedConv3d):
         self.lora_down = nn.Parameter(_uniform((rank, conv.in_channels, *conv.kernel_size), fan_in, conv.weight))
         self.lora_up = nn.Parameter(conv.weight.new_zeros(conv.out_channels, rank, dtype=torch.float32))
 
-    def change(self, x: Tensor) -> Tensor:
-        """See ``AdaptedConv3d``."""
-        low = self._over(x.to(self.lora_down.dtype), self.lora_down)
-        return F.conv3d(low, self.lora_up[:, :, None, None, None])
-
-    def change_of_weight(self) -> Tensor:
-        """See ``AdaptedConv3d``."""
-        return torch.einsum("or,ridhw->oidhw", self.lora_up, self.lora_down)
+    def factors(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        """See ``AdaptedConv3d``; computed in the adapter's own precision unless autocast says otherwise."""
+        return None, self.lora_down, self.lora_up
 
 
 class FactConv3d(AdaptedConv3d):
@@ -178,16 +172,10 @@ class FactConv3d(AdaptedConv3d):
         self._shared = (shared,)
         self.fact_core = nn.Parameter(_uniform((rank, rank, *size), rank * math.prod(size), conv.weight))
 
-    def change(self, x: Tensor) -> Tensor:
+    def factors(self) -> tuple[Tensor | None, Tensor, Tensor]:
         """See ``AdaptedConv3d``."""
         shared = self._shared[0]
-        low = F.conv3d(x.to(shared.u.dtype), shared.u.T[:, :, None, None, None])
-        return F.conv3d(self._over(low, self.fact_core), shared.v.T[:, :, None, None, None])
-
-    def change_of_weight(self) -> Tensor:
-        """See ``AdaptedConv3d``."""
-        shared = self._shared[0]
-        return torch.einsum("so,srdhw,ir->oidhw", shared.v, self.fact_core, shared.u)
+        return shared.u.T, self.fact_core, shared.v.T
 
 
 def add_adapters(model: nn.Module, kind: str, rank: int) -> int:
@@ -204,8 +192,7 @@ def add_adapters(model: nn.Module, kind: str, rank: int) -> int:
             has
             nothing to put them on.
     """
-    if kind not in ADAPTER_KINDS:
-        raise InputError(f"adapter must be one of {', '.join(ADAPTER_KINDS)}, got {kind!r}")
+    check_choice("adapter", kind, ADAPTER_KINDS)
     if rank < 1:
         raise InputError(f"rank of an adapter must be 1 or more, got {rank}")
     if adapter_names(model):
@@ -216,7 +203,7 @@ def add_adapters(model: nn.Module, kind: str, rank: int) -> int:
         raise InputError(f"no adapter fits the image encoder of {type(model).__name__}: {lacks}")
     shared = nn.ModuleDict()
     for parent, name, layer in places:
-        setattr(parent, name, _lora(layer, rank) if kind == "lora" else _fact(layer, rank, shared))
+        setattr(parent, name, _adapted(layer, kind, rank, shared))
     if kind == "fact":
         model.fact_shared = shared
     return sum(dict(model.named_parameters())[n].numel() for n in adapter_names(model))
@@ -239,12 +226,10 @@ def merge_adapters(model: nn.Module) -> None:
         del model.fact_shared
 
 
-def _lora(layer: nn.Linear | nn.Conv3d, rank: int) -> nn.Module:
-    return LoraLinear(layer, rank) if isinstance(layer, nn.Linear) else LoraConv3d(layer, rank)
-
-
-def _fact(layer: nn.Linear | nn.Conv3d, rank: int, shared: nn.ModuleDict) -> nn.Module:
-    """The layer with FacT, its outer factors taken from ``shared`` or added to it."""
+def _adapted(layer: nn.Linear | nn.Conv3d, kind: str, rank: int, shared: nn.ModuleDict) -> nn.Module:
+    """The layer with an adapter; of FacT, the outer factors are taken from ``shared`` or added to it."""
+    if kind == "lora":
+        return LoraLinear(layer, rank) if isinstance(layer, nn.Linear) else LoraConv3d(layer, rank)
     if isinstance(layer, nn.Linear):
         dims = (layer.in_features, layer.out_features // 3)
     else:
@@ -261,10 +246,9 @@ def _places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear | nn.Conv3
     """(parent, name, layer) of all that is adapted."""
     fused: dict[str, nn.Linear | nn.Conv3d] = {}
     convolutions: dict[str, nn.Linear | nn.Conv3d] = {}
+    parts = getattr(model, "encoder_parts", ("",))
     for name, layer in model.named_modules():
-        if not any(
-            part in ("", name) or name.startswith(f"{part}.") for part in getattr(model, "encoder_parts", ("",))
-        ):
+        if not any(part in ("", name) or name.startswith(f"{part}.") for part in parts):
             continue
         is_linear = isinstance(layer, nn.Linear) and layer.out_features == 3 * layer.in_features
         if is_linear and name.split(".")[-1] == "qkv":

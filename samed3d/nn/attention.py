@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,7 @@ from samed3d.errors import InputError
 from samed3d.geometry import IntTriple
 
 
-@dataclass(frozen=True)
-class _Terms:
+class _Terms(NamedTuple):
     """The relative position bias of one window as a sum of three terms, over the full window edge K on every key axis.
 
     For real queries (a, b, c) and keys (x, y, z), with n over batch and heads:
@@ -150,12 +149,8 @@ class GridAttention(nn.Module):
     def _correct_terms(self, q: Tensor, extent: IntTriple) -> _Terms:
         """Per query the bias of each key position along z, y and x."""
         q = q.flatten(0, 1)
-        d, h, w = (
-            None if table is None else relative_table(table, edge)[:n].to(q.dtype)
-            for table, edge, n in zip(
-                (self.rel_pos_d, self.rel_pos_h, self.rel_pos_w), extent, q.shape[1:4], strict=True
-            )
-        )
+        tables = zip((self.rel_pos_d, self.rel_pos_h, self.rel_pos_w), extent, q.shape[1:4], strict=True)
+        d, h, w = (None if t is None else relative_table(t, edge)[:n].to(q.dtype) for t, edge, n in tables)
         return _Terms(
             first=None if d is None else torch.einsum("nabce,axe->nabcx", q, d),
             second=torch.einsum("nabce,bye->nabcy", q, h),
@@ -212,7 +207,7 @@ def _logit_bias(terms: _Terms, sink: Tensor | None, real: list[int], released: b
 def _released_sink(terms: _Terms, real: list[int]) -> Tensor:
     """(n, a, b, c) log-sum-exp over the padding keys: the disjoint sets of padded x, padded y and padded z."""
     d, h, w = real
-    first, second, third = terms.first, terms.second, terms.third
+    first, second, third = terms
     assert first is not None
     x_real, y_real = second[:, :, :, :d].logsumexp(3), third[:, :, :, :h].logsumexp(3)
     parts = [first[..., w:] + (x_real + y_real)[:, :, :, None, w:]]
@@ -225,9 +220,7 @@ def _released_sink(terms: _Terms, real: list[int]) -> Tensor:
 
 def _correct_sink(terms: _Terms, real: list[int]) -> Tensor:
     """As ``_released_sink`` for the correct bias, where each term has a key axis of its own."""
-    given = [
-        (t.float(), n) for t, n in zip((terms.first, terms.second, terms.third), real, strict=True) if t is not None
-    ]
+    given = [(term.float(), n) for term, n in zip(terms, real, strict=True) if term is not None]
     every = [term.logsumexp(-1) for term, _ in given]
     inside, parts = torch.zeros_like(every[0]), []
     for axis, (term, n) in enumerate(given):  # keys padded on this axis, real on those before, anything on those after
@@ -273,7 +266,7 @@ class DilatedAttention(GridAttention):
         for segment, dilation in self.patterns:
             group = token_groups(q.shape[1], segment, dilation, q.device)
             scores = torch.einsum("ngqe,ngke->ngqk", q[:, group] * self.scale, k[:, group])
-            for term, axis in zip((terms.first, terms.second, terms.third), at.T, strict=True):
+            for term, axis in zip(terms, at.T, strict=True):
                 assert term is not None  # in 3D
                 by_key = term.flatten(1, 3)[:, group]
                 scores = scores + by_key.gather(-1, axis[group][None, :, None, :].expand_as(scores))

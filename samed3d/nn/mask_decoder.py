@@ -159,7 +159,7 @@ class MaskDecoder(nn.Module):
         sparse_valid: Tensor | None = None,
         skip: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Decode one logit map per mask token.
+        """Logit maps (B, maps, 4d, 4h, 4w), finer with more ``widths``, and IoU outputs (B, iou_outputs).
 
         Args:
             image: (B, C, d, h, w) features; (B, C, h, w) in 2D, where all grids lack d.
@@ -169,9 +169,6 @@ class MaskDecoder(nn.Module):
             maps: How many of the mask tokens to compute, from the first; None for all.
             sparse_valid: (B, T) bool, which prompt tokens count; None means all.
             skip: (B, C/8, 4d, 4h, 4w) finer image features added before the last activation, or None.
-
-        Returns:
-            Logit maps (B, maps, 4d, 4h, 4w), finer with more ``widths``, and IoU outputs (B, iou_outputs).
         """
         batch, _, *grid = image.shape
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])[None].expand(batch, -1, -1)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from samed3d.errors import InputError
+from samed3d.errors import InputError, check_choice
 from samed3d.geometry import Grid, Triple, as_triple
 from samed3d.prompts.packed import PackedMask
 
@@ -38,7 +38,7 @@ class Point:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "at", _position(self.at, "point"))
-        _check_space(self.space)
+        check_choice("space", self.space, SPACES)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Box:
     def __post_init__(self) -> None:
         object.__setattr__(self, "min", _position(self.min, "box min"))
         object.__setattr__(self, "max", _position(self.max, "box max"))
-        _check_space(self.space)
+        check_choice("space", self.space, SPACES)
         if any(a > b for a, b in zip(self.min, self.max, strict=True)):
             found = f"min {_show(self.min)} and max {_show(self.max)}"
             raise InputError(f"box min must not exceed box max on any axis, got {found}; swap them")
@@ -80,7 +80,7 @@ class Scribble:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", _positions(self.path, "scribble", least=1))
-        _check_space(self.space)
+        check_choice("space", self.space, SPACES)
         if not 0 <= self.radius_vox <= MAX_BRUSH_VOX:
             raise InputError(f"scribble radius must be 0 to {MAX_BRUSH_VOX} voxels, got {self.radius_vox!r}")
         object.__setattr__(self, "radius_vox", float(self.radius_vox))
@@ -100,7 +100,7 @@ class Lasso:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "outline", _positions(self.outline, "lasso", least=3))
-        _check_space(self.space)
+        check_choice("space", self.space, SPACES)
 
 
 @dataclass(frozen=True)
@@ -203,11 +203,6 @@ class ObjectPrompts:
         if not any(map(is_positive, self.prompts)):
             found = f"object {self.id} ({self.name}){where} needs a positive point or a box"
             raise InputError(f"{found}, got {len(self.prompts)} negative only; add one on the object")
-
-
-def _check_space(space: str) -> None:
-    if space not in SPACES:
-        raise InputError(f"space must be one of {', '.join(SPACES)}, got {space!r}")
 
 
 def _position(value: Sequence[float], what: str) -> Triple:

@@ -12,7 +12,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from samed3d.errors import InputError, nearest_name
+from samed3d.errors import InputError, check_choice, nearest_name
 from samed3d.geometry import as_triple
 from samed3d.output import write_json
 from samed3d.prompts.kinds import SPACES, Box, Lasso, Mask, ObjectPrompts, Point, Prompt, Scribble
@@ -46,11 +46,8 @@ def parse_numbers(text: str, count: int, flag: str) -> tuple[float, ...]:
 def parse_prompts(texts: Mapping[str, Sequence[str]], space: str = "ijk", dashes: str = "") -> list[Prompt]:
     """Prompts from numbers as text: boxes first, then positive points and scribbles, then negative ones.
 
-    Args:
-        texts: By ``box``, ``point``, ``negative_point``, ``scribble`` or ``negative_scribble``: numbers separated by
-            commas, the positions of a scribble by semicolons.
-        space: Of all positions.
-        dashes: ``"--"`` if messages should name command-line options.
+    ``texts`` are by ``box``, ``point``, ``negative_point``, ``scribble`` or ``negative_scribble``: numbers separated by
+    commas, the positions of a scribble by semicolons. With ``dashes`` ``"--"`` messages name command-line options.
 
     Raises:
         InputError: if a text is not the numbers of its prompt.
@@ -106,7 +103,7 @@ def objects_from_json(body: Any, where: str, read: PromptReader | None = None) -
         raise InputError(f'{where}: prompts must be an object with "version": {SCHEMA_VERSION}')
     _check_keys(body, ("version", "space", "objects"), where)
     space = body.get("space", "ijk")
-    _check_space(space, where)
+    check_choice(f"{where}: space", space, SPACES)
     objects: list[ObjectPrompts] = []
     for number, entry in enumerate(_listed(body, "objects", where), start=1):
         place = f"{where}: object {number}"
@@ -143,8 +140,7 @@ def prompt_from_json(entry: Any, space: str = "ijk", where: str = "prompt") -> P
         InputError: if it breaks the schema.
     """
     name = entry.get("type") if isinstance(entry, dict) else None
-    if name not in KINDS:
-        raise InputError(f"{where}: prompt type must be one of {', '.join(KINDS)}, got {name!r}")
+    check_choice(f"{where}: prompt type", name, KINDS)
     kind, space = KINDS[name], entry.get("space", space)
     own = [each for each in fields(kind) if each.name != "space"]
     known = _MASK_KEYS if kind is Mask else [each.name for each in own]
@@ -152,7 +148,7 @@ def prompt_from_json(entry: Any, space: str = "ijk", where: str = "prompt") -> P
     for key, (types, rule) in _TYPES.items():
         if key in entry and (not isinstance(entry[key], types) or isinstance(entry[key], bool) != (types is bool)):
             raise InputError(f"{where}: {key} must be {rule}, got {entry[key]!r}")
-    _check_space(space, where)
+    check_choice(f"{where}: space", space, SPACES)
     if kind is not Mask:
         for each in own:
             if each.default is MISSING and each.name not in entry:
@@ -163,11 +159,6 @@ def prompt_from_json(entry: Any, space: str = "ijk", where: str = "prompt") -> P
     if not isinstance(entry["path"], str) or not entry["path"]:
         raise InputError(f"{where}: the path of a mask must be a file name, got {entry['path']!r}")
     return Mask(entry["path"])
-
-
-def _check_space(space: Any, where: str) -> None:
-    if space not in SPACES:
-        raise InputError(f"{where}: space must be one of {', '.join(SPACES)}, got {space!r}")
 
 
 def _beside(prompt: Prompt, file: Path) -> Prompt:
