@@ -19,7 +19,7 @@ def check_choice(what: str, value: object, known: Collection[str]) -> None:
     Raises:
         InputError: that lists them.
     """
-    if value not in known:
+    if value not in list(known):  # a value that cannot be hashed is no member either
         raise InputError(f"{what} must be one of {', '.join(known)}, got {value!r}")
 
 

@@ -167,6 +167,7 @@ def one_object(prompt: str, entry: str = '"name": "x"') -> str:
             "object 1: positive must be true or false, got 'no'",
         ),
         (one_object('{"type": "text"}'), "prompt type must be one of point, box, scribble, lasso, mask, got 'text'"),
+        (one_object('{"type": ["box"]}'), r"prompt type must be one of .*, got \['box'\]"),
         (one_object('{"type": "lasso"}'), "object 1: a lasso needs 'outline'"),
         (one_object('{"type": "lasso", "outline": [[1, 2, 3]]}'), "lasso must have 3 to 10000 positions, got 1"),
         (one_object('{"type": "scribble", "path": 3}'), "scribble must be a list of positions, got 3"),

@@ -141,7 +141,7 @@ def prompt_from_json(entry: Any, space: str = "ijk", where: str = "prompt") -> P
     """
     name = entry.get("type") if isinstance(entry, dict) else None
     check_choice(f"{where}: prompt type", name, KINDS)
-    kind, space = KINDS[name], entry.get("space", space)
+    kind, space = KINDS[str(name)], entry.get("space", space)
     own = [each for each in fields(kind) if each.name != "space"]
     known = _MASK_KEYS if kind is Mask else [each.name for each in own]
     _check_keys(entry, (*known, "type", "space", "id"), f"{where}: a {name}")
