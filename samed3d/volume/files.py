@@ -34,6 +34,9 @@ FILL_VALUE = 1e30
 """No intensity has this magnitude in any unit; files mark voxels without a value by such numbers (-3.4e38, 9.97e36)."""
 SPIKE_REACH, SPIKE_SHARE = 1e6, 1e-4
 """At most this share of the voxels, further from all others than this many times their range, are no intensities."""
+_META_GEOMETRY = ("elementspacing", "elementsize", "offset", "position", "origin", "transformmatrix", "rotation")
+_UNIT_FIELDS = ("space units", "units", "distanceunits")
+_PLAIN_UNITS = {"mm", "millimeter", "millimeters", "millimetre", "millimetres", "s", "ms", "sec", "???"}
 _WIDEST_VOXEL = 16  # bytes of a complex double
 
 
@@ -56,13 +59,42 @@ def read_file(path: Path, channel: int | None) -> tuple[NDArray, Grid, tuple[str
     if suffix not in SUFFIXES:
         raise InputError(f"image must be a folder of DICOM slices or end in one of {' '.join(SUFFIXES)}, got {path}")
     if suffix not in NIFTI_SUFFIXES:
+        stated = _check_text_geometry(path)
         image = execute(path, channel)
-        return array_of(image), *_placed(grid_of(image), path)
+        grid, notes = _placed(grid_of(image), path)
+        return array_of(image), grid, stated + notes
     header = NiftiHeader.read(path)
     check_dimensions(header.size, header.spacing_xyz, path)
     what, count = ("channels", header.channels) if header.channels > 1 else ("volumes (4D)", header.volumes)
     picked = _picked_channel(channel, count, what, path)
     return header.voxels(path, picked), *header.placed()
+
+
+def _check_text_geometry(path: Path) -> tuple[str, ...]:
+    """Refuse what ITK passes over in the geometry of an NRRD or MetaImage header; notes on what the header lacks."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_LONGEST_TEXT_HEADER).decode(errors="replace")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    lines = re.split(r"\r?\n\r?\n|ElementDataFile", head)[0].splitlines()
+    found = (re.match(r"\s*([\w ]+?)\s*[:=](?!=)(.*)", line) for line in lines)
+    fields = {match[1].lower(): match[2].strip() for match in found if match}
+    kinds = [*fields.get("kinds", "").lower().split(), *[""] * 4]
+    for key in ("spacings", "space directions", "space origin", *_META_GEOMETRY):
+        axes = re.findall(r"\([^)]*\)|\S+", fields.get(key, ""))
+        spatial = [axis for n, axis in enumerate(axes) if len(axes) != 4 or kinds[n] in ("domain", "space")]
+        if wrong := [axis for axis in spatial if re.search("nan|inf|none", axis, re.IGNORECASE)]:
+            raise InputError(f"{key} must be numbers, got {' '.join(wrong)}: {path}; correct the header")
+    units = {u.lower() for key in _UNIT_FIELDS for u in re.findall(r'[^\s"]+', fields.get(key, ""))} - _PLAIN_UNITS
+    if units:
+        raise InputError(f"lengths must be in mm, got {' '.join(sorted(units))}: {path}; convert the header to mm")
+    if not {"spacings", "space directions", "axis mins", "elementspacing", "elementsize"} & set(fields):
+        return ("the header states no voxel sizes; 1 mm is assumed",)
+    anatomical = r"(left|right)-(anterior|posterior)-superior|[lr][ap]st?$"
+    if path.name.lower().endswith(".nrrd") and not re.match(anatomical, fields.get("space", "").lower()):
+        return ("the header states no orientation; left and right are assumed",)
+    return ()
 
 
 def _placed(grid: Grid, path: Path) -> tuple[Grid, tuple[str, ...]]:
