@@ -88,6 +88,7 @@ def prepare(
     licensed_only: bool = False,
     jobs: int = 1,
     cluster: str | None = None,
+    untilt: bool = False,
     progress: bool = False,
 ) -> Result:
     """Make a corpus, continue one, or add sources to one.
@@ -102,6 +103,7 @@ def prepare(
         licensed_only: Leave out sources whose licence is not clear.
         jobs: Processes on this machine.
         cluster: Address of a Dask scheduler instead.
+        untilt: Resample DICOM series that are tilted or unevenly spaced instead of refusing them.
         progress: Show a progress bar with the time left, on stderr.
 
     Raises:
@@ -120,6 +122,8 @@ def prepare(
     listed = _list_sources(readers, out, licensed_only)
     if generated is not None:
         listed += _list_sources([(generated, None)], out, False)
+    for case in (c for s in listed for c in s.cases if untilt and c.reader == "dicom"):
+        case.extra["untilt"] = "yes"
     with only_writer(out):
         tasks, found = _plan(listed, out, settings)
         _check_space(out, tasks)

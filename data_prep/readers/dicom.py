@@ -110,7 +110,7 @@ class DicomReader(Reader):
         """
         _check_highdicom()
         folder = Path(case.images[0][1])
-        image = read_volume(folder, series=case.extra["series"])
+        image = read_volume(folder, series=case.extra["series"], untilt="untilt" in case.extra)
         labels = [Path(path) for _, path in case.labels]
         layers = pack_layers(_all_masks(labels, image.grid), image.grid.shape_zyx, ", ".join(map(str, labels)))
         return RawArrays([(case.modality, image)], image.grid, layers)

@@ -117,7 +117,12 @@ class Client:
         self._http.close()
 
     def open(
-        self, image: str | Path, model: str | None = None, channel: int | None = None, series: str | None = None
+        self,
+        image: str | Path,
+        model: str | None = None,
+        channel: int | None = None,
+        series: str | None = None,
+        untilt: bool = False,
     ) -> RemoteSession:
         """Upload an image file (or a zip of a DICOM folder) and open it.
 
@@ -130,15 +135,20 @@ class Client:
             raise InputError(
                 f"image must be a file to upload, got {path}; a folder of the server is opened with open_path"
             )
-        query = _given(name=path.name, model=model, channel=channel, series=series)
+        query = _given(name=path.name, model=model, channel=channel, series=series, untilt=untilt or None)
         with path.open("rb") as file:
             return RemoteSession(self, self.call("POST", "/api/sessions/upload", params=query, content=file))
 
     def open_path(
-        self, path: str, model: str | None = None, channel: int | None = None, series: str | None = None
+        self,
+        path: str,
+        model: str | None = None,
+        channel: int | None = None,
+        series: str | None = None,
+        untilt: bool = False,
     ) -> RemoteSession:
         """Open an image that lies in one of the server's folders."""
-        body = _given(path=path, model=model, channel=channel, series=series)
+        body = _given(path=path, model=model, channel=channel, series=series, untilt=untilt or None)
         return RemoteSession(self, self.call("POST", "/api/sessions", json=body))
 
     def open_example(self, model: str | None = None) -> RemoteSession:

@@ -21,6 +21,9 @@ MaskFormat = Annotated[
     str | None, typer.Option(help="nifti, nrrd, mha, seg.nrrd, dicom-seg or rtstruct. [default: by the suffix]")
 ]
 Modality = Annotated[str | None, typer.Option(help="CT, MR, ... [default: the DICOM tag, or by intensities]")]
+Untilt = Annotated[
+    bool, typer.Option("--untilt", help="Resample tilted or unevenly spaced DICOM slices by their positions.")
+]
 Texts = list[str] | None
 Paths = list[Path] | None
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from samed3d.cli.options import Paths, Quiet, Texts, check_exists
+from samed3d.cli.options import Paths, Quiet, Texts, Untilt, check_exists
 
 
 def prepare(
@@ -33,6 +33,7 @@ def prepare(
     repair_geometry: Annotated[
         bool, typer.Option("--repair-geometry", help="Repair images and labels whose grids disagree.")
     ] = False,
+    untilt: Untilt = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Processes; 0 takes one per processor.")] = 0,
     cluster: Annotated[str | None, typer.Option(metavar="tcp://HOST:PORT", help="Dask scheduler to use.")] = None,
     kind: Annotated[
@@ -62,7 +63,7 @@ def prepare(
     chosen = rules_from(rules or ("published" if folders else "lenient"), rule or [])
     settings = Settings(chosen, spacing, max_side, storage, repair_geometry)
     options: dict[str, Any] = dict(source_format=format_, patterns=(image_pattern, label_pattern), generated=generated)
-    options |= dict(licensed_only=licensed_only, jobs=jobs or os.cpu_count() or 1, cluster=cluster)
+    options |= dict(licensed_only=licensed_only, untilt=untilt, jobs=jobs or os.cpu_count() or 1, cluster=cluster)
     result = run(folders, output, settings, **options, progress=not quiet and sys.stderr.isatty())
     for problem in result.failed:
         typer.echo(f"samed3d: refused {problem.path}: {' '.join(problem.reason.split())}", err=True)

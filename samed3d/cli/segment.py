@@ -21,6 +21,7 @@ from samed3d.cli.options import (
     Quiet,
     SmoothMm,
     Texts,
+    Untilt,
     check_exists,
 )
 from samed3d.errors import InputError
@@ -53,6 +54,7 @@ def segment(
     channel: Annotated[int | None, typer.Option(help="Channel or frame of a 4D or RGB image, from 0.")] = None,
     series: Annotated[str | None, typer.Option(help="DICOM series of the folder (its UID or number).")] = None,
     modality: Modality = None,
+    untilt: Untilt = False,
     min_island_mm3: MinIslandMm3 = 0.0,
     keep_largest: KeepLargest = False,
     fill_holes: FillHoles = False,
@@ -69,24 +71,23 @@ def segment(
     typed = (point, negative_point, box, scribble, negative_scribble, mask)
     also = {"--probability": probability, "--preview": preview, "--report": report, "--session": session}
     if batch is not None:
-        own = (image, *typed, prompts, *also.values(), channel is not None, series, modality, cleaning != Cleaning())
-        if any(own):
+        changed = (channel is not None, series, modality, untilt, cleaning != Cleaning())
+        if any((image, *typed, prompts, *also.values(), *changed)):
             allowed = "--output, --format, --space, --model, --device"
             raise InputError(f"--batch takes images and prompts from its list; give only {allowed} beside it")
         _segment_list(batch, output, model, device, format, space, quiet)
         return
     from samed3d.inference.sliding_window import is_semantic
 
+    picked: dict[str, Any] = {"channel": channel, "series": series, "untilt": untilt}
     if image is not None and is_semantic(model):
         if cleaning != Cleaning():
             raise InputError(f"model {model!r} is automatic: clean its label map afterwards with samed3d clean")
-        summary = _segment_semantic(image, output, model, format, device, channel, series, also, any((*typed, prompts)))
+        summary = _segment_semantic(image, output, model, format, device, picked, also, any((*typed, prompts)))
     else:
         objects = _gather_prompts(*typed, space=space, file=prompts)
-        if image is None:
-            raise InputError("segment needs an image: samed3d segment IMAGE --point I,J,K -o MASK")
-        options = {"device": device, "channel": channel, "series": series, "modality": modality}
-        summary = _segment_objects(image, objects, output, model, format, options, also, cleaning)
+        picked |= {"device": device, "modality": modality}
+        summary = _segment_objects(image, objects, output, model, format, picked, also, cleaning)
     if not quiet:
         _print_summary(summary, output)
 
@@ -102,7 +103,7 @@ def _print_summary(summary: dict[str, Any], output: Path) -> None:
 
 
 def _segment_objects(
-    image: Path,
+    image: Path | None,
     objects: list[ObjectPrompts],
     output: Path,
     model: str,
@@ -115,6 +116,8 @@ def _segment_objects(
     from samed3d.inference.mask_files import checked_format
     from samed3d.volume import SUFFIXES
 
+    if image is None:
+        raise InputError("segment needs an image: samed3d segment IMAGE --point I,J,K -o MASK")
     check_distinct({"the image": image, "--output": output, **also})
     checked_format(output, format)
     for name, path in also.items():
@@ -150,8 +153,7 @@ def _segment_semantic(
     model: str,
     format: str | None,
     device: str,
-    channel: int | None,
-    series: str | None,
+    picked: dict[str, Any],
     also: dict[str, Path | None],
     prompted: bool,
 ) -> dict[str, Any]:
@@ -168,7 +170,7 @@ def _segment_semantic(
             f"model {model!r} is automatic and takes no prompts, got {given}; leave out what is for prompts"
         )
     check_distinct({"the image": image, "--output": output, "--report": also["--report"]})
-    summary = segment_file(image, model, output, format=format, device=device, channel=channel, series=series)
+    summary = segment_file(image, model, output, format=format, device=device, **picked)
     if also["--report"]:
         write_json(also["--report"], summary)
     return summary

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from samed3d.cli.options import Device, Model, Paths, Quiet, Texts, check_exists
+from samed3d.cli.options import Device, Model, Paths, Quiet, Texts, Untilt, check_exists
 from samed3d.errors import InputError
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def app(
     model: Model = "default",
     also: OtherModels = None,
     device: Device = "auto",
+    untilt: Untilt = False,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")] = True,
     quiet: Quiet = False,
 ) -> None:
@@ -103,7 +104,7 @@ def app(
         check_exists(folder, "--root")
     roots = [folder.resolve() for folder in root or [Path.cwd()]]
     if volume is not None:
-        read_volume(volume)  # an image that cannot be opened is refused here, not in the page
+        read_volume(volume, untilt=untilt)  # an image that cannot be opened is refused here, not in the page
         roots.append(volume.resolve() if volume.is_dir() else volume.resolve().parent)
     options = ServerOptions(
         sessions=sessions or default_sessions(),
@@ -119,19 +120,19 @@ def app(
         if not quiet:
             place = f"sessions in {options.sessions}"
             typer.echo(f"samed3d is at {address} ({place}); Ctrl+C stops it, and nothing is lost")
-        threading.Thread(target=_open_page, args=(address, volume, browser, quiet), daemon=True).start()
+        threading.Thread(target=_open_page, args=(address, volume, untilt, browser, quiet), daemon=True).start()
 
     run_server(options, "127.0.0.1", port, ready=ready)
 
 
-def _open_page(address: str, volume: Path | None, browser: bool, quiet: bool) -> None:
+def _open_page(address: str, volume: Path | None, untilt: bool, browser: bool, quiet: bool) -> None:
     """Open the volume on the server, and the page on the volume."""
     from samed3d.apps.client import Client, RemoteError
 
     page = f"{address}/app/"
     if volume is not None:
         try:
-            page += f"#{Client(address).open_path(str(volume.resolve())).id}"
+            page += f"#{Client(address).open_path(str(volume.resolve()), untilt=untilt).id}"
             if not quiet:
                 typer.echo(f"{volume.name} is open at {page}")
         except RemoteError as error:

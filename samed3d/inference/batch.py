@@ -28,7 +28,7 @@ from samed3d.volume.writing import MASK_FORMATS
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("image", "prompts", "point", "negative_point", "box", "output", "channel", "series", "modality")
+COLUMNS = ("image", "prompts", "point", "negative_point", "box", "output", "channel", "series", "modality", "untilt")
 DONE = "done.jsonl"
 REPORT = "report.json"
 
@@ -111,6 +111,9 @@ def _job(cells: dict[str, str], line: int, beside: Path, folder: Path, format: s
         entry.check_positive()
     options: dict[str, Any] = {key: cells[key] or None for key in ("channel", "series", "modality")}
     options["channel"] = int(cells["channel"]) if cells["channel"] else None
+    if cells["untilt"].lower() not in ("", "no", "yes"):
+        raise InputError(f"untilt must be yes or no, got {cells['untilt']!r}")
+    options["untilt"] = cells["untilt"].lower() == "yes"
     return Job(line, image, tuple(objects), output, options)
 
 

@@ -56,6 +56,7 @@ class Session:
         journal: str | Path | None = None,
         model_name: str = "",
         modality: str | None = None,
+        untilt: bool = False,
     ) -> Session:
         """Read an image and a model.
 
@@ -63,25 +64,25 @@ class Session:
             image: File, DICOM folder or ``Volume``.
             model: Checkpoint name or file, or a model that is already built.
             device: As for ``pick_device``.
-            channel: As for ``read_volume``, like ``series`` and ``modality``.
+            channel: As for ``read_volume``, like ``series``, ``modality`` and ``untilt``.
             series: See ``channel``.
-            journal: File that every edit is written to before it is acknowledged. If it exists, the session in it is
-                resumed.
+            journal: File that every edit is written to before it is acknowledged; an existing one is resumed.
             model_name: The name that a built model was loaded by, so that a saved session can load it again.
             modality: See ``channel``.
+            untilt: See ``channel``.
 
         Raises:
-            InputError: for an image or model that cannot be used, a device that is not there, or a journal that is
-                damaged, in use, or of another image or model.
+            InputError: for an image, model or device that cannot be used, or a journal that is damaged, in use, or not its own.
         """
         pick_device(device)
         network = model if isinstance(model, PromptableModel) else load_promptable(model)
+        reading: dict[str, Any] = {"channel": channel, "series": series, "untilt": untilt}
         if isinstance(image, Volume):
             volume = image if modality is None else replace(image, modality=modality)
         else:
-            volume = read_volume(image, channel=channel, series=series, modality=modality)
+            volume = read_volume(image, modality=modality, **reading)
         session = cls(volume, network, device, model_name or ("" if isinstance(model, PromptableModel) else str(model)))
-        session._options = {k: v for k, v in (("channel", channel), ("series", series)) if v is not None}
+        session._options = {key: value for key, value in reading.items() if value is not None and value is not False}
         if journal is not None:
             session._journal = session_store.Journal(journal, session._identity())
             try:
@@ -115,9 +116,8 @@ class Session:
         """
         header, edits = session_store.read_session(Path(path))
         if journal is not None and Path(journal).exists():
-            rule = "journal must be a new file for a loaded session"
-            raise InputError(f"{rule}, got {journal}; open the journal itself instead")
-        options = {key: header["image"].get(key) for key in ("channel", "series", "modality")}
+            raise InputError(f"journal must be a new file for a loaded session, got {journal}; open that one instead")
+        options = {key: header["image"].get(key) for key in ("channel", "series", "modality", "untilt")}
         options["modality"] = options["modality"] or None
         network = str(header["model"]["name"]) if model is None else model
         image = session_store.find_image(header, Path(path)) if image is None else image

@@ -160,8 +160,7 @@ def segment_file(
     *,
     format: str | None = None,
     device: str = "auto",
-    channel: int | None = None,
-    series: str | None = None,
+    **reading: Any,
 ) -> dict[str, Any]:
     """Segment an image file and write all classes, as a label map or as named segments, whichever the format holds.
 
@@ -171,8 +170,7 @@ def segment_file(
         output: File to write, in the (first) image's own grid.
         format: As ``mask_files.checked_format``.
         device: ``auto``, ``cpu`` or ``cuda``.
-        channel: As ``read_volume``, like ``series``.
-        series: See ``channel``.
+        reading: ``channel``, ``series`` and ``untilt`` of ``read_volume``.
 
     Returns:
         ``objects`` (id, name, voxels, mm3 of each class), ``notes`` of the images, ``device``, ``seconds``, ``model``.
@@ -186,7 +184,7 @@ def segment_file(
     paths = [images] if isinstance(images, Path) else images
     for path in paths:
         check_spares(output, path)
-    volumes = [read_volume(path, channel=channel, series=series) for path in paths]
+    volumes = [read_volume(path, **reading) for path in paths]
     network: Any = load(model)
     chosen = pick_device(device)
     labels = segment_volume(volumes, network, device=chosen)
@@ -199,7 +197,7 @@ def segment_file(
             lacking = f"nothing was found in {volume.source}, and {kind} needs a segment"
             raise InputError(f"{lacking}; write a label map (.nii.gz) instead")
         segments = [Segment(n, names[n - 1], colour_of(n), PackedMask.of(labels == n)) for n in found]
-        export_segments(output, kind, segments, volume, series)
+        export_segments(output, kind, segments, volume, reading.get("series"))
     counts = np.bincount(labels.ravel(), minlength=len(names) + 1)
     voxel_mm3 = float(np.prod(volume.grid.spacing_xyz_mm))
     objects = [

@@ -61,7 +61,7 @@ _WANTED = (
     *("SpacingBetweenSlices", "Rows", "Columns", "NumberOfFrames", "BitsAllocated", "BitsStored", "HighBit"),
     *("PixelRepresentation", "SamplesPerPixel", "PhotometricInterpretation", "RescaleSlope", "RescaleIntercept"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", *ORDER),
-    *(keyword for _, keyword, group in TRAITS if not group),
+    *(keyword for _, keyword, _ in TRAITS),
 )
 
 
@@ -149,7 +149,7 @@ def read_image_file(path: Path) -> ImageFile | None:
     if not looks_like_dicom(path):
         with path.open("rb") as file:
             head = file.read(132)
-        is_cut = len(head) < 132 and not any(head)  # a DICOM file begins with 128 zeros
+        is_cut = len(head) < 132 and not any(head[:128])  # a DICOM file begins with 128 zeros
         if path.suffix.lower() in (".dcm", ".ima") or (is_cut and re.fullmatch(r"(\.\d*)?", path.suffix)):
             what = "empty" if not head else "cut" if is_cut else "damaged"
             raise InputError(f"DICOM file is {what}: {path}; {_RESTORE}")
@@ -174,7 +174,10 @@ def _image_file(path: Path, file: IO[bytes]) -> ImageFile | None:
     file.seek(0)
     data = dcmread(file, stop_before_pixels=True, specific_tags=list(_WANTED), force=True)
     at, modality = file.tell(), _text(data, "Modality")
-    is_image = "Rows" in data or "Image Storage" in UID(_text(data, "SOPClassUID")).name
+    kind = UID(_text(data, "SOPClassUID") or _text(data.file_meta, "MediaStorageSOPClassUID"))
+    if not kind and "Rows" not in data:
+        raise InputError("DICOM file is cut before it says what it is (0008,0016)")
+    is_image = "Rows" in data or "Image Storage" in kind.name
     if modality in (*LABEL_MODALITIES, *NOT_IMAGES) or not is_image:
         return None
     encoding = _encoding(data, file, at, path.stat().st_size)

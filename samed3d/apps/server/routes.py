@@ -56,6 +56,7 @@ class OpenBody(_Body):
     channel: int | None = Field(None, ge=0)
     series: str | None = None
     modality: str | None = None
+    untilt: bool = False
 
 
 class EditBody(_Body):
@@ -145,7 +146,7 @@ async def open_session(body: OpenBody, request: Request, service: SharedService)
         name = image.name[:200]
     async with service.new_session() as entry:
         image = image or await asyncio.to_thread(files.write_example, entry.folder)
-        info = SessionInfo(str(image), name, model, body.channel, body.series, body.modality)
+        info = SessionInfo(str(image), name, model, body.channel, body.series, body.modality, body.untilt)
         return await service.open(entry, info, request)
 
 
@@ -163,6 +164,7 @@ async def upload(
     channel: Annotated[int | None, Query(ge=0)] = None,
     series: str | None = None,
     modality: str | None = None,
+    untilt: bool = False,
 ) -> Json:
     """Open an image that is the body of the request (.nii .nii.gz .nrrd .mha, or .zip of a DICOM folder)."""
     model, options = service.model_name(model), service.options
@@ -172,7 +174,7 @@ async def upload(
             file = entry.folder / file_name
             await files.receive(request.stream(), file)
             image = await asyncio.to_thread(files.accept, file, options)
-        info = SessionInfo(str(image), name[:200], model, channel, series, modality)
+        info = SessionInfo(str(image), name[:200], model, channel, series, modality, untilt)
         return await service.open(entry, info, request)
 
 

@@ -44,13 +44,14 @@ class SessionInfo:
     channel: int | None = None
     series: str | None = None
     modality: str | None = None
+    untilt: bool = False
     kind: str = "rest"
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property
     def reading(self) -> Json:
         """How to read the image, as ``read_volume`` and ``Session.open`` take it."""
-        return {"channel": self.channel, "series": self.series, "modality": self.modality}
+        return {"channel": self.channel, "series": self.series, "modality": self.modality, "untilt": self.untilt}
 
 
 @dataclass
