@@ -72,7 +72,7 @@ class Session:
             untilt: See ``channel``.
 
         Raises:
-            InputError: for an image, model or device that cannot be used, or a journal that is damaged, in use, or not its own.
+            InputError: for an image, model, device or journal that cannot be used, or a journal of another image or model.
         """
         pick_device(device)
         network = model if isinstance(model, PromptableModel) else load_promptable(model)
