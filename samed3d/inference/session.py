@@ -72,7 +72,7 @@ class Session:
             untilt: See ``channel``.
 
         Raises:
-            InputError: for an image, model, device or journal that cannot be used, or a journal of another image or model.
+            InputError: for an image, model, device or journal that cannot be used, or a journal of others.
         """
         pick_device(device)
         network = model if isinstance(model, PromptableModel) else load_promptable(model)
