@@ -137,10 +137,14 @@ def test_a_zip_bomb_is_refused(tmp_path, ball):
 
 
 def test_a_zip_of_a_dicom_folder(tmp_path):
-    pytest.importorskip("pydicom", reason="needs samed3d[dicom]")
+    pydicom = pytest.importorskip("pydicom", reason="needs samed3d[dicom]")
     from tests.dicom_trees import image_series
 
     image_series(tmp_path / "ct", np.arange(4 * 5 * 6, dtype=np.int16).reshape(4, 5, 6))
+    for file in (tmp_path / "ct").iterdir():  # as programs that remove names leave them
+        data = pydicom.dcmread(file)
+        del data.FrameOfReferenceUID, data.PatientID, data.PatientName, data.StudyInstanceUID, data.StudyDate
+        data.save_as(file)
     with zipfile.ZipFile(tmp_path / "ct.zip", "w") as archive:
         for file in sorted((tmp_path / "ct").iterdir()):
             archive.write(file, f"folder/{file.name}")
@@ -152,11 +156,20 @@ def test_a_zip_of_a_dicom_folder(tmp_path):
         assert answer.json()["size_ijk"] == list(read_volume(tmp_path / "ct").grid.size_ijk)
         pytest.importorskip("highdicom", reason="needs samed3d[dicom]")
         base = f"/api/sessions/{answer.json()['id']}"
-        client.post(f"{base}/prompts", json={"prompt": {"type": "point", "at": [4, 2, 2]}})
-        (tmp_path / "seg.dcm").write_bytes(client.get(f"{base}/export", params={"format": "dicom-seg"}).content)
-        import pydicom
-
-        assert pydicom.dcmread(tmp_path / "seg.dcm").Modality == "SEG"
+        client.post(f"{base}/prompts", json={"prompt": {"type": "point", "at": [4, 2, 2]}, "name": "肝脏 left"})
+        code = {"code": "SCT:10200004:Liver"}
+        assert client.patch(f"{base}/objects/1", json=code).json()["session"]["objects"][0]["code"] == code["code"]
+        refused = client.patch(f"{base}/objects/1", json={"code": "Liver"})
+        assert refused.status_code == 400 and "code must be SCHEME:VALUE:MEANING" in refused.json()["detail"]
+        for format, modality in (("dicom-seg", "SEG"), ("rtstruct", "RTSTRUCT")):
+            answer = client.get(f"{base}/export", params={"format": format})
+            (tmp_path / "out.dcm").write_bytes(answer.content)
+            data = pydicom.dcmread(tmp_path / "out.dcm")
+            assert (answer.status_code, data.Modality) == (200, modality)
+            if modality == "SEG":
+                [described] = data.SegmentSequence
+                assert described.SegmentLabel == "肝脏 left"
+                assert described.SegmentedPropertyTypeCodeSequence[0].CodeMeaning == "Liver"
 
 
 def test_one_shot(client, tmp_path):

@@ -79,6 +79,7 @@ class RemoteObject:
     locked: bool
     voxels: int
     prompts: list[dict[str, Any]] = field(default_factory=list)
+    code: str = ""
 
     @property
     def numbered(self) -> dict[int, Prompt]:
@@ -255,7 +256,7 @@ class RemoteSession:
         return self.current
 
     def edit_object(self, object_id: int, **changes: Any) -> None:
-        """Change ``name``, ``colour``, ``visible`` or ``locked``."""
+        """Change ``name``, ``colour``, ``visible``, ``locked`` or ``code``."""
         self._edit("PATCH", f"/objects/{object_id}", _given(**changes))
 
     def remove_object(self, object_id: int) -> RemoteUpdate:

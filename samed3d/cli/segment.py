@@ -27,7 +27,7 @@ from samed3d.cli.options import (
 from samed3d.errors import InputError
 from samed3d.masks import Cleaning
 from samed3d.output import check_distinct, check_output, write_json
-from samed3d.prompts import Mask, ObjectPrompts, load_prompts, parse_prompts
+from samed3d.prompts import Mask, ObjectPrompts, checked_code, load_prompts, parse_prompts
 
 SUMMARY_OUTPUTS = {"--preview": (".png",), "--report": (".json",), "--session": (".json",)}
 
@@ -60,6 +60,9 @@ def segment(
     fill_holes: FillHoles = False,
     smooth_mm: SmoothMm = 0.0,
     grow_mm: GrowMm = 0.0,
+    code: Annotated[
+        Texts, typer.Option(metavar="NAME=SCHEME:VALUE:MEANING", help="Code of an object (name or id) in DICOM.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Segment one image from clicks, boxes and strokes, or every image of a list.
@@ -72,7 +75,7 @@ def segment(
     also = {"--probability": probability, "--preview": preview, "--report": report, "--session": session}
     if batch is not None:
         changed = (channel is not None, series, modality, untilt, cleaning != Cleaning())
-        if any((image, *typed, prompts, *also.values(), *changed)):
+        if any((image, *typed, prompts, code, *also.values(), *changed)):
             allowed = "--output, --format, --space, --model, --device"
             raise InputError(f"--batch takes images and prompts from its list; give only {allowed} beside it")
         _segment_list(batch, output, model, device, format, space, quiet)
@@ -83,9 +86,11 @@ def segment(
     if image is not None and is_semantic(model):
         if cleaning != Cleaning():
             raise InputError(f"model {model!r} is automatic: clean its label map afterwards with samed3d clean")
-        summary = _segment_semantic(image, output, model, format, device, picked, also, any((*typed, prompts)))
+        given, prompted = {**also, "--code": code}, any((*typed, prompts))
+        summary = _segment_semantic(image, output, model, format, device, picked, given, prompted)
     else:
         objects = _gather_prompts(*typed, space=space, file=prompts)
+        _code_objects(objects, code or [])
         picked |= {"device": device, "modality": modality}
         summary = _segment_objects(image, objects, output, model, format, picked, also, cleaning)
     if not quiet:
@@ -154,7 +159,7 @@ def _segment_semantic(
     format: str | None,
     device: str,
     picked: dict[str, Any],
-    also: dict[str, Path | None],
+    also: dict[str, Any],
     prompted: bool,
 ) -> dict[str, Any]:
     """All classes of an image by a semantic segmentation model.
@@ -252,6 +257,22 @@ def _gather_prompts(
     for entry in objects:
         entry.check_positive(f" of {file}" if file else "")
     return objects
+
+
+def _code_objects(objects: list[ObjectPrompts], codes: list[str]) -> None:
+    """Give objects the codes of ``--code``, by name or id.
+
+    Raises:
+        InputError: if a text is no code, or names no object.
+    """
+    for text in codes:
+        who, _, code = text.partition("=")
+        named = [o for o in objects if o.name == who] or [o for o in objects if str(o.id) == who]
+        if not code or not named:
+            known = ", ".join(f"{o.id} ({o.name})" for o in objects)
+            raise InputError(f"--code must be OBJECT=SCHEME:VALUE:MEANING of one of {known}, got {text!r}")
+        for entry in named:
+            entry.code = checked_code(code, "--code")
 
 
 def demo(

@@ -20,7 +20,7 @@ from samed3d.errors import InputError
 from samed3d.geometry import IntTriple, Region
 from samed3d.inference.model_prompts import deepest_voxel
 from samed3d.inference.prediction import OtherObjects, PromptHistory, PromptStep, empty_mask
-from samed3d.prompts import ObjectPrompts, PackedMask, Prompt
+from samed3d.prompts import ObjectPrompts, PackedMask, Prompt, checked_code
 
 
 @dataclass
@@ -57,6 +57,7 @@ class ObjectState:
     visible: bool = True
     locked: bool = False
     step: PromptStep | None = None
+    code: str = ""
 
     @property
     def chain(self) -> list[PromptStep]:
@@ -72,9 +73,8 @@ class ObjectState:
         """The object for callers."""
         prompts = self.prompts
         voxels = 0 if self.step is None else int(np.count_nonzero(self.step.mask.inside()))
-        return SessionObject(
-            self.id, self.name, list(prompts.values()), list(prompts), self.colour, self.visible, self.locked, voxels
-        )
+        row = (self.colour, self.visible, self.locked, voxels)
+        return SessionObject(self.id, self.name, list(prompts.values()), self.code, list(prompts), *row)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,10 +154,11 @@ class Edit(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class AddPrompt(Edit):
-    """Add a prompt to an object, new or not; ``name`` names or renames it."""
+    """Add a prompt to an object, new or not; ``name`` names or renames it, ``code`` codes it."""
 
     prompt: Prompt
     name: str | None = None
+    code: str | None = None
     predict: bool = True
 
     def apply(self, state: SessionState, prompts: PromptHistory) -> SessionState:
@@ -165,7 +166,8 @@ class AddPrompt(Edit):
         entry = state.objects.get(self.object_id) or _new_object(self.object_id)
         others = state.others(entry.id, prompts.predictor.shape_zyx)
         step = prompts.extend(_unlocked(entry).step, self.prompt_id, self.prompt, self.predict, others)
-        return state.with_object(replace(entry, name=self.name or entry.name, step=step))
+        code = entry.code if self.code is None else self.code
+        return state.with_object(replace(entry, name=self.name or entry.name, code=code, step=step))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,16 +210,18 @@ class EditObject(Edit):
     colour: str | None = None
     visible: bool | None = None
     locked: bool | None = None
+    code: str | None = None
 
     def __post_init__(self) -> None:
         if self.colour is not None and not re.fullmatch(r"#[0-9a-fA-F]{6}", str(self.colour)):
             raise InputError(f"colour must be of the form #rrggbb, got {self.colour!r}")
         object.__setattr__(self, "colour", self.colour and self.colour.lower())
+        checked_code(self.code or "", f"object {self.object_id}")
 
     def apply(self, state: SessionState, prompts: PromptHistory) -> SessionState:
         """See ``Edit``."""
         entry = state.objects.get(self.object_id)
-        given = {key: getattr(self, key) for key in ("name", "colour", "visible", "locked")}
+        given = {key: getattr(self, key) for key in ("name", "colour", "visible", "locked", "code")}
         changes = {key: value for key, value in given.items() if value is not None}
         after = state.with_object(replace(entry or _new_object(self.object_id), **changes))
         return after if entry is None else replace(after, current=state.current)

@@ -21,7 +21,8 @@ from samed3d.masks import Cleaning
 from samed3d.output import check_output
 from samed3d.prompts import Mask, PackedMask
 from samed3d.volume import Volume
-from samed3d.volume.dicom_writing import source_slices, write_dicom_seg, write_rtstruct
+from samed3d.volume.dicom_source import source_series
+from samed3d.volume.dicom_writing import write_dicom_seg, write_rtstruct
 from samed3d.volume.writing import MASK_FORMATS, Segment, write_seg_nrrd
 
 LABEL_MAP_FORMATS = ("nifti", "nrrd", "mha")
@@ -53,7 +54,7 @@ def segments_of(state: SessionState, volume: Volume) -> list[Segment]:
         part = volume.view.to_stored(entry.step.mask.inside())
         region = volume.view.region_to_stored(entry.step.mask.region)
         mask = PackedMask.of_part(part, region, volume.grid.shape_zyx)
-        found.append(Segment(entry.id, entry.name, entry.colour, mask))
+        found.append(Segment(entry.id, entry.name, entry.colour, mask, entry.code))
     return found
 
 
@@ -85,16 +86,13 @@ def export_segments(path: Path, kind: str, segments: list[Segment], volume: Volu
         series: Which series of that folder was read.
 
     Raises:
-        InputError: as ``write_seg_nrrd``, ``source_slices`` and ``write_dicom_seg``.
+        InputError: as ``write_seg_nrrd``, ``source_series`` and ``write_dicom_seg``.
     """
     if kind == "seg.nrrd":
         write_seg_nrrd(path, segments, volume.grid)
         return
-    slices = source_slices(volume.source, series, volume.grid)
-    if kind == "dicom-seg":
-        write_dicom_seg(path, segments, slices)
-    else:
-        write_rtstruct(path, segments, slices, volume.grid)
+    write = write_dicom_seg if kind == "dicom-seg" else write_rtstruct
+    write(path, segments, source_series(volume.source, series, volume.grid))
 
 
 def label_map(

@@ -161,7 +161,7 @@ class Session:
         entry = self._state.objects.get(object_id)
         if not is_positive(prompt) and not any(map(is_positive, entry.prompts.values() if entry else ())):
             raise InputError(f"object {object_id} needs a positive point or a box before a negative point")
-        return self._add(prompt, object_id, name, predict)
+        return self._add(prompt, object_id, predict, name=name)
 
     def add_all(self, objects: Sequence[ObjectPrompts]) -> None:
         """Add whole objects; their prompts are predicted in order, as if clicked one after the other. An object that
@@ -177,13 +177,14 @@ class Session:
                 self._prompts.check(prompt)
         for entry, prompts in read:
             for prompt in prompts:
-                self._add(prompt, entry.id, None if entry.id in self._state.objects else entry.name, True)
+                known = entry.id in self._state.objects
+                self._add(prompt, entry.id, True, **({} if known else {"name": entry.name, "code": entry.code or None}))
 
-    def _add(self, prompt: Prompt, object_id: int, name: str | None, predict: bool) -> MaskUpdate:
+    def _add(self, prompt: Prompt, object_id: int, predict: bool = True, **about: str | None) -> MaskUpdate:
         if type(object_id) is not int or not 1 <= object_id < 2**16:
             raise InputError(f"object id must be a whole number from 1 to 65535, got {object_id!r}")
         prompt, number = read_mask_file(prompt, self.volume), self._history.next_prompt
-        edit = history.AddPrompt(object_id=object_id, prompt_id=number, prompt=prompt, name=name, predict=predict)
+        edit = history.AddPrompt(object_id=object_id, prompt_id=number, prompt=prompt, predict=predict, **about)
         return self._history.commit(edit)
 
     def remove(self, prompt_id: int) -> MaskUpdate:
@@ -208,8 +209,7 @@ class Session:
         if not isinstance(to, Prompt):
             old = entry.prompts[prompt_id]
             if not isinstance(old, Point):
-                kind = type(old).__name__.lower()
-                raise InputError(f"prompt {prompt_id} is a {kind}: move it by giving the new one, got {to!r}")
+                raise InputError(f"prompt {prompt_id} is no point: move it by giving the new one, got {to!r}")
             to = Point(tuple(to), old.positive, old.space)  # type: ignore[arg-type]
         return self._history.commit(history.MovePrompt(prompt_id=prompt_id, prompt=read_mask_file(to, self.volume)))
 
@@ -224,7 +224,7 @@ class Session:
             InputError: if the object has no mask or is locked, or nothing would be left.
         """
         number = self._number(object_id)
-        return self._add(mask_files.cleaned_mask(self._prompted(number), self.volume, cleaning), number, None, True)
+        return self._add(mask_files.cleaned_mask(self._prompted(number), self.volume, cleaning), number)
 
     def undo(self) -> MaskUpdate | None:
         """Take back the last edit, of whatever kind; None if there is none. Unlimited, and exact."""
@@ -258,16 +258,18 @@ class Session:
         colour: str | None = None,
         visible: bool | None = None,
         locked: bool | None = None,
+        code: str | None = None,
     ) -> None:
         """Change an object's row of the object table; what is None stays. A locked mask is on top in ``labels``.
+        ``code`` is SCHEME:VALUE:MEANING for DICOM; the empty text leaves it to the name.
 
         Raises:
-            InputError: if there is no such object, or the colour is not ``#rrggbb``.
+            InputError: if there is no such object, or the colour (``#rrggbb``) or the code has another form.
         """
         self._state.object(object_id)
-        edit = history.EditObject(object_id=object_id, name=name, colour=colour, visible=visible, locked=locked)
-        if edit != history.EditObject(object_id=object_id):
-            self._history.commit(edit)
+        row: dict[str, Any] = {"name": name, "colour": colour, "visible": visible, "locked": locked, "code": code}
+        if any(value is not None for value in row.values()):
+            self._history.commit(history.EditObject(object_id=object_id, **row))
 
     def remove_object(self, object_id: int) -> MaskUpdate:
         """Remove an object with all its prompts.
@@ -386,8 +388,7 @@ class Session:
         return self.current if object_id is None else object_id
 
     def _prompted(self, object_id: int) -> ObjectState:
-        entry = self._state.objects.get(object_id)
-        if entry is None:
+        if (entry := self._state.objects.get(object_id)) is None:
             raise InputError(f"object {object_id} has no mask yet: add a prompt first")
         return entry
 

@@ -263,7 +263,7 @@ def save_session(path: Path, header: dict[str, Any], objects: list[SessionObject
     """
     table = [
         {
-            **{key: getattr(o, key) for key in ("id", "name", "colour", "visible", "locked")},
+            **{key: getattr(o, key) for key in ("id", "name", "code", "colour", "visible", "locked")},
             "prompts": [{"id": number, "space": p.space, **prompt_to_json(p)} for number, p in o.numbered.items()],
         }
         for o in objects

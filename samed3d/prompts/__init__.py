@@ -24,6 +24,7 @@ from samed3d.prompts.kinds import (
 from samed3d.prompts.packed import PackedMask
 from samed3d.prompts.schema import (
     SCHEMA_VERSION,
+    checked_code,
     dump_prompts,
     load_prompts,
     objects_from_json,

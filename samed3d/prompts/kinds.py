@@ -192,11 +192,12 @@ def box_in_grid(box: Box, grid: Grid) -> tuple[Triple, Triple]:
 
 @dataclass
 class ObjectPrompts:
-    """The prompts of one object, oldest first."""
+    """The prompts of one object, oldest first; ``code`` is what it is for DICOM, SCHEME:VALUE:MEANING or empty."""
 
     id: int = 1
     name: str = "object"
     prompts: list[Prompt] = field(default_factory=list)
+    code: str = ""
 
     def check_positive(self, where: str = "") -> None:
         """Refuse an object without a prompt that marks it (a positive point or stroke, a box, a mask)."""

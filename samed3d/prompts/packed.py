@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,14 @@ class PackedMask:
         count = int(np.prod(self.region.shape_zyx, dtype=np.int64))
         packed = np.frombuffer(zlib.decompress(self.bits), dtype=np.uint8)
         return np.unpackbits(packed, count=count).reshape(self.region.shape_zyx).view(bool)
+
+    def planes(self) -> Iterator[NDArray[np.bool_]]:
+        """The mask within ``region``, slice by slice, of which only one is unpacked at a time."""
+        depth, height, width = self.region.shape_zyx
+        packed = np.frombuffer(zlib.decompress(self.bits), dtype=np.uint8)
+        for start in range(0, depth * height * width, height * width or 1):
+            bits = np.unpackbits(packed[start // 8 : (start + height * width + 7) // 8])
+            yield bits[start % 8 :][: height * width].reshape(height, width).astype(bool)
 
     def on(self, region: Region) -> NDArray[np.bool_]:
         """The mask within any region of the whole."""

@@ -74,7 +74,11 @@ def dump_prompts(objects: Iterable[ObjectPrompts], path: Path) -> None:
     spaces = {p.space for o in listed for p in o.prompts if not isinstance(p, Mask)}
     if len(spaces) > 1:
         raise InputError("prompts of one file must share one space, got both ijk and ras")
-    entries = [{"id": o.id, "name": o.name, "prompts": [prompt_to_json(p) for p in o.prompts]} for o in listed]
+    entries = [
+        {"id": o.id, "name": o.name, "prompts": [prompt_to_json(p) for p in o.prompts]}
+        | ({"code": o.code} if o.code else {})
+        for o in listed
+    ]
     write_json(path, {"version": SCHEMA_VERSION, "space": spaces.pop() if spaces else "ijk", "objects": entries})
 
 
@@ -108,13 +112,14 @@ def objects_from_json(body: Any, where: str, read: PromptReader | None = None) -
     for number, entry in enumerate(_listed(body, "objects", where), start=1):
         place = f"{where}: object {number}"
         prompts = [(read or prompt_from_json)(p, space, place) for p in _listed(entry, "prompts", place)]
-        _check_keys(entry, ("id", "name", "prompts"), place)
+        _check_keys(entry, ("id", "name", "code", "prompts"), place)
         object_id = entry.get("id", number)
         if type(object_id) is not int or object_id < 1:
             raise InputError(f"{place}: id must be a whole number > 0, got {object_id!r}")
         if any(object_id == o.id for o in objects):
             raise InputError(f"{place}: id must differ from those of the objects before it, got {object_id} again")
-        objects.append(ObjectPrompts(object_id, checked_name(entry.get("name", f"object {number}"), place), prompts))
+        name = checked_name(entry.get("name", f"object {number}"), place)
+        objects.append(ObjectPrompts(object_id, name, prompts, checked_code(entry.get("code", ""), place)))
     return objects
 
 
@@ -177,6 +182,19 @@ def checked_name(name: Any, where: str) -> str:
     if not isinstance(name, str) or any("\ud800" <= character <= "\udfff" for character in name):
         raise InputError(f"{where}: name must be text without broken characters, got {name!r}")
     return name
+
+
+def checked_code(code: Any, where: str) -> str:
+    """The coded type of an object for DICOM; empty for none.
+
+    Raises:
+        InputError: if it is not SCHEME:VALUE:MEANING in the lengths that DICOM allows.
+    """
+    parts = code.split(":", 2) if isinstance(code, str) else []
+    fits = len(parts) == 3 and all(0 < len(p.strip()) == len(p) <= n for p, n in zip(parts, (16, 64, 64), strict=True))
+    if code != "" and not (fits and code.isprintable() and "\\" not in code):
+        raise InputError(f"{where}: code must be SCHEME:VALUE:MEANING as SCT:10200004:Liver, got {code!r}")
+    return code
 
 
 def _check_keys(entry: dict[str, Any], known: tuple[str, ...], where: str) -> None:

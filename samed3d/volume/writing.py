@@ -70,12 +70,14 @@ class Segment:
         name: What it is.
         colour: ``#rrggbb``.
         mask: On the image's own grid, in the file's own order.
+        code: What it is for DICOM, SCHEME:VALUE:MEANING; empty to go by the name.
     """
 
     id: int
     name: str
     colour: str
     mask: PackedMask
+    code: str = ""
 
     @property
     def rgb(self) -> tuple[int, int, int]:

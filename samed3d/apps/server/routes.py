@@ -91,6 +91,7 @@ class ObjectBody(EditBody):
     colour: str | None = Field(None, pattern="^#[0-9a-fA-F]{6}$")
     visible: bool | None = None
     locked: bool | None = None
+    code: str | None = Field(None, max_length=150)
 
 
 class RuleBody(EditBody):
@@ -263,10 +264,10 @@ async def new_object(work: OneSession, body: NewObjectBody | None = None) -> Jso
 
 @api.patch(_OBJECT, tags=["objects"])
 async def edit_object(work: OneSession, object_id: int, body: ObjectBody) -> Json:
-    """Name, colour, visibility, lock."""
+    """Name, colour, visibility, lock, code (SCHEME:VALUE:MEANING)."""
     changes = body.model_dump(exclude_none=True, exclude={"revision"})
     if not changes:
-        raise HTTPException(400, "give what changes: name, colour, visible or locked")
+        raise HTTPException(400, "give what changes: name, colour, visible, locked or code")
     return await edited(work, body, lambda s: s.edit_object(object_id, **changes))
 
 

@@ -126,7 +126,7 @@ def _object_to_json(shown: SessionObject) -> Json:
         body = prompt_to_json(prompt)
         body.pop("bits", None)  # a mask is only named here
         prompts.append({"id": number, "space": prompt.space, **body})
-    keys = ("id", "name", "colour", "visible", "locked", "voxels")
+    keys = ("id", "name", "code", "colour", "visible", "locked", "voxels")
     return {**{key: getattr(shown, key) for key in keys}, "prompts": prompts}
 
 

@@ -50,11 +50,13 @@ export function showObjects(list, objects, current, actions) {
     ...objects.map((object) => {
       const colour = element("input", { type: "color", value: object.colour, title: "Colour", onchange: (e) => actions.edit(object.id, { colour: e.target.value }) });
       const name = element("span", { className: "name", textContent: object.name, title: "Double-click to rename" });
-      name.ondblclick = () => rename(name, object, actions);
+      name.ondblclick = () => retype(name, object, "name", actions);
+      const title = `Code in DICOM (SCHEME:VALUE:MEANING as SCT:10200004:Liver): ${object.code || "goes by the name"}`;
+      const code = element("button", { textContent: "#", className: object.code ? "code on" : "code", title, onclick: () => retype(name, object, "code", actions) });
       const see = toggle(object.visible, EYE, "Show or hide (M)", () => actions.edit(object.id, { visible: !object.visible }));
       const lock = toggle(object.locked, object.locked ? SHUT : OPEN, "Lock: nothing may change it", () => actions.edit(object.id, { locked: !object.locked }));
       const gone = element("button", { textContent: "✕", title: "Remove the object", onclick: () => actions.remove(object.id) });
-      const row = element("li", { className: object.id === current ? "current" : "" }, colour, name, see, lock, gone);
+      const row = element("li", { className: object.id === current ? "current" : "" }, colour, name, code, see, lock, gone);
       row.dataset.object = object.id;
       row.onclick = (e) => e.target.closest("button, input") || actions.choose(object.id);
       return row;
@@ -70,9 +72,15 @@ function toggle(on, path, title, onclick) {
   return button;
 }
 
-function rename(label, object, actions) {
-  const field = element("input", { value: object.name, className: "name" });
-  const done = () => (field.value.trim() && field.value !== object.name ? actions.edit(object.id, { name: field.value.trim() }) : field.replaceWith(label));
+/** Put a text field for the name or the code of an object in the place of its name. */
+function retype(label, object, key, actions) {
+  const placeholder = key === "code" ? "SCT:10200004:Liver" : "";
+  const field = element("input", { value: object[key], className: "name", placeholder });
+  const done = () => {
+    const typed = field.value.trim();
+    field.replaceWith(label);
+    if (typed !== object[key] && (typed || key === "code")) actions.edit(object.id, { [key]: typed });
+  };
   field.onblur = done;
   field.onkeydown = (e) => {
     e.stopPropagation();
