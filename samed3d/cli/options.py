@@ -25,6 +25,9 @@ Untilt = Annotated[
     bool, typer.Option("--untilt", help="Resample tilted or unevenly spaced DICOM slices by their positions.")
 ]
 Texts = list[str] | None
+Codes = Annotated[
+    Texts, typer.Option("--code", metavar="OBJECT=SCHEME:VALUE:MEANING", help="DICOM code of an object (name or id).")
+]
 Paths = list[Path] | None
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from samed3d.cli.options import (
+    Codes,
     Device,
     FillHoles,
     GrowMm,
@@ -60,9 +61,7 @@ def segment(
     fill_holes: FillHoles = False,
     smooth_mm: SmoothMm = 0.0,
     grow_mm: GrowMm = 0.0,
-    code: Annotated[
-        Texts, typer.Option(metavar="NAME=SCHEME:VALUE:MEANING", help="Code of an object (name or id) in DICOM.")
-    ] = None,
+    code: Codes = None,
     quiet: Quiet = False,
 ) -> None:
     """Segment one image from clicks, boxes and strokes, or every image of a list.
@@ -86,8 +85,7 @@ def segment(
     if image is not None and is_semantic(model):
         if cleaning != Cleaning():
             raise InputError(f"model {model!r} is automatic: clean its label map afterwards with samed3d clean")
-        given, prompted = {**also, "--code": code}, any((*typed, prompts))
-        summary = _segment_semantic(image, output, model, format, device, picked, given, prompted)
+        summary = _segment_semantic(image, output, model, format, device, picked, also, any((*typed, prompts, code)))
     else:
         objects = _gather_prompts(*typed, space=space, file=prompts)
         _code_objects(objects, code or [])
@@ -159,7 +157,7 @@ def _segment_semantic(
     format: str | None,
     device: str,
     picked: dict[str, Any],
-    also: dict[str, Any],
+    also: dict[str, Path | None],
     prompted: bool,
 ) -> dict[str, Any]:
     """All classes of an image by a semantic segmentation model.
