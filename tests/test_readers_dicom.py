@@ -10,6 +10,7 @@ pytest.importorskip("pydicom", reason="reading DICOM labels needs pydicom")
 from data_prep.readers import find_sources, load_case  # noqa: E402
 from samed3d.errors import InputError  # noqa: E402
 from samed3d.geometry import Grid  # noqa: E402
+from samed3d.volume import read_volume  # noqa: E402
 from samed3d.volume.contours import fill_contours  # noqa: E402
 from samed3d.volume.dicom_labels import read_dicom_labels  # noqa: E402
 from tests import dicom_trees as dicom  # noqa: E402
@@ -325,3 +326,23 @@ def test_a_segmentation_from_the_clinic_is_placed_by_position(tmp_path):
         InputError, match="segmentation lies outside the image; it was drawn on another series: .*liver"
     ):
         list(read_dicom_labels(path, Grid((3, 512, 512), grid.spacing_xyz_mm, (900.0, 0.0, 0.0))))
+
+
+@pytest.mark.parametrize(("shift", "turned"), [(0.5, False), (0.3, False), (0.0, True)])
+def test_a_segmentation_between_the_slices_of_its_image_is_refused(tmp_path, shift, turned):
+    pytest.importorskip("highdicom", reason="reading DICOM-SEG needs highdicom")
+    dicom.image_series(tmp_path / "ct", np.arange(np.prod(SHAPE)).reshape(SHAPE).astype(np.int16))
+    mask = np.zeros(SHAPE, bool)
+    mask[1:3, 2:8, 2:9] = True
+    path = dicom.segmentation(tmp_path / "seg.dcm", tmp_path / "ct", {"a": mask})
+    grid = read_volume(tmp_path / "ct").grid
+    direction = np.reshape(grid.direction_lps, (3, 3))
+    origin = np.array(grid.origin_lps_mm) + direction[:, 2] * shift * grid.spacing_xyz_mm[2]
+    if turned:
+        c, s = np.cos(0.2), np.sin(0.2)
+        direction = direction @ np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
+    moved = Grid(grid.shape_zyx, grid.spacing_xyz_mm, tuple(origin), tuple(direction.ravel()))
+    [(_, placed)] = read_dicom_labels(path, grid)
+    np.testing.assert_array_equal(placed, mask)
+    with pytest.raises(InputError, match="must lie on the slices of the image, it is 0.[2-5]. slices away"):
+        list(read_dicom_labels(path, moved))

@@ -148,6 +148,8 @@ def test_a_zip_of_a_dicom_folder(tmp_path):
     with zipfile.ZipFile(tmp_path / "ct.zip", "w") as archive:
         for file in sorted((tmp_path / "ct").iterdir()):
             archive.write(file, f"folder/{file.name}")
+        for name in ("folder/README.txt", "README", "../../notes.md", "__MACOSX/folder/._0.dcm"):
+            archive.writestr(name, "no DICOM")
     with served(tmp_path) as client:
         answer = client.post(
             "/api/sessions/upload", params={"name": "ct.zip"}, content=(tmp_path / "ct.zip").read_bytes()

@@ -22,7 +22,7 @@ from samed3d.geometry import Grid
 logger = logging.getLogger(__name__)
 
 # A contour must lie in one slice: its points may leave the slice's plane by this share of the distance between slices.
-_PLANE_TOLERANCE = 0.25
+PLANE_TOLERANCE = 0.25
 # Contours whose corners differ by less than this share of a voxel are one contour stored twice.
 _SAME_CORNER = 0.01
 
@@ -81,7 +81,7 @@ def _in_slices(
         ijk = points @ to_ijk[:3, :3].T + to_ijk[:3, 3]
         middle = round(float(ijk[:, 2].mean()))
         away = float(np.abs(ijk[:, 2] - middle).max())
-        if away > _PLANE_TOLERANCE:
+        if away > PLANE_TOLERANCE:
             off = max(off, away)
             left_out["not in a slice"] += 1
         elif not 0 <= middle < grid.shape_zyx[0]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from samed3d.errors import InputError
 from samed3d.geometry import Grid, Region, bounding_region
-from samed3d.volume.contours import fill_contours
+from samed3d.volume.contours import PLANE_TOLERANCE, fill_contours
 from samed3d.volume.dicom_headers import LABEL_MODALITIES, NOT_IMAGES, looks_like_dicom
 from samed3d.volume.label_maps import resample_labels
 
@@ -186,7 +186,7 @@ def _placed(mask: NDArray[np.bool_], affine_lps: NDArray, grid: Grid) -> NDArray
         grid: The image's grid.
 
     Raises:
-        InputError: if all of it lies outside the image.
+        InputError: if all of it lies outside the image, or between its slices.
     """
     placed = np.zeros(grid.shape_zyx, dtype=bool)
     filled = bounding_region(mask)
@@ -195,7 +195,8 @@ def _placed(mask: NDArray[np.bool_], affine_lps: NDArray, grid: Grid) -> NDArray
     own = Grid.from_affine_ras(mask.shape, np.diag([-1, -1, 1, 1]) @ affine_lps[:, [2, 1, 0, 3]])
     ends = zip(filled.start_zyx[::-1], filled.stop_zyx[::-1], strict=True)
     corners = np.array([(*corner, 1) for corner in itertools.product(*((a, b - 1) for a, b in ends))])
-    ijk = (corners @ (np.linalg.inv(grid.affine_lps) @ own.affine_lps).T)[:, 2::-1]
+    to_grid = np.linalg.inv(grid.affine_lps) @ own.affine_lps
+    ijk = (corners @ to_grid.T)[:, 2::-1]
     low, high = np.floor(ijk.min(axis=0)).astype(int), np.ceil(ijk.max(axis=0)).astype(int) + 1
     under = Region(tuple(low.tolist()), tuple(high.tolist())).clip(grid.shape_zyx)
     if not under.is_empty:
@@ -203,6 +204,13 @@ def _placed(mask: NDArray[np.bool_], affine_lps: NDArray, grid: Grid) -> NDArray
         placed[under.slices] = part.astype(bool)
     if not placed.any():
         raise InputError("segmentation lies outside the image; it was drawn on another series")
+    planes = [(i, j, k, 1) for i, j, *_ in corners for k in range(filled.start_zyx[0], filled.stop_zyx[0])]
+    along = (np.array(planes) @ to_grid.T)[:, int(np.abs(to_grid[:3, 2]).argmax())]
+    if (off := float(np.abs(along - np.rint(along)).max())) > PLANE_TOLERANCE:
+        raise InputError(
+            f"segmentation must lie on the slices of the image, it is {off:.2f} slices away; it was drawn on another "
+            "series, or needs to be resampled"
+        )
     if (ijk < -0.5).any() or (ijk >= np.array(grid.shape_zyx) - 0.5).any():
         logger.warning("part of a segmentation lies outside its image and is cut off")
     return placed

@@ -105,17 +105,21 @@ def accept(file: Path, options: ServerOptions) -> Path:
 
 
 def _unzipped(file: Path, limits: ReadLimits, largest_bytes: int) -> Path:
-    """Unpack a zip into one flat folder under new names: a name inside a zip is never used as a path."""
+    """Unpack a zip into one flat folder: of a name inside a zip only the harmless characters of its last part are
+    kept, for messages and because DICOM files are told from others by their suffix. Hidden files are left out.
+    """
     folder = file.with_suffix("")
     folder.mkdir()
     try:
         with zipfile.ZipFile(file) as archive:
-            members = [m for m in archive.infolist() if not m.is_dir()]
+            names = {m: re.split(r"[\\/]", m.filename)[-1] for m in archive.infolist() if not m.is_dir()}
+            members = [m for m, name in names.items() if not name.startswith(".")]
             if len(members) > limits.files:
                 raise InputError(f"a zip must hold at most {limits.files} files, got {len(members)}")
             left = largest_bytes
             for number, member in enumerate(members):
-                left -= _extract(archive, member, folder / f"{number:05d}.dcm", left)
+                name = re.sub(r"[^\w.-]", "_", names[member], flags=re.ASCII)[-60:]
+                left -= _extract(archive, member, folder / f"{number:05d}_{name}", left)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
         raise InputError(f"the zip is damaged or of a kind that cannot be read: {error}") from error
     file.unlink()
