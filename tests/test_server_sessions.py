@@ -200,3 +200,18 @@ def test_the_client_needs_neither_torch_nor_the_servers_libraries():
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+@pytest.mark.parametrize(("busy_seconds", "loaded"), [(0.0, 1), (1000.0, 3)])
+def test_all_sessions_together_keep_to_their_memory(tmp_path, ball, busy_seconds, loaded):
+    """What can be computed again is deleted first, and sessions in use are never unloaded; all masks stay the same."""
+    with served(tmp_path, memory_bytes=200_000, busy_seconds=busy_seconds) as client:  # two images of 86 kB
+        service, ids, masks = client.app.state.service, [], []
+        for _ in range(3):
+            ids.append(opened(client))
+            client.post(f"/api/sessions/{ids[-1]}/prompts", json=CLICK)
+            masks.append(masks_of(client, ids[-1])[1])
+        found = service.loaded()
+        assert len(found) == loaded
+        assert all(e.nbytes < 90_000 for e in found if e.id != ids[-1]) and service.get(ids[-1]).nbytes > 90_000
+        assert all(np.array_equal(masks_of(client, i)[1], mask) for i, mask in zip(ids, masks, strict=True))

@@ -40,6 +40,7 @@ def serve(
     also: OtherModels = None,
     device: Device = "auto",
     max_sessions: Annotated[int, typer.Option(min=1, help="Sessions in memory at once; others stay on disk.")] = 16,
+    max_memory_mb: Annotated[int, typer.Option(min=1, help="Memory of all of them together.")] = 1024,
     idle_minutes: Annotated[float, typer.Option(min=0.05, help="Unload a session without requests; it is kept.")] = 10,
     max_upload_mb: Annotated[int, typer.Option(min=1, help="Largest upload, in MiB.")] = 2048,
     max_voxels: Annotated[int, typer.Option(min=1, help="Largest image.")] = 2**29,
@@ -66,6 +67,7 @@ def serve(
         hosts=frozenset(names),
         largest_upload=max_upload_mb * 2**20,
         loaded=max_sessions,
+        memory_bytes=max_memory_mb * 2**20,
         idle_seconds=60 * idle_minutes,
         images=ReadLimits(max_voxels),
     )

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,8 @@ BOX_FILL = 0.6
 SMALL_FILL = 0.4
 """A mask that fills less of the crop's edge is predicted again in a smaller crop."""
 GOOD_FILL = 0.45
+LEAST_HELD = 0.5
+"""A first mask that holds less of what the prompts mark is predicted again in a larger crop."""
 TOUCH_SHARE = 0.01
 """A face counts as touched when this share of its voxels (at least 4) is mask."""
 MAX_TILES = 27
@@ -116,12 +119,16 @@ class _Zoom(_Search):
         # A larger crop would only add voxels outside the volume.
         largest = max(n * s for n, s in zip(predictor.shape_zyx, self.spacing, strict=True))
         frame, lowres = self.start(largest)
-        crop = predictor.decode(frame, prompts, lowres)
+        first = crop = predictor.decode(frame, prompts, lowres)
         canvas = predictor.paste(crop)
-        while not self.only_removes and touched_faces(crop) and self.edge_mm(crop.frame) < largest:
+        # A crop that lies inside its object shows nothing to segment: the mask leaves out what was marked.
+        while self.edge_mm(crop.frame) < largest and self.is_too_small(crop):
             wider = self.fitted(min(self.edge_mm(crop.frame) * ZOOM_STEP, largest), _middle(crop))
-            crop = predictor.decode(wider, prompts, predictor.lowres_of(canvas, wider, crop.lowres_logits))
+            before = None if self.misses(crop) else predictor.lowres_of(canvas, wider, crop.lowres_logits)
+            crop = predictor.decode(wider, prompts, before)
             canvas = predictor.paste(crop)
+        if self.misses(crop) and crop is not first:
+            crop, canvas = first, predictor.paste(first)
         extents = zip(_mask_region(crop).shape_zyx, crop.frame.shape_zyx, strict=True)
         fill = max(n / m for n, m in extents)
         smaller = crop.frame.zoomed(fill / GOOD_FILL) if fill else crop.frame
@@ -131,6 +138,20 @@ class _Zoom(_Search):
             if not touched_faces(nearer):
                 return Prediction(nearer, predictor.paste(nearer))
         return Prediction(crop, canvas)
+
+    def is_too_small(self, crop: CropMask) -> bool:
+        """Whether a larger crop would show more of the object."""
+        return not self.only_removes and bool(touched_faces(crop) or self.misses(crop))
+
+    def misses(self, crop: CropMask) -> bool:
+        """Whether the first prediction of an object leaves out most of what was marked."""
+        if self.previous is not None or self.prompts.voxels is None:
+            return False
+        frame = crop.frame
+        at = (self.prompts.voxels + 0.5 - frame.origin_zyx_vox) // frame.step_zyx_vox
+        at = at[((at >= 0) & (at < frame.shape_zyx)).all(1)].astype(np.int64)
+        held = crop.logits.numpy()[tuple(at.T)] > MASK_LOGIT_THRESHOLD
+        return bool(held.size) and float(held.mean()) < LEAST_HELD
 
     def start(self, largest: float) -> tuple[CropFrame, Tensor | None]:
         """The first crop to predict, and the earlier mask on it."""

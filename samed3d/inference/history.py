@@ -315,7 +315,7 @@ class EditHistory:
         self.undone: list[tuple[Edit, SessionState | None]] = []
         self.next_prompt = 1
         self.record: Callable[[Edit], None] | None = None
-        self._prompts = prompts
+        self.prompts = prompts
 
     @property
     def state(self) -> SessionState:
@@ -329,7 +329,7 @@ class EditHistory:
             InputError: as ``Edit.apply``; nothing has changed then.
         """
         began, before = time.perf_counter(), self.state
-        after = edit.apply(before, self._prompts)
+        after = edit.apply(before, self.prompts)
         self._recorded(edit)
         self.done.append((edit, after))
         self.undone.clear()
@@ -351,7 +351,7 @@ class EditHistory:
         if not self.undone:
             return None
         edit, after = self.undone[-1]
-        after = edit.apply(before, self._prompts) if after is None else after
+        after = edit.apply(before, self.prompts) if after is None else after
         self._recorded(Redo())
         self.undone.pop()
         self.done.append((edit, after))
@@ -370,7 +370,7 @@ class EditHistory:
                 kept.append(edit)
                 undone.clear()
         for edit in kept:
-            self.done.append((edit, edit.apply(self.state, self._prompts)))
+            self.done.append((edit, edit.apply(self.state, self.prompts)))
         self.undone = [(edit, None) for edit in undone]
         self.next_prompt = max([self.next_prompt, *(edit.prompt_id + 1 for edit in log)])
 
@@ -387,7 +387,7 @@ class EditHistory:
         """How the mask of the edit's object differs from an earlier state."""
         holders = [o.id for s in (before, self.state) for o in s.objects.values() if edit.prompt_id in o.prompts]
         object_id = edit.object_id or next(iter(holders), self.state.current)
-        view = self._prompts.volume.view
+        view = self.prompts.volume.view
         old, new = before.mask(object_id, view.shape_zyx), self.state.mask(object_id, view.shape_zyx)
         region = old.region.union(new.region)
         now = new.on(region)

@@ -49,7 +49,7 @@ class ModelPrompts:
         positive: Whether any prompt since the last prediction marks the object.
         newest_box: ``box`` or ``slice_box`` of the prompts since the last prediction.
         flat_axis: Of a single prompt, the axis along which ``slice_box`` is one voxel thick.
-        voxels: Of a single prompt, (N, 3) zyx voxels that get its label in the mask.
+        voxels: (N, 3) zyx voxels that get its label in the mask; of all prompts together, those on the object.
         mask: Of a single prompt, the mask to start from.
     """
 
@@ -129,6 +129,7 @@ def combine(
     if mask is not None and not any(positive for _, positive in points):
         points.insert(0, (deepest_voxel(mask), True))
     box = _union([p.box for p in current]) or _box_of_slices(current, depth)
+    marked = [p.voxels for p in current if p.positive and p.voxels is not None]
     newest_box = _union([p.box or p.slice_box for p in newest])
     return ModelPrompts(
         points=[*((at, False) for at in background), *points],
@@ -136,6 +137,7 @@ def combine(
         slice_box=_union([p.slice_box for p in current]),
         positive=any(p.positive for p in newest) or not newest,
         newest_box=box if newest_box is not None and box is not None else newest_box,
+        voxels=np.concatenate(marked) if marked else None,
     )
 
 

@@ -144,8 +144,14 @@ class PromptHistory:
             self._keep(entry, prediction)
         return prediction
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of what ``clear`` deletes."""
+        return self._bytes + self.predictor.nbytes
+
     def clear(self) -> None:
-        """Delete everything that can be computed again."""
+        """Delete everything that can be computed again, the model's features included."""
+        self.predictor.clear()
         self._kept.clear()
         self._bytes = 0
 

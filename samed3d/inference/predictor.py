@@ -169,6 +169,11 @@ class CropPredictor:
         region = crop.frame.part(near).region().expand(1)
         return Canvas(*paste_crop(crop.logits, crop.frame, self.shape_zyx, region), crop)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the kept features."""
+        return sum(_size_of(*kept) for kept in self._features.values())
+
     def clear(self) -> None:
         """Delete all kept features."""
         self._features.clear()

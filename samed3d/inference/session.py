@@ -34,14 +34,14 @@ __all__ = ["MaskUpdate", "Session", "SessionObject"]
 
 
 class Session:
-    """Promptable segmentation of one volume. Attributes: ``volume`` as read, ``model_name``, ``device``."""
+    """Promptable segmentation of one volume. Attributes: ``volume``, ``model_name``, ``device``, ``history``."""
 
     def __init__(self, volume: Volume, model: PromptableModel, device: str = "auto", model_name: str = "") -> None:
         """Use ``Session.open``; this takes parts that are already loaded."""
         self.volume, self.model_name, self.device = volume, model_name or model.spec.name, pick_device(device)
         self._predictor = CropPredictor.of(model.eval(), self.device, volume)
         self._prompts = PromptHistory(volume, self._predictor)
-        self._history = EditHistory(self._prompts)
+        self.history = EditHistory(self._prompts)
         self._journal: session_store.Journal | None = None
         self._options: dict[str, Any] = {}
 
@@ -86,11 +86,11 @@ class Session:
         if journal is not None:
             session._journal = session_store.Journal(journal, session._identity())
             try:
-                session._history.replay(session._journal.edits)
+                session.history.replay(session._journal.edits)
             except BaseException:
                 session.close()
                 raise
-            session._history.record = session._journal.append
+            session.history.record = session._journal.append
         return session
 
     @classmethod
@@ -123,12 +123,12 @@ class Session:
         image = session_store.find_image(header, Path(path)) if image is None else image
         session = cls.open(image, network, device, **options)
         session_store.check_same(header, session._identity(), f"session {path}")
-        session._history.replay(edits)
+        session.history.replay(edits)
         if journal is not None:
             session._journal = session_store.Journal(journal, session._identity())
             for edit in edits:
                 session._journal.append(edit)
-            session._history.record = session._journal.append
+            session.history.record = session._journal.append
         return session
 
     def __enter__(self) -> Session:
@@ -141,9 +141,8 @@ class Session:
         """Close the journal and delete what is kept in memory; a journal still holds everything."""
         if self._journal is not None:
             self._journal.close()
-        self._journal = self._history.record = None
+        self._journal = self.history.record = None
         self._prompts.clear()
-        self._predictor.clear()
 
     def add(self, prompt: Prompt, object_id: int = 1, name: str | None = None, *, predict: bool = True) -> MaskUpdate:
         """Add a prompt to an object and predict the object again.
@@ -183,9 +182,9 @@ class Session:
     def _add(self, prompt: Prompt, object_id: int, predict: bool = True, **about: str | None) -> MaskUpdate:
         if type(object_id) is not int or not 1 <= object_id < 2**16:
             raise InputError(f"object id must be a whole number from 1 to 65535, got {object_id!r}")
-        prompt, number = read_mask_file(prompt, self.volume), self._history.next_prompt
+        prompt, number = read_mask_file(prompt, self.volume), self.history.next_prompt
         edit = history.AddPrompt(object_id=object_id, prompt_id=number, prompt=prompt, predict=predict, **about)
-        return self._history.commit(edit)
+        return self.history.commit(edit)
 
     def remove(self, prompt_id: int) -> MaskUpdate:
         """Remove a prompt; its object's later prompts are predicted again without it.
@@ -193,7 +192,7 @@ class Session:
         Raises:
             InputError: if there is no such prompt, or its object is locked.
         """
-        return self._history.commit(history.RemovePrompt(prompt_id=prompt_id))
+        return self.history.commit(history.RemovePrompt(prompt_id=prompt_id))
 
     def move(self, prompt_id: int, to: Prompt | Sequence[float]) -> MaskUpdate:
         """Replace a prompt and predict its object's later prompts again.
@@ -211,11 +210,11 @@ class Session:
             if not isinstance(old, Point):
                 raise InputError(f"prompt {prompt_id} is no point: move it by giving the new one, got {to!r}")
             to = Point(tuple(to), old.positive, old.space)  # type: ignore[arg-type]
-        return self._history.commit(history.MovePrompt(prompt_id=prompt_id, prompt=read_mask_file(to, self.volume)))
+        return self.history.commit(history.MovePrompt(prompt_id=prompt_id, prompt=read_mask_file(to, self.volume)))
 
     def predict(self, object_id: int | None = None) -> MaskUpdate:
         """Predict an object (the current one by default) again, with prompts added by ``predict=False``."""
-        return self._history.commit(history.Predict(object_id=self._number(object_id)))
+        return self.history.commit(history.Predict(object_id=self._number(object_id)))
 
     def clean(self, cleaning: Cleaning, object_id: int | None = None) -> MaskUpdate:
         """Clean an object's mask (the current one's by default). The result is a mask prompt: later ones go on from it.
@@ -228,26 +227,26 @@ class Session:
 
     def undo(self) -> MaskUpdate | None:
         """Take back the last edit, of whatever kind; None if there is none. Unlimited, and exact."""
-        return self._history.undo()
+        return self.history.undo()
 
     def redo(self) -> MaskUpdate | None:
         """Repeat the edit that was undone last; None if there is none."""
-        return self._history.redo()
+        return self.history.redo()
 
     @property
     def can_undo(self) -> bool:
         """Whether there is an edit to take back."""
-        return bool(self._history.done)
+        return bool(self.history.done)
 
     @property
     def can_redo(self) -> bool:
         """Whether there is an edit to repeat."""
-        return bool(self._history.undone)
+        return bool(self.history.undone)
 
     def new_object(self, name: str | None = None) -> int:
         """Make an object without prompts and return its id, the lowest free one."""
         number = next(n for n in range(1, 2**16) if n not in self._state.objects)
-        self._history.commit(history.EditObject(object_id=number, name=name or f"object {number}"))
+        self.history.commit(history.EditObject(object_id=number, name=name or f"object {number}"))
         return number
 
     def edit_object(
@@ -269,7 +268,7 @@ class Session:
         self._state.object(object_id)
         row: dict[str, Any] = {"name": name, "colour": colour, "visible": visible, "locked": locked, "code": code}
         if any(value is not None for value in row.values()):
-            self._history.commit(history.EditObject(object_id=object_id, **row))
+            self.history.commit(history.EditObject(object_id=object_id, **row))
 
     def remove_object(self, object_id: int) -> MaskUpdate:
         """Remove an object with all its prompts.
@@ -277,7 +276,7 @@ class Session:
         Raises:
             InputError: if there is no such object, or it is locked.
         """
-        return self._history.commit(history.RemoveObject(object_id=object_id))
+        return self.history.commit(history.RemoveObject(object_id=object_id))
 
     @property
     def others_are_negative(self) -> bool:
@@ -287,7 +286,7 @@ class Session:
     @others_are_negative.setter
     def others_are_negative(self, value: bool) -> None:
         if bool(value) != self.others_are_negative:
-            self._history.commit(history.SetRule(others_are_negative=bool(value)))
+            self.history.commit(history.SetRule(others_are_negative=bool(value)))
 
     def objects(self) -> list[SessionObject]:
         """The objects with their prompts as given, by id."""
@@ -340,7 +339,7 @@ class Session:
         """
         if Path(path).name.lower().endswith(".json"):
             check_spares(path, self.volume.source)
-            session_store.save_session(Path(path), self._identity(), self.objects(), self._history.log())
+            session_store.save_session(Path(path), self._identity(), self.objects(), self.history.log())
         else:
             self.export(path)
 
@@ -379,7 +378,7 @@ class Session:
 
     @property
     def _state(self) -> SessionState:
-        return self._history.state
+        return self.history.state
 
     def _identity(self) -> dict[str, Any]:
         return session_store.identity(self.volume, self._options, self._predictor.model, self.model_name)

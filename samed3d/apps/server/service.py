@@ -59,6 +59,7 @@ class ServerOptions:
         largest_upload: Bytes of a body that holds a volume.
         images: How large an image may be.
         loaded: Sessions in memory at once.
+        memory_bytes: Of all of them together: images, features, logits and masks.
         stored: Sessions on disk.
         idle_seconds: A session without a request of a user for so long is unloaded.
         liveness_seconds: A session whose client sends heartbeats is unloaded after so long without one.
@@ -77,6 +78,7 @@ class ServerOptions:
     largest_upload: int = 2 * 2**30
     images: ReadLimits = field(default_factory=ReadLimits)
     loaded: int = 16
+    memory_bytes: int = 2**30
     stored: int = 1000
     idle_seconds: float = 600.0
     liveness_seconds: float = 60.0
@@ -227,6 +229,7 @@ class Service:
                 return job(session)
             finally:
                 entry.used = entry.seen = time.monotonic()
+                self._fit_memory()
 
         try:
             return await self.queue.run(entry.id, with_session, gone)
@@ -300,6 +303,16 @@ class Service:
             if new is None:
                 return
             min(unused, key=lambda e: e.used).unload()
+
+    def _fit_memory(self) -> None:
+        """Delete what can be computed again, then unload sessions, those unused the longest first, until they fit."""
+        unused = sorted(self.loaded(), key=lambda e: e.used)[:-1]
+        since = time.monotonic() - self.options.busy_seconds
+        idle = [e for e in unused if e.used < since and self.queue.depth(e.id) == 0]
+        for free in (*(e.trim for e in unused), *(e.unload for e in idle)):
+            if sum(e.nbytes for e in self.loaded()) <= self.options.memory_bytes:
+                return
+            free()
 
 
 def _locked(folder: Path) -> IO[str]:

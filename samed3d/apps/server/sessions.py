@@ -85,6 +85,22 @@ class ServerSession:
         except FileNotFoundError:
             return 0
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the image, of the masks after all edits, and of what ``trim`` deletes."""
+        if self.session is None:
+            return 0
+        history = self.session.history
+        states = [state for _, state in (*history.done, *history.undone) if state is not None]
+        steps = {entry.step for state in states for entry in state.objects.values() if entry.step is not None}
+        masks = sum(len(step.mask.bits) for step in steps)
+        return self.session.volume.array.nbytes + masks + history.prompts.nbytes
+
+    def trim(self) -> None:
+        """Free the memory of what the session can compute again; on the worker thread only."""
+        if self.session is not None:
+            self.session.history.prompts.clear()
+
     def unload(self) -> None:
         """Free the session's memory; on the worker thread only."""
         if self.session is not None:
