@@ -1,5 +1,4 @@
-"""What a DICOM-SEG and an RTSTRUCT say beside their voxels: names in any script, codes, what the source lacks, and how
-much memory writing takes."""
+"""What a DICOM-SEG and an RTSTRUCT say beside their voxels: names, codes, what the source lacks; and memory."""
 
 from __future__ import annotations
 
@@ -9,6 +8,7 @@ import shutil
 import subprocess
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -165,9 +165,9 @@ def test_what_cannot_be_made_is_named(series, keyword):
     edited(series, lambda data, number: delattr(data, keyword) if number == 0 else None)
     import samed3d.volume.dicom_source as module
 
-    files = sorted(series.glob("*.dcm"))
+    stack = SimpleNamespace(slices=[SimpleNamespace(file=file, frame=0) for file in series.glob("*.dcm")])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "slice_files", lambda folder, chosen: files)
+        patch.setattr(module, "pick_stack", lambda folder, chosen: stack)
         with pytest.raises(InputError, match=rf"for slices with {keyword} only, which .*00_0\.dcm lacks"):
             source_series(series, None, grid)
 

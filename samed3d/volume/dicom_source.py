@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
-from samed3d.volume.dicom import slice_files
-from samed3d.volume.dicom_labels import looks_like_dicom
+from samed3d.volume.dicom_headers import looks_like_dicom
+from samed3d.volume.dicom_series import pick_stack
 
 if TYPE_CHECKING:
     from pydicom import Dataset, FileDataset
@@ -88,7 +88,8 @@ def source_series(source: str | Path, series: str | int | None, grid: Grid) -> S
             ".seg.nrrd"
         )
     headers, places = [], []
-    for file in slice_files(source, series) if source.is_dir() else [source]:
+    chosen_slices = {(one.file, one.frame) for one in pick_stack(source, series).slices}
+    for file in sorted({file for file, _ in chosen_slices}):
         try:
             header, found = _header_and_places(file)
         except InputError:
@@ -96,7 +97,7 @@ def source_series(source: str | Path, series: str | int | None, grid: Grid) -> S
         except Exception as error:  # a damaged header makes the parser raise almost anything
             raise InputError(f"DICOM header is damaged: {file} ({type(error).__name__}: {error})") from error
         headers.append(header)
-        places += found
+        places += [place for frame, place in enumerate(found) if (file, frame) in chosen_slices]
     positions = np.array([position for position, _ in places])
     depth = np.arange(grid.shape_zyx[0])[:, None]
     expected = grid.affine_lps[:3, 3] + depth * grid.affine_lps[:3, 2]
