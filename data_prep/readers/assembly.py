@@ -6,17 +6,26 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.cases import RawArrays, RawCase, Reader, SourceFacts
+from data_prep.cases import LabelLayer, RawArrays, RawCase, Reader, SourceFacts
 from data_prep.readers.facts import facts_of
-from data_prep.readers.labels import label_table, pack_layers, single_structure
+from data_prep.readers.labels import LabelTable, label_table, pack_layers, single_structure
 from samed3d.errors import InputError
+from samed3d.geometry import Grid
 from samed3d.volume import Volume, read_volume
 from samed3d.volume.files import count_volumes
-from samed3d.volume.label_maps import EmptyLabelError, grid_difference, read_label_map, read_label_on, same_axes
+from samed3d.volume.label_maps import (
+    EmptyLabelError,
+    grid_difference,
+    read_label_map,
+    read_label_on,
+    same_axes,
+    segment_names,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +46,8 @@ class FileReader(Reader):
         images = read_images(case.images, case.modality, repair_geometry=repair_geometry)
         if [name for name, _ in case.labels] == [""]:
             path = case.labels[0][1]
-            if images:
-                first = images[0][1]
-                grid, array = first.grid, _read_label(path, first, repair_geometry)
-            else:
-                array, grid = read_label_map(path)
-            return RawArrays(images, grid, label_table(case.extra).layers(array, path))
+            layers, grid = _layers(path, images[0][1] if images else None, repair_geometry, label_table(case.extra))
+            return RawArrays(images, grid, layers)
         image = images[0][1]
         more = f" and {len(case.labels) - 1} more" if len(case.labels) > 1 else ""
         masks = _structures(case.labels, image, repair=repair_geometry)
@@ -99,8 +104,30 @@ def _on_grid_of(first: Volume, volume: Volume, repair: bool) -> Volume:
     return replace(volume, grid=first.grid)
 
 
-def _read_label(path: str, image: Volume, repair: bool) -> NDArray:
-    return read_label_on(path, image.grid, image.source, mismatch="repair" if repair else "refuse")
+def _read_label(path: str, image: Volume | None, repair: bool, layer: int | None = None) -> tuple[NDArray, Grid]:
+    if image is None:
+        return read_label_map(path, layer)
+    mismatch: Literal["repair", "refuse"] = "repair" if repair else "refuse"
+    return read_label_on(path, image.grid, image.source, mismatch=mismatch, layer=layer), image.grid
+
+
+def _layers(path: str, image: Volume | None, repair: bool, table: LabelTable) -> tuple[list[LabelLayer], Grid]:
+    """The layers of a label map, named by ``table``, and its grid; a 3D Slicer segmentation has layers and names."""
+    segments = segment_names(path)
+    if not segments:
+        array, grid = _read_label(path, image, repair)
+        return table.layers(array, path), grid
+    found: list[LabelLayer] = []
+    for layer, names in enumerate(segments):
+        values = {name: frozenset(v for v, other in names.items() if other == name) for name in names.values()}
+        try:
+            array, grid = _read_label(path, image, repair, layer)
+        except EmptyLabelError:
+            continue
+        found += LabelTable(values, where="the segmentation").layers(array, path)
+    if not found:
+        raise EmptyLabelError(f"label is empty, no segment has a voxel: {path}; leave the case out")
+    return found, grid
 
 
 def _structures(
@@ -109,7 +136,7 @@ def _structures(
     """The masks of files that hold one structure each, one at a time; empty ones are left out."""
     for name, path in labels:
         try:
-            array = _read_label(path, image, repair)
+            array, _ = _read_label(path, image, repair)
         except EmptyLabelError:
             continue
         yield name, single_structure(array, path)

@@ -194,6 +194,7 @@ class PlainReader(FileReader):
     looks_for = "images/ and labels/, or what --image-pattern and --label-pattern say"
     usual_patterns = (
         ("images/{case}{suffix}", "labels/{case}{suffix}"),
+        ("images/{case}{suffix}", "labels/{case}.seg.nrrd"),
         ("images/{case}{suffix}", "masks/{case}{suffix}"),
         ("image/{case}{suffix}", "label/{case}{suffix}"),
         ("imagesTr/{case}{suffix}", "labelsTr/{case}{suffix}"),

@@ -24,9 +24,9 @@ from samed3d.errors import InputError
 from samed3d.evaluation.results import group_by
 from samed3d.geometry import RAS_DIRECTION, Grid, Triple
 from samed3d.pages import count
-from samed3d.volume import Volume, read_volume
-from samed3d.volume.itk import open_header
-from samed3d.volume.label_maps import EmptyLabelError, read_label_on
+from samed3d.volume import SUFFIXES, Volume, read_volume
+from samed3d.volume.itk import open_header, suffix_of
+from samed3d.volume.label_maps import EmptyLabelError, merged_values, read_label_on, segment_names
 
 logger = logging.getLogger(__name__)
 
@@ -139,8 +139,8 @@ def find_cases(folders: list[Path], history: TrainingHistory, which: str, limit:
     """Cases on one side of the measured models' training.
 
     Args:
-        folders: Each an nnU-Net folder (first image channel only), a corpus, a folder of challenge npz files, or a
-            folder of these.
+        folders: Each an nnU-Net folder (first image channel only), a corpus, a folder of challenge npz files,
+            ``images/`` and ``labels/``, or a folder of these.
         history: What the models were trained on.
         which: ``"val"`` (everything that they were not trained on), ``"train"`` or ``"all"``.
         limit: Cases per source.
@@ -213,13 +213,15 @@ def smallest(found: CaseSelection, count: int) -> CaseSelection:
 
 
 def kind_of(folder: Path) -> str:
-    """``"corpus"``, ``"nnunet"`` or ``"npz"``; "" for any other folder or file."""
+    """``"corpus"``, ``"nnunet"``, ``"plain"`` or ``"npz"``; "" for any other folder or file."""
     if not folder.is_dir():
         return ""
     if (folder / "corpus.json").exists():
         return "corpus"
     if (folder / "dataset.json").exists():
         return "nnunet"
+    if (folder / "images").is_dir() and (folder / "labels").is_dir():
+        return "plain"
     first = next(iter(sorted(folder.glob("*.npz"))), None)
     return "npz" if first is not None and "imgs" in members(first) else ""
 
@@ -242,6 +244,18 @@ def _nnunet_cases(dataset: Path) -> Iterator[LabelledCase]:
             names,
             unusable="" if image_path.exists() else "no image",
         )
+
+
+def _plain_cases(folder: Path) -> Iterator[LabelledCase]:
+    """``images/CASE.*`` with ``labels/CASE.*``; a ``.seg.nrrd`` names its structures."""
+    images = {path.name.removesuffix(suffix_of(path)): path for path in sorted((folder / "images").iterdir())}
+    for label in sorted(path for path in (folder / "labels").iterdir() if suffix_of(path) in SUFFIXES):
+        case = label.name.removesuffix(suffix_of(label)).removesuffix(".seg")
+        layers = segment_names(label)
+        names = {value: layers[layer][own] for (layer, own), value in merged_values(layers).items()}
+        image = images.get(case, folder / "images" / case)
+        unusable = "" if case in images else "no image"
+        yield LabelledCase(folder.name, case, case, "", "", image, label, names, unusable=unusable)
 
 
 def _corpus_cases(folder: Path) -> Iterator[LabelledCase]:
@@ -301,6 +315,7 @@ def _load_from_npz(path: Path) -> LoadedCase:
 
 _READERS: dict[str, Callable[[Path], Iterator[LabelledCase]]] = {
     "nnunet": _nnunet_cases,
+    "plain": _plain_cases,
     "corpus": _corpus_cases,
     "npz": _npz_cases,
 }

@@ -260,7 +260,7 @@ def read_mask_file(prompt: Prompt, volume: Volume) -> Prompt:
         return prompt
     from samed3d.volume.label_maps import read_label_on
 
-    return Mask(read_label_on(prompt.mask, volume.grid, volume.source, mismatch="resample"))
+    return Mask(read_label_on(prompt.mask, volume.grid, volume.source, mismatch="resample", overlaps=True))
 
 
 def deepest_voxel(mask: PackedMask) -> Triple:

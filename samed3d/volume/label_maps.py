@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from samed3d.errors import InputError
 from samed3d.geometry import GRID_TOLERANCE, Grid, corners_apart_mm
 from samed3d.volume.files import count_volumes, read_file
+from samed3d.volume.itk import open_header
 
 logger = logging.getLogger(__name__)
 
@@ -21,15 +22,46 @@ class EmptyLabelError(InputError):
     """A label map without a labelled voxel: bad for a whole case, normal for one structure of many."""
 
 
-def read_label_map(path: str | Path) -> tuple[NDArray, Grid]:
+def segment_names(path: str | Path) -> list[dict[int, str]]:
+    """For each layer of a 3D Slicer segmentation (``.seg.nrrd``) the names of its values; none for other files."""
+    if not str(path).lower().endswith(".seg.nrrd") or not Path(path).is_file():
+        return []
+    reader = open_header(Path(path))
+    layers: list[dict[int, str]] = [{} for _ in range(reader.GetNumberOfComponents())]
+    number = 0
+    while reader.HasMetaDataKey(f"Segment{number}_LabelValue"):
+        keys = [f"Segment{number}_{key}" for key in ("LabelValue", "Layer", "Name")]
+        given = [reader.GetMetaData(key) if reader.HasMetaDataKey(key) else "" for key in keys]
+        value, layer, name = given[0], given[1] or "0", given[2] or f"segment {number + 1}"
+        if not (value.isdigit() and layer.isdigit() and int(layer) < len(layers)):
+            raise InputError(f"{keys[0]} and {keys[1]} must be a value and a layer, got {value}, {layer}: {path}")
+        layers[int(layer)][int(value)] = name
+        number += 1
+    return layers if any(layers) else []
+
+
+def merged_values(layers: list[dict[int, str]]) -> dict[tuple[int, int], int]:
+    """The value of each (layer, value) in one label map: its own, or a running number where two layers share one."""
+    keys = [(layer, value) for layer, names in enumerate(layers) for value in names]
+    distinct = len({value for _, value in keys}) == len(keys)
+    return {key: key[1] if distinct else number for number, key in enumerate(keys, start=1)}
+
+
+def read_label_map(path: str | Path, layer: int | None = None, *, overlaps: bool = False) -> tuple[NDArray, Grid]:
     """Read a label map.
+
+    Args:
+        path: The file.
+        layer: Which layer of a ``.seg.nrrd``; None makes one map of all (``merged_values``).
+        overlaps: Whether its segments may overlap in that map: the last one counts.
 
     Returns:
         (D, H, W) labels in the smallest of uint8, uint16 and uint32, and their grid. Whole numbers that are stored as
         floating point are accepted with a warning.
 
     Raises:
-        InputError: if the file is missing, damaged, not 3D, empty (all zero), negative, or holds fractions.
+        InputError: if the file is missing, damaged, not 3D, empty (all zero), negative, or holds fractions; or if
+            segments overlap and may not.
     """
     path = Path(path)
     if not path.is_file():
@@ -37,10 +69,30 @@ def read_label_map(path: str | Path) -> tuple[NDArray, Grid]:
     volumes = count_volumes(path)
     if volumes > 1:
         raise InputError(f"label must be 3D, got 4D with {volumes} volumes: {path}; save each volume as its own label")
-    array, grid, notes = read_file(path, None)
+    names = segment_names(path)
+    if layer is None and len(names) > 1:
+        array, grid, notes = _merged(path, names, overlaps)
+    else:
+        array, grid, notes = read_file(path, layer)
     for note in notes:
         logger.warning("%s: %s", path, note)
     return whole_numbers(array, str(path)), grid
+
+
+def _merged(path: Path, names: list[dict[int, str]], overlaps: bool) -> tuple[NDArray, Grid, tuple[str, ...]]:
+    numbers = merged_values(names)
+    array, grid, notes = read_file(path, 0)
+    merged = np.zeros(array.shape, np.uint16)
+    for layer in range(len(names)):
+        array = read_file(path, layer)[0] if layer else array
+        if not overlaps and (merged[array > 0] > 0).any():
+            raise InputError(
+                f"structures must not overlap in one label map, got segments that do: {path}; samed3d prepare keeps "
+                "them apart"
+            )
+        for value in names[layer]:
+            merged[array == value] = numbers[layer, value]
+    return merged, grid, notes
 
 
 def whole_numbers(array: NDArray, name: str) -> NDArray:
@@ -77,7 +129,13 @@ def whole_numbers(array: NDArray, name: str) -> NDArray:
 
 
 def read_label_on(
-    path: str | Path, grid: Grid, image: str, *, mismatch: Literal["refuse", "repair", "resample"] = "refuse"
+    path: str | Path,
+    grid: Grid,
+    image: str,
+    *,
+    mismatch: Literal["refuse", "repair", "resample"] = "refuse",
+    layer: int | None = None,
+    overlaps: bool = False,
 ) -> NDArray:
     """A label map on the grid of its image.
 
@@ -91,6 +149,8 @@ def read_label_on(
         mismatch: What to do with a label on other voxels. ``"repair"``: a label of the image's size and axes takes the
             image's grid voxel for voxel (its header is held to be wrong), any other is resampled by position, nearest
             voxel. ``"resample"``: always by position.
+        layer: As ``read_label_map``, like ``overlaps``.
+        overlaps: See there.
 
     Returns:
         (D, H, W) unsigned integers.
@@ -98,7 +158,7 @@ def read_label_on(
     Raises:
         InputError: if the label cannot be read, is on other voxels and may not be, or lies outside the image.
     """
-    array, own = read_label_map(path)
+    array, own = read_label_map(path, layer, overlaps=overlaps)
     difference = grid_difference(grid, own)
     if not difference:
         return array
