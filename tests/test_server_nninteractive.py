@@ -342,5 +342,7 @@ def test_drawings_that_cannot_be_understood(ball):
         grid_of(shape, {"spacing": [1, 0, 1]})
     dots = np.zeros(shape)
     dots[::4, ::4, ::4] = 1
-    with pytest.raises(InputError, match="at most 16 strokes"):
+    with pytest.raises(InputError, match="at most 256 strokes"):
         scribble_prompts(*drawn_region(dots, None, shape), True)
+    dots[1:] = 0  # one slice with 56 pieces
+    assert len(scribble_prompts(*drawn_region(dots, None, shape), True)) == int(dots.sum()) > 16

@@ -33,7 +33,7 @@ _MOST_AXES = 4
 _WIDEST = 4
 """Bytes per voxel that the largest image may have."""
 _LONGEST_PATH = 10_000
-_MOST_STROKES = 16
+_MOST_STROKES = 256
 
 
 # Bytes
