@@ -276,6 +276,7 @@ def test_a_tracker_that_cannot_start_is_one_line_and_leaves_no_run(tmp_path, mon
         raise UsageError("No API key configured.")
 
     monkeypatch.setattr("accelerate.Accelerator.init_trackers", refuse)
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     config = tiny_config(tmp_path / "run", "optim.steps=2", "run.trackers=[wandb]")
     with pytest.raises(
         InputError, match=r"wandb cannot start \(No API key.*log in with: wandb login, or set WANDB_MODE=offline"

@@ -21,6 +21,7 @@ from samed3d.errors import InputError
 from samed3d.models import MODELS, create_model, load
 from samed3d.models.weights import read_header
 from samed3d.training.loop import train, with_steps
+from samed3d.training.optimiser import learning_rate
 from samed3d.training.start import make_accelerator, start_model
 from samed3d.training.step import InteractiveStep
 from tests.corpus_sources import store_case, store_corpus
@@ -58,8 +59,8 @@ def test_epochs_are_passes_over_the_structures():
     assert with_steps(TrainConfig(), 0, 4).optim.steps == TrainConfig().optim.steps
     with pytest.raises(InputError, match=r"optim\.epochs must be 0 without a corpus to pass over, got 3"):
         with_steps(config, 0, 4)
-    with pytest.raises(InputError, match=r"optim\.warmup_steps must be at most the 8 steps of the run, got 9"):
-        with_steps(TrainConfig(optim=replace(config.optim, warmup_steps=9)), 10, 4)
+    rates = [learning_rate(replace(TrainConfig().optim, steps=8, warmup_steps=1000), done) for done in range(8)]
+    assert max(rates) == TrainConfig().optim.lr, "a run that one key shortens warms up within its first half"
 
 
 # Turns and losses

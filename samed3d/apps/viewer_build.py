@@ -77,6 +77,9 @@ class BuildPackage(build_py):
         super().run()
         if not self.editable_mode:  # an editable installation uses the source tree's own checkpoints
             shutil.copytree(CHECKPOINTS, Path(self.build_lib) / "samed3d" / "checkpoints", dirs_exist_ok=True)
+            recipe = Path(self.build_lib) / "samed3d" / "configs" / "finetune.yaml"
+            recipe.parent.mkdir(exist_ok=True)
+            shutil.copyfile(CHECKPOINTS.parent / "configs" / "finetune.yaml", recipe)
 
 
 if __name__ == "__main__":

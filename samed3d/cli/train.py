@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,8 +35,10 @@ def train(
     adapter: Annotated[str | None, _finetuning("lora (default with --train adapters) or fact.")] = None,
     rank: Annotated[int | None, _finetuning("Rank of the adapter. [default: 8]")] = None,
     steps: Annotated[int | None, _finetuning("Optimiser steps. [default: by the data]")] = None,
-    minutes: Annotated[float | None, _finetuning("As many steps as fit, instead of --steps.")] = None,
-    structures: Annotated[int | None, _finetuning("Structures evaluated before and after. [default: 24]")] = None,
+    minutes: Annotated[
+        float | None, _finetuning("How long everything may take, measuring included, instead of --steps.")
+    ] = None,
+    structures: Annotated[int | None, _finetuning("Structures evaluated before and after. [default: 8]")] = None,
     seeds: Annotated[int | None, _finetuning("Click seeds of that evaluation. [default: 3]")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -60,7 +63,10 @@ def train(
         *([f"model.name={model}"] if model else []),
         *([f"model.weights={json.dumps(str(_weights_of(from_)))}"] if from_ else []),
     ]
-    settings = load_config(TrainConfig, config, [*short, *(set_ or [])])
+    changes = [*short, *(set_ or [])]
+    if any(c.startswith("optim.steps=") for c in changes) and not any(c.startswith("optim.epochs=") for c in changes):
+        changes.append("optim.epochs=0")  # steps that are asked for count, whatever the file says
+    settings = load_config(TrainConfig, config, changes)
     if moe:
         from samed3d.training.moe import gate_config
 
@@ -74,12 +80,12 @@ def train(
 
 def _weights_of(run: Path) -> Path:
     """A run folder's best model where there was a validation, else its last; a file as it is."""
-    if not run.is_dir():
-        return run
-    for name in ("best.safetensors", "model.safetensors"):
-        if (run / name).is_file():
-            return run / name
-    raise InputError(f"--from needs a run folder with model.safetensors, or a checkpoint, got {run}")
+    from samed3d.models.weights import find_checkpoint
+
+    found = find_checkpoint(run) if run.is_dir() else run
+    if found is None:
+        raise InputError(f"--from needs a run folder with model.safetensors, or a checkpoint, got {run}")
+    return found
 
 
 _CONFIG_KEYS = {
@@ -106,6 +112,7 @@ def _finetune(
     resume: bool,
     quiet: bool,
 ) -> None:
+    began = time.monotonic()
     if not data:
         raise InputError("--finetune needs --data FOLDER, a folder of labelled volumes")
     if "adapter" in given:
@@ -117,7 +124,7 @@ def _finetune(
     from samed3d.training.finetune import FinetuneOptions, check_output, load_base
     from samed3d.training.finetune import finetune as run
 
-    options = FinetuneOptions(**given, changes=changes)
+    options = FinetuneOptions(**given, changes=changes, began=began)
     folder = output or Path("runs") / f"finetune_{data[0].resolve().name}"
     if not resume:
         check_output(folder)

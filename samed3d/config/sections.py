@@ -208,8 +208,7 @@ class OptimConfig(Section):
         if self.schedule == "cosine_minutes":
             rule = "must be above 0 with optim.schedule=cosine_minutes"
             check(self.max_minutes > 0, "optim.max_minutes", rule, self.max_minutes)
-        good = self.warmup_steps >= 0 and (self.warmup_steps <= self.steps or bool(self.epochs))
-        check(good, "optim.warmup_steps", f"must be from 0 to optim.steps ({self.steps})", self.warmup_steps)
+        check(self.warmup_steps >= 0, "optim.warmup_steps", "must be 0 or more", self.warmup_steps)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 from samed3d.config import TrainConfig
 from samed3d.data.corpus import GROUP_SEPARATOR, CaseRecord, Corpus, image_hash, in_validation
 from samed3d.data.sampling import training_cases
+from samed3d.errors import InputError
 from samed3d.models.weights import find_checkpoint, manifest_entries, read_header
 
 TRAINED_ON, PERHAPS_TRAINED_ON = "trained on", "perhaps trained on"
@@ -160,5 +161,10 @@ def history_of_run(config: TrainConfig) -> dict[str, Any]:
 
 
 def stored_hash(corpus: Corpus, case: CaseRecord) -> str:
-    """The hash of a case's image as it was before preparation; of the stored one in corpora that do not list it."""
-    return case.image_hash or image_hash(corpus.image(case))
+    """The hash of a case's image as it was before preparation; of the stored one in corpora that do not list it; "" for
+    a damaged one, which training and evaluation report themselves.
+    """
+    try:
+        return case.image_hash or image_hash(corpus.image(case))
+    except (InputError, OSError, RuntimeError, ValueError):
+        return ""

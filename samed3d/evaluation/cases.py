@@ -185,10 +185,23 @@ def find_cases(folders: list[Path], history: TrainingHistory, which: str, limit:
     return found
 
 
+@contextlib.contextmanager
+def only_warnings(name: str) -> Iterator[None]:
+    """Without the messages of a part of the package, such as of a session about its crops."""
+    said = logging.getLogger(name)
+    level = said.level
+    said.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        said.setLevel(level)
+
+
 def _judged(case: LabelledCase, history: TrainingHistory, shapes: Collection[str]) -> LabelledCase:
     """The case with its side of the training: by its names, and by its image where the names say nothing against it."""
     side = history.side(case.source, case.people or (case.subject,))
-    known = "" if side in NOT_UNSEEN or not shapes else history.known_image(case.image_hash(shapes))
+    with only_warnings("samed3d.volume"):
+        known = "" if side in NOT_UNSEEN or not shapes else history.known_image(case.image_hash(shapes))
     return replace(case, group=TRAINED_ON if known else side, known_as=known)
 
 

@@ -27,6 +27,8 @@ from samed3d.models.base import Adaptation, AnyModel, ModelSpec, PromptableModel
 from samed3d.nn.adapters import add_adapters
 from samed3d.output import replacing, write_json
 
+RUN_MODELS = ("best.safetensors", "model.safetensors")
+"""In a run folder: the best model of its validations, else its last."""
 HEADER_KEY = "samed3d"
 HEADER_VERSION = 1
 OWN_KEYS = ("version", "model", "config", "spec")
@@ -280,15 +282,16 @@ def fetch(address: str) -> Path:
 
 
 def find_checkpoint(name_or_path: str | Path) -> Path | None:
-    """The weights file of that path, of that name in the manifest, or of ``hf://OWNER/NAME``; None if it is neither.
+    """The weights file of that path or run folder, of that name in the manifest, or of ``hf://OWNER/NAME``; else None.
 
     Raises:
         InputError: if the manifest's file is missing or another one, or Hugging Face has no such model.
     """
     if str(name_or_path).startswith(HUB):
         return fetch(str(name_or_path))
-    if Path(name_or_path).is_file():
-        return Path(name_or_path)
+    for path in (Path(name_or_path), *(Path(name_or_path) / name for name in RUN_MODELS)):
+        if path.is_file():
+            return path
     if (found := manifest_entries().get(str(name_or_path))) is None:
         return None
     folder, entry = found

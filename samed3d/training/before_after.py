@@ -6,25 +6,43 @@ spread of the change over the seeds says how much of it is chance.
 
 from __future__ import annotations
 
-import logging
+import math
+import time
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
 
-from samed3d.data.corpus import CaseRecord, Corpus, LabelRecord
-from samed3d.evaluation.cases import corpus_volume
+from samed3d.data.corpus import GROUP_SEPARATOR, CaseRecord, Corpus, LabelRecord, in_validation
+from samed3d.data.exposure import PERHAPS_TRAINED_ON, TRAINED_ON, UNKNOWN
+from samed3d.errors import InputError
+from samed3d.evaluation.cases import corpus_volume, only_warnings
 from samed3d.evaluation.measuring import dice_by_click
 from samed3d.evaluation.results import group_by
 from samed3d.evaluation.statistics import paired_difference
 from samed3d.inference.session import Session
 from samed3d.models.base import PromptableModel
+from samed3d.pages import count
+from samed3d.volume import Volume
 
 REPORTED_CLICKS = (1, 3, 5)
+HELD_OUT = 0.2
+"""Share of subjects that are measured and never trained on; at least one."""
+_SPLIT_SEEDS = 20_000
 NOISE_WIDTH = 2.0
 """A change counts as more than chance when it exceeds this many standard deviations of the seeds' changes."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Held-out cases, whose subjects ``in_validation`` picks with this share and seed, and trained ones."""
+
+    share: float
+    seed: int
+    held_out: list[tuple[Corpus, CaseRecord]]
+    trained: list[tuple[Corpus, CaseRecord]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +52,11 @@ class Target:
     corpus: Corpus
     case: CaseRecord
     label: LabelRecord
+
+    @property
+    def name(self) -> str:
+        """The structure, unique in the image."""
+        return f"{self.label.layer}/{self.label.value} {self.label.name}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -86,6 +109,41 @@ class DiceChange:
         return abs(self.change) > NOISE_WIDTH * self.noise
 
 
+def split_subjects(corpora: Sequence[Path], seed: int) -> Split:
+    """Hold a fifth of the subjects out, at least one: by the first seed of ``in_validation`` that gives that number.
+
+    The model's header names share and seed, so that ``samed3d evaluate`` holds the same subjects out.
+
+    Raises:
+        InputError: if fewer than two subjects have a labelled image.
+    """
+    cases = [
+        (corpus, case)
+        for corpus in map(Corpus, corpora)
+        for case in corpus.cases
+        if case.has_image and case.labels and case.split != "test"
+    ]
+    groups = {case.split_group or case.subject for _, case in cases}
+    if len(groups) < 2:
+        where = ", ".join(map(str, corpora))
+        raise InputError(
+            "data must have labelled images of at least 2 subjects, one to learn from, one to measure on, "
+            f"got {len(groups)}: {where}"
+        )
+    wanted = max(1, round(HELD_OUT * len(groups)))
+    share = wanted / len(groups)
+    offset = seed * _SPLIT_SEEDS
+    for candidate in range(offset, offset + _SPLIT_SEEDS):
+        # any member keeps the whole group back, as in data/sampling.py
+        kept = {g for g in groups if any(in_validation(name, share, candidate) for name in g.split(GROUP_SEPARATOR))}
+        if abs(len(kept) - wanted) <= wanted // 10:
+            sides: tuple[list, list] = ([], [])
+            for corpus, case in cases:
+                sides[(case.split_group or case.subject) not in kept].append((corpus, case))
+            return Split(share, candidate, *sides)
+    raise InputError(f"no split of {len(groups)} groups of subjects holds {wanted} out; join fewer images by subject")
+
+
 def choose_targets(cases: Sequence[tuple[Corpus, CaseRecord]], count: int, seed: int) -> list[Target]:
     """Up to ``count`` structures, one of each subject in turn, in an order drawn with the seed."""
     rng = np.random.default_rng(seed)
@@ -96,38 +154,42 @@ def choose_targets(cases: Sequence[tuple[Corpus, CaseRecord]], count: int, seed:
 
 
 def measure(
-    model: PromptableModel, targets: Sequence[Target], seeds: int, clicks: int = max(REPORTED_CLICKS)
+    model: PromptableModel,
+    targets: Sequence[Target],
+    seeds: int,
+    clicks: int = max(REPORTED_CLICKS),
+    seconds: float = math.inf,
 ) -> list[ClickScore]:
-    """Click every structure on its whole volume; each image is read once."""
-    images = group_by(targets, lambda target: target.case.id).values()
-    with _only_warnings("samed3d.inference"):
-        return [score for image in images for score in _measure_image(model, image, seeds, clicks)]
+    """Click every structure on its whole volume, with all seeds; none but the first is begun when the time is up.
+
+    Without a limit of time each image is read once; with one the order of the targets stays.
+    """
+    if math.isinf(seconds):
+        targets = [target for image in group_by(targets, lambda target: target.case.id).values() for target in image]
+    until, slowest = time.monotonic() + seconds, 0.0
+    found: list[ClickScore] = []
+    opened: tuple[str, Volume] | None = None
+    with only_warnings("samed3d.inference"):
+        for target in targets:
+            began = time.monotonic()
+            if found and began + slowest > until:
+                break
+            if opened is None or opened[0] != target.case.id:
+                opened = target.case.id, corpus_volume(target.corpus, target.case)
+            found += _measure_target(model, opened[1], target, seeds, clicks)
+            slowest = max(slowest, time.monotonic() - began)
+    return found
 
 
-@contextmanager
-def _only_warnings(name: str) -> Iterator[None]:
-    """Without the messages of a session about its crops."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _measure_image(model: PromptableModel, targets: list[Target], seeds: int, clicks: int) -> Iterator[ClickScore]:
-    corpus, case = targets[0].corpus, targets[0].case
-    volume = corpus_volume(corpus, case)
-    for target in targets:
-        label = target.label
-        mask = np.asarray(corpus.labels(case, label.layer)[:]) == label.value
-        name = f"{label.layer}/{label.value} {label.name}".rstrip()
-        session = Session(volume, model)
-        for seed in range(seeds):
-            rng = np.random.default_rng([seed, label.layer, label.value])
-            for click, dice in enumerate(dice_by_click(session, volume, mask, clicks, rng, 1 + seed), start=1):
-                yield ClickScore(case.id, case.subject, name, seed, click, round(dice, 5))
+def _measure_target(
+    model: PromptableModel, volume: Volume, target: Target, seeds: int, clicks: int
+) -> Iterator[ClickScore]:
+    label, case, session = target.label, target.case, Session(volume, model)
+    mask = np.asarray(target.corpus.labels(case, label.layer)[:]) == label.value
+    for seed in range(seeds):
+        rng = np.random.default_rng([seed, label.layer, label.value])
+        for click, dice in enumerate(dice_by_click(session, volume, mask, clicks, rng, 1 + seed), start=1):
+            yield ClickScore(case.id, case.subject, target.name, seed, click, round(dice, 5))
 
 
 def compare(
@@ -157,6 +219,22 @@ def _change(click: int, pairs: list[tuple[ClickScore, float]]) -> DiceChange:
     )
 
 
+def is_better(before: Iterable[ClickScore], after: Iterable[ClickScore]) -> bool:
+    """Whether the mean Dice over the reported clicks rose by more than the chance of the clicks.
+
+    The chance is the spread of the change over the seeds; with one seed over the structures.
+    """
+    earlier = {score.key: score.dice for score in before}
+    changes = [(s, s.dice - earlier[s.key]) for s in after if s.key in earlier and s.click in REPORTED_CLICKS]
+    by_seed = group_by(changes, lambda change: change[0].seed)
+    parts = by_seed if len(by_seed) > 1 else group_by(changes, lambda change: (change[0].case, change[0].structure))
+    means = [float(np.mean([rise for _, rise in part])) for part in parts.values()]
+    if len(means) < 2:
+        return False
+    spread = float(np.std(means, ddof=1)) / (1.0 if len(by_seed) > 1 else math.sqrt(len(means)))
+    return float(np.mean(means)) > NOISE_WIDTH * spread
+
+
 def to_markdown(
     changes: Sequence[DiceChange], measured: Sequence[ClickScore], base: str, known: Iterable[tuple[str, str]]
 ) -> str:
@@ -166,13 +244,13 @@ def to_markdown(
         changes: Its lines.
         measured: The scores of one of the models.
         base: Name of the base model.
-        known: (subject, what the base model's own training used of it) as ``finetune.exposure_of`` says.
+        known: (subject, on which side of the base model's training it is).
     """
     structures, seeds = len({(s.case, s.structure) for s in measured}), len({s.seed for s in measured})
     subjects = len({s.subject for s in measured})
     lines = [
-        f"Mean Dice on whole volumes: {_count(structures, 'structure')} of {_count(subjects, 'held-out subject')}, "
-        f"{_count(seeds, 'seed')} of the clicks. Before: `{base}`.",
+        f"Mean Dice on whole volumes: {count(structures, 'structure')} of {count(subjects, 'held-out subject')}, "
+        f"{count(seeds, 'seed')} of the clicks. Before: `{base}`.",
         "",
         "| clicks | before | after | change | 95 % interval | chance of the clicks | more than chance | rose |",
         "|---|---|---|---|---|---|---|---|",
@@ -194,11 +272,8 @@ def to_markdown(
 
 
 _OVERLAP = {
-    "trained on": "`{base}` was trained on {subjects}: its Dice before is not that of an unseen subject.",
-    "unknown": "Whether `{base}` was trained on {subjects} is unknown: its file does not name all of its sources.",
+    TRAINED_ON: "`{base}` was trained on {subjects}: its Dice before is not that of an unseen subject.",
+    PERHAPS_TRAINED_ON: "`{base}` may have been trained on {subjects}: its file does not name its sources.",
+    UNKNOWN: "Whether `{base}` was trained on {subjects} is unknown: its file does not say what it was trained on.",
 }
 """What the table says of subjects that the base model may have been trained on."""
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from samed3d.config import TrainConfig, config_of, to_dict
 from samed3d.errors import InputError
 from samed3d.models.base import AnyModel
-from samed3d.models.weights import load_state_strict, save_weights
+from samed3d.models.weights import load_state_strict, read_weights, save_weights, write_tensors
 from samed3d.output import check_results_folder, replacing
 from samed3d.training.optimiser import EmaWeights
 
@@ -41,6 +42,7 @@ class TrainingState:
         done: Optimiser steps so far.
         samples: Samples drawn so far by all processes; a resumed run draws the next ones.
         best: Highest validation Dice so far, or None.
+        history: What the model is trained on, for the header of its files (``exposure.history_of_run``).
     """
 
     model: AnyModel
@@ -50,6 +52,7 @@ class TrainingState:
     done: int = 0
     samples: int = 0
     best: float | None = None
+    history: dict[str, Any] = field(default_factory=dict)
 
 
 _WRITTEN = ("model.safetensors", "best.safetensors", "config.json", "environment.json", "skipped.json", "curves.svg")
@@ -95,9 +98,18 @@ def save(folder: Path, config: TrainConfig, state: TrainingState, scaler: Any = 
 
 def save_ema(path: Path, config: TrainConfig, state: TrainingState) -> None:
     """Write the EMA of the weights (the weights where there is none) as a checkpoint that every command takes."""
-    facts: dict[str, Any] = {"step": state.done, "training": to_dict(config)}
+    facts: dict[str, Any] = {"step": state.done, "training": to_dict(config), **state.history}
     with state.ema.applied(state.model):
         save_weights(state.model, path, facts if state.best is None else facts | {"validation_dice": state.best})
+
+
+def store_like(path: Path, base: Path) -> None:
+    """Store a model's tensors in the number type of another file: half precision takes half the room."""
+    with safe_open(base, framework="pt", device="cpu") as file:
+        kinds = (file.get_tensor(name).dtype for name in file.keys())  # noqa: SIM118 (not a mapping)
+        dtype = next((kind for kind in kinds if kind.is_floating_point), torch.float32)
+    state, header = read_weights(path)
+    write_tensors({k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}, path, header)
 
 
 def restore(folder: Path, config: TrainConfig, state: TrainingState) -> Any:

@@ -1,7 +1,7 @@
 """Fine-tuning in one call: hold subjects out, measure with clicks, train with a recipe for small data, measure again.
 
-``configs/finetune.yaml`` is the same recipe for a prepared corpus. ``data_prep/pipeline.py`` prepares the data,
-``before_after.py`` measures.
+``configs/finetune.yaml`` is the recipe. ``data_prep/pipeline.py`` prepares the data, ``before_after.py`` measures. The
+base stays where the result does not beat it by more than the chance of the clicks.
 """
 
 from __future__ import annotations
@@ -11,50 +11,60 @@ import json
 import logging
 import math
 import os
+import shutil
 import statistics
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from samed3d.config import TrainConfig, load_config
-from samed3d.data.corpus import GROUP_SEPARATOR, CaseRecord, Corpus, in_validation
+from samed3d.data.corpus import CaseRecord, Corpus
+from samed3d.data.exposure import TrainingHistory, known_history, subjects_of
 from samed3d.errors import InputError
 from samed3d.models import load, load_promptable
 from samed3d.models.base import PromptableModel
-from samed3d.models.weights import ADAPTER_KEY, amend_header, find_checkpoint, read_header, read_weights, tensors_sha256
+from samed3d.models.weights import (
+    ADAPTER_KEY,
+    amend_header,
+    find_checkpoint,
+    read_header,
+    read_weights,
+    tensors_sha256,
+)
 from samed3d.output import replacing, write_json, write_text
-from samed3d.training.before_after import ClickScore, DiceChange, Target, choose_targets, compare, measure, to_markdown
+from samed3d.pages import count
+from samed3d.training.before_after import (
+    ClickScore,
+    DiceChange,
+    Split,
+    Target,
+    choose_targets,
+    compare,
+    is_better,
+    measure,
+    split_subjects,
+    to_markdown,
+)
+from samed3d.training.checkpoints import store_like
 from samed3d.training.loop import train
+from samed3d.training.progress import check_trackers
 
 logger = logging.getLogger(__name__)
 
-RECIPE: dict[str, Any] = {
-    "data.synthetic_share": 0.0,
-    "data.fill": [0.12, 1.8],
-    "clicks.interactions": 4,
-    "clicks.box_probability": 0.2,
-    "clicks.mask_only_probability": 0.1,
-    "loss.iou": 1.0,
-    "optim.weight_decay": 0.05,
-    "optim.batch": 4,
-    "run.ema": 0.99,
-    "run.log_every": 20,
-    "run.save_every": 100,
-}
+RECIPES = [Path(__file__).resolve().parents[n] / "configs" / "finetune.yaml" for n in (1, 2)]
+"""In an installed package, and in the source tree."""
 LEARNING_RATES = {"all": 2e-4, "decoder": 3e-4, "adapters": 5e-4}
 """Peak learning rate by what is trained: the fewer parameters, the higher."""
 WARMUP_SHARE = 0.05
 LEAST_STEPS, MOST_STEPS, STEPS_PER_STRUCTURE = 200, 1000, 2
-TIMED_STEPS = 4
-BEFORE = "before.json"
-"""The first measurement, kept for a run that is stopped and resumed."""
-HELD_OUT = 0.2
-"""Share of subjects that are measured and never trained on; at least one."""
-EXPOSURE = ("trained on", "unknown", "held out", "never")
-"""How a model's training may have used a subject, worst first."""
-_SPLIT_SEEDS = 20_000
+TIMED_STEPS = 2
+MEASURED_SHARE = 0.2
+"""Share of ``--minutes`` for each of the two measurements."""
+BEFORE, TUNED = "before.json", "tuned.safetensors"
+"""The first measurement, kept for a run that is stopped and resumed; the tuned model where the base is kept."""
 _CHOSEN_KEYS = (
     *("model.", "data.corpus", "data.split_seed", "data.validation_share", "data.hold_out"),
     *("optim.epochs", "run.folder"),
@@ -67,11 +77,12 @@ class FinetuneOptions:
 
     Attributes:
         steps: Optimiser steps; 0 takes a number that grows with the data.
-        minutes: Instead of steps: as many as fit, by timing a few steps on this machine; 0 is off.
-        structures: Structures that are clicked before and after.
+        minutes: Instead of steps: how long everything may take, both measurements included, from the call on; 0 is off.
+        structures: Structures that are clicked before and after; with ``minutes`` as many as a fifth of them allows.
         seeds: Repetitions of their clicks.
         seed: Of everything else that is drawn.
         changes: ``key=value`` of the training config, after the recipe.
+        began: When the minutes began (``time.monotonic``), where something was done before the call.
     """
 
     train: str = "all"
@@ -79,10 +90,11 @@ class FinetuneOptions:
     rank: int = 8
     steps: int = 0
     minutes: float = 0.0
-    structures: int = 24
+    structures: int = 8
     seeds: int = 3
     seed: int = 0
     changes: tuple[str, ...] = ()
+    began: float | None = None
 
     def __post_init__(self) -> None:
         train, adapter, steps, minutes = self.train, self.adapter, self.steps, self.minutes
@@ -109,21 +121,14 @@ class FinetuneOptions:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """Run folder with ``model.safetensors``, tables and ``scores.csv``; the table as lines and text."""
+    """Run folder with ``model.safetensors``, tables and ``scores.csv``; the table as lines and text; whether the base
+    was beaten, or else kept.
+    """
 
     folder: Path
     changes: list[DiceChange]
     table: str
-
-
-@dataclass(frozen=True)
-class Split:
-    """Held-out cases, whose subjects ``in_validation`` picks with this share and seed, and trained ones."""
-
-    share: float
-    seed: int
-    held_out: list[tuple[Corpus, CaseRecord]]
-    trained: list[tuple[Corpus, CaseRecord]]
+    better: bool = False
 
 
 def finetune(
@@ -154,51 +159,72 @@ def finetune(
         InputError: as ``load_base``, ``split_subjects`` and ``check_output``.
     """
     options = options or FinetuneOptions()
+    limit = 60 * options.minutes or math.inf
+    began = time.monotonic() if options.began is None else options.began
     if not resume:
         check_output(out)
     model, path, header = load_base(base)
-    base = str(path.resolve()) if Path(base).is_file() else base  # an adapter finds its base from anywhere
+    base = str(path.resolve()) if Path(base).exists() else base  # an adapter finds its base from anywhere
     split = split_subjects(corpora, options.seed)
-    measured = {"here": choose_targets(split.held_out, options.structures, options.seed)}
-    others = [(corpus, case) for corpus in map(Corpus, elsewhere) for case in corpus.cases if case.has_image]
-    measured |= {"elsewhere": choose_targets(others, options.structures, options.seed)} if others else {}
+    sides = {"here": split.held_out}
+    sides["elsewhere"] = [
+        (corpus, case) for corpus in map(Corpus, elsewhere) for case in corpus.cases if case.has_image
+    ]
+    measured = {k: choose_targets(cases, options.structures, options.seed) for k, cases in sides.items() if cases}
     if resume:
         config, before = _stopped_run(out, base, split)
     else:
         config = recipe(model, base, header, corpora, out, split, options)
-        config = _fitted_to(config, options.minutes) if options.minutes else config
-        sides = [len({case.subject for _, case in side}) for side in (split.trained, split.held_out)]
-        length = f"{config.optim.steps} steps of {config.optim.batch * config.optim.accumulate} samples"
-        logger.info("%d subjects are trained on, %d are held out; %s", *sides, length)
-        before = _measure_all(model, measured, options.seeds, f"measuring {base}")
+        check_trackers(config.run.trackers)
+        logger.info(
+            "%s are trained on, %s held out", *(count(_subjects(s), "subject") for s in (split.trained, split.held_out))
+        )
+        if not options.minutes:
+            _estimate(model, config, measured, options.seeds)
+        before = _measure_all(model, measured, options.seeds, base, time.monotonic() + MEASURED_SHARE * limit)
         if before:
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / BEFORE, {place: [asdict(one) for one in scores] for place, scores in before.items()})
+        if options.minutes:
+            config = _within(config, limit - (time.monotonic() - began) - MEASURED_SHARE * limit)
     if _done(out) < config.optim.steps:
         train(config, resume=resume, quiet=quiet)
     if not before or (_done(out) < config.optim.steps and not config.optim.max_minutes):
         return Finetuned(out, [], "")
-    after = _measure_all(load_promptable(out / "model.safetensors"), measured, options.seeds, "measuring the result")
-    return _finished(out, base, path, header, split, measured, before, after)
+    store_like(out / "model.safetensors", path)
+    seen = {(score.case, score.structure) for scores in before.values() for score in scores}
+    measured = {place: [t for t in targets if (t.case.id, t.name) in seen] for place, targets in measured.items()}
+    tuned = load_promptable(out / "model.safetensors")
+    after = _measure_all(tuned, measured, options.seeds, "the result", began + limit)
+    return _finished(out, base, path, measured, before, after)
+
+
+def _subjects(side: Sequence[tuple[Corpus, CaseRecord]]) -> str:
+    return count(len({case.subject for _, case in side}), "subject")
 
 
 def _finished(
     out: Path,
     base: str,
     path: Path,
-    header: dict[str, Any],
-    split: Split,
     measured: Mapping[str, Sequence[Target]],
     before: Mapping[str, list[ClickScore]],
     after: Mapping[str, list[ClickScore]],
 ) -> Finetuned:
-    """Write the tables, ``scores.csv``, and the model's header: its base and its training subjects."""
+    """Write the tables, ``scores.csv``, and the model's header; put the base in its place where that was not beaten."""
     changes = {place: compare(before[place], after[place]) for place in measured}
+    better, history = is_better(before["here"], after["here"]), TrainingHistory.of_header(known_history(path))
     tables = []
     for place, targets in measured.items():
-        exposure = [(t.case.subject, exposure_of(header, t.case.source, t.case.subject)) for t in targets]
-        tables.append(to_markdown(changes[place], before[place], base, exposure))
-    table = "\nElsewhere, on structures that were not trained on. ".join(tables)
+        sides = [(t.case.subject, history.side(t.case.source, subjects_of(t.case), t.case.image_hash)) for t in targets]
+        tables.append(to_markdown(changes[place], after[place], base, sides))
+    verdict = "The fine-tuned model is better than its base by more than the chance of the clicks and is the result."
+    if not better:
+        verdict = (
+            "The fine-tuned model is not better than its base by more than the chance of the clicks: the base is kept "
+            f"as model.safetensors, the fine-tuned model is in {TUNED}."
+        )
+    table = "\nElsewhere, on structures that were not trained on. ".join(tables) + f"\n{verdict}\n"
     rows = [
         {"model": name, "place": place, **asdict(score)}
         for name, places in (("before", before), ("after", after))
@@ -213,26 +239,27 @@ def _finished(
     lines = {k: [asdict(c) | {name: getattr(c, name) for name in derived} for c in v] for k, v in changes.items()}
     write_json(out / "table.json", lines)
     write_text(out / "table.md", table)
-    sources = {case.source for _, case in split.trained}
-    trained_on = {name: sorted({c.subject for _, c in split.trained if c.source == name}) for name in sources}
-    history = {key: header[key] for key in ("training", "trained_on", "sources", "base") if key in header}
-    facts = {
-        "base": {"name": base, "sha256": tensors_sha256(read_weights(path)[0]), "history": history},
-        "trained_on": trained_on,
-        "before_after": [asdict(c) for c in changes["here"]],
-    }
-    amend_header(out / "model.safetensors", facts)
-    return Finetuned(out, changes["here"], table)
+    model = out / "model.safetensors"
+    hashed = {"name": base, "sha256": tensors_sha256(read_weights(path)[0]), "history": known_history(path)}
+    amend_header(model, {"base": hashed, "before_after": [asdict(c) for c in changes["here"]]})
+    if not better:
+        model.rename(out / TUNED)
+        with replacing(model) as partial:
+            shutil.copyfile(path, partial)
+    for state in [out / "last.pt", *out.glob("step_*.pt"), out / BEFORE]:
+        state.unlink(missing_ok=True)
+    return Finetuned(out, changes["here"], table, better)
 
 
 def _measure_all(
-    model: PromptableModel, measured: Mapping[str, Sequence[Target]], seeds: int, what: str
+    model: PromptableModel, measured: Mapping[str, Sequence[Target]], seeds: int, what: str, until: float
 ) -> dict[str, list[ClickScore]]:
-    """Scores by place; empty on all processes but the first."""
+    """Scores by place, as many as are done before ``until``; empty on all processes but the first."""
     if os.environ.get("RANK", "0") != "0":
         return {}
-    logger.info("%s: %d structures, %d seeds of the clicks", what, sum(map(len, measured.values())), seeds)
-    return {place: measure(model, targets, seeds) for place, targets in measured.items()}
+    logger.info("measuring %s: up to %d structures, %d seeds", what, sum(map(len, measured.values())), seeds)
+    share = max(0.0, until - time.monotonic()) / len(measured)
+    return {place: measure(model, of, seeds, seconds=share) for place, of in measured.items()}
 
 
 def check_output(out: Path) -> None:
@@ -274,7 +301,7 @@ def recipe(
     split: Split,
     options: FinetuneOptions,
 ) -> TrainConfig:
-    """The training config: ``RECIPE``, what follows from base and data, then the user's changes.
+    """The training config: the recipe's file, what follows from base and data, then the user's changes.
 
     Raises:
         InputError: for a change that the config refuses.
@@ -282,7 +309,6 @@ def recipe(
     by_data = STEPS_PER_STRUCTURE * sum(len(case.labels) for _, case in split.trained)
     steps = options.steps or min(MOST_STEPS, max(LEAST_STEPS, by_data))
     values: dict[str, Any] = {
-        **RECIPE,
         "model.name": header["model"],
         "model.overrides": header["config"],
         "model.weights": base,
@@ -300,23 +326,42 @@ def recipe(
         "run.folder": str(out),
         "run.seed": options.seed,
     }
-    return load_config(
-        TrainConfig, None, [*(f"{key}={json.dumps(value)}" for key, value in values.items()), *options.changes]
-    )
+    file = next(path for path in RECIPES if path.is_file())
+    changes = [*(f"{key}={json.dumps(value)}" for key, value in values.items()), *options.changes]
+    return load_config(TrainConfig, file, changes)
 
 
-def _fitted_to(config: TrainConfig, minutes: float) -> TrainConfig:
-    """The config with as many steps as fit into the minutes, by timing a few steps."""
+def _within(config: TrainConfig, seconds: float) -> TrainConfig:
+    """The config with as many steps as fit into the seconds; the learning rate falls with the time."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError(f"--minutes is for one process, got {os.environ['WORLD_SIZE']}; give --steps")
-    logger.info("timing %d steps", TIMED_STEPS)
+    minutes = max(seconds, 1.0) / 60
+    logger.info("%.1f minutes are left for training", minutes)
+    optim = replace(config.optim, schedule="cosine_minutes", max_minutes=minutes, steps=10**6, warmup_steps=10)
+    return replace(config, optim=optim, run=replace(config.run, save_every=0, log_every=5))
+
+
+def _estimate(model: PromptableModel, config: TrainConfig, measured: Mapping[str, list[Target]], seeds: int) -> None:
+    """Log how long everything will take, by one measurement and a few steps on this machine."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return
+    began = time.monotonic()
+    measure(model, measured["here"][:1], 1)
+    measuring = 2 * (time.monotonic() - began) * sum(map(len, measured.values())) * seeds
     with tempfile.TemporaryDirectory() as folder:
         run = replace(config.run, folder=str(Path(folder) / "run"), log_every=1, save_every=0, trackers=[])
-        train(replace(config, run=run, optim=replace(config.optim, steps=TIMED_STEPS, warmup_steps=0)), quiet=True)
+        short = replace(config.optim, steps=TIMED_STEPS, warmup_steps=0)
+        train(replace(config, run=run, optim=short), quiet=True)
         rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
     speed = statistics.median_high(row["samples_per_s"] for row in rows if "samples_per_s" in row)
-    steps = max(1, int(60 * minutes * speed / (config.optim.batch * config.optim.accumulate)))
-    return replace(config, optim=replace(config.optim, steps=steps, warmup_steps=max(1, round(WARMUP_SHARE * steps))))
+    samples = config.optim.steps * config.optim.batch * config.optim.accumulate
+    logger.info(
+        "about %.0f minutes: %.0f for %d steps, %.0f for measuring before and after; --minutes M sets a limit",
+        (samples / speed + measuring) / 60,
+        samples / speed / 60,
+        config.optim.steps,
+        measuring / 60,
+    )
 
 
 def _stopped_run(out: Path, base: str, split: Split) -> tuple[TrainConfig, dict[str, list[ClickScore]]]:
@@ -338,61 +383,3 @@ def _done(out: Path) -> int:
     """Optimiser steps of the run's model; 0 where there is none yet."""
     path = out / "model.safetensors"
     return int(read_header(path).get("step", 0)) if path.is_file() else 0
-
-
-def split_subjects(corpora: Sequence[Path], seed: int) -> Split:
-    """Hold a fifth of the subjects out, at least one: by the first seed of ``in_validation`` that gives that number.
-
-    The model's header names share and seed, so that ``samed3d evaluate`` holds the same subjects out.
-
-    Raises:
-        InputError: if fewer than two subjects have a labelled image.
-    """
-    cases = [
-        (corpus, case)
-        for corpus in map(Corpus, corpora)
-        for case in corpus.cases
-        if case.has_image and case.labels and case.split != "test"
-    ]
-    groups = {case.split_group or case.subject for _, case in cases}
-    if len(groups) < 2:
-        where = ", ".join(map(str, corpora))
-        raise InputError(
-            "data must have labelled images of at least 2 subjects, one to learn from, one to measure on, "
-            f"got {len(groups)}: {where}"
-        )
-    wanted = max(1, round(HELD_OUT * len(groups)))
-    share = wanted / len(groups)
-    offset = seed * _SPLIT_SEEDS
-    for candidate in range(offset, offset + _SPLIT_SEEDS):
-        # any member keeps the whole group back, as in data/sampling.py
-        kept = {g for g in groups if any(in_validation(name, share, candidate) for name in g.split(GROUP_SEPARATOR))}
-        if abs(len(kept) - wanted) <= wanted // 10:
-            sides: tuple[list, list] = ([], [])
-            for corpus, case in cases:
-                sides[(case.split_group or case.subject) not in kept].append((corpus, case))
-            return Split(share, candidate, *sides)
-    raise InputError(f"no split of {len(groups)} groups of subjects holds {wanted} out; join fewer images by subject")
-
-
-def exposure_of(header: Mapping[str, Any], source: str, subject: str) -> str:
-    """Whether a model was trained on a subject: one of ``EXPOSURE``, the worst of the model and its bases.
-
-    A header names the sources that were held out and how subjects were split. Where it names neither its subjects
-    (``trained_on``, of a fine-tuned model) nor its ``sources``, a subject on the training side is ``"unknown"``.
-    """
-    data, sources = header.get("training", {}).get("data"), header.get("sources")
-    if subject in header.get("trained_on", {}).get(source, ()):
-        known = "trained on"
-    elif not data:
-        known = "unknown"
-    elif (
-        source in data.get("hold_out", ()) or "trained_on" in header or (sources is not None and source not in sources)
-    ):
-        known = "never"
-    elif in_validation(subject, data["validation_share"], data["split_seed"]):
-        known = "held out"
-    else:
-        known = "unknown" if sources is None else "trained on"
-    earlier = header.get("base", {}).get("history")
-    return known if earlier is None else min(known, exposure_of(earlier, source, subject), key=EXPOSURE.index)

@@ -23,12 +23,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from samed3d.config import TrainConfig, to_dict
+from samed3d.data.exposure import history_of_run
 from samed3d.errors import InputError
 from samed3d.output import write_json
 from samed3d.training import checkpoints
 from samed3d.training.checkpoints import TrainingState
 from samed3d.training.optimiser import EmaWeights, learning_rate, make_optimiser, set_learning_rate
-from samed3d.training.progress import RunLog, manifest_hashes, write_curves, write_environment
+from samed3d.training.progress import RunLog, check_trackers, manifest_hashes, write_curves, write_environment
 from samed3d.training.start import data_of, make_accelerator, start_model, step_of
 from samed3d.training.step import StepOutput, seed_of
 
@@ -60,6 +61,7 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> 
     folder = Path(config.run.folder)
     if not resume:
         checkpoints.check_new(folder)
+    check_trackers(config.run.trackers)
     accelerator = make_accelerator(config)
     torch.manual_seed(config.run.seed)  # for the initial weights; samples and clicks have their own generators
     run = _prepared(config, folder, accelerator, resume)
@@ -197,6 +199,7 @@ def _prepared(config: TrainConfig, folder: Path, accelerator: Accelerator, resum
     accelerator.wait_for_everyone()  # every process has looked before one writes
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
+        state.history = history_of_run(config)
     left = config.optim.steps - state.done
     if left <= 0:
         raise InputError(f"optim.steps must be above the {state.done} steps already done, got {config.optim.steps}")
@@ -237,7 +240,7 @@ def with_steps(config: TrainConfig, structures: int, per_step: int) -> TrainConf
     """The config with ``optim.steps`` worked out from ``optim.epochs`` where that is given.
 
     Raises:
-        InputError: if there is no corpus, or the warm-up is longer than the run.
+        InputError: if there is no corpus.
     """
     optim = config.optim
     if not optim.epochs:
@@ -247,8 +250,6 @@ def with_steps(config: TrainConfig, structures: int, per_step: int) -> TrainConf
             f"optim.epochs must be 0 without a corpus to pass over, got {optim.epochs:g}; set optim.steps instead"
         )
     steps = max(1, math.ceil(optim.epochs * structures / per_step))
-    if optim.warmup_steps > steps:
-        raise InputError(f"optim.warmup_steps must be at most the {steps} steps of the run, got {optim.warmup_steps}")
     return replace(config, optim=replace(optim, steps=steps))
 
 

@@ -88,14 +88,15 @@ def learning_rate(optim: OptimConfig, done: int, passed: float = 0.0) -> float:
     ``passed`` is the share of ``optim.max_minutes`` that is over, for ``cosine_minutes``, which falls during the
     warm-up too.
     """
-    warmup = min(1.0, (done + 1) / max(1, optim.warmup_steps))
+    warmup_steps = min(optim.warmup_steps, optim.steps // 2)  # of a run that was shortened by one key
+    warmup = min(1.0, (done + 1) / max(1, warmup_steps))
     if optim.schedule == "cosine_minutes":
         return optim.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, passed)))
-    if done < optim.warmup_steps:
+    if done < warmup_steps:
         return optim.lr * warmup
     if optim.schedule == "constant":
         return optim.lr
-    after, span = done - optim.warmup_steps, max(1, optim.steps - optim.warmup_steps)
+    after, span = done - warmup_steps, max(1, optim.steps - warmup_steps)
     position = after * optim.cycles % span / span if after < span else 1.0  # in integers, so milestones are met exactly
     position /= optim.schedule_length
     if optim.schedule == "multistep":

@@ -6,9 +6,12 @@ import hashlib
 import json
 import logging
 import math
+import os
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -159,6 +162,22 @@ class RunLog:
         if self.file is not None:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse, before any work is done, a tracker that is not installed or that nobody is logged in to.
+
+    Raises:
+        InputError: with the remedy.
+    """
+    for name in names:
+        if find_spec(name) is None:
+            raise InputError(f"run.trackers: {name} is not installed; pip install {name}")
+    if "wandb" in names and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+        import wandb
+
+        if not wandb.api.api_key:
+            raise InputError("run.trackers: nobody is logged in to wandb; run: wandb login, or set WANDB_MODE=offline")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
