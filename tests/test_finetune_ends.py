@@ -1,3 +1,4 @@
+# ruff: noqa: F811 (fixtures are arguments of the name under which they are imported)
 """How a fine-tuning ends: which model is the result, what is left in its folder, and when."""
 
 from __future__ import annotations

@@ -26,6 +26,10 @@ import typer
 from samed3d.cli.options import Device
 
 LEAST_MEMORY_GIB = 4
+_TORCHVISION_REMEDY = (
+    "install torch and torchvision from the same index, or remove torchvision and timm; until then start several "
+    "processes with torchrun or python -m accelerate.commands.launch: accelerate launch imports timm and fails"
+)
 DEVELOPER_EXTRAS = {"dev", "test", "e2e", "docs"}
 BALL_RADIUS_VOX = 12
 LEAST_DICE = 0.8
@@ -123,7 +127,7 @@ def _torchvision() -> Iterator[Check]:
         "torchvision",
         "note" if done.returncode else "ok",
         f"{version} does not load with torch {torch}: {last}" if done.returncode else f"{version} loads",
-        "install torch and torchvision from the same index" if done.returncode else "",
+        _TORCHVISION_REMEDY if done.returncode else "",
     )
 
 

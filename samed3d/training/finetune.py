@@ -167,18 +167,14 @@ def finetune(
     base = str(path.resolve()) if Path(base).exists() else base  # an adapter finds its base from anywhere
     split = split_subjects(corpora, options.seed)
     sides = {"here": split.held_out}
-    sides["elsewhere"] = [
-        (corpus, case) for corpus in map(Corpus, elsewhere) for case in corpus.cases if case.has_image
-    ]
+    sides["elsewhere"] = [(one, case) for one in map(Corpus, elsewhere) for case in one.cases if case.has_image]
     measured = {k: choose_targets(cases, options.structures, options.seed) for k, cases in sides.items() if cases}
     if resume:
         config, before = _stopped_run(out, base, split)
     else:
         config = recipe(model, base, header, corpora, out, split, options)
         check_trackers(config.run.trackers)
-        logger.info(
-            "%s are trained on, %s held out", *(count(_subjects(s), "subject") for s in (split.trained, split.held_out))
-        )
+        logger.info("trained on: %s; held out: %s", *map(_subjects, (split.trained, split.held_out)))
         if not options.minutes:
             _estimate(model, config, measured, options.seeds)
         before = _measure_all(model, measured, options.seeds, base, time.monotonic() + MEASURED_SHARE * limit)
