@@ -27,8 +27,7 @@ from samed3d.models.base import Adaptation, AnyModel, ModelSpec, PromptableModel
 from samed3d.nn.adapters import add_adapters
 from samed3d.output import replacing, write_json
 
-RUN_MODELS = ("best.safetensors", "model.safetensors")
-"""In a run folder: the best model of its validations, else its last."""
+RUN_MODELS = ("best.safetensors", "model.safetensors")  # the first that a run folder has is its model
 HEADER_KEY = "samed3d"
 HEADER_VERSION = 1
 OWN_KEYS = ("version", "model", "config", "spec")
@@ -398,5 +397,4 @@ def _shorten(names: list[str]) -> str:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
