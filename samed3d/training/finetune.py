@@ -181,18 +181,22 @@ def finetune(
         if before:
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / BEFORE, {place: [asdict(one) for one in scores] for place, scores in before.items()})
-        if options.minutes:
-            config = _within(config, limit - (time.monotonic() - began) - MEASURED_SHARE * limit)
+        config = _within(config, began + (1 - MEASURED_SHARE) * limit - time.monotonic()) if options.minutes else config
     if _done(out) < config.optim.steps:
         train(config, resume=resume, quiet=quiet)
     if not before or (_done(out) < config.optim.steps and not config.optim.max_minutes):
         return Finetuned(out, [], "")
     store_like(out / "model.safetensors", path)
-    seen = {(score.case, score.structure) for scores in before.values() for score in scores}
-    measured = {place: [t for t in targets if (t.case.id, t.name) in seen] for place, targets in measured.items()}
+    measured = {place: _seen(targets, before[place]) for place, targets in measured.items()}
     tuned = load_promptable(out / "model.safetensors")
     after = _measure_all(tuned, measured, options.seeds, "the result", began + limit)
     return _finished(out, base, path, measured, before, after)
+
+
+def _seen(targets: Sequence[Target], scores: Sequence[ClickScore]) -> list[Target]:
+    """The targets that were measured before the time was up."""
+    seen = {(score.case, score.structure) for score in scores}
+    return [target for target in targets if (target.case.id, target.name) in seen]
 
 
 def _subjects(side: Sequence[tuple[Corpus, CaseRecord]]) -> str:
