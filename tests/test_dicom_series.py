@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
+from samed3d.inference.mask_files import export_segments
+from samed3d.prompts import PackedMask
 from samed3d.volume import read_volume
+from samed3d.volume.writing import Segment
 
 GRID = Grid(SHAPE, SPACING, tuple(ORIGIN.tolist()))
 TILTED = (1, 0, 0, 0, np.cos(0.3), np.sin(0.3))
@@ -393,3 +396,38 @@ def test_small_deviations_are_read_and_large_ones_of_them_told(tmp_path, shift, 
 def test_inverted_grey_is_told(tmp_path):
     volume = read_volume(stack(tmp_path / "s", change=setting(PhotometricInterpretation="MONOCHROME1")))
     assert "MONOCHROME1" in volume.notes[0]
+
+
+@pytest.mark.parametrize("kind", ["dicom-seg", "rtstruct"])
+@pytest.mark.parametrize(
+    ("positions", "shear"), [(np.arange(8) * 2.0, (0.2, 0.5)), (np.delete(np.arange(9), 4) * 2.0, (0.0, 0.0))]
+)
+def test_the_mask_of_resampled_slices_comes_back_on_the_original_ones(tmp_path, kind, positions, shear):
+    pytest.importorskip("highdicom", reason="writing DICOM-SEG needs highdicom")
+    from pydicom import dcmread
+
+    stack(tmp_path / "s", image((8, 20, 24)), positions=positions, shear=shear)
+    volume = read_volume(tmp_path / "s", untilt=True)
+    k, j, i = np.indices(volume.grid.shape_zyx)
+    ball = ((k - 3.5) / 3) ** 2 + ((j - 12) / 5) ** 2 + ((i - 12) / 6) ** 2 <= 1
+    segments = [Segment(1, "ball", "#ff0000", PackedMask.of(ball))]
+    export_segments(tmp_path / "out.dcm", kind, segments, volume, None)
+    expected, found = volume.layout.on_slices(ball), np.zeros((8, 20, 24), bool)
+    number = {dcmread(s.file).SOPInstanceUID: n for n, s in enumerate(volume.layout.slices)}
+    data = dcmread(tmp_path / "out.dcm")
+    if kind == "dicom-seg":
+        for frame, pixels in zip(data.PerFrameFunctionalGroupsSequence, np.atleast_3d(data.pixel_array), strict=True):
+            n = number[frame.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID]
+            origin = volume.layout.slices[n].origin_lps_mm
+            np.testing.assert_allclose(frame.PlanePositionSequence[0].ImagePositionPatient, origin, atol=1e-4)
+            found[n] = pixels
+        np.testing.assert_array_equal(found, expected)
+    else:
+        for contour in data.ROIContourSequence[0].ContourSequence:
+            n = number[contour.ContourImageSequence[0].ReferencedSOPInstanceUID]
+            relative = np.reshape(contour.ContourData, (-1, 3)).astype(float) - volume.layout.slices[n].origin_lps_mm
+            j, i = np.nonzero(expected[n])
+            assert np.abs(relative[:, 2]).max() < 1e-4
+            for axis, index in ((0, i), (1, j)):
+                ends = relative[:, axis].min() / SPACING[axis], relative[:, axis].max() / SPACING[axis]
+                assert ends == pytest.approx((index.min() - 0.5, index.max() + 0.5), abs=1e-3)

@@ -121,9 +121,7 @@ def test_dicom_is_refused_where_it_cannot_be_right(tmp_path, dicom_session):
         empty.export(tmp_path / "seg.dcm")
     for file in (tmp_path / "ct").glob("*_3.dcm"):
         file.unlink()
-    with pytest.raises(
-        InputError, match="a slice at each place of the image only; the nearest to slice 3 lies 2.5 mm away in"
-    ):
+    with pytest.raises(InputError, match=r"DICOM file cannot be read any more: .*_3.dcm \(No such file"):
         dicom_session.export(tmp_path / "seg.dcm")
     assert not (tmp_path / "seg.dcm").exists()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,10 @@ def export_segments(path: Path, kind: str, segments: list[Segment], volume: Volu
         write_seg_nrrd(path, segments, volume.grid)
         return
     write = write_dicom_seg if kind == "dicom-seg" else write_rtstruct
-    write(path, segments, source_series(volume.source, series, volume.grid))
+    if volume.layout is not None and volume.layout.resampled:
+        whole, on_slices = Region((0, 0, 0), volume.grid.shape_zyx), volume.layout.on_slices
+        segments = [replace(s, mask=PackedMask.of(on_slices(s.mask.on(whole)))) for s in segments]
+    write(path, segments, source_series(volume.source, series, volume.grid, volume.layout))
 
 
 def label_map(

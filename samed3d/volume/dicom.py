@@ -141,12 +141,3 @@ def _resampled(array: NDArray, layout: Layout) -> NDArray:
         mixed = planes[after] * (1 - weight) + planes[before] * weight
         out[k] = np.rint(mixed) if out.dtype.kind in "iu" else mixed
     return out
-
-
-def slice_files(path: Path, series: str | int | None) -> list[Path]:
-    """The files of the picked volume in the order of its slices, each once.
-
-    Raises:
-        InputError: as ``read_volume``.
-    """
-    return list(dict.fromkeys(one.file for one in pick_stack(path, series).slices))

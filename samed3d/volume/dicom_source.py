@@ -10,7 +10,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import MutableSequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
 from samed3d.volume.dicom_headers import looks_like_dicom
-from samed3d.volume.dicom_series import pick_stack
+from samed3d.volume.dicom_series import Layout, pick_stack
 
 if TYPE_CHECKING:
     from pydicom import Dataset, FileDataset
@@ -67,13 +67,16 @@ class SourceSeries:
         return str(self.header.get(keyword) or generate_uid(entropy_srcs=[keyword, series]))
 
 
-def source_series(source: str | Path, series: str | int | None, grid: Grid) -> SourceSeries:
+def source_series(
+    source: str | Path, series: str | int | None, grid: Grid, layout: Layout | None = None
+) -> SourceSeries:
     """The series that an image was read from.
 
     Args:
         source: Folder of the DICOM files, or a multi-frame file.
         series: As given to ``read_volume``.
         grid: Of the image that was read.
+        layout: Of the image that was read; says which file and frame each slice is, also of a resampled image.
 
     Raises:
         InputError: if the image is no DICOM series, lacks an attribute by which it can be referred to, or lies
@@ -87,17 +90,24 @@ def source_series(source: str | Path, series: str | int | None, grid: Grid) -> S
             f"DICOM can be written for an image that was read from a DICOM folder only, got {source}; write .nii.gz or "
             ".seg.nrrd"
         )
-    headers, places = [], []
-    chosen_slices = {(one.file, one.frame) for one in pick_stack(source, series).slices}
-    for file in sorted({file for file, _ in chosen_slices}):
+    headers = []
+    by_frame: dict[tuple[Path, int], tuple[list[float], Dataset]] = {}
+    slices = pick_stack(source, series).slices if layout is None else layout.slices
+    for file in sorted({one.file for one in slices}):
         try:
             header, found = _header_and_places(file)
         except InputError:
             raise
+        except OSError as error:
+            raise InputError(f"DICOM file cannot be read any more: {file} ({error.strerror})") from error
         except Exception as error:  # a damaged header makes the parser raise almost anything
             raise InputError(f"DICOM header is damaged: {file} ({type(error).__name__}: {error})") from error
         headers.append(header)
-        places += [place for frame, place in enumerate(found) if (file, frame) in chosen_slices]
+        by_frame |= {(file, number): place for number, place in enumerate(found)}
+    places = [by_frame[one.file, one.frame] for one in slices]
+    if layout is not None:
+        grid = replace(grid, shape_zyx=(len(places), *layout.slices[0].encoding.shape[1:]))
+        return SourceSeries(headers[0], grid, np.array([p for p, _ in places]), [item for _, item in places])
     positions = np.array([position for position, _ in places])
     depth = np.arange(grid.shape_zyx[0])[:, None]
     expected = grid.affine_lps[:3, 3] + depth * grid.affine_lps[:3, 2]

@@ -254,8 +254,7 @@ def _contours(segment: Segment, source: SourceSeries) -> Iterator[Dataset]:
     to_lps_mm = source.grid.affine_lps
     for k, plane in _planes(segment):
         for outline in trace_contours(plane):
-            ijk = np.column_stack([outline, np.full(len(outline), k)])
-            corners_lps_mm = ijk @ to_lps_mm[:3, :3].T + to_lps_mm[:3, 3]
+            corners_lps_mm = outline @ to_lps_mm[:3, :2].T + source.positions[k]
             yield item_of(
                 ContourImageSequence=[source.references[k]],
                 ContourGeometricType="CLOSED_PLANAR",
