@@ -346,3 +346,21 @@ def test_a_segmentation_between_the_slices_of_its_image_is_refused(tmp_path, shi
     np.testing.assert_array_equal(placed, mask)
     with pytest.raises(InputError, match="must lie on the slices of the image, it is 0.[2-5]. slices away"):
         list(read_dicom_labels(path, moved))
+
+
+def test_what_reading_decided_is_a_warning_of_the_corpus(tmp_path):
+    pytest.importorskip("highdicom", reason="reading DICOM-SEG needs highdicom")
+    from dicom_kinds import image, setting, stack
+
+    from data_prep.convert import Settings
+    from data_prep.pipeline import prepare
+
+    inverted = setting(PhotometricInterpretation="MONOCHROME1", PositionReferenceIndicator="")
+    stack(tmp_path / "in" / "ct", image((8, 20, 24)), change=inverted)
+    mask = np.zeros((8, 20, 24), bool)
+    mask[1:7, 4:16, 4:18] = True
+    dicom.segmentation(tmp_path / "in" / "seg.dcm", tmp_path / "in" / "ct", {"a": mask})
+    result = prepare([tmp_path / "in"], tmp_path / "out", Settings())
+    assert result.counts["warnings"] == 1 and not result.failed
+    [_, line] = (tmp_path / "out" / "problems.csv").read_text().splitlines()
+    assert ",warning," in line and "MONOCHROME1" in line and str(tmp_path / "in" / "ct") in line

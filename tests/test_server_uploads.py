@@ -196,3 +196,20 @@ def test_one_shot(client, tmp_path):
     ):
         assert client.post("/segment", json=body).status_code == 400
     assert client.post("/segment", content=b"x", headers={"content-type": "text/plain"}).status_code == 415
+
+
+def test_what_reading_decided_is_in_the_answer(tmp_path):
+    from dicom_kinds import stack
+
+    stack(tmp_path / "ct", shear=(0.0, 0.5))
+    with zipfile.ZipFile(tmp_path / "ct.zip", "w") as archive:
+        for file in (tmp_path / "ct").iterdir():
+            archive.write(file, file.name)
+    content = (tmp_path / "ct.zip").read_bytes()
+    with served(tmp_path) as client:
+        refused = client.post("/api/sessions/upload", params={"name": "ct.zip"}, content=content)
+        assert refused.status_code == 400 and "gantry tilt of 14 degrees" in refused.json()["detail"]
+        answer = client.post("/api/sessions/upload", params={"name": "ct.zip", "untilt": True}, content=content)
+        assert answer.status_code == 201, answer.text
+        assert "resampled by position to slices 2 mm apart" in answer.json()["notes"][0]
+        assert client.get(f"/api/sessions/{answer.json()['id']}").json()["notes"] == answer.json()["notes"]
