@@ -163,7 +163,10 @@ def test_a_prompt_file_of_two_objects(place, tmp_path, capsys):
 
 
 def test_boxes_come_first_then_positive_then_negative_points():
-    [one] = segment_command._gather_prompts(["1,2,3", "4,5,6"], ["7,8,9"], ["0,0,0,9,9,9"], space="ras")
+    [one] = segment_command._gather_prompts(
+        {"box": ["0,0,0,9,9,9"], "point": ["1,2,3", "4,5,6"], "scribble": None, "negative_point": ["7,8,9"]},
+        space="ras",
+    )
     assert one.prompts == [
         Box((0, 0, 0), (9, 9, 9), "ras"),
         Point((1, 2, 3), True, "ras"),

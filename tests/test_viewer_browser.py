@@ -276,3 +276,124 @@ def test_the_page_needs_no_other_site(running):
     with urllib.request.urlopen(f"http://127.0.0.1:{running.port}/app/") as answer:
         text = answer.read().decode()
     assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text
+
+
+@pytest.fixture(scope="module")
+def dark(volume: Path) -> Path:
+    """Another image, of another size, in the folder of ``volume``."""
+    rng = np.random.default_rng(1)
+    path = volume.with_name("dark.nii.gz")
+    write_volume(path, rng.normal(-50, 5, (30, 32, 34)).astype(np.float32), Grid((30, 32, 34), (1.0, 1.0, 1.0)))
+    return path
+
+
+def open_file(page, path: Path) -> None:
+    page.set_input_files("#file", str(path))
+    page.wait_for_function(f"document.getElementById('volume-name').textContent === '{path.name}'", timeout=WAIT_MS)
+    page.wait_for_function("window.samed3d.state.session !== null", timeout=WAIT_MS)
+
+
+HEAT = "() => [window.samed3d.stage.nv.volumes.length, Boolean(window.samed3d.stage.heat)]"
+
+
+def test_a_heat_map_never_outlives_its_switch_or_its_image(page, dark):
+    page.evaluate("() => document.getElementById('opacity').value = 0")
+    page.evaluate("() => document.getElementById('opacity').dispatchEvent(new Event('input'))")
+    click_ball(page)
+    wait_prompts(page, 1)
+    nothing = orange_pixels(page)
+    page.keyboard.press("h")
+    page.wait_for_function("window.samed3d.stage.heat !== null", timeout=WAIT_MS)
+    assert orange_pixels(page) > nothing + 500
+    page.keyboard.press("h")
+    page.wait_for_function("window.samed3d.stage.heat === null", timeout=WAIT_MS)
+    assert orange_pixels(page) <= nothing + 20  # the planes and the 3D view are as before
+    for _ in range(5):  # five requests in flight; the last switch is off
+        page.keyboard.press("h")
+    page.keyboard.press("h")
+    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(1500)
+    assert page.evaluate(HEAT) == [1, False] and orange_pixels(page) <= nothing + 20
+    page.keyboard.press("h")
+    page.wait_for_function("window.samed3d.stage.heat !== null", timeout=WAIT_MS)
+    open_file(page, dark)
+    page.wait_for_timeout(1000)
+    assert page.evaluate(HEAT) == [1, False] and orange_pixels(page) < 50
+
+
+def test_an_answer_that_comes_after_another_image_was_opened_is_not_shown(page, dark):
+    click_ball(page)
+    wait_prompts(page, 1)
+    page.evaluate(
+        """() => { const { api } = window.samed3d, real = api.heat.bind(api);
+        api.heat = async (id) => { const bytes = await real(id); await new Promise((go) => (window.go = go)); return bytes; }; }"""
+    )
+    page.keyboard.press("h")
+    page.wait_for_function("window.go !== undefined", timeout=WAIT_MS)
+    open_file(page, dark)
+    page.evaluate("() => window.go()")
+    page.wait_for_timeout(1500)
+    assert page.evaluate(HEAT) == [1, False] and orange_pixels(page) < 50
+
+
+def test_an_object_is_renamed_by_double_click_and_f2_and_its_letters_run_no_shortcuts(page):
+    click_ball(page)
+    wait_prompts(page, 1)
+    page.keyboard.press("n")
+    page.wait_for_function("document.querySelectorAll('#objects li').length === 2", timeout=WAIT_MS)
+    names = "[...document.querySelectorAll('#objects .name')].map((n) => n.textContent).join()"
+    page.locator("#objects li span.name").first.dblclick()
+    page.keyboard.type("nothz")  # each letter is a shortcut
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"{names} === 'nothz,object 2'", timeout=WAIT_MS)
+    assert page.locator("#objects li").count() == 2 and not page.is_checked("#heat")
+    page.keyboard.press("2")
+    page.keyboard.press("F2")
+    page.keyboard.type("gone")
+    page.keyboard.press("Escape")
+    page.keyboard.press("F2")
+    page.keyboard.type("spleen")
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"{names} === 'nothz,spleen'", timeout=WAIT_MS)
+
+
+def test_the_window_menu_shows_what_is_set(page, dark):
+    def shown() -> str:
+        return page.evaluate("() => document.getElementById('window').selectedOptions[0].textContent")
+
+    assert shown() == "automatic"
+    page.select_option("#window", "-160,240")
+    assert shown() == "CT soft tissue"
+    page.click("[data-tool=navigate]")
+    view = page.locator("#view").bounding_box()
+    at = page.evaluate("() => window.samed3d.stage.project(window.samed3d.stage.here())[0]")
+    page.mouse.move(view["x"] + at["x"] - 40, view["y"] + at["y"] - 40)
+    page.mouse.down(button="right")
+    page.mouse.move(view["x"] + at["x"] + 40, view["y"] + at["y"] + 40, steps=4)
+    page.mouse.up(button="right")
+    page.wait_for_function("document.getElementById('window').selectedIndex === 5", timeout=WAIT_MS)
+    low, high = page.evaluate("() => { const v = window.samed3d.stage.nv.volumes[0]; return [v.cal_min, v.cal_max]; }")
+    assert [float(part) for part in shown().split(" to ")] == pytest.approx([low, high], rel=1e-3)
+    open_file(page, dark)
+    assert shown() == "automatic"
+
+
+def test_a_good_open_takes_an_old_error_away(page, dark, tmp_path):
+    bad = tmp_path / "bad.nii.gz"
+    bad.write_bytes(b"not an image")
+    page.set_input_files("#file", str(bad))
+    page.wait_for_function("!document.getElementById('notice').hidden", timeout=WAIT_MS)
+    open_file(page, dark)
+    assert page.locator("#notice").is_hidden()
+
+
+def test_outlines_are_wider_than_a_hairline(page):
+    click_ball(page)
+    wait_prompts(page, 1)
+    page.keyboard.press("k")
+    page.wait_for_timeout(600)
+    picture = np.asarray(Image.open(io.BytesIO(page.locator("#stage").screenshot())).convert("RGB")).astype(int)
+    edge = (picture[..., 0] > picture[..., 2] + 90) & (picture[..., 0] > 150)
+    height, width = edge.shape
+    runs = [len(run) for row in edge[: height // 2] for run in "".join("#" if on else " " for on in row).split()]
+    assert len(runs) > 50 and np.median(runs) >= 3

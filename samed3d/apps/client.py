@@ -20,14 +20,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import httpx
 import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.errors import InputError
-from samed3d.geometry import Grid, IntTriple, Region, as_triple
+from samed3d.geometry import EMPTY_REGION, Grid, IntTriple, Region
 from samed3d.output import replacing
 from samed3d.prompts import Mask, PackedMask, Point, Prompt, prompt_from_json, prompt_to_json
 
@@ -87,6 +87,16 @@ class RemoteObject:
         return {int(body["id"]): prompt_from_json(body) for body in self.prompts if body["type"] != "mask"}
 
 
+class ImageOptions(TypedDict, total=False):
+    """How the server opens an image: with which of its models, and as ``read_volume``."""
+
+    model: str | None
+    channel: int | None
+    series: str | None
+    modality: str | None
+    untilt: bool
+
+
 class Client:
     """A connection to ``samed3d serve``.
 
@@ -117,14 +127,7 @@ class Client:
         """Close the connection; sessions stay on the server."""
         self._http.close()
 
-    def open(
-        self,
-        image: str | Path,
-        model: str | None = None,
-        channel: int | None = None,
-        series: str | None = None,
-        untilt: bool = False,
-    ) -> RemoteSession:
+    def open(self, image: str | Path, **options: Unpack[ImageOptions]) -> RemoteSession:
         """Upload an image file (or a zip of a DICOM folder) and open it.
 
         Raises:
@@ -133,28 +136,19 @@ class Client:
         """
         path = Path(image)
         if not path.is_file():
-            raise InputError(
-                f"image must be a file to upload, got {path}; a folder of the server is opened with open_path"
-            )
-        query = _given(name=path.name, model=model, channel=channel, series=series, untilt=untilt or None)
+            remedy = "a folder of the server is opened with open_path"
+            raise InputError(f"image must be a file to upload, got {path}; {remedy}")
         with path.open("rb") as file:
+            query = _given(name=path.name, **options)
             return RemoteSession(self, self.call("POST", "/api/sessions/upload", params=query, content=file))
 
-    def open_path(
-        self,
-        path: str,
-        model: str | None = None,
-        channel: int | None = None,
-        series: str | None = None,
-        untilt: bool = False,
-    ) -> RemoteSession:
+    def open_path(self, path: str, **options: Unpack[ImageOptions]) -> RemoteSession:
         """Open an image that lies in one of the server's folders."""
-        body = _given(path=path, model=model, channel=channel, series=series, untilt=untilt or None)
-        return RemoteSession(self, self.call("POST", "/api/sessions", json=body))
+        return RemoteSession(self, self.call("POST", "/api/sessions", json=_given(path=path, **options)))
 
-    def open_example(self, model: str | None = None) -> RemoteSession:
+    def open_example(self, **options: Unpack[ImageOptions]) -> RemoteSession:
         """Open the server's example."""
-        return RemoteSession(self, self.call("POST", "/api/sessions", json=_given(example=True, model=model)))
+        return RemoteSession(self, self.call("POST", "/api/sessions", json=_given(example=True, **options)))
 
     def resume(self, session_id: str) -> RemoteSession:
         """Open a session that the server keeps."""
@@ -218,9 +212,7 @@ class RemoteSession:
         i, j, k = state["size_ijk"]
         self.size_ijk: IntTriple = (i, j, k)
         self.notes: tuple[str, ...] = tuple(state.get("notes", ()))
-        lps, spacing = np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.array(state["affine_ras"]), state["spacing_mm"]
-        direction = tuple((lps[:3, :3] / spacing).ravel().tolist())
-        self.grid = Grid((k, j, i), as_triple(spacing), as_triple(lps[:3, 3]), direction)
+        self.grid = Grid.from_affine_ras((k, j, i), state["affine_ras"])
         self._masks: dict[int, NDArray[np.uint8]] = {}
         self._read_masks()
 
@@ -352,8 +344,8 @@ class RemoteSession:
         known = {entry["id"] for entry in self._state["objects"]}
         for removed in set(self._masks) - known:
             del self._masks[removed]
-        nothing = Region((0, 0, 0), (0, 0, 0)), np.zeros((0, 0, 0), np.uint8)
-        update = RemoteUpdate(*nothing, answer["seconds"], self.current, answer["prompt_id"] or 0)
+        nothing = np.zeros((0, 0, 0), np.uint8)
+        update = RemoteUpdate(EMPTY_REGION, nothing, answer["seconds"], self.current, answer["prompt_id"] or 0)
         for entry in answer["updates"]:
             update.object_id, update.region, update.mask = update_from_json(entry, self.size_ijk)
             if update.object_id in known:

@@ -36,6 +36,9 @@ LEAST_DICE = 0.8
 """Of the self-test: the shipped model reaches 0.95 on its ball, a model with damaged weights nothing."""
 
 
+State = Literal["ok", "note", "failed"]
+
+
 @dataclass(frozen=True)
 class Check:
     """What one check found.
@@ -48,9 +51,14 @@ class Check:
     """
 
     name: str
-    state: Literal["ok", "note", "failed"]
+    state: State
     found: str
     remedy: str = ""
+
+
+def _check(name: str, found: str, remedy: str = "", wrong: State = "note") -> Check:
+    """A check that is ok where there is nothing to do, and ``wrong`` where there is."""
+    return Check(name, wrong if remedy else "ok", found, remedy)
 
 
 def doctor(
@@ -89,46 +97,37 @@ def _python() -> Iterator[Check]:
 
     revision = git_revision()
     where = f"{Path(samed3d.__file__).parent}{f', revision {revision}' if revision else ''}"
-    yield Check("samed3d", "ok", f"{samed3d.__version__} in {where}")
-    old = sys.version_info < (3, 11)
-    yield Check(
-        "Python",
-        "failed" if old else "ok",
-        f"{platform.python_version()} on {platform.platform()}",
-        "install Python 3.11 or later" if old else "",
-    )
-    yield Check("processor", "ok", f"{processor_name()}, {os.cpu_count()} cores")
+    yield _check("samed3d", f"{samed3d.__version__} in {where}")
+    remedy = "install Python 3.11 or later" if sys.version_info < (3, 11) else ""
+    yield _check("Python", f"{platform.python_version()} on {platform.platform()}", remedy, "failed")
+    yield _check("processor", f"{processor_name()}, {os.cpu_count()} cores")
 
 
 def _packages() -> Iterator[Check]:
     """The required packages: present, and recent enough."""
     needed = _requirements().get("", {})
-    versions = {name: _version(name) for name in needed}
-    wrong = [line for name, line in needed.items() if not _satisfied(line)]
-    listed = ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())
-    quoted = " ".join(f"'{line}'" for line in wrong)
-    yield Check("packages", "failed" if wrong else "ok", listed, f"pip install {quoted}" if wrong else "")
+    wrong = " ".join(f"'{line}'" for line in needed.values() if not _satisfied(line))
+    listed = ", ".join(f"{name} {_version(name) or 'missing'}" for name in needed)
+    yield _check("packages", listed, f"pip install {wrong}" if wrong else "", "failed")
 
 
 def _torchvision() -> Iterator[Check]:
     """torchvision works with one version of torch only. Only models of timm need it, so it is never a failure."""
-    version = _version("torchvision")
-    if not version:
+    if not (version := _version("torchvision")):
         return
-    torch = _version("torch")
+    torch, remedy = _version("torch"), ""
     wanted = [r for r in importlib.metadata.requires("torchvision") or [] if r.split("=")[0].strip() == "torch"]
     if any(not _satisfied(line) for line in wanted):
+        found = f"{version} needs {wanted[0]}, but torch is {torch}"
         remedy = f"pip install --upgrade torchvision, with torch {torch} held: -c a file that says torch=={torch}"
-        yield Check("torchvision", "note", f"{version} needs {wanted[0]}, but torch is {torch}", remedy)
-        return
-    done = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, text=True, check=False)
-    last = (done.stderr.strip().splitlines() or [""])[-1]
-    yield Check(
-        "torchvision",
-        "note" if done.returncode else "ok",
-        f"{version} does not load with torch {torch}: {last}" if done.returncode else f"{version} loads",
-        _TORCHVISION_REMEDY if done.returncode else "",
-    )
+    else:
+        done = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, text=True, check=False)
+        found = f"{version} loads"
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [""])[-1]
+            found = f"{version} does not load with torch {torch}: {last}"
+            remedy = _TORCHVISION_REMEDY
+    yield _check("torchvision", found, remedy)
 
 
 def _devices() -> Iterator[Check]:
@@ -142,52 +141,42 @@ def _devices() -> Iterator[Check]:
         described.append(f"{shown}{', fast in bf16' if computes_bf16(torch.device(name)) else ''}")
     if "cuda" not in available_devices() and shutil.which("nvidia-smi"):
         remedy = "this machine has an NVIDIA driver; install the CUDA build of torch that pytorch.org names to use it"
-    yield Check("devices", "note" if remedy else "ok", "; ".join(described), remedy)
-    yield Check("threads", "ok", f"{torch.get_num_threads()} for one prediction (OMP_NUM_THREADS sets it)")
+    yield _check("devices", "; ".join(described), remedy)
+    yield _check("threads", f"{torch.get_num_threads()} for one prediction (OMP_NUM_THREADS sets it)")
 
 
 def _memory() -> Iterator[Check]:
     import psutil
 
     memory = psutil.virtual_memory()
+    found = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB available"
     short = memory.available < LEAST_MEMORY_GIB << 30
-    yield Check(
-        "memory",
-        "note" if short else "ok",
-        f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB available",
-        "close other programs before you open a large volume" if short else "",
-    )
+    yield _check("memory", found, "close other programs before you open a large volume" if short else "")
 
 
 def _sessions() -> Iterator[Check]:
     from samed3d.cli.serve import default_sessions
 
-    folder = default_sessions()
+    folder, remedy = default_sessions(), ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            free = shutil.disk_usage(folder).free
+            found = f"{folder} is writable, {shutil.disk_usage(folder).free / 2**30:.0f} GiB free"
     except OSError as error:
-        yield Check("sessions", "failed", f"{folder}: {error.strerror}", "use samed3d app --sessions FOLDER")
-        return
-    yield Check("sessions", "ok", f"{folder} is writable, {free / 2**30:.0f} GiB free")
+        found, remedy = f"{folder}: {error.strerror}", "use samed3d app --sessions FOLDER"
+    yield _check("sessions", found, remedy, "failed")
 
 
 def _ports() -> Iterator[Check]:
-    from samed3d.cli.serve import APP_PORT, SERVE_PORT
+    from samed3d.cli import serve
 
-    for command, port in (("app", APP_PORT), ("serve", SERVE_PORT)):
+    for command, port in (("app", serve.APP_PORT), ("serve", serve.SERVE_PORT)):
         with socket.socket() as probe:
             used = probe.connect_ex(("127.0.0.1", port)) == 0
         remedy = f"another program, or another samed3d, listens there; use samed3d {command} --port N" if used else ""
-        yield Check(
-            f"port of {command}", "note" if used else "ok", f"{port} {'is in use' if used else 'is free'}", remedy
-        )
-    import samed3d.apps
-
-    page = Path(samed3d.apps.__file__).with_name("viewer") / "vendor" / "niivue.js"
-    remedy = "" if page.is_file() else "in the source tree, with node installed: make viewer"
-    yield Check("web page", "note" if remedy else "ok", "not in this installation" if remedy else "installed", remedy)
+        yield _check(f"port of {command}", f"{port} {'is in use' if used else 'is free'}", remedy)
+    remedy = "" if serve.page_folder() else "in the source tree, with node installed: make viewer"
+    yield _check("web page", "not in this installation" if remedy else "installed", remedy)
 
 
 def _weights() -> Iterator[Check]:
@@ -195,15 +184,14 @@ def _weights() -> Iterator[Check]:
 
     names = list_checkpoints()
     if "default" not in names:
-        yield Check(
-            "weights", "failed", "the default checkpoint is not installed", "install samed3d again from its wheel"
-        )
+        found = "the default checkpoint is not installed"
+        yield _check("weights", found, "install samed3d again from its wheel", "failed")
     for name in names:
         path = find_checkpoint(name)  # compares the file with the manifest's sha256
         assert path is not None  # listed names are in the manifest
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         size = path.stat().st_size / 2**20
-        yield Check(f"weights {name}", "ok", f"{path}, {size:.1f} MiB, {licence_of(name)}, sha256 {digest[:16]}")
+        yield _check(f"weights {name}", f"{path}, {size:.1f} MiB, {licence_of(name)}, sha256 {digest[:16]}")
 
 
 def _extras() -> Iterator[Check]:
@@ -213,8 +201,7 @@ def _extras() -> Iterator[Check]:
             continue
         missing = [line for line in needed.values() if not _satisfied(line)]
         found = f"missing: {', '.join(missing)}" if missing else "installed"
-        remedy = f"pip install 'samed3d[{extra}]'" if missing else ""
-        yield Check(f"extra {extra}", "note" if missing else "ok", found, remedy)
+        yield _check(f"extra {extra}", found, f"pip install 'samed3d[{extra}]'" if missing else "")
 
 
 def _self_test(device: str) -> Iterator[Check]:
@@ -222,26 +209,20 @@ def _self_test(device: str) -> Iterator[Check]:
     import numpy as np
 
     from samed3d import Point, Session, Volume
-    from samed3d.geometry import Grid
     from samed3d.metrics import dice
 
     began = time.perf_counter()
     z, y, x = np.indices((64, 64, 64))
     ball = (z - 30) ** 2 + (y - 33) ** 2 + (x - 28) ** 2 < BALL_RADIUS_VOX**2
-    noise = np.random.default_rng(0).normal(0, 20, ball.shape)
-    image = (100 * ball + noise).astype(np.int16)
-    session = Session.open(Volume(image, Grid(image.shape), "generated"), device=device)
+    image = (100 * ball + np.random.default_rng(0).normal(0, 20, ball.shape)).astype(np.int16)
+    session = Session.open(Volume.from_array(image, source="generated"), device=device)
     loaded = time.perf_counter()
     session.add(Point((28, 33, 30)))
-    ended = time.perf_counter()
+    first = time.perf_counter() - loaded
     score = dice(session.mask > 0, ball)
-    good = score >= LEAST_DICE
-    found = (
-        f"Dice {score:.2f} on a generated ball; loaded in {loaded - began:.1f} s, first click {ended - loaded:.1f} s"
-    )
-    yield Check(
-        "self-test", "ok" if good else "failed", found, "" if good else "install samed3d again; the model is damaged"
-    )
+    found = f"Dice {score:.2f} on a generated ball; loaded in {loaded - began:.1f} s, first click {first:.1f} s"
+    remedy = "" if score >= LEAST_DICE else "install samed3d again; the model is damaged"
+    yield _check("self-test", found, remedy, "failed")
 
 
 def _requirements() -> dict[str, dict[str, str]]:

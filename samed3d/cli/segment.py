@@ -30,6 +30,11 @@ from samed3d.masks import Cleaning
 from samed3d.output import check_distinct, check_output, write_json
 from samed3d.prompts import Mask, ObjectPrompts, checked_code, load_prompts, parse_prompts
 
+Options = dict[str, Any]
+"""How to open the image, as ``Session.open`` takes it."""
+Outputs = dict[str, Path | None]
+"""What else to write, by option."""
+DEMO = Path("out/demo")
 SUMMARY_OUTPUTS = {"--preview": (".png",), "--report": (".json",), "--session": (".json",)}
 
 
@@ -70,27 +75,27 @@ def segment(
     order given; a prompt file keeps its own order.
     """
     cleaning = Cleaning(min_island_mm3, keep_largest, fill_holes, smooth_mm, grow_mm)
-    typed = (point, negative_point, box, scribble, negative_scribble, mask)
+    typed = {"point": point, "negative_point": negative_point, "box": box}
+    typed |= {"scribble": scribble, "negative_scribble": negative_scribble}
+    prompted = any((*typed.values(), mask, prompts, code))
     also = {"--probability": probability, "--preview": preview, "--report": report, "--session": session}
     if batch is not None:
         changed = (channel is not None, series, modality, untilt, cleaning != Cleaning())
-        if any((image, *typed, prompts, code, *also.values(), *changed)):
+        if any((image, prompted, *also.values(), *changed)):
             allowed = "--output, --format, --space, --model, --device"
             raise InputError(f"--batch takes images and prompts from its list; give only {allowed} beside it")
         _segment_list(batch, output, model, device, format, space, quiet)
         return
     from samed3d.inference.sliding_window import is_semantic
 
-    picked: dict[str, Any] = {"channel": channel, "series": series, "untilt": untilt}
+    options: Options = {"model": model, "device": device, "channel": channel, "series": series, "untilt": untilt}
     if image is not None and is_semantic(model):
-        if cleaning != Cleaning():
-            raise InputError(f"model {model!r} is automatic: clean its label map afterwards with samed3d clean")
-        summary = _segment_semantic(image, output, model, format, device, picked, also, any((*typed, prompts, code)))
+        summary = _segment_semantic(image, output, format, options, also, prompted, cleaning)
     else:
-        objects = _gather_prompts(*typed, space=space, file=prompts)
+        objects = _gather_prompts(typed, mask, space, prompts)
         _code_objects(objects, code or [])
-        picked |= {"device": device, "modality": modality}
-        summary = _segment_objects(image, objects, output, model, format, picked, also, cleaning)
+        options["modality"] = modality
+        summary = _segment_objects(image, objects, output, format, options, also, cleaning)
     if not quiet:
         _print_summary(summary, output)
 
@@ -109,10 +114,9 @@ def _segment_objects(
     image: Path | None,
     objects: list[ObjectPrompts],
     output: Path,
-    model: str,
     format: str | None,
-    options: dict[str, Any],
-    also: dict[str, Path | None],
+    options: Options,
+    also: Outputs,
     cleaning: Cleaning,
 ) -> dict[str, Any]:
     """Segment prompted objects and write every file that was asked for; the session's report."""
@@ -129,7 +133,7 @@ def _segment_objects(
     from samed3d.inference.session import Session
 
     started = time.perf_counter()
-    opened = Session.open(image, model=model, **options)
+    opened = Session.open(image, **options)
     opened.add_all(objects)
     if cleaning != Cleaning():
         for entry in opened.objects():
@@ -153,27 +157,26 @@ def _segment_objects(
 def _segment_semantic(
     image: Path,
     output: Path,
-    model: str,
     format: str | None,
-    device: str,
-    picked: dict[str, Any],
-    also: dict[str, Path | None],
+    options: Options,
+    also: Outputs,
     prompted: bool,
+    cleaning: Cleaning,
 ) -> dict[str, Any]:
     """All classes of an image by a semantic segmentation model.
 
     Raises:
-        InputError: for prompts, or outputs that need prompts.
+        InputError: for prompts, outputs that need prompts, or cleaning.
     """
     from samed3d.inference.sliding_window import segment_file
 
+    model = f"model {options['model']!r} is automatic"
+    if cleaning != Cleaning():
+        raise InputError(f"{model}: clean its label map afterwards with samed3d clean")
     if unfit := ["a prompt"] * prompted + [name for name, path in also.items() if path and name != "--report"]:
-        given = ", ".join(unfit)
-        raise InputError(
-            f"model {model!r} is automatic and takes no prompts, got {given}; leave out what is for prompts"
-        )
+        raise InputError(f"{model} and takes no prompts, got {', '.join(unfit)}; leave out what is for prompts")
     check_distinct({"the image": image, "--output": output, "--report": also["--report"]})
-    summary = segment_file(image, model, output, format=format, device=device, **picked)
+    summary = segment_file(image, output=output, format=format, **options)
     if also["--report"]:
         write_json(also["--report"], summary)
     return summary
@@ -222,32 +225,21 @@ def _segment_list(
 
 
 def _gather_prompts(
-    points: Texts,
-    negatives: Texts,
-    boxes: Texts,
-    scribbles: Texts = None,
-    negative_scribbles: Texts = None,
-    mask: Path | None = None,
-    *,
-    space: str = "ijk",
-    file: Path | None = None,
+    typed: dict[str, Texts], mask: Path | None = None, space: str = "ijk", file: Path | None = None
 ) -> list[ObjectPrompts]:
-    """The objects to segment, each with a positive prompt.
+    """The objects to segment, each with a positive prompt, from options or from a prompt file.
 
     Raises:
         InputError: for no prompt, none positive, numbers that do not parse, or a file beside the options.
     """
+    given = {key: found for key, found in typed.items() if found}
     if file is not None:
-        if any((points, negatives, boxes, scribbles, negative_scribbles, mask)):
+        if given or mask:
             options = "--point, --negative-point, --box, --scribble or --mask"
             raise InputError(f"--prompts cannot be combined with {options}; put all prompts in the file")
         objects = load_prompts(file)
     else:
-        texts = {"box": boxes, "point": points, "scribble": scribbles}
-        texts |= {"negative_point": negatives, "negative_scribble": negative_scribbles}
-        prompts = parse_prompts({key: found for key, found in texts.items() if found}, space, "--")
-        if mask is not None:
-            prompts.insert(0, Mask(mask))
+        prompts = [*([Mask(mask)] if mask is not None else []), *parse_prompts(given, space, "--")]
         if not prompts:
             options = "--point I,J,K, --box I0,J0,K0,I1,J1,K1 or --prompts FILE"
             raise InputError(f"segment needs at least one prompt; give {options}")
@@ -274,9 +266,7 @@ def _code_objects(objects: list[ObjectPrompts], codes: list[str]) -> None:
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for volume, masks and picture.")] = Path(
-        "out/demo"
-    ),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for volume, masks, picture.")] = DEMO,
     model: Model = "default",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the generated body.")] = 0,
     device: Device = "auto",

@@ -21,12 +21,8 @@ SERVE_PORT = 1527
 """The port that nnInteractive's clients suggest."""
 APP_PORT = 1528
 
-Sessions = Annotated[
-    Path | None, typer.Option(help="Folder for sessions and their journals. [default: in the user's state]")
-]
-OtherModels = Annotated[
-    list[str] | None, typer.Option("--also-model", help="Another model that clients may choose; repeatable.")
-]
+Sessions = Annotated[Path | None, typer.Option(help="Folder for sessions. [default: in the user's state]")]
+OtherModels = Annotated[Texts, typer.Option("--also-model", help="Another model for clients to choose; repeatable.")]
 
 
 def serve(
@@ -58,11 +54,11 @@ def serve(
     for folder in root or []:
         check_exists(folder, "--root")
     options = ServerOptions(
-        sessions=sessions or default_sessions(),
-        roots=tuple(folder.resolve() for folder in root or []),
-        model=model,
-        models=tuple(also or []),
-        device=device,
+        sessions or default_sessions(),
+        tuple(folder.resolve() for folder in root or []),
+        model,
+        tuple(also or []),
+        device,
         token=token,
         hosts=frozenset(names),
         largest_upload=max_upload_mb * 2**20,
@@ -94,13 +90,12 @@ def app(
     quiet: Quiet = False,
 ) -> None:
     """Click on volumes in the browser: three planes and 3D, on this machine only. Work is kept across restarts."""
-    import samed3d.apps
     from samed3d.apps.server.app import run_server
     from samed3d.apps.server.service import ServerOptions
     from samed3d.volume import read_volume
 
-    page = Path(samed3d.apps.__file__).with_name("viewer")
-    if not (page / "vendor" / "niivue.js").is_file():
+    page = page_folder()
+    if page is None:
         raise InputError("this installation lacks the web viewer; install node, then run: make viewer")
     for folder in root or []:
         check_exists(folder, "--root")
@@ -108,14 +103,7 @@ def app(
     if volume is not None:
         read_volume(volume, untilt=untilt)  # an image that cannot be opened is refused here, not in the page
         roots.append(volume.resolve() if volume.is_dir() else volume.resolve().parent)
-    options = ServerOptions(
-        sessions=sessions or default_sessions(),
-        roots=tuple(roots),
-        model=model,
-        models=tuple(also or []),
-        device=device,
-        page=page,
-    )
+    options = ServerOptions(sessions or default_sessions(), tuple(roots), model, tuple(also or []), device, page)
     _check_models(options)
 
     def ready(address: str) -> None:
@@ -161,6 +149,14 @@ def _read_token(file: Path | None) -> str:
         return file.read_text().strip()
     except OSError as error:
         raise InputError(f"--token-file cannot be read: {file} ({error.strerror})") from error
+
+
+def page_folder() -> Path | None:
+    """Folder of the web page, or None where it was installed without the volume viewer."""
+    import samed3d.apps
+
+    folder = Path(samed3d.apps.__file__).with_name("viewer")
+    return folder if (folder / "vendor" / "niivue.js").is_file() else None
 
 
 def default_sessions() -> Path:

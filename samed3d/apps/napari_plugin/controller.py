@@ -49,11 +49,11 @@ def open_remote(volume: Volume, url: str, token: str | None = None, model: str |
     client = Client(url, token or None)
     source = Path(volume.source)
     if source.is_file() and source.name.lower().endswith(tuple(SUFFIXES)):
-        return client.open(source, model)
+        return client.open(source, model=model)
     with tempfile.TemporaryDirectory() as folder:
         sent = Path(folder) / "image.nrrd"
         write_volume(sent, volume.array, volume.grid)
-        return client.open(sent, model)
+        return client.open(sent, model=model)
 
 
 @dataclass(frozen=True)

@@ -66,51 +66,45 @@ def unpack_array(body: bytes, largest_voxels: int) -> NDArray:
     Raises:
         InputError: if the message is cut or damaged, of a type that is not plain numbers, or too large.
     """
-    shape, dtype, at = _header(body)
+    at = 0
+
+    def take(count: int) -> memoryview:
+        nonlocal at
+        at += count
+        if at > len(body):
+            raise InputError(
+                f"the array is cut: its message must have at least {at} bytes, got {len(body)}; send again"
+            )
+        return memoryview(body)[at - count : at]
+
+    magic, version, codec, axes, length = _HEAD.unpack(take(_HEAD.size))
+    if magic != _MAGIC or version != _VERSION or codec not in (_ZSTD, _LZ4):
+        got = f"{magic!r} version {version} codec {codec}"
+        raise InputError(f"an array must be of wire version {_VERSION} (zstd or lz4), got {got}")
+    name = str(take(length), "latin-1")
+    if name not in DTYPES:
+        raise InputError(f"an array must be of one of the types {' '.join(sorted(DTYPES))}, got {name[:40]!r}")
+    if not 1 <= axes <= _MOST_AXES:
+        raise InputError(f"an array must have 1 to {_MOST_AXES} axes, got {axes}")
+    shape, dtype = struct.unpack(f"<{axes}q", take(8 * axes)), np.dtype(name)
     count = math.prod(shape)
+    if min(shape) < 0:
+        raise InputError(f"an array's shape must not be negative, got {shape}")
     if count > largest_voxels or count * dtype.itemsize > largest_voxels * _WIDEST:
         sizes = " x ".join(map(str, shape))
         raise InputError(f"an array must have at most {largest_voxels} voxels here, got {sizes} of {dtype}")
-    if at + 4 > len(body):
-        raise InputError("the array is cut: nothing follows its header; send it again")
-    (chunks,), at = struct.unpack_from("<I", body, at), at + 4
+    (chunks,) = struct.unpack("<I", take(4))
     out = np.empty(count, dtype)
-    plain = out.view(np.uint8).data
-    done = 0
+    plain, done = out.view(np.uint8).data, 0
     for _ in range(chunks):
-        if at + _CHUNK.size > len(body):
-            raise InputError("the array is cut: its last chunks are missing; send it again")
-        length, packed = _CHUNK.unpack_from(body, at)
-        at += _CHUNK.size
-        if done + length > len(plain) or at + packed > len(body) or length % dtype.itemsize:
-            raise InputError("the array is damaged: a chunk is longer than the array, or than the message")
-        _unpack_chunk(memoryview(body)[at : at + packed], plain[done : done + length])
-        done, at = done + length, at + packed
+        size, packed = _CHUNK.unpack(take(_CHUNK.size))
+        if done + size > len(plain) or size % dtype.itemsize:
+            raise InputError("the array is damaged: a chunk is longer than the array")
+        _unpack_chunk(take(packed), plain[done : done + size])
+        done += size
     if done != len(plain) or at != len(body):
         raise InputError(f"the array must hold {len(plain)} bytes for its shape, got {done}, and nothing after them")
     return out.reshape(shape)
-
-
-def _header(body: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Shape, type and the position at which the chunks begin."""
-    if len(body) < _HEAD.size:
-        raise InputError(f"an array must begin with a header of {_HEAD.size} bytes, got {len(body)}")
-    magic, version, codec, axes, length = _HEAD.unpack_from(body)
-    if magic != _MAGIC or version != _VERSION or codec not in (_ZSTD, _LZ4):
-        raise InputError(
-            f"an array must be of wire version {_VERSION} (zstd or lz4), got {magic!r} version {version} codec {codec}"
-        )
-    at = _HEAD.size + length
-    if not 1 <= axes <= _MOST_AXES or at + 8 * axes > len(body):
-        got = f"{axes} axes in {len(body)} bytes"
-        raise InputError(f"an array must have 1 to {_MOST_AXES} axes and a whole header, got {got}")
-    name = body[_HEAD.size : at].decode("latin-1")
-    if name not in DTYPES:
-        raise InputError(f"an array must be of one of the types {' '.join(sorted(DTYPES))}, got {name[:40]!r}")
-    shape = struct.unpack_from(f"<{axes}q", body, at)
-    if any(n < 0 for n in shape):
-        raise InputError(f"an array's shape must not be negative, got {shape}")
-    return shape, np.dtype(name), at + 8 * axes
 
 
 def _unpack_chunk(packed: memoryview, target: memoryview) -> None:
@@ -200,20 +194,15 @@ def drawn_region(mask: NDArray, bbox: Any, shape: IntTriple) -> tuple[NDArray[np
         bbox: Half-open box, or None.
         shape: Of the image.
     """
-    start: IntTriple = (0, 0, 0)
-    if bbox is not None:
-        region = _clipped(bbox, shape, "interaction_bbox")
-        if mask.shape != region.shape_zyx:
-            expected = f"the shape of interaction_bbox {region.shape_zyx}"
-            raise InputError(f"the drawn mask must have {expected}, got {mask.shape}")
-        start = region.start_zyx
-    elif mask.shape != shape:
-        raise InputError(f"the drawn mask must have the image's shape {shape}, got {mask.shape}")
+    region = Region((0, 0, 0), shape) if bbox is None else _clipped(bbox, shape, "interaction_bbox")
+    if mask.shape != region.shape_zyx:
+        what = "the image's shape" if bbox is None else "the shape of interaction_bbox"
+        raise InputError(f"the drawn mask must have {what} {region.shape_zyx}, got {mask.shape}")
     drawn = mask != 0
     tight = bounding_region(drawn)
     if tight.is_empty:
         raise InputError("nothing is drawn: every voxel of the mask is zero")
-    d, h, w = (a + b for a, b in zip(start, tight.start_zyx, strict=True))
+    d, h, w = (a + b for a, b in zip(region.start_zyx, tight.start_zyx, strict=True))
     return drawn[tight.slices], (d, h, w)
 
 

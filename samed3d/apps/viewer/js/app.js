@@ -1,7 +1,7 @@
 // The page: its state, and what each action does. Requests are sent one at a time, in order.
 // The picture is in stage.js, pointer tools in tools.js, the lists in panels.js, requests in api.js.
 import { Api } from "./api.js";
-import { middleOf, showObjects, showPrompts, showShortcuts, showTools, element } from "./panels.js";
+import { middleOf, renameObject, showObjects, showPrompts, showShortcuts, showTools, element } from "./panels.js";
 import { Stage } from "./stage.js";
 import { Hand, TOOLS } from "./tools.js";
 
@@ -26,8 +26,8 @@ function act(what, work) {
         $("timing").textContent = `${what}: model ${Math.round(reply.seconds * 1000)} ms, with the page ${round} ms`;
       }
     } catch (error) {
+      if (error.status === 409) await api.resume(api.id).then(show).catch(() => {}); // another tab changed it: show what is true now
       notice(error.message, true);
-      if (error.status === 409) await show(await api.resume(api.id)); // another tab changed it: show what is true now
     } finally {
       clearTimeout(slow);
       busy(null);
@@ -39,11 +39,13 @@ function act(what, work) {
 function take({ session, updates }) {
   if (session) {
     const colours = state.objects.map((o) => o.colour + o.visible).join();
+    const before = state.current;
     state.objects = session.objects;
     state.canUndo = session.can_undo;
     state.canRedo = session.can_redo;
     if (session.current !== undefined) state.current = session.current;
     if (!state.objects.some((o) => o.id === state.current)) state.current = state.objects.at(-1)?.id ?? 1;
+    if ($("heat").checked && (updates?.length || state.current !== before)) showHeat();
     if (state.objects.map((o) => o.colour + o.visible).join() !== colours) {
       stage.setColours(state.objects);
       stage.paint(state.objects);
@@ -54,7 +56,6 @@ function take({ session, updates }) {
     stage.paint(state.objects, update);
   }
   render();
-  if ($("heat").checked && updates?.length) showHeat();
 }
 
 function render() {
@@ -116,29 +117,44 @@ async function open(how) {
   });
 }
 
-/** Show a session: its image, its objects, its masks. */
+/** Show a session: its image, its objects, its masks. Nothing of the earlier one stays, even if this one cannot be shown. */
 async function show(session) {
+  Object.assign(state, { session: null, objects: [], chosen: null, canUndo: false, canRedo: false });
+  stage.clear();
+  render();
+  await stage.load(await api.image(), session.size_ijk);
   state.session = session;
-  state.objects = [];
-  state.chosen = null;
   location.hash = session.id;
-  $("welcome").hidden = true;
+  $("welcome").hidden = $("notice").hidden = true;
   $("volume-name").textContent = session.name;
   $("volume-name").title = `${session.size_ijk.join(" × ")} voxels of ${session.spacing_mm.map((v) => +v.toFixed(3)).join(" × ")} mm`;
   $("volume-notes").textContent = $("volume-notes").title = session.notes.join("; ");
   if (session.model) $("model").value = session.model;
-  await stage.load(await api.image(), session.size_ijk);
   take({ session, updates: await api.masks() });
   stage.paint(state.objects);
 }
 
+/** Show or remove the heat map of the current object. */
 async function showHeat() {
   try {
     const object = state.objects.find((o) => o.id === state.current);
-    await stage.setHeat($("heat").checked && object?.prompts.length ? await api.heat(state.current) : null);
+    await stage.setHeat($("heat").checked && object?.prompts.length ? () => api.heat(object.id) : null);
   } catch (error) {
     notice(error.message, true);
   }
+}
+
+const rangeOf = (option) => (option.value === "auto" ? stage.auto : option.value.split(",").map(Number));
+
+/** Choose the entry of the window menu that is set, or the last one, which then names the range. */
+function showWindow(low, high) {
+  const presets = [...$("window").options];
+  const custom = presets.pop();
+  const preset = presets.find((option) => rangeOf(option).every((value, n) => value === [low, high][n]));
+  custom.textContent = `${+low.toPrecision(4)} to ${+high.toPrecision(4)}`;
+  custom.value = [low, high].join();
+  custom.hidden = Boolean(preset);
+  (preset ?? custom).selected = true;
 }
 
 function busy(text) {
@@ -198,7 +214,8 @@ function wire() {
   $("opacity").oninput = (e) => stage.setOpacity(Number(e.target.value));
   $("contour").onchange = (e) => stage.setContour(e.target.checked);
   $("heat").onchange = showHeat;
-  $("window").onchange = (e) => stage.setWindow(...(e.target.value === "auto" ? [null] : e.target.value.split(",").map(Number)));
+  $("window").onchange = (e) => stage.auto && stage.setWindow(...rangeOf(e.target.selectedOptions[0]));
+  stage.onWindow = showWindow;
   stage.onMove = (ijk, where) => {
     const value = where?.values?.[0]?.value;
     $("where").textContent = `i ${ijk[0]}  j ${ijk[1]}  k ${ijk[2]}${value === undefined ? "" : `   value ${+value.toFixed(2)}`}`;
@@ -232,8 +249,9 @@ function wireKeys(newObject) {
     h: click("heat"), k: click("contour"), "?": click("help"),
     m: () => current() && act("changing", () => api.editObject(state.current, { visible: !current().visible })),
     "[": () => nudge(-0.1), "]": () => nudge(0.1),
+    F2: () => renameObject($("objects"), state.current),
     w: () => {
-      $("window").selectedIndex = ($("window").selectedIndex + 1) % $("window").length;
+      $("window").selectedIndex = ($("window").selectedIndex + 1) % ($("window").length - 1); // the last one is no preset
       $("window").dispatchEvent(new Event("change"));
     },
     ArrowLeft: step(0, -1), ArrowRight: step(0, 1), ArrowUp: step(1, 1), ArrowDown: step(1, -1), PageUp: step(2, 1), PageDown: step(2, -1),

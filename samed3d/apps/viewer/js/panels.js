@@ -44,24 +44,31 @@ export function showTools(nav, current, positive, onTool, onSign) {
   );
 }
 
-/** `actions`: choose, edit(id, changes), remove(id). */
+/** `actions`: choose, edit(id, changes), remove(id). Rows that did not change are kept: one of them may be under a double-click, or be renamed. */
 export function showObjects(list, objects, current, actions) {
-  list.replaceChildren(
-    ...objects.map((object) => {
-      const colour = element("input", { type: "color", value: object.colour, title: "Colour", onchange: (e) => actions.edit(object.id, { colour: e.target.value }) });
-      const name = element("span", { className: "name", textContent: object.name, title: "Double-click to rename" });
-      name.ondblclick = () => retype(name, object, "name", actions);
-      const title = `Code in DICOM (SCHEME:VALUE:MEANING as SCT:10200004:Liver): ${object.code || "goes by the name"}`;
-      const code = element("button", { textContent: "#", className: object.code ? "code on" : "code", title, onclick: () => retype(name, object, "code", actions) });
-      const see = toggle(object.visible, EYE, "Show or hide (M)", () => actions.edit(object.id, { visible: !object.visible }));
-      const lock = toggle(object.locked, object.locked ? SHUT : OPEN, "Lock: nothing may change it", () => actions.edit(object.id, { locked: !object.locked }));
-      const gone = element("button", { textContent: "✕", title: "Remove the object", onclick: () => actions.remove(object.id) });
-      const row = element("li", { className: object.id === current ? "current" : "" }, colour, name, code, see, lock, gone);
-      row.dataset.object = object.id;
-      row.onclick = (e) => e.target.closest("button, input") || actions.choose(object.id);
-      return row;
-    }),
-  );
+  const shown = JSON.stringify(objects.map((o) => [o.id, o.name, o.code, o.colour, o.visible, o.locked]));
+  if (list.dataset.shown !== shown) list.replaceChildren(...objects.map((object) => objectRow(object, actions)));
+  list.dataset.shown = shown;
+  for (const row of list.children) row.classList.toggle("current", Number(row.dataset.object) === current);
+}
+
+function objectRow(object, actions) {
+  const colour = element("input", { type: "color", value: object.colour, title: "Colour", onchange: (e) => actions.edit(object.id, { colour: e.target.value }) });
+  const name = element("span", { className: "name", textContent: object.name, title: "Double-click, or F2, to rename" });
+  name.ondblclick = () => retype(name, object, "name", actions);
+  const title = `Code in DICOM (SCHEME:VALUE:MEANING as SCT:10200004:Liver): ${object.code || "goes by the name"}`;
+  const code = element("button", { textContent: "#", className: object.code ? "code on" : "code", title, onclick: () => retype(name, object, "code", actions) });
+  const see = toggle(object.visible, EYE, "Show or hide (M)", () => actions.edit(object.id, { visible: !object.visible }));
+  const lock = toggle(object.locked, object.locked ? SHUT : OPEN, "Lock: nothing may change it", () => actions.edit(object.id, { locked: !object.locked }));
+  const gone = element("button", { textContent: "✕", title: "Remove the object", onclick: () => actions.remove(object.id) });
+  const row = element("li", {}, colour, name, code, see, lock, gone);
+  row.dataset.object = object.id;
+  row.onclick = (e) => e.target.closest("button, input") || actions.choose(object.id);
+  return row;
+}
+
+export function renameObject(list, id) {
+  list.querySelector(`[data-object="${id}"] span.name`)?.dispatchEvent(new MouseEvent("dblclick"));
 }
 
 function toggle(on, path, title, onclick) {
@@ -74,20 +81,20 @@ function toggle(on, path, title, onclick) {
 
 /** Put a text field for the name or the code of an object in the place of its name. */
 function retype(label, object, key, actions) {
+  const before = object[key] ?? "";
   const placeholder = key === "code" ? "SCT:10200004:Liver" : "";
-  const field = element("input", { value: object[key], className: "name", placeholder });
-  const done = () => {
+  const field = element("input", { value: before, className: "name", placeholder, ariaLabel: key });
+  field.onblur = () => {
     const typed = field.value.trim();
     field.replaceWith(label);
-    if (typed !== object[key] && (typed || key === "code")) actions.edit(object.id, { [key]: typed });
+    if (typed !== before && (typed || key === "code")) actions.edit(object.id, { [key]: typed });
   };
-  field.onblur = done;
   field.onkeydown = (e) => {
-    e.stopPropagation();
-    if (e.key === "Enter") field.blur();
-    if (e.key === "Escape") field.replaceWith(label);
+    if (e.key === "Escape") field.value = before;
+    if (["Enter", "Escape"].includes(e.key)) field.blur();
   };
   label.replaceWith(field);
+  field.focus();
   field.select();
 }
 
@@ -132,6 +139,7 @@ export function showShortcuts(table) {
     ["N", "new object"],
     ["1 … 9", "choose an object"],
     ["M", "show or hide the object"],
+    ["F2", "rename the object"],
     ["Del", "delete the chosen (or last) prompt"],
     ["G", "go to where the model is least certain"],
     ["H", "probability heat map"],

@@ -13,7 +13,10 @@ export class Stage {
     this.contour = false;
     this.markers = [];
     this.ghost = null;
+    this.heat = null;
+    this.axes = null;
     this.onMove = () => {};
+    this.onWindow = () => {};
     this.nv = new Niivue({
       backColor: [0.043, 0.055, 0.075, 1],
       crosshairColor: [0.36, 0.66, 1, 0.55],
@@ -34,28 +37,39 @@ export class Stage {
       viewModeHotKey: "",
     });
     this.nv.onLocationChange = (where) => {
+      if (!this.axes) return;
       this.drawOverlay();
       this.onMove(this.here(), where);
     };
+    this.nv.onIntensityChange = (volume) => this.onWindow(volume.cal_min, volume.cal_max);
   }
 
   async start() {
     await this.nv.attachToCanvas(this.canvas, false);
+    widenOutlines(this.nv);
     new ResizeObserver(() => this.drawOverlay()).observe(this.canvas);
+  }
+
+  /** Remove the image and everything that lies over it. */
+  clear() {
+    this.setHeat(null);
+    this.axes = null;
+    for (const volume of [...this.nv.volumes]) this.nv.removeVolume(volume);
+    this.nv.closeDrawing();
+    this.drawOverlay();
   }
 
   /** Show an image, given as bytes of a NIfTI file; `sizeIjk` is its size. */
   async load(bytes, sizeIjk) {
-    for (const volume of [...this.nv.volumes]) this.nv.removeVolume(volume);
     const volume = await NVImage.new(bytes, "image.nii.gz", "gray");
+    this.clear();
     this.nv.addVolume(volume);
     this.axes = new AxisMap(sizeIjk, volume.img2RASstep);
     this.masks = new MaskStore(sizeIjk);
     this.auto = [volume.cal_min, volume.cal_max];
-    this.heat = null;
-    this.nv.drawOpacity = this.opacity;
     this.nv.createEmptyDrawing();
-    this.setContour(this.contour);
+    this.setOpacity(this.opacity);
+    this.onWindow(...this.auto);
     this.goTo(sizeIjk.map((n) => Math.floor(n / 2)));
   }
 
@@ -78,7 +92,7 @@ export class Stage {
 
   setOpacity(value) {
     this.opacity = value;
-    this.nv.setDrawOpacity(value);
+    this.setContour(this.contour);
   }
 
   /** Masks as outlines in the planes, or filled. */
@@ -91,18 +105,33 @@ export class Stage {
   setWindow(low, high) {
     const volume = this.nv.volumes[0];
     if (!volume) return;
-    [volume.cal_min, volume.cal_max] = low === null ? this.auto : [low, high];
+    [volume.cal_min, volume.cal_max] = [low, high];
     this.nv.updateGLVolume();
+    this.onWindow(volume.cal_min, volume.cal_max);
   }
 
-  /** Show a probability volume (bytes of a NIfTI file) as a heat map, or take it away with null. */
-  async setHeat(bytes) {
-    if (this.heat) this.nv.removeVolume(this.heat);
-    this.heat = null;
-    if (bytes) {
-      this.heat = await NVImage.new(bytes, "probability.nii.gz", "warm", 0.6, null, 13, 255);
-      this.nv.addVolume(this.heat);
+  /**
+   * Show a probability volume as a heat map: `load` gives the bytes of a NIfTI file; null removes what is shown. Only
+   * the newest call counts, so that a slow answer covers neither a later one nor another image.
+   */
+  async setHeat(load) {
+    const call = (this.heatCall = Symbol("heat"));
+    if (!load) return this.showHeat(null);
+    const bytes = await load();
+    const volume = call === this.heatCall ? await NVImage.new(bytes, "probability.nii.gz", "warm", 0.6, null, 13, 255) : null;
+    if (call === this.heatCall) this.showHeat(volume);
+  }
+
+  showHeat(volume) {
+    const { nv } = this;
+    if (this.heat) {
+      nv.removeVolume(this.heat);
+      // NiiVue keeps the texture of the last overlay that was removed, and its 3D view goes on drawing it.
+      nv.overlayTexture = nv.rgbaTex(nv.overlayTexture, nv.gl.TEXTURE2, [2, 2, 2, 2], true);
+      nv.drawScene();
     }
+    this.heat = volume;
+    if (volume) nv.addVolume(volume);
   }
 
   /** The file voxel under the crosshair. */
@@ -223,6 +252,14 @@ export class Stage {
       pen.stroke();
     }
   }
+}
+
+/** NiiVue draws outlines one pixel wide; the same shader with a wider step to the neighbours draws them three wide. */
+function widenOutlines(nv) {
+  const { gl } = nv;
+  const shader = gl.getAttachedShaders(nv.sliceMMShader.program).find((s) => gl.getShaderParameter(s, gl.SHADER_TYPE) === gl.FRAGMENT_SHADER);
+  const wider = gl.getShaderSource(shader).replace(/(offset[XY] = )(dFd[xy]\(texPos\))/g, "$13.0 * $2");
+  nv.setCustomSliceShader(wider);
 }
 
 function drawDot(pen, x, y, colour, far, chosen, positive) {
