@@ -140,3 +140,14 @@ def test_a_damaged_run_is_named(tmp_path):
     (runs[1] / "cases.csv").write_text("model,click\nours,1\n")
     with pytest.raises(InputError, match="columns case, click and dice"):
         compare_runs(runs)
+
+
+def test_areas_of_different_lengths_are_never_in_one_column(tmp_path):
+    short, long = (0.2, 0.4, 0.6), (0.2, 0.4, 0.6, 1.0, 1.0)
+    runs = [
+        save_run(tmp_path / name, make_rows({name: curve}, subjects=2)) for name, curve in (("a", short), ("b", long))
+    ]
+    text = comparison_text(compare_runs(runs))
+    head, *lines = next(part for part in text.split("\n\n") if part.startswith("run and model")).splitlines()
+    assert "area to 3 clicks" in head and "NSD to 3 clicks" in head
+    assert len({tuple(line.split()[-5:-2]) for line in lines}) == 1, "the first three clicks are alike"

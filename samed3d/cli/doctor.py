@@ -28,7 +28,7 @@ from samed3d.cli.options import Device
 LEAST_MEMORY_GIB = 4
 _TORCHVISION_REMEDY = (
     "install torch and torchvision from the same index, or remove torchvision and timm; until then start several "
-    "processes with torchrun or python -m accelerate.commands.launch: accelerate launch imports timm and fails"
+    "processes with torchrun or accelerate-launch (with a hyphen): accelerate launch imports timm and fails"
 )
 DEVELOPER_EXTRAS = {"dev", "test", "e2e", "docs"}
 BALL_RADIUS_VOX = 12
