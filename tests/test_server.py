@@ -161,6 +161,22 @@ def test_objects_and_prompts_that_are_not_there_are_refused(client):
     assert client.patch(f"{base}/objects/1", json={"name": "x"}).status_code == 400
 
 
+def test_an_object_is_cleaned_and_the_edit_is_undone(client):
+    session_id = opened(client)
+    base = f"/api/sessions/{session_id}"
+    client.post(f"{base}/prompts", json=CLICK)
+    before = masks_of(client, session_id)[1]
+    answer = client.post(f"{base}/objects/1/clean", json={"grow_mm": 3, "keep_largest": True})
+    after = masks_of(client, session_id)[1]
+    assert answer.status_code == 200 and answer.json()["updates"][0]["object_id"] == 1
+    assert after.sum() > before.sum() and not (before & ~after).any()
+    client.post(f"{base}/undo", json={})
+    assert np.array_equal(masks_of(client, session_id)[1], before)
+    wrong = {"grow_mm": -90}, {"smooth_mm": -1}, {"keep_larges": True}
+    assert [client.post(f"{base}/objects/1/clean", json=body).status_code for body in wrong] == [400, 400, 422]
+    assert np.array_equal(masks_of(client, session_id)[1], before)
+
+
 def test_two_tabs_on_one_session(client):
     base = f"/api/sessions/{opened(client)}"
     seen = client.get(base).json()["revision"]

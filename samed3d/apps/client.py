@@ -18,7 +18,7 @@ import ssl
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from samed3d.errors import InputError
 from samed3d.geometry import EMPTY_REGION, Grid, IntTriple, Region
+from samed3d.masks import Cleaning
 from samed3d.output import replacing
 from samed3d.prompts import Mask, PackedMask, Point, Prompt, prompt_from_json, prompt_to_json
 
@@ -250,6 +251,10 @@ class RemoteSession:
     def edit_object(self, object_id: int, **changes: Any) -> None:
         """Change ``name``, ``colour``, ``visible``, ``locked`` or ``code``."""
         self._edit("PATCH", f"/objects/{object_id}", _given(**changes))
+
+    def clean(self, cleaning: Cleaning, object_id: int | None = None) -> RemoteUpdate:
+        """As ``Session.clean``."""
+        return self._edit("POST", f"/objects/{object_id or self.current}/clean", asdict(cleaning))
 
     def remove_object(self, object_id: int) -> RemoteUpdate:
         """Remove an object with all its prompts."""

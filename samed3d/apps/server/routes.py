@@ -32,6 +32,7 @@ from samed3d.apps.server.sessions import (
     whole_mask_to_json,
 )
 from samed3d.inference.session import MaskUpdate, Session
+from samed3d.masks import Cleaning
 from samed3d.volume import write_volume
 from samed3d.volume.writing import MASK_FORMAT_NAMES
 
@@ -92,6 +93,16 @@ class ObjectBody(EditBody):
     visible: bool | None = None
     locked: bool | None = None
     code: str | None = Field(None, max_length=150)
+
+
+class CleanBody(EditBody):
+    """How an object's mask is cleaned, as ``samed3d.masks.Cleaning``."""
+
+    min_island_mm3: float = 0.0
+    keep_largest: bool = False
+    fill_holes: bool = False
+    smooth_mm: float = 0.0
+    grow_mm: float = 0.0
 
 
 class RuleBody(EditBody):
@@ -269,6 +280,13 @@ async def edit_object(work: OneSession, object_id: int, body: ObjectBody) -> Jso
     if not changes:
         raise HTTPException(400, "give what changes: name, colour, visible, locked or code")
     return await edited(work, body, lambda s: s.edit_object(object_id, **changes))
+
+
+@api.post(_OBJECT + "/clean", tags=["objects"])
+async def clean_object(work: OneSession, object_id: int, body: CleanBody) -> Json:
+    """Clean an object's mask; later prompts go on from the result."""
+    cleaning = Cleaning(**body.model_dump(exclude={"revision"}))
+    return await edited(work, body, lambda s: s.clean(cleaning, object_id), timed=False)
 
 
 @api.delete(_OBJECT, tags=["objects"])
