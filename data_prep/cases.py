@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,26 +15,15 @@ from samed3d.volume import Volume
 
 @dataclass(frozen=True)
 class SourceFacts:
-    """What is known of a data set as a whole.
+    """What is known of a data set as a whole; empty where it is not stated."""
 
-    Attributes:
-        name: Its name, safe as a file name.
-        format: Name of the reader that recognised it.
-        modality: Modality of all of its images ("CT", "MR", ...), or empty where it differs by case.
-        licence: Licence as the source states it, or empty.
-        licence_flag: "ok" where the licence was stated, "unclear" where it was not.
-        attribution: Whom to cite.
-        label_kind: "semantic" (one value per category) or "instance" (each value is one object of the same category).
-        url: Where the data came from.
-    """
-
-    name: str
-    format: str
-    modality: str = ""
+    name: str  # safe as a file name
+    format: str  # of the reader
+    modality: str = ""  # empty where it differs by case, too
     licence: str = ""
-    licence_flag: str = "ok"
+    licence_flag: str = "ok"  # "unclear" where no licence was stated
     attribution: str = ""
-    label_kind: str = "semantic"
+    label_kind: str = "semantic"  # one value per category; or "instance": each value is one object of one category
     url: str = ""
 
 
@@ -41,27 +31,19 @@ class SourceFacts:
 class RawCase:
     """One case that has not been loaded yet; small and picklable.
 
-    Attributes:
-        id: Unique within the source and safe as a file name.
-        source: :attr:`SourceFacts.name`.
-        subject: The person or animal; no subject is split between training and validation.
-        modality: Modality of the image, or empty where the source states none.
-        split: "train" or "test" where the source prescribes it, else None.
-        reader: Name of the reader that loads it.
-        images: (channel, path) pairs; channels with one path are the volumes of one 4D file.
-        labels: (structure, path) pairs, one structure per file; or one pair without a name: a map of several.
-        extra: What else the reader needs to load the case: paths of further files, or options.
+    ``images`` are (channel, path) pairs; channels with one path are the volumes of one 4D file. ``labels`` are
+    (structure, path) pairs, one structure per file, or one pair without a name: a map of several.
     """
 
-    id: str
+    id: str  # unique within the source and safe as a file name
     source: str
-    subject: str
-    modality: str
-    split: str | None
+    subject: str  # no subject is split between training and validation
+    modality: str  # empty where the source states none
+    split: str | None  # "train" or "test" where the source prescribes it
     reader: str
     images: tuple[tuple[str, str], ...] = ()
     labels: tuple[tuple[str, str], ...] = ()
-    extra: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, str] = field(default_factory=dict)  # what else the reader needs: paths of files, options
 
     @property
     def paths(self) -> list[str]:
@@ -85,12 +67,7 @@ class Problem:
 
 @dataclass
 class LabelLayer:
-    """Structures that do not overlap.
-
-    Attributes:
-        array: (D, H, W) integers in the stored order of the image; 0 is background.
-        names: Name of each value.
-    """
+    """Structures that do not overlap: (D, H, W) integers in the stored order of the image, and each value's name."""
 
     array: NDArray
     names: dict[int, str]
@@ -98,12 +75,9 @@ class LabelLayer:
 
 @dataclass
 class RawArrays:
-    """One case in memory.
+    """One case in memory: its images by channel or modality (none for a label map only), and its labels, on one grid.
 
-    Attributes:
-        images: (channel or modality name, image) pairs on one grid; empty for a case that is a label map only.
-        grid: Grid that the images and the layers share.
-        layers: Label layers; structures that overlap lie in different layers.
+    Structures that overlap lie in different layers.
     """
 
     images: list[tuple[str, Volume]]
@@ -112,12 +86,7 @@ class RawArrays:
 
 
 class Reader(ABC):
-    """One layout of source data on disk.
-
-    Attributes:
-        name: What ``--format`` calls it.
-        looks_for: What it recognises a folder by, for messages.
-    """
+    """One layout of source data on disk: its name for ``--format``, and what it recognises a folder by."""
 
     name: str = ""
     looks_for: str = ""
@@ -131,12 +100,31 @@ class Reader(ABC):
         """What is known of the data set in ``folder``."""
 
     @abstractmethod
-    def cases(self, folder: Path) -> tuple[list[RawCase], list[Problem]]:
+    def entries(self, folder: Path) -> Iterator[RawCase | Problem]:
         """Every case, and every input that cannot become one; reads no voxels.
 
         Raises:
             InputError: if the data set as a whole cannot be read.
         """
+
+    def cases(self, folder: Path) -> tuple[list[RawCase], list[Problem]]:
+        """The entries of a folder; of cases that share an id the first is kept, and ids that are no file names are not.
+
+        Raises:
+            InputError: as ``entries``.
+        """
+        kept: dict[str, RawCase] = {}
+        problems: list[Problem] = []
+        for entry in self.entries(folder):
+            if isinstance(entry, Problem):
+                problems.append(entry)
+            elif not entry.id or "/" in entry.id or "\\" in entry.id or entry.id[0] == "." or entry.id == "source":
+                reason = f"case id must be a plain file name, got {entry.id!r}; rename the file"
+                problems.append(Problem(entry.first_path, reason))
+            elif (first := kept.setdefault(entry.id.lower(), entry)) is not entry:  # some file systems take A for a
+                reason = f"two cases have the id {entry.id!r}, the other is {first.first_path}; rename one"
+                problems.append(Problem(entry.first_path, reason))
+        return list(kept.values()), problems
 
     @abstractmethod
     def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:

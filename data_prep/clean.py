@@ -28,23 +28,14 @@ _OWN_SIDE = 0.9
 
 @dataclass(frozen=True)
 class Rules:
-    """When a mask is kept; the defaults are the published rules.
+    """When a mask is kept; the defaults are the published rules."""
 
-    Attributes:
-        min_volume_mm3: Least volume of a mask, mm3; 0 switches it off.
-        min_side_mm: Least extent of its box along every axis, mm; 0 switches it off.
-        min_voxels: Fewer voxels than this cannot be clicked on.
-        max_background: Greatest share of unlabelled voxels in a case, 0 to 1; 1 switches it off.
-        keep_components: How many of its largest pieces a mask keeps; 0 keeps all.
-        split_sides: Split a paired structure (kidneys, lungs) that has one label for both sides into left and right.
-    """
-
-    min_volume_mm3: float = 1000.0
-    min_side_mm: float = 15.0
-    min_voxels: int = 30
-    max_background: float = 0.99
-    keep_components: int = 5
-    split_sides: bool = True
+    min_volume_mm3: float = 1000.0  # 0 switches it off
+    min_side_mm: float = 15.0  # least extent of its box along every axis; 0 switches it off
+    min_voxels: int = 30  # fewer cannot be clicked on
+    max_background: float = 0.99  # share of unlabelled voxels in the case; 1 switches it off
+    keep_components: int = 5  # its largest pieces; 0 keeps all
+    split_sides: bool = True  # a paired structure (kidneys, lungs) with one label for both sides
 
     def reason_to_drop(self, voxels: int, region_shape: tuple[int, ...], spacing: Triple, background: float) -> str:
         """The first rule that a mask breaks, in words; empty for a mask that is kept."""
@@ -90,46 +81,20 @@ def rules_from(preset: str, changes: list[str]) -> Rules:
 
 @dataclass(frozen=True)
 class Structure:
-    """One label of one case, measured.
+    """One label of one case, measured; the record of the case holds its fields as they are here."""
 
-    Attributes:
-        value: In the label map.
-        name: As the source calls it.
-        category: Normalised.
-        voxels: Left after cleaning.
-        start_zyx: Low corner of their tight box.
-        stop_zyx: High corner, exclusive.
-        components: Pieces it had before cleaning (26 neighbours).
-        reason: Why it was dropped; empty for a kept one.
-        points: ``POINTS`` voxel positions inside it, zyx, drawn at random; the same for the same case and label.
-    """
-
-    value: int
-    name: str
-    category: Category
-    voxels: int
+    value: int  # in the label map
+    name: str  # as the source calls it
+    category: str  # normalised, as ``anatomy`` and ``side``
+    anatomy: str
+    side: str
+    voxels: int  # left after cleaning, as ``mm3`` and the box
+    mm3: float
     start_zyx: tuple[int, ...]
     stop_zyx: tuple[int, ...]
-    components: int
-    reason: str
-    points: list[list[int]]
-
-    def to_json(self, voxel_mm3: float) -> dict[str, Any]:
-        """As the record of a case stores it."""
-        return {
-            "value": self.value,
-            "name": self.name,
-            "category": self.category.name,
-            "anatomy": self.category.group,
-            "side": self.category.side,
-            "voxels": self.voxels,
-            "mm3": round(self.voxels * voxel_mm3, 3),
-            "start_zyx": self.start_zyx,
-            "stop_zyx": self.stop_zyx,
-            "components": self.components,
-            "reason": self.reason,
-            "points": self.points,
-        }
+    components: int  # pieces before cleaning (26 neighbours)
+    reason: str  # why it was dropped; empty for a kept one
+    points: list[list[int]]  # ``POINTS`` random voxels inside it, zyx; the same for the same case and label
 
 
 def compact_layer(array: NDArray, names: dict[int, str]) -> tuple[NDArray, dict[int, str]]:
@@ -162,22 +127,16 @@ def clean_layer(
 ) -> tuple[NDArray, list[Structure]]:
     """Apply the rules to one layer and measure what is there.
 
-    Args:
-        array: (D, H, W) unsigned, canonical (x runs to the right); changed in place: small pieces become 0, right
-            halves get a new value.
-        names: Name of each value.
-        spacing_zyx_mm: Voxel edges.
-        rules: What to keep.
-        instances: Whether every value is one object of the same category.
-        source: Name of the data set: the category of instances, and a hint for names that say little.
-        seed: Of the remembered points (the case's id).
+    The (D, H, W) unsigned, canonical array (x runs to the right) is changed in place: small pieces become 0, right
+    halves get a new value. With ``instances`` every value is one object of the same category. The data set's name
+    (``source``) is the category of instances, and a hint for names that say little; ``seed`` is that of the points.
 
     Returns:
         The layer (a wider copy where new values need it) and its structures.
     """
     from scipy.ndimage import find_objects
 
-    boxes = find_objects(array)
+    boxes, voxel_mm3 = find_objects(array), float(np.prod(spacing_zyx_mm))
     background = 1.0 - sum(int(np.count_nonzero(plane)) for plane in array) / array.size
     found: list[Structure] = []
     free = max([len(boxes), *names]) + 1
@@ -201,23 +160,15 @@ def clean_layer(
             free += 1
         unnamed = "" if value in names or instances else f"value {value} has no name in the source"
         for part, (called, kind) in parts.items():
-            region, voxels, points = _measured(array[box] == part, box, f"{seed}:{part}")
-            shape = [b - a for a, b in zip(*region, strict=True)]
-            reason = unnamed or rules.reason_to_drop(voxels, tuple(shape), spacing_zyx_mm, background)
-            found.append(Structure(part, called, kind, voxels, *region, len(sizes), reason, points))
+            mask, corner = array[box] == part, np.array([s.start for s in box])
+            tight, voxels = bounding_region(mask), int(np.count_nonzero(mask))
+            reason = unnamed or rules.reason_to_drop(voxels, tight.shape_zyx, spacing_zyx_mm, background)
+            start, stop = (tuple((corner + end).tolist()) for end in (tight.start_zyx, tight.stop_zyx))
+            digest = hashlib.sha256(f"{seed}:{part}".encode()).digest()
+            points = _random_points(mask, np.random.default_rng(int.from_bytes(digest[:8], "big"))) + corner
+            about = (part, called, kind.name, kind.group, kind.side, voxels, round(voxels * voxel_mm3, 3))
+            found.append(Structure(*about, start, stop, len(sizes), reason, points.tolist()))
     return array, found
-
-
-def _measured(
-    mask: NDArray[np.bool_], box: tuple[slice, ...], seed: str
-) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], int, list[list[int]]]:
-    """The corners of the tight box of a mask that lies in ``box``, its voxels, and random points in it."""
-    corner = np.array([s.start for s in box])
-    tight = bounding_region(mask)
-    ends = [tuple(int(v) for v in corner + end) for end in (tight.start_zyx, tight.stop_zyx)]
-    digest = hashlib.sha256(seed.encode()).digest()
-    points = _random_points(mask, np.random.default_rng(int.from_bytes(digest[:8], "big"))) + corner
-    return (ends[0], ends[1]), int(np.count_nonzero(mask)), points.tolist()
 
 
 def _pieces(mask: NDArray) -> tuple[NDArray, NDArray]:

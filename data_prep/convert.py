@@ -33,23 +33,14 @@ _CONNECT_SECONDS = "20s"
 
 @dataclass(frozen=True)
 class Settings:
-    """How a corpus is made; every case of a corpus by the same settings.
-
-    Attributes:
-        rules: When a mask is kept.
-        spacing_mm: Resample to cubic voxels of this edge, or None for the native grid.
-        max_side: Coarsen volumes with more voxels than this along an axis, or None.
-        storage: ``"b2nd"`` or ``"npz"``.
-        repair_geometry: Repair images and labels whose grids disagree instead of refusing them.
-        validation_share: Share of subjects in split "val".
-    """
+    """How a corpus is made; every case of a corpus by the same settings."""
 
     rules: Rules = field(default_factory=Rules)
-    spacing_mm: float | None = None
-    max_side: int | None = None
-    storage: str = "b2nd"
-    repair_geometry: bool = False
-    validation_share: float = 0.1
+    spacing_mm: float | None = None  # edge of cubic voxels to resample to; None keeps the native grid
+    max_side: int | None = None  # volumes with more voxels along an axis are coarsened
+    storage: str = "b2nd"  # or "npz"
+    repair_geometry: bool = False  # of images and labels whose grids disagree, instead of refusing them
+    validation_share: float = 0.1  # of subjects, in split "val"
 
 
 @dataclass(frozen=True)
@@ -102,13 +93,9 @@ def _stats(text: str) -> Iterator[tuple[str, int, int]]:
 
 
 def run_tasks(tasks: list[Task], jobs: int, cluster: str | None = None) -> Iterator[Outcome]:
-    """Do tasks one after the other, in processes of this machine, or on a Dask cluster; outcomes in any order.
+    """Do tasks one after the other (1 job), in processes of this machine, or on a Dask cluster; outcomes in any order.
 
-    Args:
-        tasks: What to do.
-        jobs: Processes on this machine; 1 works in this one.
-        cluster: Address of a Dask scheduler, whose workers see the same files under the same paths; ``jobs`` is then
-            not used.
+    ``cluster`` is the address of a Dask scheduler, whose workers see the same files under the same paths.
 
     Raises:
         InputError: if the cluster cannot be reached, or a worker process was killed.
@@ -240,7 +227,7 @@ def store(task: Task, raw: RawArrays, notes: list[str]) -> None:
         "layers": len(layers),
         "stored": kept,
         "images": images,
-        "labels": [{"layer": layer, **s.to_json(float(np.prod(spacing)))} for layer, s in structures],
+        "labels": [{"layer": layer, **vars(s)} for layer, s in structures],
         "path": case.first_path,
         "notes": notes,
     }

@@ -27,15 +27,9 @@ Record = dict[str, Any]
 
 
 def write_manifest(folder: Path, settings: dict[str, Any], problems: list[tuple[str, Problem]]) -> dict[str, Any]:
-    """Write the tables and, last, ``corpus.json``: a folder without it is not a corpus yet.
+    """Write the tables and, last, ``corpus.json``: a folder without it is not a corpus yet. Returns its counts.
 
-    Args:
-        folder: The corpus, with its records.
-        settings: What it was made with.
-        problems: (source, problem) of every input that could not be used.
-
-    Returns:
-        The counts, as in ``corpus.json``.
+    ``problems`` are (source, problem) of every input that could not be used.
     """
     records = [_read(path) for path in sorted(folder.glob("records/*/*.json")) if path.name != "source.json"]
     sources = {path.parent.name: _read(path) for path in sorted(folder.glob("records/*/source.json"))}
@@ -105,27 +99,17 @@ def draw_splits(records: list[Record], validation_share: float) -> tuple[dict[st
         of it is.
     """
     hashes = _by_hash(records)
-    parent: dict[str, str] = {r["subject"]: r["subject"] for r in records}
-
-    def root(name: str) -> str:
-        while parent[name] != name:
-            name = parent[name]
-        return name
-
+    members = {r["subject"]: {r["subject"]} for r in records}
     for pairs in hashes.values():
-        names = sorted({root(r["subject"]) for r, _ in pairs})
-        for other in names[1:]:
-            parent[other] = names[0]
-    members = defaultdict(list)
-    for name in sorted(parent):
-        members[root(name)].append(name)
-    groups = {name: GROUP_SEPARATOR.join(members[root(name)]) for name in parent}
+        joined = set[str]().union(*(members[r["subject"]] for r, _ in pairs))
+        members.update(dict.fromkeys(joined, joined))
+    groups = {name: GROUP_SEPARATOR.join(sorted(joined)) for name, joined in members.items()}
     tested = {(r["source"], r["subject"]) for r in records if r["split"] == "test"}
     shared = {h for h, pairs in hashes.items() if any((r["source"], r["subject"]) in tested for r, _ in pairs)}
     tested |= {(r["source"], r["subject"]) for h in shared for r, _ in hashes[h]}
     splits = {}
     for r in records:
-        held = any(in_validation(name, validation_share) for name in members[root(r["subject"])])
+        held = any(in_validation(name, validation_share) for name in members[r["subject"]])
         splits[r["case"]] = "test" if (r["source"], r["subject"]) in tested else "val" if held else "train"
     return groups, splits
 

@@ -10,6 +10,7 @@ import base64
 import io
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,19 +35,13 @@ _MIN_MARGIN_MM = 10.0
 def show(folder: Path, examples: int, *, quiet: bool = False) -> None:
     """Print the tables of a corpus and write its page, ``overview.html`` (none for 0 examples)."""
     from rich.console import Console
-    from rich.table import Table as ConsoleTable
 
     corpus = Corpus(folder)
     count = write_page(corpus, folder / "overview.html", examples) if examples else 0
     console = Console(quiet=quiet, width=None if sys.stdout.isatty() else 140)
     for section in summarise(corpus):
         console.print(section.title, style="bold", highlight=False)
-        table = ConsoleTable(*section.head, box=None)
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for row in section.rows:
-            table.add_row(*map(str, row))
-        console.print(table, "")
+        console.print(section.as_text(), end="\n\n", highlight=False, markup=False)
     if examples:
         console.print(f"{count} categories with pictures in {folder / 'overview.html'}")
 
@@ -56,7 +51,7 @@ def summarise(corpus: Corpus) -> list[Table]:
     cases, labels = corpus.case_table, corpus.label_table
     stored, kept = cases.where(stored="1"), labels.where(kept="1")
     images = stored.where(has_image="1")
-    counts = corpus.about["counts"]
+    counts, both = corpus.about["counts"], {"volumes": stored, "masks": kept}
     total = [
         ("volumes", len(images)),
         ("label maps without image", len(stored) - len(images)),
@@ -70,23 +65,19 @@ def summarise(corpus: Corpus) -> list[Table]:
         ("inputs refused", counts["problems"]),
         ("warnings", counts.get("warnings", 0)),
     ]
-    family = [modality_family(m) for m in stored["modality"].tolist()]
-    mask_family = [modality_family(m) for m in kept["modality"].tolist()]
+    pairs = (set(zip(kept["anatomy"], kept[name], strict=True)) for name in ("category", "case"))
+    in_categories, in_cases = ([group for group, _ in found] for found in pairs)
     sections = [
         Table(("", "count"), [(name, f"{value:,}") for name, value in total], "corpus"),
-        Table(("split", "volumes", "masks"), _counted(stored["split"].tolist(), kept["split"].tolist()), "split"),
-        Table(("modality", "volumes", "masks"), _counted(family, mask_family), "modality"),
-        _by_anatomy(kept["anatomy"].tolist(), kept["category"].tolist(), kept["case"].tolist()),
+        _tally("split", "split", {"volumes": stored["split"], "masks": kept["split"]}),
+        _tally("modality", "modality", {head: map(modality_family, t["modality"]) for head, t in both.items()}),
+        _tally("anatomy", "group", {"categories": in_categories, "masks": kept["anatomy"], "cases": in_cases}, GROUPS),
         _by_source(corpus),
+        _tally("most frequent categories", "category", {"masks": kept["category"]}, most=15),
     ]
-    frequent = Counter(kept["category"].tolist()).most_common(15)
-    sections.append(Table(("category", "masks"), [(n, f"{m:,}") for n, m in frequent], "most frequent categories"))
-    dropped = Counter(kind_of_reason(r) for r in labels.where(kept="0")["reason"].tolist()).most_common()
-    if dropped:
-        rows = [(reason, f"{n:,}") for reason, n in dropped]
-        sections.append(Table(("reason", "masks"), rows, "dropped masks (labels.csv has each)"))
-    pairs = zip(cases["id"].tolist(), cases["duplicate_of"].tolist(), strict=True)
-    if twins := [(image, first) for image, first in pairs if first]:
+    if dropped := [kind_of_reason(reason) for reason in labels.where(kept="0")["reason"]]:
+        sections.append(_tally("dropped masks (labels.csv has each)", "reason", {"masks": dropped}))
+    if twins := [pair for pair in zip(cases["id"], cases["duplicate_of"], strict=True) if pair[1]]:
         sections.append(Table(("image", "same as"), twins, "same image twice (kept on one side of the split)"))
     return sections
 
@@ -107,12 +98,7 @@ def kind_of_reason(reason: str) -> str:
 
 
 def write_page(corpus: Corpus, path: Path, examples: int = 2) -> int:
-    """Write the HTML page.
-
-    Args:
-        corpus: What to show.
-        path: File to write.
-        examples: Pictures per category, from different sources where there are.
+    """Write the HTML page, with so many pictures per category, from different sources where there are.
 
     Returns:
         The number of categories shown.
@@ -136,32 +122,24 @@ def write_page(corpus: Corpus, path: Path, examples: int = 2) -> int:
     return len(found)
 
 
-def _counted(volumes: list[str], masks: list[str]) -> list[tuple[str, ...]]:
-    by_volume, by_mask = Counter(volumes), Counter(masks)
-    names = sorted(set(by_volume) | set(by_mask), key=lambda n: (-by_mask[n], n))
-    return [(name, f"{by_volume[name]:,}", f"{by_mask[name]:,}") for name in names]
-
-
-def _by_anatomy(groups: list[str], categories: list[str], cases: list[str]) -> Table:
-    held: dict[str, tuple[Counter[str], set[str]]] = defaultdict(lambda: (Counter(), set()))
-    for group, category, case in zip(groups, categories, cases, strict=True):
-        held[group][0][category] += 1
-        held[group][1].add(case)
-    order = [g for g in GROUPS if g in held]
-    rows = [(g, f"{len(held[g][0]):,}", f"{sum(held[g][0].values()):,}", f"{len(held[g][1]):,}") for g in order]
-    return Table(("group", "categories", "masks", "cases"), rows, "anatomy")
+def _tally(
+    title: str, word: str, columns: Mapping[str, Iterable[str]], order: Sequence[str] = (), most: int | None = None
+) -> Table:
+    """How often each column holds each name: in a given ``order``, or the most frequent of the last column first."""
+    counts = {head: Counter(names) for head, names in columns.items()}
+    last = list(counts.values())[-1]
+    names = sorted(set().union(*counts.values()), key=lambda n: (order.index(n) if order else -last[n], n))
+    return Table((word, *counts), [(n, *(f"{c[n]:,}" for c in counts.values())) for n in names[:most]], title)
 
 
 def _by_source(corpus: Corpus) -> Table:
-    stored = Counter(corpus.case_table.where(stored="1")["source"].tolist())
-    kept = Counter(corpus.label_table.where(kept="1")["source"].tolist())
-    dropped = Counter(corpus.label_table.where(kept="0")["source"].tolist())
+    kept, dropped = (corpus.label_table.where(kept=flag) for flag in ("1", "0"))
+    counts = [Counter(table["source"]) for table in (corpus.case_table.where(stored="1"), kept, dropped)]
     rows: list[tuple[str, ...]] = []
     for name, facts in sorted(corpus.sources.items()):
         licence = facts["licence"] or "not stated"
         flag = "" if facts["licence_flag"] == "ok" else " (unclear)"
-        numbers = (f"{stored[name]:,}", f"{kept[name]:,}", f"{dropped[name]:,}")
-        rows.append((name, *numbers, facts["modality"][:32], licence[:40] + flag))
+        rows.append((name, *(f"{c[name]:,}" for c in counts), facts["modality"][:32], licence[:40] + flag))
     return Table(("source", "volumes", "masks", "dropped", "modality", "licence"), rows, "source")
 
 

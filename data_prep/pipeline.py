@@ -34,23 +34,14 @@ _SPARE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did.
-
-    Attributes:
-        folder: The corpus.
-        done: Cases converted by this run.
-        found: Cases that were already finished.
-        failed: Inputs that could not be used, with the reasons.
-        counts: Of the whole corpus, as in ``corpus.json``.
-        min_volume_mm3: Of the rules.
-    """
+    """What a run did."""
 
     folder: Path
-    done: int
-    found: int
+    done: int  # cases converted by this run
+    found: int  # cases that were already finished
     failed: list[Problem]
-    counts: dict[str, Any]
-    min_volume_mm3: float
+    counts: dict[str, Any]  # of the whole corpus, as in ``corpus.json``
+    min_volume_mm3: float  # of the rules
 
     def summary(self) -> str:
         """The lines that the command prints at the end."""
@@ -93,18 +84,11 @@ def prepare(
 ) -> Result:
     """Make a corpus, continue one, or add sources to one.
 
-    Args:
-        sources: Folders of labelled volumes, or folders of them.
-        out: Folder of the corpus: new, empty, or a corpus made with the same settings.
-        settings: How it is made.
-        source_format: Name of the reader for all sources; by default each is recognised by itself.
-        patterns: Where images and labels are in plain folders; see ``PlainReader``.
-        generated: A reader of generated cases (``synthetic.py``), added to the sources.
-        licensed_only: Leave out sources whose licence is not clear.
-        jobs: Processes on this machine.
-        cluster: Address of a Dask scheduler instead.
-        untilt: Resample DICOM series that are tilted or unevenly spaced instead of refusing them.
-        progress: Show a progress bar with the time left, on stderr.
+    ``sources`` are folders of labelled volumes, or folders of them, each recognised by itself unless ``source_format``
+    names a reader; ``patterns`` are those of ``PlainReader`` and ``generated`` a reader of generated cases. ``out`` is
+    new, empty, or a corpus made with the same settings. ``licensed_only`` leaves out sources whose licence is not
+    clear; ``untilt`` resamples DICOM series that are tilted or unevenly spaced instead of refusing them. ``jobs`` are
+    processes on this machine, ``cluster`` the address of a Dask scheduler instead.
 
     Raises:
         InputError: if a source is not recognised, the target holds something else, or the disk is too small. Nothing is
@@ -114,12 +98,8 @@ def prepare(
     check_storage(settings.storage)
     out = out.resolve()
     _check_target(out, settings)
-    images, labels = patterns
-    found_sources = (
-        find_sources(list(sources), source_format, image_pattern=images, label_pattern=labels) if sources else []
-    )
-    readers: list[tuple[Reader, Path | None]] = [(reader, folder.resolve()) for reader, folder in found_sources]
-    listed = _list_sources(readers, out, licensed_only)
+    found_sources = find_sources(sources, source_format, patterns) if sources else []
+    listed = _list_sources([(reader, folder.resolve()) for reader, folder in found_sources], out, licensed_only)
     if generated is not None:
         listed += _list_sources([(generated, None)], out, False)
     for case in (c for s in listed for c in s.cases if untilt and c.reader == "dicom"):
@@ -132,24 +112,16 @@ def prepare(
         failed_tasks = _run(tasks, jobs, cluster, progress)
         ours = {s.facts.name for s in listed}
         earlier = [(source, p) for source, p in read_problems(out) if source not in ours]
-        counts = write_manifest(out, _as_json(settings), earlier + failed + failed_tasks)
+        counts = write_manifest(out, asdict(settings), earlier + failed + failed_tasks)
     problems = [p for _, p in failed + failed_tasks]
     return Result(out, len(tasks) - len(failed_tasks), found, problems, counts, settings.rules.min_volume_mm3)
 
 
 def cached_corpus(data: Path, *, jobs: int = 1, progress: bool = False) -> Path:
-    """A corpus of a folder in the user's cache (``$XDG_CACHE_HOME/samed3d/corpora``), made anew when a file changed.
+    """Folder of a corpus in the user's cache (``$XDG_CACHE_HOME/samed3d/corpora``), made anew when a file changed.
 
-    It keeps everything that can be clicked on (the lenient rules), at native resolution.
-
-    Args:
-        data: A data set of any layout that ``samed3d prepare`` recognises, a folder of them, or a corpus, which is
-            returned as it is.
-        jobs: Processes.
-        progress: Show a progress bar.
-
-    Returns:
-        Folder of the corpus.
+    It keeps everything that can be clicked on (the lenient rules), at native resolution. ``data`` is a data set of any
+    layout that ``samed3d prepare`` recognises, a folder of them, or a corpus, which is returned as it is.
 
     Raises:
         InputError: if the folder is missing or not recognised, or holds no labelled image that could be used.
@@ -194,7 +166,7 @@ def _check_target(out: Path, settings: Settings) -> None:
         raise InputError(
             f"output holds a corpus of version {version}, this is version {VERSION}: {out}; choose another folder"
         )
-    now = {**_as_json(settings), **_as_json(settings)["rules"]}
+    now = asdict(settings) | asdict(settings.rules)
     changed = [
         f"{k} {stored.get(k)} there, {now[k]} now" for k in sorted(now) if k != "rules" and stored.get(k) != now[k]
     ]
@@ -203,10 +175,6 @@ def _check_target(out: Path, settings: Settings) -> None:
             f"output holds a corpus made with other settings ({', '.join(changed)}): {out}; choose another folder or "
             "use the same settings"
         )
-
-
-def _as_json(settings: Settings) -> dict[str, Any]:
-    return dict(json.loads(json.dumps(asdict(settings))))
 
 
 def _list_sources(found: Sequence[tuple[Reader, Path | None]], out: Path, licensed_only: bool) -> list[_Source]:
@@ -224,30 +192,12 @@ def _list_sources(found: Sequence[tuple[Reader, Path | None]], out: Path, licens
             raise InputError(
                 f"the corpus has a source called {facts.name!r} already, from {before}, got {folder}; rename the folder"
             )
-        cases, problems = reader.cases(folder or Path())
-        listed.append(_Source(stated, facts, *_distinct(cases, problems)))
+        listed.append(_Source(stated, facts, *reader.cases(folder or Path())))
     if not listed and found:
         raise InputError(
             "no source is left: none states a clear licence; give --licensed-only up, or state it in source.json"
         )
     return listed
-
-
-def _distinct(cases: list[RawCase], problems: list[Problem]) -> tuple[list[RawCase], list[Problem]]:
-    """Cases of one id become problems, all but the first; so do ids that are no file names."""
-    kept: dict[str, RawCase] = {}
-    problems = list(problems)
-    for case in cases:
-        same = kept.get(case.id.lower())  # lower: some file systems do not tell A from a
-        if not case.id or "/" in case.id or "\\" in case.id or case.id.startswith(".") or case.id == "source":
-            reason = f"case id must be a plain file name, got {case.id!r}; rename the file"
-        elif same is not None:
-            reason = f"two cases have the id {case.id!r}, the other is {same.first_path}; rename one"
-        else:
-            kept[case.id.lower()] = case
-            continue
-        problems.append(Problem(case.first_path, reason))
-    return list(kept.values()), problems
 
 
 def _plan(listed: list[_Source], out: Path, settings: Settings) -> tuple[list[Task], int]:
@@ -294,7 +244,7 @@ def _begin(out: Path, listed: list[_Source], settings: Settings) -> None:
     """Write the settings and sources of the run, and delete what an interrupted one left: temporary files, and records
     of cases that are no longer listed.
     """
-    write_text(out / "settings.json", json.dumps({"version": VERSION, "settings": _as_json(settings)}, indent=1) + "\n")
+    write_text(out / "settings.json", json.dumps({"version": VERSION, "settings": asdict(settings)}, indent=1) + "\n")
     for part in out.rglob(f"{TEMPORARY_PREFIX}*"):
         if part.is_file():
             part.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -52,7 +53,7 @@ class SyntheticReader(Reader):
             name, NAME, "generated", licence, "unclear" if self.label_maps else "ok", "samed3d prepare synthetic"
         )
 
-    def cases(self, folder: Path) -> tuple[list[RawCase], list[Problem]]:
+    def entries(self, folder: Path) -> Iterator[RawCase | Problem]:
         """As many as were asked for. A painted label map keeps its subject, so that splits keep people apart here as
         well.
         """
@@ -63,7 +64,6 @@ class SyntheticReader(Reader):
             raise InputError(
                 f"--label-maps must hold labelled cases, got none in {', '.join(map(str, self.label_maps))}"
             )
-        listed = []
         for number in range(self.count):
             extra = {"kind": self.kind, "seed": f"{self.seed} {number}", "size": str(self.size)}
             case = RawCase(f"{self.kind}_{number:06d}", source, f"{source}_{number:06d}", "generated", None, NAME)
@@ -71,8 +71,7 @@ class SyntheticReader(Reader):
                 chosen = maps[int(np.random.default_rng([self.seed, number, 1]).integers(len(maps)))]
                 extra |= {**chosen.extra, "painted": chosen.reader}
                 case = replace(case, subject=chosen.subject, images=chosen.images, labels=chosen.labels)
-            listed.append(replace(case, extra=extra))
-        return listed, []
+            yield replace(case, extra=extra)
 
     def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
         """Make the case that ``cases`` described."""

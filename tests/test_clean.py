@@ -82,9 +82,9 @@ def test_both_kidneys_under_one_name_become_left_and_right():
     rules = rules_from("lenient", ["split_sides=true"])
     left, right = (2, slice(5, 15), slice(5, 15), slice(2, 12)), (2, slice(5, 15), slice(5, 15), slice(26, 36))
     array, found = clean_layer(block((40, 40, 40), left, right), {2: "kidneys", 9: "liver"}, MM, rules)
-    assert {f.category.name: f.value for f in found} == {"left kidney": 2, "right kidney": 10}
+    assert {f.category: f.value for f in found} == {"left kidney": 2, "right kidney": 10}
     assert array[10, 10, 30] == 10 and array[10, 10, 5] == 2, "x runs to the right"
-    assert [f.category.side for f in found] == ["left", "right"]
+    assert [f.side for f in found] == ["left", "right"]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_instances_share_the_category_of_their_source():
     _, found = clean_layer(
         block((40, 40, 40), cube(1, 0, 9), cube(2, 20, 9)), {}, MM, ALL, instances=True, source="plantseg_nuclei"
     )
-    assert {(f.category.name, f.category.group, f.reason) for f in found} == {("plantseg nuclei", "cell", "")}
+    assert {(f.category, f.anatomy, f.reason) for f in found} == {("plantseg nuclei", "cell", "")}
 
 
 def test_large_instance_ids_are_compacted_with_their_names():

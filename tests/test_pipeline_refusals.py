@@ -9,7 +9,6 @@ import sys
 
 import pytest
 
-from data_prep import pipeline
 from data_prep.clean import rules_from
 from data_prep.convert import Settings
 from data_prep.pipeline import prepare
@@ -66,15 +65,16 @@ def test_two_sources_of_one_name_are_refused_and_nothing_is_written(tmp_path):
         prepare([tmp_path / "y" / "liver"], tmp_path / "out", EVERYTHING)
 
 
-def test_two_cases_of_one_id_and_ids_that_are_no_names():
+def test_two_cases_of_one_id_and_ids_that_are_no_names(tmp_path):
     from data_prep.cases import RawCase
+    from data_prep.readers import PlainReader
 
-    def case(name: str, path: str) -> RawCase:
-        return RawCase(name, "s", "p", "CT", None, "nnunet", (("", path),))
+    class Listing(PlainReader):
+        def entries(self, folder):
+            for number, name in enumerate(("a", "A", "x/y", ""), start=1):
+                yield RawCase(name, "s", "p", "CT", None, "nnunet", (("", f"{number}.nii"),))
 
-    kept, problems = pipeline._distinct(
-        [case("a", "1.nii"), case("A", "2.nii"), case("x/y", "3.nii"), case("", "4.nii")], []
-    )
+    kept, problems = Listing().cases(tmp_path)
     assert [c.first_path for c in kept] == ["1.nii"]
     assert "two cases have the id 'A', the other is 1.nii" in problems[0].reason
     assert all("plain file name" in p.reason for p in problems[1:])

@@ -129,16 +129,12 @@ def test_plain_folders_with_patterns_channels_and_one_file_per_structure(tmp_pat
         trees.put(tmp_path / "set" / case / "rois" / "edema.nii.gz", trees.label_array((1, 1)))
         trees.put(tmp_path / "set" / case / "rois" / "core.nii.gz", trees.label_array((1,)))
     folder = tmp_path / "set"
-    [(reader, _)] = find_sources(
-        [folder], image_pattern="{case}/{case}_{channel}.nii.gz", label_pattern="{case}/{case}_seg.nii.gz"
-    )
+    [(reader, _)] = find_sources([folder], patterns=("{case}/{case}_{channel}.nii.gz", "{case}/{case}_seg.nii.gz"))
     cases, problems = reader.cases(folder)
     assert problems == [] and [c.id for c in cases] == ["p1", "p2"]
     raw = load_case(cases[0])
     assert [name for name, _ in raw.images] == ["flair", "t2"] and raw.layers[0].names == {1: "label 1", 2: "label 2"}
-    [(reader, _)] = find_sources(
-        [folder], "plain", image_pattern="{case}/{case}_t2{suffix}", label_pattern="{case}/rois/{label}{suffix}"
-    )
+    [(reader, _)] = find_sources([folder], "plain", ("{case}/{case}_t2{suffix}", "{case}/rois/{label}{suffix}"))
     raw = load_case(reader.cases(folder)[0][0])
     found = structures(raw)
     assert len(raw.layers) == 2 and {name: int(m.sum()) for name, m in found.items()} == {"core": 30, "edema": 60}
@@ -323,6 +319,6 @@ def test_the_real_data_sets(data_dir):
 def test_the_patterns_of_the_list_of_datasets(tmp_path, image, label, files, cases):
     for file in files:
         trees.put(tmp_path / "set" / file, trees.label_array((1,)))
-    [(reader, folder)] = find_sources([tmp_path / "set"], image_pattern=image, label_pattern=label)
+    [(reader, folder)] = find_sources([tmp_path / "set"], patterns=(image, label))
     found, problems = reader.cases(folder)
     assert problems == [] and [case.id for case in found] == cases

@@ -190,7 +190,7 @@ def test_a_case_that_is_listed_twice_is_taken_once(tmp_path):
         about["training"].append(about["training"][0])
         trees.put_json(folder / "dataset.json", about)
         _, reason, left = problem_of(folder)
-        assert re.search(r"two cases (cannot have one id|have the id BRATS_001)", reason) and len(left) == 2
+        assert re.search(r"two cases (cannot have one id|have the id 'BRATS_001')", reason) and len(left) == 2
 
 
 def test_two_data_sets_of_one_name_are_refused(tmp_path):
@@ -270,8 +270,8 @@ def test_damaged_json_is_refused(folder, tmp_path):
 )
 def test_bad_patterns_are_refused(tmp_path, patterns, message):
     with pytest.raises(InputError, match=message):
-        find_sources([tmp_path], image_pattern=patterns[0], label_pattern=patterns[1])
+        find_sources([tmp_path], patterns=patterns)
     with pytest.raises(
         InputError, match=r"--image-pattern and --label-pattern are for --format plain, got --format msd"
     ):
-        find_sources([tmp_path], "msd", image_pattern="a/{case}.mha", label_pattern="b/{case}.mha")
+        find_sources([tmp_path], "msd", ("a/{case}.mha", "b/{case}.mha"))

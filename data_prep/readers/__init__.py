@@ -18,7 +18,7 @@ from data_prep.readers.facts import safe_name, subfolders
 from data_prep.readers.folders import PlainReader, SaMed3dReader, TotalsegReader
 from data_prep.readers.nnunet import MsdReader, NnunetReader
 from data_prep.readers.npz import NpzReader
-from samed3d.errors import InputError
+from samed3d.errors import InputError, check_choice
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +39,7 @@ READERS: dict[str, Reader] = {
 
 
 def load_case(case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
-    """The arrays of one case, by the reader that listed it.
-
-    Args:
-        case: From ``Reader.cases``.
-        repair_geometry: Repair a label whose grid differs from its image's instead of refusing it.
+    """The arrays of one case, by the reader that listed it; see ``Reader.load``.
 
     Raises:
         InputError: with the reason, where the files of the case cannot be used.
@@ -52,32 +48,24 @@ def load_case(case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
 
 
 def find_sources(
-    paths: Sequence[Path],
-    format: str | None = None,
-    *,
-    image_pattern: str | None = None,
-    label_pattern: str | None = None,
+    paths: Sequence[Path], format: str | None = None, patterns: tuple[str | None, str | None] = (None, None)
 ) -> list[tuple[Reader, Path]]:
-    """The data sets in folders, each with its reader.
+    """The data sets in folders, or in folders of folders (of folders), each with its reader.
 
-    Args:
-        paths: Data sets, or folders of data sets (of folders of data sets).
-        format: Name of the reader for all of them, or None to recognise each by itself.
-        image_pattern: For plain folders, where the images are; see ``PlainReader``. Given together with
-            ``label_pattern``; implies the format ``plain``.
-        label_pattern: For plain folders, where the labels are.
+    ``format`` names the reader of all of them; None recognises each by itself. ``patterns`` of images and labels are
+    those of ``PlainReader`` and imply the format ``plain``.
 
     Raises:
         InputError: if a path is no folder, the format is unknown, nothing is recognised in a path, or two data sets
             have one name.
     """
-    if format is not None and format not in READERS:
-        raise InputError(f"--format must be one of {', '.join(READERS)}, got {format!r}")
+    if format is not None:
+        check_choice("--format", format, READERS)
     readers: list[Reader] = list(READERS.values()) if format is None else [READERS[format]]
-    if image_pattern is not None or label_pattern is not None:
+    if tuple(patterns) != (None, None):
         if format not in (None, "plain"):
             raise InputError(f"--image-pattern and --label-pattern are for --format plain, got --format {format}")
-        readers = [PlainReader(image_pattern, label_pattern)]
+        readers = [PlainReader(*patterns)]
     found: list[tuple[Reader, Path]] = []
     for path in paths:
         if not path.is_dir():

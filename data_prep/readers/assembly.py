@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.cases import LabelLayer, RawArrays, RawCase, Reader, SourceFacts
-from data_prep.readers.facts import facts_of
+from data_prep.readers.facts import facts_of, safe_name
 from data_prep.readers.labels import LabelTable, label_table, pack_layers, single_structure
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
@@ -29,6 +29,9 @@ from samed3d.volume.label_maps import (
 
 logger = logging.getLogger(__name__)
 
+Named = Iterable[tuple[str, str]]
+"""(channel or structure, path) of each file; a label map of several structures has no name."""
+
 
 class FileReader(Reader):
     """A layout whose cases are image files and label files, which are loaded alike whatever the layout."""
@@ -36,6 +39,11 @@ class FileReader(Reader):
     def source(self, folder: Path) -> SourceFacts:
         """Facts from ``source.json``."""
         return facts_of(folder, self.name)
+
+    def case(self, facts: SourceFacts, name: str, subject: str, images: Named, labels: Named, **more: Any) -> RawCase:
+        """A case of the data set; its modality is that of the data set unless ``more`` has another."""
+        about: dict[str, Any] = {"modality": facts.modality, "split": None, "reader": self.name, **more}
+        return RawCase(safe_name(name), facts.name, subject, images=tuple(images), labels=tuple(labels), **about)
 
     def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
         """The channels of a case, and its label map or its files of one structure each; empty structures are left out.

@@ -16,24 +16,21 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.cases import Problem, RawArrays, RawCase, Reader, SourceFacts
-from data_prep.readers.facts import facts_of, safe_name
+from data_prep.cases import Problem, RawArrays, RawCase
+from data_prep.readers.assembly import FileReader
+from data_prep.readers.facts import safe_name
 from data_prep.readers.labels import pack_layers
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
 from samed3d.volume import read_volume
 from samed3d.volume.dicom_headers import LABEL_MODALITIES, looks_like_dicom
-from samed3d.volume.dicom_labels import (
-    DicomFile,
-    read_dicom_labels,
-    scan_dicom,
-)
+from samed3d.volume.dicom_labels import DicomFile, read_dicom_labels, scan_dicom
 
 _MODALITIES = {"PT": "PET", "CR": "X-ray", "DX": "X-ray"}
 _FILES_TO_RECOGNISE_BY = 64
 
 
-class DicomReader(Reader):
+class DicomReader(FileReader):
     """Image series with SEG or RTSTRUCT; see the module."""
 
     name = "dicom"
@@ -52,20 +49,15 @@ class DicomReader(Reader):
                 break
         return False
 
-    def source(self, folder: Path) -> SourceFacts:
-        """Facts from ``source.json``; the modality is that of each case."""
-        return facts_of(folder, self.name)
-
-    def cases(self, folder: Path) -> tuple[list[RawCase], list[Problem]]:
+    def entries(self, folder: Path) -> Iterator[RawCase | Problem]:
         """Every image series that a SEG or RTSTRUCT refers to; reads all headers below the folder.
 
         Raises:
             InputError: if highdicom is not installed.
         """
         _check_highdicom()
-        facts = self.source(folder)
         files, bad = scan_dicom(folder)
-        problems = [Problem(str(path), reason) for path, reason in bad]
+        yield from (Problem(str(path), reason) for path, reason in bad)
         series: dict[str, list[DicomFile]] = defaultdict(list)
         for file in files:
             if file.modality not in LABEL_MODALITIES:
@@ -78,29 +70,24 @@ class DicomReader(Reader):
                 if uid:
                     labels_of[uid].append(file)
                 else:
-                    problems.append(Problem(str(file.path), reason))
+                    yield Problem(str(file.path), reason)
                     labelled.add(_person(file, folder))
-        cases = []
         for uid, labels in sorted(labels_of.items(), key=lambda item: str(series[item[0]][0].path)):
             folders = sorted({str(file.path.parent) for file in series[uid]})
             if len(folders) > 1:
                 reason = f"series {uid} is spread over several folders: {', '.join(folders)}; keep one copy"
-                problems.append(Problem(str(series[uid][0].path.parent), reason))
+                yield Problem(str(series[uid][0].path.parent), reason)
                 continue
             person = _person(series[uid][0], folder)
             labelled.add(person)
-            case_id = f"{safe_name(person)}-{hashlib.sha256(uid.encode()).hexdigest()[:8]}"
+            name = f"{safe_name(person)}-{hashlib.sha256(uid.encode()).hexdigest()[:8]}"
             modality = _MODALITIES.get(series[uid][0].modality, series[uid][0].modality)
-            about = (case_id, facts.name, person, modality, None, self.name)
-            masks = tuple(("", str(file.path)) for file in labels)
-            cases.append(RawCase(*about, ((modality, folders[0]),), masks, {"series": uid}))
+            images, masks = [(modality, folders[0])], [("", str(file.path)) for file in labels]
+            yield self.case(self.source(folder), name, person, images, masks, modality=modality, extra={"series": uid})
         people = {_person(files[0], folder): files[0].path.parent for files in series.values()}
-        problems += [
-            Problem(str(path), f"image has no label: no SEG or RTSTRUCT refers to a series of {person}")
-            for person, path in sorted(people.items())
-            if person not in labelled
-        ]
-        return cases, problems
+        for person, path in sorted(people.items()):
+            if person not in labelled:
+                yield Problem(str(path), f"image has no label: no SEG or RTSTRUCT refers to a series of {person}")
 
     def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
         """The series and every structure of its SEGs and RTSTRUCTs, those that overlap in several layers.

@@ -23,6 +23,8 @@ from samed3d.volume import SUFFIXES
 
 _KEYS = "attribution label_kind labels licence licence_flag modality spacing_order subject_pattern url".split()
 _CHOICES = {"licence_flag": ("ok", "unclear"), "label_kind": ("semantic", "instance"), "spacing_order": ("xyz", "zyx")}
+_MODALITIES = {"ct": "CT", "mr": "MR", "mri": "MR", "pet": "PET", "us": "US"}
+_MODALITIES |= dict.fromkeys(("microscopy", "microscope"), "microscopy")
 # Names by which widely used data sets mark several images of one person. Each has one group: the person.
 _SUBJECT_PATTERNS = (
     re.compile(r"(?:^|_)(sub-[A-Za-z0-9]+)(?=_|$)"),  # BIDS: sub-01_ses-02_T1w
@@ -69,13 +71,9 @@ def read_source_json(folder: Path) -> dict[str, Any]:
 
 
 def facts_of(folder: Path, reader: str, about: dict[str, Any] | None = None, *, modality: str = "") -> SourceFacts:
-    """The facts of a data set.
+    """The facts of a data set, which its folder names, from ``dataset.json`` (``about``) and ``source.json``.
 
-    Args:
-        folder: Its folder, which names it.
-        reader: The reader that recognised it.
-        about: Its ``dataset.json``, if it has one.
-        modality: The modality that its layout implies; ``source.json`` may state another.
+    ``modality`` is what its layout implies; ``source.json`` may state another.
     """
     known = {**(about or {}), **read_source_json(folder)}
 
@@ -93,6 +91,11 @@ def facts_of(folder: Path, reader: str, about: dict[str, Any] | None = None, *, 
         label_kind=text("label_kind") or "semantic",
         url=text("url", "source_repo"),
     )
+
+
+def modality_of_name(name: str) -> str:
+    """The modality that a name begins with, as in ``ct_liver``; empty for other words."""
+    return _MODALITIES.get(name.split("_")[0].lower(), "")
 
 
 def common_modality(kinds: set[str]) -> str:

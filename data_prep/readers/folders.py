@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from data_prep.readers.facts import (
     common_modality,
     facts_of,
     image_files,
-    safe_name,
+    modality_of_name,
     subfolders,
     subject_rule,
     without_suffix,
@@ -52,35 +52,31 @@ class TotalsegReader(FileReader):
         kinds = {modality for sub in subfolders(folder) for modality, _ in self._images_of(sub)}
         return facts_of(folder, self.name, modality=common_modality(kinds))
 
-    def cases(self, folder: Path) -> tuple[list[RawCase], list[Problem]]:
+    def entries(self, folder: Path) -> Iterator[RawCase | Problem]:
         """Every subject folder with an image and at least one segmentation.
 
         Raises:
             InputError: if ``meta.csv`` has no column for the subject.
         """
         facts, splits = self.source(folder), self._read_splits(folder / "meta.csv")
-        cases, problems = [], []
         for sub in subfolders(folder):
             images, masks = self._images_of(sub), image_files(sub / "segmentations")
-            if not images and not masks:
-                continue
-            if len(images) == 1 and masks:
-                labels = tuple((without_suffix(path), str(path)) for path in masks)
-                about = (safe_name(sub.name), facts.name, sub.name, images[0][0], splits.get(sub.name), self.name)
-                cases.append(RawCase(*about, images, labels))
-                continue
-            reason = f"one image is needed, got {' and '.join(Path(path).name for _, path in images)}"
-            if not images:
-                reason = "label has no image: ct.nii.gz or mri.nii.gz is missing beside segmentations"
-            elif not masks:
-                reason = "image has no label: segmentations is missing or empty"
-            problems.append(Problem(str(sub), reason))
-        return cases, problems
+            if masks and not images:
+                yield Problem(str(sub), "label has no image: ct.nii.gz or mri.nii.gz is missing beside segmentations")
+            elif images and not masks:
+                yield Problem(str(sub), "image has no label: segmentations is missing or empty")
+            elif len(images) > 1:
+                got = " and ".join(Path(path).name for _, path in images)
+                yield Problem(str(sub), f"one image is needed, got {got}")
+            elif images:
+                labels = [(without_suffix(path), str(path)) for path in masks]
+                more = {"modality": images[0][0], "split": splits.get(sub.name)}
+                yield self.case(facts, sub.name, sub.name, images, labels, **more)
 
-    def _images_of(self, folder: Path) -> tuple[tuple[str, str], ...]:
+    def _images_of(self, folder: Path) -> list[tuple[str, str]]:
         """(modality, path) of the images of a subject."""
         named = [(without_suffix(path).lower(), path) for path in image_files(folder)]
-        return tuple((self._images[name], str(path)) for name, path in named if name in self._images)
+        return [(self._images[name], str(path)) for name, path in named if name in self._images]
 
     def _read_splits(self, path: Path) -> dict[str, str]:
         """Split by subject from a ``meta.csv`` (separated by semicolons or commas); empty where there is none."""
@@ -90,10 +86,8 @@ class TotalsegReader(FileReader):
             first = file.readline()
             file.seek(0)
             rows = csv.DictReader(file, delimiter=";" if ";" in first else ",")
-            if "image_id" not in (rows.fieldnames or ()):
-                raise InputError(
-                    f"meta.csv must have a column image_id, got {', '.join(rows.fieldnames or ())}: {path}"
-                )
+            if "image_id" not in (names := rows.fieldnames or ()):
+                raise InputError(f"meta.csv must have a column image_id, got {', '.join(names)}: {path}")
             return {row["image_id"]: self._splits[row["split"]] for row in rows if row.get("split") in self._splits}
 
 
@@ -106,7 +100,6 @@ class SaMed3dReader(FileReader):
 
     name = "sa_med3d"
     looks_for = "CATEGORY/DATASET/imagesTr and labelsTr (SA-Med3D-140K)"
-    _modalities = {"ct": "CT", "mr": "MR", "mri": "MR", "us": "US", "pet": "PET"}
 
     def recognises(self, folder: Path) -> bool:
         """Whether there are images and labels two folders down, without ``dataset.json`` (that would be nnU-Net)."""
@@ -118,30 +111,32 @@ class SaMed3dReader(FileReader):
             for dataset in subfolders(category)
         )
 
-    def cases(self, folder: Path) -> tuple[list[RawCase], list[Problem]]:
+    def entries(self, folder: Path) -> Iterator[RawCase | Problem]:
         """Every image once, with a label for each category that has one."""
         facts, person = self.source(folder), subject_rule(folder)
-        cases: list[RawCase] = []
-        problems = []
         for (dataset, part, name), (copies, masks) in sorted(self._copies(folder).items()):
-            unlabelled = [path for category, path in copies.items() if category not in masks]
-            if not masks:
-                if part == "Tr":
-                    problems += [Problem(path, "image has no label in labelsTr") for path in unlabelled]
-                continue
             if not copies:
-                problems += [Problem(path, f"label has no image in images{part}") for path in masks.values()]
+                yield from (Problem(path, f"label has no image in images{part}") for path in masks.values())
                 continue
-            reason = f"image has no label in labels{part} of this category; the case is taken with its other labels"
-            problems += [Problem(path, reason) for path in unlabelled]
-            case_id = safe_name(f"{dataset}.{name}" if part == "Tr" else f"{dataset}.{name}.{part}")
-            modality = self._modalities.get(dataset.split("_")[0].lower(), facts.modality)
-            split = None if part == "Tr" else "test"
+            taken = " of this category; the case is taken with its other labels" if masks else ""
+            unlabelled = [
+                path for category, path in copies.items() if category not in masks and (masks or part == "Tr")
+            ]
+            yield from (Problem(path, f"image has no label in labels{part}{taken}") for path in unlabelled)
+            if not masks:
+                continue
+            modality = modality_of_name(dataset) or facts.modality
             first, *others = (path for _, path in sorted(copies.items()))
-            about = (case_id, facts.name, f"{dataset}.{person(name)}", modality, split, self.name)
-            extra = {f"copy_{number}": path for number, path in enumerate(others)}
-            cases.append(RawCase(*about, ((modality, first),), tuple(sorted(masks.items())), extra))
-        return cases, problems
+            yield self.case(
+                facts,
+                f"{dataset}.{name}" if part == "Tr" else f"{dataset}.{name}.{part}",
+                f"{dataset}.{person(name)}",
+                [(modality, first)],
+                sorted(masks.items()),
+                modality=modality,
+                split=None if part == "Tr" else "test",
+                extra={f"copy_{number}": path for number, path in enumerate(others)},
+            )
 
     def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
         """The image and a structure per category.
@@ -221,7 +216,7 @@ class PlainReader(FileReader):
         """Whether some image has a label by the patterns."""
         return self._matches(folder) is not None
 
-    def cases(self, folder: Path) -> tuple[list[RawCase], list[Problem]]:
+    def entries(self, folder: Path) -> Iterator[RawCase | Problem]:
         """Every image with its label or labels.
 
         Raises:
@@ -238,19 +233,14 @@ class PlainReader(FileReader):
         images = {case: [f for f in files if f[1] not in of_labels] for case, files in images.items()}
         source_json = folder / "source.json"
         extra = {"source_json": str(source_json)} if source_json.is_file() else {}
-        cases, problems = [], []
         for case in sorted(set(labels) | {c for c, files in images.items() if files}):
             mine, masks = images.get(case, []), labels.get(case, [])
             reason = "" if mine and masks else "image has no label" if mine else "label has no image"
             if any(len({name for name, _ in files}) < len(files) for files in (mine, masks)):
                 where = ", ".join(Path(path).name for _, path in (*mine, *masks))
                 reason = f"two cases have the id {case!r}: {where}; rename one of them"
-            if reason:
-                problems.append(Problem((mine or masks)[0][1], reason))
-            else:
-                about = (safe_name(case), facts.name, person(case), facts.modality, None, self.name)
-                cases.append(RawCase(*about, tuple(mine), tuple(masks), extra))
-        return cases, problems
+            path = (mine or masks)[0][1]
+            yield Problem(path, reason) if reason else self.case(facts, case, person(case), mine, masks, extra=extra)
 
     def _matches(self, folder: Path) -> tuple[_Matches, _Matches] | None:
         """Images and labels by the first patterns by which an image of the folder has a label."""
@@ -267,15 +257,10 @@ def _check_pattern(flag: str, pattern: str, other: str) -> None:
 
 
 def match_files(folder: Path, pattern: str) -> _Matches:
-    """The files of a folder that follow a pattern.
+    """Case to the sorted (channel or label or "", path) of the files of a folder that follow a pattern.
 
-    Args:
-        folder: Where the pattern starts.
-        pattern: A relative path with ``{case}`` and possibly ``{channel}`` or ``{label}``; a place that comes twice
-            must match alike.
-
-    Returns:
-        Case to (channel or label or "", path), sorted.
+    The pattern is a relative path with ``{case}`` and possibly ``{channel}`` or ``{label}``; a place that comes twice
+    must match alike.
     """
     expression, seen = "", set()
     for piece in re.split(r"(\{\w+\})", pattern):

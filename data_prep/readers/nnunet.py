@@ -10,20 +10,13 @@ import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data_prep.cases import Problem, RawCase, SourceFacts
 from data_prep.readers.assembly import FileReader
-from data_prep.readers.facts import (
-    channel_names,
-    facts_of,
-    image_files,
-    read_json,
-    safe_name,
-    subject_rule,
-    without_suffix,
-)
+from data_prep.readers.facts import channel_names, facts_of, image_files, read_json, subject_rule, without_suffix
 from data_prep.readers.labels import table_of_dataset_json
 from samed3d.errors import InputError
 from samed3d.volume import SUFFIXES
@@ -69,7 +62,7 @@ class MsdReader(_DatasetJsonReader):
             return False
         return any((folder / entry["image"]).is_file() for entry in _entries(about, "training", "image"))
 
-    def cases(self, folder: Path) -> tuple[list[RawCase], list[Problem]]:
+    def entries(self, folder: Path) -> Iterator[RawCase | Problem]:
         """Every entry of ``training``, and of ``validation`` as in AMOS; ``test`` has no labels.
 
         Raises:
@@ -78,31 +71,22 @@ class MsdReader(_DatasetJsonReader):
         about, extra = self._about(folder)
         facts, person = self.source(folder), subject_rule(folder)
         channels = channel_names(about) or [facts.modality or "image"]
-        cases: dict[str, RawCase] = {}
-        problems = []
         listed: set[Path] = set()
         for entry in [*about["training"], *about.get("validation", ())]:
             if not _has_text(entry, "image", "label"):
                 reason = f"training entry must name image and label, got {entry!r}"
-                problems.append(Problem(str(folder / "dataset.json"), reason))
+                yield Problem(str(folder / "dataset.json"), reason)
                 continue
             image, label = folder / entry["image"], folder / entry["label"]
             listed |= {image.resolve(), label.resolve()}
-            name = without_suffix(image)
-            case_id = safe_name(name)
             if absent := [path for path in (image, label) if not path.is_file()]:
-                problems.append(Problem(str(absent[0]), _ABSENT))
-            elif case_id in cases:
-                reason = f"two cases have the id {case_id}; this one is left out, rename it"
-                problems.append(Problem(str(image), reason))
-            else:
-                images = tuple((channel, str(image)) for channel in channels)
-                about_case = (case_id, facts.name, person(name), facts.modality, None, self.name)
-                cases[case_id] = RawCase(*about_case, images, (("", str(label)),), extra)
+                yield Problem(str(absent[0]), _ABSENT)
+                continue
+            name, images = without_suffix(image), [(channel, str(image)) for channel in channels]
+            yield self.case(facts, name, person(name), images, [("", str(label))], extra=extra)
         for part, what in (("imagesTr", "image"), ("labelsTr", "label")):
             spare = [p for p in image_files(folder / part) if p.resolve() not in listed]
-            problems += [Problem(str(p), f"{what} is not listed in dataset.json") for p in spare]
-        return list(cases.values()), problems
+            yield from (Problem(str(p), f"{what} is not listed in dataset.json") for p in spare)
 
 
 class NnunetReader(_DatasetJsonReader):
@@ -125,7 +109,7 @@ class NnunetReader(_DatasetJsonReader):
         except InputError:
             return False
 
-    def cases(self, folder: Path) -> tuple[list[RawCase], list[Problem]]:
+    def entries(self, folder: Path) -> Iterator[RawCase | Problem]:
         """Every label with its channels.
 
         Raises:
@@ -134,38 +118,35 @@ class NnunetReader(_DatasetJsonReader):
         about, extra = self._about(folder)
         ending = str(about.get("file_ending", ".nii.gz")).lower()
         if ending not in SUFFIXES:
-            known = " ".join(SUFFIXES)
-            raise InputError(
-                f"file_ending must be one of {known}, got {ending!r}: {folder / 'dataset.json'}; convert the files"
-            )
+            rule = f"file_ending must be one of {' '.join(SUFFIXES)}, got {ending!r}"
+            raise InputError(f"{rule}: {folder / 'dataset.json'}; convert the files")
         facts, person, channels = self.source(folder), subject_rule(folder), dict(enumerate(channel_names(about)))
         subjects = {str(c["case"]): str(c["subject"]) for c in about.get("cases", ()) if "case" in c and "subject" in c}
         tested = bool(image_files(folder / "labelsTs", (ending,)))
-        cases: dict[str, RawCase] = {}
-        problems: list[Problem] = []
-        for part, found in _parts(folder, about, ending, problems):
+        names: set[str] = set()
+        for part, found, problems in _parts(folder, about, ending):
+            yield from problems
             label_maps_only = bool(part) and not image_files(folder / f"images{part}")
             if label_maps_only and not about.get("labels_only"):
                 logger.warning("%s has no images%s; its labels are taken as label maps without image", folder, part)
             for name, (labels, files) in sorted(found.items()):
                 if reason := "" if label_maps_only and labels else _incomplete(labels, files, len(channels)):
-                    problems.append(Problem(str([*labels, *files.values()][0]), reason))
+                    yield Problem(str([*labels, *files.values()][0]), reason)
                     continue
-                case_id = safe_name(name)
-                case_id += f".{part}" if case_id in cases else ""  # the same name in Tr and Ts
-                images = tuple(
+                images = [
                     (channels.get(number, facts.modality or f"image_{number:04d}"), str(path))
                     for number, path in sorted(files.items())
-                )
+                ]
                 split = "test" if part == "Ts" else "train" if tested else None
-                subject = subjects.get(name) or person(name)
-                about_case = (case_id, facts.name, subject, facts.modality, split, self.name)
-                cases[case_id] = RawCase(*about_case, images, (("", str(labels[0])),), extra)
+                subject, label = subjects.get(name) or person(name), str(labels[0])
+                case = self.case(facts, name, subject, images, [("", label)], split=split, extra=extra)
+                yield replace(case, id=f"{case.id}.{part}") if name in names else case  # the same name in Tr and Ts
+                names.add(name)
         # The training list of version 1 names its labels.
         counts = Counter(folder / entry["label"] for entry in _entries(about, "training", "label"))
         twice = "listed twice in dataset.json; two cases cannot have one id, it is taken once"
         reasons = {p: twice if n > 1 else _ABSENT for p, n in counts.items() if n > 1 or not p.is_file()}
-        return list(cases.values()), problems + [Problem(str(path), reason) for path, reason in reasons.items()]
+        yield from (Problem(str(path), reason) for path, reason in reasons.items())
 
 
 def _incomplete(labels: list[Path], files: dict[int, Path], channels: int) -> str:
@@ -179,15 +160,14 @@ def _incomplete(labels: list[Path], files: dict[int, Path], channels: int) -> st
     return f"channel {missing[0]:04d} is missing ({expected} in dataset.json)" if missing else ""
 
 
-def _parts(
-    folder: Path, about: dict[str, Any], ending: str, problems: list[Problem]
-) -> Iterator[tuple[str, dict[str, _Files]]]:
-    """Files by case of each part ("Tr", "Ts", or "" for what ``dataset`` lists); other files go to ``problems``."""
+def _parts(folder: Path, about: dict[str, Any], ending: str) -> Iterator[tuple[str, dict[str, _Files], list[Problem]]]:
+    """Files by case of each part ("Tr", "Ts", or "" for what ``dataset`` lists), and what is wrong with others."""
     if isinstance(about.get("dataset"), dict):
-        yield "", _listed(folder, about["dataset"], problems)
+        yield "", *_listed(folder, about["dataset"])
         return
     for part in ("Tr", "Ts"):
         found: dict[str, _Files] = defaultdict(lambda: ([], {}))
+        problems: list[Problem] = []
         labels = image_files(folder / f"labels{part}", (ending,))
         if part == "Ts" and not labels:
             if unlabelled := len(image_files(folder / "imagesTs", (ending,))):
@@ -203,12 +183,13 @@ def _parts(
         files = [p for what in ("images", "labels") for p in image_files(folder / f"{what}{part}")]
         strange = [p for p in files if not p.name.lower().endswith(ending)]
         problems += [Problem(str(p), f"name must end in {ending} (file_ending of dataset.json)") for p in strange]
-        yield part, found
+        yield part, found, problems
 
 
-def _listed(folder: Path, listed: dict[str, Any], problems: list[Problem]) -> dict[str, _Files]:
-    """The files that ``dataset`` of version 2 lists by case."""
+def _listed(folder: Path, listed: dict[str, Any]) -> tuple[dict[str, _Files], list[Problem]]:
+    """The files that ``dataset`` of version 2 lists by case, and what is wrong with the list."""
     found: dict[str, _Files] = {}
+    problems: list[Problem] = []
     for name, entry in listed.items():
         try:
             files = [folder / entry["label"]], {n: folder / p for n, p in enumerate(entry["images"])}
@@ -219,7 +200,7 @@ def _listed(folder: Path, listed: dict[str, Any], problems: list[Problem]) -> di
             problems.append(Problem(str(absent[0]), f"listed in dataset.json for case {name!r} but not there"))
         else:
             found[name] = files
-    return found
+    return found, problems
 
 
 def _entries(about: dict[str, Any], key: str, *texts: str) -> list[dict[str, Any]]:

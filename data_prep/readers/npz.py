@@ -7,29 +7,29 @@ wrote it from SimpleITK; for files written otherwise, ``source.json`` may say ``
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from data_prep.cases import Problem, RawArrays, RawCase, Reader, SourceFacts
-from data_prep.readers.facts import common_modality, facts_of, image_files, read_source_json, safe_name, subject_rule
+from data_prep.cases import Problem, RawArrays, RawCase, SourceFacts
+from data_prep.readers.assembly import FileReader
+from data_prep.readers.facts import (
+    common_modality,
+    facts_of,
+    image_files,
+    modality_of_name,
+    read_source_json,
+    subject_rule,
+)
 from data_prep.readers.labels import label_table
 from samed3d.data.challenge_npz import members, read_case
 from samed3d.geometry import Grid, as_triple
 from samed3d.volume import Volume
 
 _SUFFIX = (".npz",)
-_MODALITIES = {
-    "ct": "CT",
-    "mr": "MR",
-    "mri": "MR",
-    "pet": "PET",
-    "us": "US",
-    "microscopy": "microscopy",
-    "microscope": "microscopy",
-}
 
 
-class NpzReader(Reader):
+class NpzReader(FileReader):
     """Challenge npz files; see the module."""
 
     name = "npz"
@@ -42,24 +42,22 @@ class NpzReader(Reader):
 
     def source(self, folder: Path) -> SourceFacts:
         """Facts from ``source.json``; the modality where all file names share it."""
-        kinds = {_modality(path) for path in image_files(folder, _SUFFIX)}
+        kinds = {modality_of_name(path.name) for path in image_files(folder, _SUFFIX)}
         return facts_of(folder, self.name, modality=common_modality(kinds))
 
-    def cases(self, folder: Path) -> tuple[list[RawCase], list[Problem]]:
+    def entries(self, folder: Path) -> Iterator[RawCase | Problem]:
         """Every npz file with an image and labels; files that hold only the one or the other are problems."""
         facts, person, source_json = self.source(folder), subject_rule(folder), folder / "source.json"
         extra = {"source_json": str(source_json)} if source_json.is_file() else {}
-        cases, problems = [], []
         for path in image_files(folder, _SUFFIX):
             found = members(path)
             if {"imgs", "gts"} <= found:
-                modality = _modality(path) or facts.modality
-                about = (safe_name(path.stem), facts.name, person(path.stem), modality, None, self.name)
-                cases.append(RawCase(*about, images=((modality, str(path)),), extra=extra))
+                modality = modality_of_name(path.name) or facts.modality
+                images = [(modality, str(path))]
+                yield self.case(facts, path.stem, person(path.stem), images, (), modality=modality, extra=extra)
                 continue
             reason = "label has no image: imgs is missing" if "gts" in found else "image has no label: gts is missing"
-            problems.append(Problem(str(path), reason if found else "not a readable npz file"))
-        return cases, problems
+            yield Problem(str(path), reason if found else "not a readable npz file")
 
     def load(self, case: RawCase, *, repair_geometry: bool = False) -> RawArrays:
         """Image and labels of a file; values without a name are numbered.
@@ -74,7 +72,3 @@ class NpzReader(Reader):
         grid = Grid((image.shape[0], image.shape[1], image.shape[2]), spacing)
         layers = replace(label_table(case.extra), unnamed="label").layers(labels, path)
         return RawArrays([(modality, Volume(image, grid, path))], grid, layers)
-
-
-def _modality(path: Path) -> str:
-    return _MODALITIES.get(path.name.split("_")[0].lower(), "")
