@@ -23,8 +23,10 @@ from samed3d.volume import SUFFIXES
 
 _KEYS = "attribution label_kind labels licence licence_flag modality spacing_order subject_pattern url".split()
 _CHOICES = {"licence_flag": ("ok", "unclear"), "label_kind": ("semantic", "instance"), "spacing_order": ("xyz", "zyx")}
-_MODALITIES = {"ct": "CT", "mr": "MR", "mri": "MR", "pet": "PET", "us": "US"}
-_MODALITIES |= dict.fromkeys(("microscopy", "microscope"), "microscopy")
+_MODALITIES = {
+    **{"ct": "CT", "mr": "MR", "mri": "MR", "pet": "PET", "us": "US"},
+    **{"microscopy": "microscopy", "microscope": "microscopy"},
+}
 # Names by which widely used data sets mark several images of one person. Each has one group: the person.
 _SUBJECT_PATTERNS = (
     re.compile(r"(?:^|_)(sub-[A-Za-z0-9]+)(?=_|$)"),  # BIDS: sub-01_ses-02_T1w
