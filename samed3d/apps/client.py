@@ -30,7 +30,7 @@ from samed3d.errors import InputError
 from samed3d.geometry import EMPTY_REGION, Grid, IntTriple, Region
 from samed3d.masks import Cleaning
 from samed3d.output import replacing
-from samed3d.prompts import Mask, PackedMask, Point, Prompt, prompt_from_json, prompt_to_json
+from samed3d.prompts import Mask, MaskUpdate, PackedMask, Point, Prompt, prompt_from_json, prompt_to_json
 
 IDLE_SECONDS = 2.0
 """An unused connection is closed after this time. Servers close theirs after about five seconds, and an edit that is
@@ -49,24 +49,6 @@ class RemoteError(RuntimeError):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
-
-
-@dataclass
-class RemoteUpdate:
-    """What one call changed, as ``MaskUpdate``: box (stored zyx), mask inside it, seconds on the server, object and
-    prompt.
-    """
-
-    region: Region
-    mask: NDArray[np.uint8]
-    seconds: float
-    object_id: int
-    prompt_id: int
-
-    @property
-    def changed(self) -> bool:
-        """Whether any voxel changed."""
-        return not self.region.is_empty
 
 
 @dataclass
@@ -223,23 +205,23 @@ class RemoteSession:
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    def add(self, prompt: Prompt, object_id: int = 1, name: str | None = None) -> RemoteUpdate:
+    def add(self, prompt: Prompt, object_id: int = 1, name: str | None = None) -> MaskUpdate:
         """As ``Session.add``; a mask must be given as an array."""
         return self._edit("POST", "/prompts", _given(prompt=_to_json(prompt), object_id=object_id, name=name))
 
-    def move(self, prompt_id: int, to: Prompt) -> RemoteUpdate:
+    def move(self, prompt_id: int, to: Prompt) -> MaskUpdate:
         """Replace a prompt."""
         return self._edit("PUT", f"/prompts/{prompt_id}", {"prompt": _to_json(to)})
 
-    def remove(self, prompt_id: int) -> RemoteUpdate:
+    def remove(self, prompt_id: int) -> MaskUpdate:
         """Remove a prompt."""
         return self._edit("DELETE", f"/prompts/{prompt_id}")
 
-    def undo(self) -> RemoteUpdate:
+    def undo(self) -> MaskUpdate:
         """Undo the last edit."""
         return self._edit("POST", "/undo", {})
 
-    def redo(self) -> RemoteUpdate:
+    def redo(self) -> MaskUpdate:
         """Redo the edit that was undone last."""
         return self._edit("POST", "/redo", {})
 
@@ -252,11 +234,11 @@ class RemoteSession:
         """Change ``name``, ``colour``, ``visible``, ``locked`` or ``code``."""
         self._edit("PATCH", f"/objects/{object_id}", _given(**changes))
 
-    def clean(self, cleaning: Cleaning, object_id: int | None = None) -> RemoteUpdate:
+    def clean(self, cleaning: Cleaning, object_id: int | None = None) -> MaskUpdate:
         """As ``Session.clean``."""
         return self._edit("POST", f"/objects/{object_id or self.current}/clean", asdict(cleaning))
 
-    def remove_object(self, object_id: int) -> RemoteUpdate:
+    def remove_object(self, object_id: int) -> MaskUpdate:
         """Remove an object with all its prompts."""
         return self._edit("DELETE", f"/objects/{object_id}")
 
@@ -340,7 +322,7 @@ class RemoteSession:
     def _shape(self) -> IntTriple:
         return self.size_ijk[::-1]
 
-    def _edit(self, method: str, path: str, body: dict[str, Any] | None = None) -> RemoteUpdate:
+    def _edit(self, method: str, path: str, body: dict[str, Any] | None = None) -> MaskUpdate:
         # The masks here are those of this revision: the server refuses an edit if another client made a newer one.
         revision = {"revision": self.revision}
         request = {"params": revision} if body is None else {"json": {**body, **revision}}
@@ -349,12 +331,13 @@ class RemoteSession:
         known = {entry["id"] for entry in self._state["objects"]}
         for removed in set(self._masks) - known:
             del self._masks[removed]
-        nothing = np.zeros((0, 0, 0), np.uint8)
-        update = RemoteUpdate(EMPTY_REGION, nothing, answer["seconds"], self.current, answer["prompt_id"] or 0)
+        prompt_id = answer["prompt_id"] or 0
+        update = MaskUpdate(EMPTY_REGION, np.zeros((0, 0, 0), np.uint8), answer["seconds"], self.current, prompt_id)
         for entry in answer["updates"]:
-            update.object_id, update.region, update.mask = update_from_json(entry, self.size_ijk)
-            if update.object_id in known:
-                self._mask(update.object_id)[update.region.slices] = update.mask
+            object_id, region, mask = update_from_json(entry, self.size_ijk)
+            update = MaskUpdate(region, mask, answer["seconds"], object_id, prompt_id)
+            if object_id in known:
+                self._mask(object_id)[region.slices] = mask
         return update
 
     def _read_masks(self) -> None:

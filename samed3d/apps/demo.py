@@ -108,16 +108,12 @@ def _print_table(results: list[OrganResult], out: Path, seconds: float) -> None:
     table.add_column("organ", no_wrap=True)
     for name in (*map(str, range(1, CLICKS + 1)), "s/click"):
         table.add_column(name, justify="right")
-    for result in results:
-        # A mask that became perfect needs no further click: its last Dice stands.
-        scores = result.dice + result.dice[-1:] * (CLICKS - len(result.dice))
-        table.add_row(result.name, *(f"{d:.2f}" for d in scores), f"{np.mean(result.seconds):.2f}")
-    means = [np.mean([r.dice[min(n, len(r.dice) - 1)] for r in results]) for n in range(CLICKS)]
-    table.add_row("mean", *(f"{m:.2f}" for m in means), "")
+    # A mask that became perfect needs no further click: its last Dice stands.
+    scores = np.array([result.dice + result.dice[-1:] * (CLICKS - len(result.dice)) for result in results])
+    for result, row in zip(results, scores, strict=True):
+        table.add_row(result.name, *(f"{d:.2f}" for d in row), f"{np.mean(result.seconds):.2f}")
+    table.add_row("mean", *(f"{d:.2f}" for d in scores.mean(axis=0)))
     console = Console()
     console.print(table)
-    console.print(
-        f"{seconds:.0f} s; look at {out / 'preview.png'}, or open ct.nii.gz with masks.nii.gz over it",
-        highlight=False,
-        soft_wrap=True,
-    )
+    hint = f"look at {out / 'preview.png'}, or open ct.nii.gz with masks.nii.gz over it"
+    console.print(f"{seconds:.0f} s; {hint}", highlight=False, soft_wrap=True)

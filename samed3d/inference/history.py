@@ -13,14 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from samed3d.drawing import OBJECT_COLOURS, colour_of
 from samed3d.errors import InputError
-from samed3d.geometry import IntTriple, Region
+from samed3d.geometry import IntTriple
 from samed3d.inference.model_prompts import deepest_voxel
 from samed3d.inference.prediction import OtherObjects, PromptHistory, PromptStep, empty_mask
-from samed3d.prompts import ObjectPrompts, PackedMask, Prompt, checked_code
+from samed3d.prompts import MaskUpdate, ObjectPrompts, PackedMask, Prompt, checked_code
 
 
 @dataclass
@@ -272,30 +271,6 @@ def _unlocked(entry: ObjectState) -> ObjectState:
     if entry.locked:
         raise InputError(f"object {entry.id} ({entry.name}) is locked; unlock it first")
     return entry
-
-
-@dataclass
-class MaskUpdate:
-    """What one call changed.
-
-    Attributes:
-        region: Box of the voxels that changed, zyx of the stored array; empty if none did.
-        mask: The object's uint8 mask inside it.
-        seconds: That the call took.
-        object_id: Whose mask.
-        prompt_id: Of the prompt that was added, moved or removed; 0 if there is none.
-    """
-
-    region: Region
-    mask: NDArray[np.uint8]
-    seconds: float
-    object_id: int = 1
-    prompt_id: int = 0
-
-    @property
-    def changed(self) -> bool:
-        """Whether any voxel changed."""
-        return not self.region.is_empty
 
 
 class EditHistory:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from samed3d.devices import pick_device
 from samed3d.errors import InputError
 from samed3d.inference import history, mask_files, session_store
-from samed3d.inference.history import EditHistory, MaskUpdate, ObjectState, SessionObject, SessionState
+from samed3d.inference.history import EditHistory, ObjectState, SessionObject, SessionState
 from samed3d.inference.model_prompts import read_mask_file
 from samed3d.inference.prediction import PromptHistory
 from samed3d.inference.predictor import Canvas, CropPredictor
@@ -27,7 +27,7 @@ from samed3d.masks import Cleaning
 from samed3d.models import load_promptable
 from samed3d.models.base import PromptableModel
 from samed3d.output import check_spares
-from samed3d.prompts import ObjectPrompts, Point, Prompt, is_positive
+from samed3d.prompts import MaskUpdate, ObjectPrompts, Point, Prompt, is_positive
 from samed3d.volume import Volume, read_volume, write_mask, write_volume
 
 __all__ = ["MaskUpdate", "Session", "SessionObject"]

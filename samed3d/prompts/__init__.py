@@ -21,7 +21,7 @@ from samed3d.prompts.kinds import (
     path_in_grid,
     point_in_grid,
 )
-from samed3d.prompts.packed import PackedMask
+from samed3d.prompts.packed import MaskUpdate, PackedMask
 from samed3d.prompts.schema import (
     SCHEMA_VERSION,
     checked_code,

@@ -115,6 +115,30 @@ class PackedMask:
         return cls(shape, region, bits)
 
 
+@dataclass
+class MaskUpdate:
+    """What one call changed.
+
+    Attributes:
+        region: Box of the voxels that changed, zyx of the stored array; empty if none did.
+        mask: The object's uint8 mask inside it.
+        seconds: That the call took.
+        object_id: Whose mask.
+        prompt_id: Of the prompt that was added, moved or removed; 0 if there is none.
+    """
+
+    region: Region
+    mask: NDArray[np.uint8]
+    seconds: float
+    object_id: int = 1
+    prompt_id: int = 0
+
+    @property
+    def changed(self) -> bool:
+        """Whether any voxel changed."""
+        return not self.region.is_empty
+
+
 def _whole(values: Any, key: str) -> IntTriple:
     """Three whole numbers given x first, as zyx."""
     if not isinstance(values, list) or len(values) != 3 or not all(type(v) is int for v in values):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import affine_transform
 
 from samed3d.apps.napari_plugin import coordinates
 from samed3d.apps.napari_plugin.controller import Change, Controller
@@ -153,14 +154,9 @@ class SessionLayers:
         shape = self._controller.shape_zyx
         if selected.shape == shape and np.allclose(frame.matrix, image.matrix, atol=1e-6):
             return selected
-        out = np.zeros(shape, bool)
-        rows, columns = np.mgrid[: shape[1], : shape[2]]
-        for plane in range(shape[0]):
-            at = np.stack([np.full(rows.size, plane), rows.ravel(), columns.ravel()], axis=1)
-            index = np.floor(image.to(frame, at) + 0.5).astype(int)
-            inside = ((index >= 0) & (index < selected.shape)).all(1)
-            out[plane].reshape(-1)[inside] = selected[tuple(index[inside].T)]
-        return out
+        onto = np.linalg.solve(frame.matrix, image.matrix)
+        found = affine_transform(selected.view(np.uint8), onto, output_shape=shape, order=0, mode="grid-constant")
+        return found.view(bool)
 
     # From the layers to the session.
 

@@ -22,9 +22,9 @@ from samed3d.apps.server.service import Service, SessionWork
 from samed3d.apps.server.sessions import SessionInfo
 from samed3d.errors import InputError
 from samed3d.geometry import EMPTY_REGION, Grid, IntTriple
-from samed3d.inference.session import MaskUpdate, Session
+from samed3d.inference.session import Session
 from samed3d.output import write_json
-from samed3d.prompts import Prompt
+from samed3d.prompts import MaskUpdate, Prompt
 from samed3d.volume import write_volume
 
 _IMAGE, _STATE = "image.nii", "lease.json"

@@ -25,9 +25,9 @@ from samed3d.apps.server.service import SharedService, parse_json
 from samed3d.apps.server.sessions import Json
 from samed3d.errors import InputError
 from samed3d.geometry import IntTriple
-from samed3d.inference.session import MaskUpdate, Session
+from samed3d.inference.session import Session
 from samed3d.models.weights import licence_of
-from samed3d.prompts import Prompt
+from samed3d.prompts import MaskUpdate, Prompt
 
 PROTOCOL_VERSION = "2.6.0"
 _LONGEST_META = 16 * 1024

@@ -31,8 +31,9 @@ from samed3d.apps.server.sessions import (
     update_to_json,
     whole_mask_to_json,
 )
-from samed3d.inference.session import MaskUpdate, Session
+from samed3d.inference.session import Session
 from samed3d.masks import Cleaning
+from samed3d.prompts import MaskUpdate
 from samed3d.volume import write_volume
 from samed3d.volume.writing import MASK_FORMAT_NAMES
 
