@@ -397,3 +397,22 @@ def test_outlines_are_wider_than_a_hairline(page):
     height, width = edge.shape
     runs = [len(run) for row in edge[: height // 2] for run in "".join("#" if on else " " for on in row).split()]
     assert len(runs) > 50 and np.median(runs) >= 3
+
+
+def test_the_list_shows_millilitres_and_the_pointer_shows_value_and_position(page, volume):
+    click_ball(page)
+    wait_prompts(page, 1)
+    voxels = page.evaluate("() => window.samed3d.state.objects[0].voxels")
+    assert page.inner_text("#objects .size") == f"{voxels / 1000:.1f} mL"  # voxels of 1 mm
+    x, y = page.evaluate(
+        "() => { const v = document.getElementById('view').getBoundingClientRect(); return [v.x, v.y]; }"
+    )
+    at = page.evaluate("() => window.samed3d.stage.project([30, 22, 20])[0]")
+    page.mouse.move(x + at["x"], y + at["y"])
+    image = read_volume(volume)
+    position = ", ".join(f"{v:.1f}" for v in image.grid.ijk_to_ras_mm((30, 22, 20)))
+    text = page.inner_text("#where")
+    assert "i 30 j 22 k 20" in " ".join(text.split()) and f"RAS {position} mm" in text
+    assert float(text.split("value")[1].split()[0]) == pytest.approx(float(image.array[20, 22, 30]), abs=0.01)
+    page.keyboard.press("n")
+    page.wait_for_function("document.querySelectorAll('#objects .size')[1]?.textContent === 'empty'", timeout=WAIT_MS)

@@ -9,7 +9,8 @@ lasso; a path or a line is a scribble.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,38 +107,22 @@ def volume_of(layer: Any) -> Volume:
     if getattr(layer, "rgb", False):
         raise InputError(f"layer {layer.name!r} must have one channel, got colours; split them first")
     frame = Frame.of(layer)
-    array = _checked(np.asarray(layer.data[0] if getattr(layer, "multiscale", False) else layer.data), layer.name)
+    array = np.asarray(layer.data[0] if getattr(layer, "multiscale", False) else layer.data)
+    if array.ndim != 3 or min(array.shape) < 2:
+        raise InputError(f"layer {layer.name!r} must be a stack of slices, got shape {array.shape}")
+    if array.dtype.kind in "iu" and array.dtype.itemsize == 8:
+        array = array.astype(np.float32)
+    volume = Volume.from_array(array, source=layer.name)
     path = getattr(getattr(layer, "source", None), "path", None)
     if path and Path(path).is_file() and str(path).lower().endswith(tuple(SUFFIXES)):
-        try:
-            volume = read_volume(path)
-        except InputError:
-            volume = None
-        spacing = np.linalg.norm(frame.matrix[:3, :3], axis=0)
-        is_plain = np.array_equal(frame.matrix, np.eye(4))  # the layer states no spacing, position or rotation
-        if volume is not None and np.array_equal(volume.array, array):
-            if is_plain or np.allclose(spacing, volume.grid.spacing_zyx_mm, rtol=_SAME_SPACING):
-                return volume
-    d, h, w = array.shape
-    return Volume(array, frame.grid((d, h, w)), layer.name)
-
-
-def _checked(array: NDArray, name: str) -> NDArray:
-    if array.dtype.kind not in "biuf":
-        raise InputError(f"layer {name!r} must hold numbers, got {array.dtype}")
-    if array.dtype.kind == "b":
-        array = array.astype(np.uint8)
-    elif array.dtype.kind == "f" or array.dtype.itemsize == 8:
-        with np.errstate(over="ignore"):
-            array = array.astype(np.float32, copy=False)
-    if array.ndim != 3 or min(array.shape) < 2:
-        raise InputError(f"layer {name!r} must be a stack of slices, got shape {array.shape}")
-    low, high = array.min(), array.max()
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise InputError(f"layer {name!r} holds NaN or infinite voxels; replace them with the background value")
-    if low == high:
-        raise InputError(f"layer {name!r} is constant, every voxel is {low:g}; there is nothing to segment")
-    return array
+        with suppress(InputError):
+            read = read_volume(path)
+            spacing = np.linalg.norm(frame.matrix[:3, :3], axis=0)
+            is_plain = np.array_equal(frame.matrix, np.eye(4))  # the layer states no spacing, position or rotation
+            same_spacing = is_plain or np.allclose(spacing, read.grid.spacing_zyx_mm, rtol=_SAME_SPACING)
+            if same_spacing and np.array_equal(read.array, volume.array):
+                return read
+    return replace(volume, grid=frame.grid(volume.grid.shape_zyx))
 
 
 def _millimetres(unit: Any) -> float:

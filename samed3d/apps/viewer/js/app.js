@@ -63,7 +63,8 @@ function render() {
   showTools($("tools"), hand.tool, hand.positive, setTool, flipSign);
   $("stage").className = `tool-${hand.tool}`;
   $("hint").textContent = TOOLS.find((t) => t.id === hand.tool).hint;
-  showObjects($("objects"), state.objects, state.current, {
+  const voxelMm3 = (state.session?.spacing_mm ?? []).reduce((product, edge) => product * edge, 1);
+  showObjects($("objects"), state.objects, state.current, voxelMm3, {
     choose: (id) => choose(id),
     edit: (id, changes) => act("changing", () => api.editObject(id, changes)),
     remove: (id) => act("removing", () => api.removeObject(id).then(redraw)),
@@ -144,6 +145,13 @@ async function showHeat() {
   }
 }
 
+/** Show where the pointer is, or the crosshair after it moved: voxel, value, and position in the body. */
+function showWhere(ijk) {
+  const mm = state.session?.affine_ras.slice(0, 3).map((row) => (row[0] * ijk[0] + row[1] * ijk[1] + row[2] * ijk[2] + row[3]).toFixed(1));
+  const [i, j, k] = ijk;
+  $("where").textContent = `i ${i}  j ${j}  k ${k}   value ${+stage.valueAt(ijk).toFixed(2)}${mm ? `   RAS ${mm.join(", ")} mm` : ""}`;
+}
+
 const rangeOf = (option) => (option.value === "auto" ? stage.auto : option.value.split(",").map(Number));
 
 /** Choose the entry of the window menu that is set, or the last one, which then names the range. */
@@ -216,10 +224,11 @@ function wire() {
   $("heat").onchange = showHeat;
   $("window").onchange = (e) => stage.auto && stage.setWindow(...rangeOf(e.target.selectedOptions[0]));
   stage.onWindow = showWindow;
-  stage.onMove = (ijk, where) => {
-    const value = where?.values?.[0]?.value;
-    $("where").textContent = `i ${ijk[0]}  j ${ijk[1]}  k ${ijk[2]}${value === undefined ? "" : `   value ${+value.toFixed(2)}`}`;
-  };
+  stage.onMove = showWhere;
+  $("stage").addEventListener("pointermove", (e) => {
+    const spot = stage.pick(e);
+    if (spot) showWhere(spot.ijk);
+  });
   const area = $("stage");
   for (const kind of ["dragenter", "dragover"])
     area.addEventListener(kind, (e) => {

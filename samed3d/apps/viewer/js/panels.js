@@ -45,11 +45,21 @@ export function showTools(nav, current, positive, onTool, onSign) {
 }
 
 /** `actions`: choose, edit(id, changes), remove(id). Rows that did not change are kept: one of them may be under a double-click, or be renamed. */
-export function showObjects(list, objects, current, actions) {
+export function showObjects(list, objects, current, voxelMm3, actions) {
   const shown = JSON.stringify(objects.map((o) => [o.id, o.name, o.code, o.colour, o.visible, o.locked]));
   if (list.dataset.shown !== shown) list.replaceChildren(...objects.map((object) => objectRow(object, actions)));
   list.dataset.shown = shown;
-  for (const row of list.children) row.classList.toggle("current", Number(row.dataset.object) === current);
+  objects.forEach((object, n) => {
+    const row = list.children[n];
+    row.classList.toggle("current", object.id === current);
+    row.querySelector(".size").textContent = object.voxels ? volumeText(object.voxels * voxelMm3) : "empty";
+    row.title = `${object.voxels.toLocaleString("en")} voxels`;
+  });
+}
+
+/** A volume in mL, or in mm³ below 0.1 mL. */
+export function volumeText(mm3) {
+  return mm3 < 100 ? `${+mm3.toPrecision(3)} mm³` : `${(mm3 / 1000).toFixed(mm3 < 1e5 ? 1 : 0)} mL`;
 }
 
 function objectRow(object, actions) {
@@ -61,7 +71,7 @@ function objectRow(object, actions) {
   const see = toggle(object.visible, EYE, "Show or hide (M)", () => actions.edit(object.id, { visible: !object.visible }));
   const lock = toggle(object.locked, object.locked ? SHUT : OPEN, "Lock: nothing may change it", () => actions.edit(object.id, { locked: !object.locked }));
   const gone = element("button", { textContent: "✕", title: "Remove the object", onclick: () => actions.remove(object.id) });
-  const row = element("li", {}, colour, name, code, see, lock, gone);
+  const row = element("li", {}, colour, name, element("span", { className: "size dim" }), code, see, lock, gone);
   row.dataset.object = object.id;
   row.onclick = (e) => e.target.closest("button, input") || actions.choose(object.id);
   return row;

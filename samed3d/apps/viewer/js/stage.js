@@ -36,10 +36,10 @@ export class Stage {
       cycleClipPlaneHotKey: "",
       viewModeHotKey: "",
     });
-    this.nv.onLocationChange = (where) => {
+    this.nv.onLocationChange = () => {
       if (!this.axes) return;
       this.drawOverlay();
-      this.onMove(this.here(), where);
+      this.onMove(this.here());
     };
     this.nv.onIntensityChange = (volume) => this.onWindow(volume.cal_min, volume.cal_max);
   }
@@ -140,12 +140,17 @@ export class Stage {
     return this.axes.toIjk(this.axes.rasSize.map((n, a) => Math.min(n - 1, Math.max(0, Math.floor(frac[a] * n)))));
   }
 
+  /** The image's value at a file voxel. */
+  valueAt(ijk) {
+    return this.nv.volumes[0].getValue(...this.axes.toRas(ijk));
+  }
+
   goTo(ijk) {
     const ras = this.axes.toRas(ijk);
     this.nv.scene.crosshairPos = this.axes.rasSize.map((n, a) => (ras[a] + 0.5) / n);
     this.nv.drawScene();
     this.drawOverlay();
-    this.onMove(ijk, null);
+    this.onMove(ijk);
   }
 
   /** What lies under a pointer: the file voxel and the file axis across that plane, or null outside the planes. */
