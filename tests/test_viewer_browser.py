@@ -53,20 +53,10 @@ class Running:
 
     def __init__(self, volume: Path, sessions: Path) -> None:
         self.port = free_port()
-        command = [
-            sys.executable,
-            "-m",
-            "samed3d",
-            "app",
-            str(volume),
-            "--no-browser",
-            "--port",
-            str(self.port),
-            "--sessions",
-            str(sessions),
-        ]
+        command = [sys.executable, *f"-m samed3d app --no-browser --port {self.port} --sessions".split()]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            [*command, str(sessions), str(volume)], stdout=subprocess.PIPE, text=True, env=environment
         )
         assert self.process.stdout is not None
         for line in self.process.stdout:
@@ -122,13 +112,19 @@ def wait_prompts(tab, count: int) -> None:
     tab.wait_for_function("document.getElementById('busy').hidden", timeout=WAIT_MS)
 
 
+def pixel_of(tab, ijk: list[int] | None = None) -> tuple[float, float]:
+    """Where a voxel, or the crosshair, appears in the axial plane."""
+    at = tab.evaluate(
+        "(ijk) => { const { stage } = window.samed3d; return stage.project(ijk ?? stage.here())[0]; }", ijk
+    )
+    view = tab.locator("#view").bounding_box()
+    return view["x"] + at["x"], view["y"] + at["y"]
+
+
 def click_ball(tab, button: str = "left", dx: int = 0) -> None:
     """Click the middle of the axial plane, which is where the crosshair starts."""
-    x, y = tab.evaluate(
-        "() => { const v = document.getElementById('view').getBoundingClientRect(); return [v.x, v.y]; }"
-    )
-    at = tab.evaluate("() => window.samed3d.stage.project(window.samed3d.stage.here())[0]")
-    tab.mouse.click(x + at["x"] + dx, y + at["y"], button=button)
+    x, y = pixel_of(tab)
+    tab.mouse.click(x + dx, y, button=button)
 
 
 def test_a_click_shows_a_mask_and_undo_takes_it_away(page):
@@ -178,11 +174,8 @@ def test_right_click_and_the_switch_remove_and_prompts_can_be_flipped_and_delete
 
 
 def test_a_double_click_is_one_prompt_and_a_new_object_starts_positive(page):
-    x, y = page.evaluate(
-        "() => { const v = document.getElementById('view').getBoundingClientRect(); return [v.x, v.y]; }"
-    )
-    at = page.evaluate("() => window.samed3d.stage.project(window.samed3d.stage.here())[0]")
-    page.mouse.dblclick(x + at["x"], y + at["y"])
+    x, y = pixel_of(page)
+    page.mouse.dblclick(x, y)
     wait_prompts(page, 1)
     page.wait_for_timeout(600)
     wait_prompts(page, 1)
@@ -199,14 +192,11 @@ def test_a_double_click_is_one_prompt_and_a_new_object_starts_positive(page):
 def test_a_negative_box_removes_what_is_inside_it(page):
     click_ball(page)
     wait_prompts(page, 1)
-    x, y = page.evaluate(
-        "() => { const v = document.getElementById('view').getBoundingClientRect(); return [v.x, v.y]; }"
-    )
-    at = page.evaluate("() => window.samed3d.stage.project(window.samed3d.stage.here())[0]")
+    x, y = pixel_of(page)
     page.keyboard.press("b")
-    page.mouse.move(x + at["x"] - 20, y + at["y"] - 20)
+    page.mouse.move(x - 20, y - 20)
     page.mouse.down(button="right")
-    page.mouse.move(x + at["x"] + 20, y + at["y"] + 20, steps=4)
+    page.mouse.move(x + 20, y + 20, steps=4)
     page.mouse.up(button="right")
     wait_prompts(page, 2)
     lasso = page.evaluate("() => window.samed3d.state.objects[0].prompts[1]")
@@ -239,17 +229,14 @@ def test_the_session_comes_back_after_a_reload_and_after_a_restart(page, running
 
 
 def test_objects_strokes_boxes_and_a_second_tab(page):
-    x, y = page.evaluate(
-        "() => { const v = document.getElementById('view').getBoundingClientRect(); return [v.x, v.y]; }"
-    )
-    at = page.evaluate("() => window.samed3d.stage.project(window.samed3d.stage.here())[0]")
+    x, y = pixel_of(page)
 
     def drag(key: str, *path: tuple[int, int]) -> None:
         page.keyboard.press(key)
-        page.mouse.move(x + at["x"] + path[0][0], y + at["y"] + path[0][1])
+        page.mouse.move(x + path[0][0], y + path[0][1])
         page.mouse.down()
         for dx, dy in path[1:]:
-            page.mouse.move(x + at["x"] + dx, y + at["y"] + dy, steps=4)
+            page.mouse.move(x + dx, y + dy, steps=4)
         page.mouse.up()
 
     drag("b", (-60, -60), (60, 60))
@@ -365,11 +352,10 @@ def test_the_window_menu_shows_what_is_set(page, dark):
     page.select_option("#window", "-160,240")
     assert shown() == "CT soft tissue"
     page.click("[data-tool=navigate]")
-    view = page.locator("#view").bounding_box()
-    at = page.evaluate("() => window.samed3d.stage.project(window.samed3d.stage.here())[0]")
-    page.mouse.move(view["x"] + at["x"] - 40, view["y"] + at["y"] - 40)
+    x, y = pixel_of(page)
+    page.mouse.move(x - 40, y - 40)
     page.mouse.down(button="right")
-    page.mouse.move(view["x"] + at["x"] + 40, view["y"] + at["y"] + 40, steps=4)
+    page.mouse.move(x + 40, y + 40, steps=4)
     page.mouse.up(button="right")
     page.wait_for_function("document.getElementById('window').selectedIndex === 5", timeout=WAIT_MS)
     low, high = page.evaluate("() => { const v = window.samed3d.stage.nv.volumes[0]; return [v.cal_min, v.cal_max]; }")
@@ -404,11 +390,7 @@ def test_the_list_shows_millilitres_and_the_pointer_shows_value_and_position(pag
     wait_prompts(page, 1)
     voxels = page.evaluate("() => window.samed3d.state.objects[0].voxels")
     assert page.inner_text("#objects .size") == f"{voxels / 1000:.1f} mL"  # voxels of 1 mm
-    x, y = page.evaluate(
-        "() => { const v = document.getElementById('view').getBoundingClientRect(); return [v.x, v.y]; }"
-    )
-    at = page.evaluate("() => window.samed3d.stage.project([30, 22, 20])[0]")
-    page.mouse.move(x + at["x"], y + at["y"])
+    page.mouse.move(*pixel_of(page, [30, 22, 20]))
     image = read_volume(volume)
     position = ", ".join(f"{v:.1f}" for v in image.grid.ijk_to_ras_mm((30, 22, 20)))
     text = page.inner_text("#where")
