@@ -390,11 +390,11 @@ def test_the_list_shows_millilitres_and_the_pointer_shows_value_and_position(pag
     wait_prompts(page, 1)
     voxels = page.evaluate("() => window.samed3d.state.objects[0].voxels")
     assert page.inner_text("#objects .size") == f"{voxels / 1000:.1f} mL"  # voxels of 1 mm
-    page.mouse.move(*pixel_of(page, [30, 22, 20]))
+    page.mouse.move(*pixel_of(page, [31, 24, 17]))  # in the first plane, across which j is 24
     image = read_volume(volume)
-    position = ", ".join(f"{v:.1f}" for v in image.grid.ijk_to_ras_mm((30, 22, 20)))
+    position = ", ".join(f"{v:.1f}" for v in image.grid.ijk_to_ras_mm((31, 24, 17)))
     text = page.inner_text("#where")
-    assert "i 30 j 22 k 20" in " ".join(text.split()) and f"RAS {position} mm" in text
-    assert float(text.split("value")[1].split()[0]) == pytest.approx(float(image.array[20, 22, 30]), abs=0.01)
+    assert "i 31 j 24 k 17" in " ".join(text.split()) and f"RAS {position} mm" in text
+    assert float(text.split("value")[1].split()[0]) == pytest.approx(float(image.array[17, 24, 31]), abs=0.01)
     page.keyboard.press("n")
     page.wait_for_function("document.querySelectorAll('#objects .size')[1]?.textContent === 'empty'", timeout=WAIT_MS)
