@@ -1,4 +1,4 @@
-"""The one exception for what the user can correct, a check of a choice, and the nearest known name for messages.
+"""The one exception for what the user can correct, and checks that many places share.
 
 The command line prints the exception as one line and exits with code 2.
 """
@@ -6,6 +6,7 @@ The command line prints the exception as one line and exits with code 2.
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Collection, Iterable
 
 
@@ -21,6 +22,32 @@ def check_choice(what: str, value: object, known: Collection[str]) -> None:
     """
     if value not in list(known):  # a value that cannot be hashed is no member either
         raise InputError(f"{what} must be one of {', '.join(known)}, got {value!r}")
+
+
+def check_keys(given: Iterable[object], known: Collection[str], where: str, what: str = "key") -> None:
+    """Refuse a key that is not one of the ``known`` ones: it may be a misspelt one and must not be ignored.
+
+    Raises:
+        InputError: with the nearest known one; the message begins with ``where``.
+    """
+    for key in given:
+        if key not in known:
+            raise InputError(f"{where} has no {what} {key!r}; {nearest_name(key, known)}")
+
+
+def whole_number(value: object, what: str, most: int = 2**16 - 1, least: int = 1) -> int:
+    """A number of any integral type, such as an id, as ``int``.
+
+    Raises:
+        InputError: if it is of another type (``True`` and 1.0 are) or out of range.
+    """
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or not least <= number <= most:
+        raise InputError(f"{what} must be a whole number from {least} to {most}, got {value!r}")
+    return number
 
 
 def nearest_name(name: object, known: Iterable[str], prefix: str = "") -> str:

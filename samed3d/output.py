@@ -7,6 +7,7 @@ flushed to the disk and renamed, so that an error, a full disk or a killed proce
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import IO, Any
 
 from samed3d.errors import InputError
@@ -23,17 +24,29 @@ TEMPORARY_PREFIX = ".part-"
 """Begins the name of every temporary file, so that what a killed process left can be recognised and deleted."""
 
 
-def check_output(path: str | Path, *, suffixes: Sequence[str] = ()) -> None:
+_LONGEST_NAME = 255
+"""Bytes of one part of a path in most file systems."""
+_ON_WINDOWS = os.name == "nt"
+
+
+def check_output(path: str | Path, *, suffixes: Sequence[str] = (), makes_folder: bool = False) -> None:
     """Refuse an output path that could not or must not be written, before any work is done.
+
+    Args:
+        path: The file.
+        suffixes: One of which its name must have, if any are given.
+        makes_folder: Whether its folder will be made where it is missing.
 
     Raises:
         InputError: if the suffix is not one of ``suffixes``, the path is a folder, a device or a write-protected file,
-            or its folder is missing or not writable.
+            its name is one that no file can have, or its folder is missing or not writable.
     """
     path = Path(path)
     if suffixes and not path.name.lower().endswith(tuple(suffixes)):
         raise InputError(f"output name must end in one of {' '.join(suffixes)}, got {path.name!r}")
     _check_replaceable(path)
+    if makes_folder:
+        return
     folder = path.resolve().parent
     if not folder.is_dir():
         raise InputError(f"output folder does not exist: {folder}; create it first")
@@ -46,10 +59,15 @@ def check_output(path: str | Path, *, suffixes: Sequence[str] = ()) -> None:
 
 def _check_replaceable(path: Path) -> None:
     """Refuse what a file must not be put in place of, and a name that the file system does not take."""
+    if "\0" in str(path) or (_ON_WINDOWS and PureWindowsPath(path).is_reserved()):
+        raise InputError(f"cannot write {str(path)!r}: no file can have this name; choose another")
     try:
-        path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:12]}-{path.name}").exists()
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
+        partial = _partial(path)
+        if max(len(os.fsencode(part)) for part in partial.parts) > _LONGEST_NAME:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        partial.exists()
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     if path.is_dir():
         raise InputError(f"output must be a file, got a folder: {path}")
     if path.exists() and not path.is_file():
@@ -129,7 +147,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     target = Path(path).resolve()
     _check_replaceable(target)
-    partial = target.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:12]}-{target.name}")
+    partial = _partial(target)
     try:
         yield partial
         with partial.open("rb+") as file:
@@ -142,6 +160,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    """A new temporary name beside a file."""
+    return path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:12]}-{path.name}")
 
 
 @contextmanager

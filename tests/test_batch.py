@@ -113,7 +113,7 @@ def test_another_format(images):
     ("text", "message"),
     [
         ("", "batch list must have a header and a line per image, got none"),
-        ("image,prompt\ncase0.nii.gz,p.json", "columns of a batch list are image, prompts, .*; got prompt"),
+        ("image,prompt\ncase0.nii.gz,p.json", r"no column 'prompt'; did you mean prompts\?"),
         ("image,prompts\nnone.nii.gz,p.json", r"line 2: image does not exist: .*none\.nii\.gz"),
         ("image,prompts\ncase0.nii.gz,p.json\n,p.json", r"line 3: image does not exist: \(empty\)"),
         ("image,prompts\ncase0.nii.gz,q.json", "line 2: prompt file cannot be read"),
@@ -122,6 +122,20 @@ def test_another_format(images):
         ("image,prompts,point\ncase0.nii.gz,p.json,\"1,1,1\"", "line 2: a line has prompts in a file or in columns, got both"),
         ("image,prompts\ncase0.nii.gz,p.json\ncase0.nii.gz,p.json", "line 3: output must differ from line 2's"),
         ("image,prompts,output\ncase0.nii.gz,p.json,../x.nii.gz", "line 2: output must be a name inside the output folder"),
+        ("image,point\ncase0.nii.gz,5,5,5", "line 2: a line must have at most 2 fields, got 4; put quotes around commas"),
+        ("image,prompts\n\ncase0.nii.gz,p.json\n\ncase1.nii.gz,q.json", "line 5: prompt file cannot be read"),
+        ("image,promts\ncase0.nii.gz,p.json", r"no column 'promts'; did you mean prompts\?"),
+        ("Image,prompts\ncase0.nii.gz,p.json", r"no column 'Image'; did you mean image\?"),
+        ("image,prompts,prompts\ncase0.nii.gz,p.json,p.json", "column 'prompts' is there twice"),
+        ("image,,prompts\ncase0.nii.gz,,p.json", "no column ''"),
+        ("prompts\np.json", "batch list must have a column 'image'"),
+        ("image;point\ncase0.nii.gz;5,5,5;6,6,6", "line 2: a line must have at most 2 fields, got 3"),
+        ("image,prompts\n\"case0.nii.gz,p.json", "line 2: image does not exist|batch list cannot be read"),
+        ("image,prompts\ncase0.nii.gz,p\0.json", "line 2: prompt file is not JSON: .*null"),
+        ("image,prompts\ncase\0.nii.gz,p.json", "line 2: image does not exist"),
+        ("image,prompts,output\ncase0.nii.gz,p.json,x\0.nii.gz", "line 2: cannot write"),
+        (f"image,prompts,output\ncase0.nii.gz,p.json,{'x' * 250}.nii.gz", "line 2: cannot write .*: File name too long"),
+        ("image,prompts,output\ncase0.nii.gz,p.json,x.png", "line 2: output name must end in one of"),
         ("image,prompts,channel\ncase0.nii.gz,p.json,red", "line 2: channel must be a whole number, got 'red'"),
     ],
 )  # fmt: skip
@@ -132,6 +146,25 @@ def test_lists_that_cannot_be_used(images, text, message):
     with pytest.raises(InputError, match="must not be an image of the list"):
         (images / "list.csv").write_text("image,prompts\ncase0.nii.gz,p.json")
         read_jobs(images / "list.csv", images)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'image,point,output\ncase0.nii.gz,"5,5,5;6,6,6",m.mha',
+        '\ufeffimage,point,output\r\ncase0.nii.gz,"5,5,5;6,6,6",m.mha\r\n',
+        ' image , point , output \n  case0.nii.gz , "5, 5, 5 ; 6,6,6" ,  m.mha ',
+        "image\tpoint\toutput\ncase0.nii.gz\t5,5,5;6,6,6\tm.mha",
+        'image;point;output\ncase0.nii.gz;"5,5,5;6,6,6";m.mha',
+        'output,image,point,box\n\nm.mha,case0.nii.gz,"5,5,5;6,6,6"\n',
+    ],
+    ids=["plain", "mark", "spaces", "tabs", "semicolons", "short"],
+)
+def test_lists_as_programs_write_them(images, text):
+    (images / "list.csv").write_text(text, encoding="utf-8", newline="")
+    (job,) = read_jobs(images / "list.csv", images / "out")
+    assert job.image == images / "case0.nii.gz" and job.output == images / "out" / "m.mha"
+    assert [p.at for p in job.objects[0].prompts] == [(5, 5, 5), (6, 6, 6)]
 
 
 def test_from_the_command_line(images, place, capsys):  # noqa: F811

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -253,3 +254,54 @@ def test_a_journal_of_an_earlier_version_gives_the_same_session_and_edits(tmp_pa
     assert Path("old.jsonl").read_text() == JOURNAL_OF_0_1_0
     edits = [json.loads(line) for line in JOURNAL_OF_0_1_0.splitlines()[1:]]
     assert json.loads(Path("s.json").read_text())["edits"] == [*edits[:-3], {"do": "undo"}]
+
+
+CLICKED = {"do": "add", "object": 1, "id": 1, "prompt": {"type": "point", "at": [11, 10, 9]}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": {**CLICKED["prompt"], "postive": False}}, "'postive'; did you mean positive"),
+        ({"lok": False}, "an edit 'add' has no key 'lok'; did you mean look"),
+        ({"nmae": "liver"}, "no key 'nmae'; did you mean name"),
+        ({"object": "1"}, "object id must be a whole number from 1 to 65535, got '1'"),
+        ({"object": 1.0}, "object id must be a whole number from 1 to 65535, got 1.0"),
+        ({"object": True}, "object id must be a whole number from 1 to 65535, got True"),
+        ({"id": "1"}, "prompt id must be a whole number"),
+        ({"look": "no"}, "predict must be true or false, got 'no'"),
+        ({"name": "a\nb"}, "name must be text"),
+        ({"do": "object", "locked": "no"}, "locked must be true or false, got 'no'"),
+        ({"do": "rule", "others_are_negative": 0}, "others_are_negative must be true or false, got 0"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["journal", "session"])
+def test_a_typo_in_a_journal_or_session_is_refused(image, tmp_path, change, message, kind):
+    path = tmp_path / f"{kind}.json"
+    edit = {key: value for key, value in {**CLICKED, **change}.items() if change.get("do") is None or key in change}
+    edit |= {"object": 1} if change.get("do") == "object" else {}
+    with Session.open(image, ClickedModel(), **({"journal": path} if kind == "journal" else {})) as session:
+        if kind == "session":
+            session.save(path)
+    if kind == "journal":
+        path.write_text(path.read_text() + json.dumps(edit) + "\n")
+    else:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "edits": [edit]}))
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        if kind == "journal":
+            Session.open(image, ClickedModel(), journal=path)
+        else:
+            Session.load(path, model=ClickedModel())
+    assert path.name in str(caught.value) and "\n" not in str(caught.value) and path.read_bytes() == before
+
+
+@pytest.mark.parametrize(("part", "key"), [(None, "edit"), ("image", "modalty"), ("model", "nam")])
+def test_a_typo_in_the_head_of_a_session_is_refused(image, tmp_path, part, key):
+    with Session.open(image, ClickedModel()) as session:
+        session.save(tmp_path / "s.json")
+    body = json.loads((tmp_path / "s.json").read_text())
+    (body if part is None else body[part])[key] = "CT"
+    (tmp_path / "s.json").write_text(json.dumps(body))
+    with pytest.raises(InputError, match=f"has no key '{key}'; did you mean"):
+        Session.load(tmp_path / "s.json", model=ClickedModel())

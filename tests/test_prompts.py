@@ -173,11 +173,11 @@ def one_object(prompt: str, entry: str = '"name": "x"') -> str:
         (one_object('{"type": "scribble", "path": 3}'), "scribble must be a list of positions, got 3"),
         (
             one_object('{"type": "scribble", "path": [[1, 2, 3]], "radius_vox": "big"}'),
-            "radius_vox must be a number, got 'big'",
+            "object 1: scribble radius_vox must be a number from 0 to 50, got 'big'",
         ),
         (
             one_object('{"type": "scribble", "path": [[1, 2, 3]], "radius_vox": -1}'),
-            "scribble radius must be 0 to 50 voxels, got -1",
+            "scribble radius_vox must be a number from 0 to 50, got -1",
         ),
         (one_object('{"type": "mask", "path": 7}'), "path of a mask must be a file name, got 7"),
         (one_object('{"type": "mask"}'), "mask size must be three whole numbers, got None"),
@@ -190,8 +190,8 @@ def one_object(prompt: str, entry: str = '"name": "x"') -> str:
             "mask bits are damaged",
         ),
         (one_object('{"type": "box", "min": [3, 0, 0], "max": [1, 1, 1]}'), "box min must not exceed box max"),
-        (one_object(POINT, '"id": "x"'), "object 1: id must be a whole number > 0, got 'x'"),
-        (one_object(POINT, '"id": 0'), "object 1: id must be a whole number > 0, got 0"),
+        (one_object(POINT, '"id": "x"'), "object 1: object id must be a whole number from 1 to 65535, got 'x'"),
+        (one_object(POINT, '"id": 0'), "object 1: object id must be a whole number from 1 to 65535, got 0"),
         (
             one_object(POINT, '"id": 2')[:-2] + f', {{"prompts": [{POINT}]}}]}}',
             "object 2: id must differ .* got 2 again",

@@ -237,3 +237,49 @@ def test_a_full_disk_is_not_the_client_s_fault(client, monkeypatch):
         answer = client.post("/api/sessions", json={"path": "ball.nii.gz"})
     assert answer.status_code == 507 and "No space left" in answer.json()["detail"]
     assert opened(client)
+
+
+BODIES = {
+    ("POST", "/api/sessions"): {"path": "ball.nii.gz"},
+    ("POST", "/api/sessions/{s}/prompts"): CLICK,
+    ("PUT", "/api/sessions/{s}/prompts/1"): CLICK,
+    ("POST", "/api/sessions/{s}/undo"): {},
+    ("POST", "/api/sessions/{s}/redo"): {},
+    ("POST", "/api/sessions/{s}/objects"): {},
+    ("PATCH", "/api/sessions/{s}/objects/1"): {"name": "x"},
+    ("PUT", "/api/sessions/{s}/rule"): {"others_are_negative": True},
+    ("POST", "/segment"): {"path": "ball.nii.gz", "prompts": {}},
+}
+
+
+@pytest.mark.parametrize("route", BODIES, ids=" ".join)
+def test_an_unknown_key_of_a_body_is_refused_with_the_nearest_name(client, route):
+    session_id = opened(client)
+    client.post(f"/api/sessions/{session_id}/prompts", json=CLICK)
+    before = client.get(f"/api/sessions/{session_id}").json()
+    known = next(iter(BODIES[route]), "revision")
+    answer = client.request(route[0], route[1].format(s=session_id), json={**BODIES[route], known[:-1]: True})
+    assert answer.status_code in (400, 422) and "\n" not in answer.text
+    assert f"the body has no key {known[:-1]!r}; did you mean {known}?" in answer.json()["detail"]
+    assert client.get(f"/api/sessions/{session_id}").json() == before and len(client.get("/api/sessions").json()) == 1
+
+
+def test_an_unknown_query_parameter_is_refused_by_every_route(client):
+    from samed3d.apps.server.routes import api
+
+    session_id = opened(client)
+    for route in api.routes:
+        known = [query.alias for query in route.dependant.query_params] or ["any"]
+        path = route.path.format(session_id=session_id, object_id=1, prompt_id=1)
+        answer = client.request(next(iter(route.methods)), path, params={f"{known[0]}x": "true"})
+        assert answer.status_code == 400, route.path
+        assert f"the address has no parameter '{known[0]}x'; " in answer.json()["detail"]
+    assert [s["id"] for s in client.get("/api/sessions").json()] == [session_id]
+
+
+def test_a_form_refuses_unknown_fields(client, tmp_path):
+    prompts = json.dumps({"version": 1, "objects": [{"prompts": [CLICK["prompt"]]}]})
+    files = {"image": ("ball.nii.gz", (tmp_path / "ball.nii.gz").read_bytes())}
+    assert client.post("/segment", files=files, data={"prompts": prompts}).status_code == 200
+    answer = client.post("/segment", files=files, data={"prompts": prompts, "formt": "nrrd"})
+    assert answer.status_code == 400 and "the form has no field 'formt'; did you mean format?" in answer.text

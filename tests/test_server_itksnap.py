@@ -148,3 +148,11 @@ def test_clients_of_nninteractive_before_two_are_told_to_update(client):
     for route in ("upload_image", "upload_segment"):
         answer = client.post(f"/{route}", files={"file": ("a", b"x")})
         assert answer.status_code == 426 and "update the client" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("typo", ["forground=true", "positive=true", "foreground=true&w=3"])
+def test_a_misspelt_click_is_refused_and_never_counts(client, ball, typo):
+    session = started(client, ball.array)
+    answer = client.get(f"/process_point_interaction/{session}?x={X}&y={Y}&z={Z}&{typo}")
+    assert answer.status_code == 400 and "the address has no parameter" in answer.json()["detail"]
+    assert not client.get(f"/api/sessions/{session}").json()["objects"]

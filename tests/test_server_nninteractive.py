@@ -346,3 +346,31 @@ def test_drawings_that_cannot_be_understood(ball):
         scribble_prompts(*drawn_region(dots, None, shape), True)
     dots[1:] = 0  # one slice with 56 pieces
     assert len(scribble_prompts(*drawn_region(dots, None, shape), True)) == int(dots.sum()) > 16
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "header"),
+    [
+        ("set_target_buffer", {"shape": list(CENTRE), "dtype": "uint8", "dtyp": "bool"}, False),
+        ("set_do_autozoom", {"do_autozoom": True, "autozoom": False}, False),
+        (
+            "add_point_interaction",
+            {"coordinates": list(CENTRE), "include_interaction": True, "run_predicton": False},
+            0,
+        ),
+        ("add_bbox_interaction", {"bbox_coords": [[5, 18]] * 3, "include_interaction": True, "negative": True}, False),
+        ("add_scribble_interaction", {"include_interaction": True, "interaction_box": [[0, 1]] * 3}, True),
+        ("add_lasso_interaction", {"include_interaction": True, "interaction_box": [[0, 1]] * 3}, True),
+        ("add_initial_seg_interaction", {"include_interaction": False}, True),
+        ("set_image", {"image_propertys": {"spacing": [1, 1, 1]}}, True),
+    ],
+)
+def test_unknown_keys_are_refused_with_the_nearest_name(plain, path, body, header):
+    headers = {"x-lease-token": plain.post("/claim").json()["lease_token"]}
+    image = pack_array(np.random.default_rng(0).normal(size=(1, 24, 28, 32)).astype(np.float32))
+    assert plain.post("/set_image", content=image, headers=headers).status_code == 200
+    drawn = image if path == "set_image" else pack_array(np.ones((24, 28, 32), np.uint8))
+    sent = {"content": drawn, "headers": {**headers, "x-meta": json.dumps(body)}}
+    answer = plain.post(f"/{path}", **(sent if header else {"json": body, "headers": headers}))
+    assert answer.status_code == 400 and " has no key " in answer.json()["detail"], answer.text
+    assert not plain.get(f"/api/sessions/{headers['x-lease-token']}").json()["objects"]

@@ -320,3 +320,70 @@ def test_every_kind_of_prompt_survives_a_prompt_file(tmp_path):
     np.testing.assert_array_equal(read[3].mask.full(), mask)
     (tmp_path / "p.json").write_text('{"version": 1, "objects": [{"prompts": [{"type": "mask", "path": "m.nrrd"}]}]}')
     assert load_prompts(tmp_path / "p.json")[0].prompts[0].mask == str(tmp_path / "m.nrrd")
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.uint8, np.int16])
+def test_ids_are_of_any_integral_type(tmp_path, model, kind):
+    with Session.open(ball_volume()[0], model, journal=tmp_path / "j.jsonl") as session:
+        number = session.add(INSIDE, object_id=kind(3)).prompt_id
+        session.move(kind(number), Point((12, 15, 11), np.True_))
+        session.edit_object(kind(3), name="ball", visible=np.False_)
+        session.add_all([ObjectPrompts(kind(4), "b", [INSIDE])])
+        session.remove_object(kind(4))
+        assert session.mask_of(kind(3)).any() and session.objects()[0].id == 3 and type(session.objects()[0].id) is int
+        session.save(tmp_path / "s.json")
+        session.remove(kind(number))
+    dump_prompts([ObjectPrompts(kind(3), "ball", [Point((1, 2, 3), np.False_), INSIDE])], tmp_path / "p.json")
+    assert load_prompts(tmp_path / "p.json")[0].prompts[0].positive is False
+
+
+@pytest.mark.parametrize("wrong", [True, np.True_, 1.0, np.float32(1), "1", None, 0, -1, 2**16, [1]])
+def test_what_is_no_id_is_refused_everywhere(model, wrong):
+    session = Session(ball_volume()[0], model)
+    session.add(INSIDE)
+    before = session.objects()
+    calls = [
+        lambda: session.add(INSIDE, wrong),
+        lambda: ObjectPrompts(wrong),
+        lambda: session.edit_object(wrong, name="x"),
+    ]
+    calls += [lambda: session.mask_of(wrong), lambda: session.remove_object(wrong), lambda: session.logits_of(wrong)]
+    if wrong is not None:
+        calls += [
+            lambda: session.predict(wrong),
+            lambda: session.probability(wrong),
+            lambda: session.suggest_click(wrong),
+        ]
+    if wrong != 2**16:
+        calls += [
+            lambda: session.remove(wrong),
+            lambda: session.move(wrong, INSIDE),
+            lambda: session.move(wrong, (1, 2, 3)),
+        ]
+    for call in calls:
+        with pytest.raises(InputError, match=r"id must be a whole number from|object 0 has no mask"):
+            call()
+    assert session.objects() == before
+
+
+@pytest.mark.parametrize("wrong", ["false", 0, 1, None, 0.0, [False]])
+@pytest.mark.parametrize("kind", [Point, Scribble, Lasso])
+def test_what_is_not_true_or_false_never_counts_as_positive(kind, wrong):
+    at = (1, 2, 3) if kind is Point else [(1, 2, 3), (4, 2, 3), (4, 5, 3)]
+    with pytest.raises(InputError, match="positive must be true or false, got"):
+        kind(at, wrong)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\0b", "\x1b[31mred", "\ud800", "x" * 201, 7, b"x"])
+def test_names_that_no_file_can_hold_are_refused(model, name):
+    session = Session(ball_volume()[0], model)
+    session.add(INSIDE)
+    for call in (
+        lambda: session.add(INSIDE, 2, name),
+        lambda: session.new_object(name),
+        lambda: session.edit_object(1, name=name),
+        lambda: session.add_all([ObjectPrompts(2, name, [INSIDE])]),
+    ):
+        with pytest.raises(InputError, match="name must be text of at most 200 characters, none of them control"):
+            call()
+    assert [o.name for o in session.objects()] == ["object 1"]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.cases import SourceFacts
-from samed3d.errors import InputError
+from samed3d.errors import InputError, check_keys
 from samed3d.volume import SUFFIXES
 
 _KEYS = "attribution label_kind labels licence licence_flag modality spacing_order subject_pattern url".split()
@@ -64,8 +64,7 @@ def read_source_json(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     body = read_json(path)
-    if unknown := sorted(set(body) - set(_KEYS)):
-        raise InputError(f"source.json knows {', '.join(_KEYS)}; got {unknown[0]!r}: {path}")
+    check_keys(body, _KEYS, str(path))
     for key, choices in _CHOICES.items():
         if key in body and body[key] not in choices:
             raise InputError(f"{key} must be {' or '.join(choices)}, got {body[key]!r}: {path}")

@@ -20,7 +20,7 @@ from samed3d.cli import compare, doctor, evaluate, masks, models, prepare, segme
 from samed3d.errors import InputError
 
 # A file system that refuses is the user's to mend, whatever was being written.
-_USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+_USER_ERRNOS = {getattr(errno, name) for name in "ENOSPC EDQUOT EACCES EPERM EROFS ENAMETOOLONG ENOTDIR ELOOP".split()}
 
 _INTERRUPTED = 130
 

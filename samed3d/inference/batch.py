@@ -1,13 +1,15 @@
 """Segment the images of a list one after the other; the whole list is checked first, and a stopped run is resumed.
 
-The list is a CSV with the columns ``COLUMNS``: ``prompts`` is a prompt file; ``point``, ``negative_point`` and ``box``
-may hold several positions separated by semicolons. Paths are relative to the list.
+The list is a CSV with the columns ``COLUMNS``, separated by commas, semicolons or tabs: ``prompts`` is a prompt file;
+``point``, ``negative_point`` and ``box`` may hold several positions separated by semicolons. Paths are relative to the
+list.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import logging
 import os
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from samed3d.errors import InputError
+from samed3d.errors import InputError, check_keys
 from samed3d.inference.session import Session
 from samed3d.inference.session_store import weights_hash
 from samed3d.models.base import PromptableModel
@@ -57,20 +59,15 @@ def read_jobs(path: Path, folder: Path, format: str | None = None, space: str = 
         InputError: if the list or a line of it cannot be used, or two lines write the same file; the message names the
             line.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"batch list cannot be read: {path} ({error})") from error
-    if not rows:
-        raise InputError(f"batch list must have a header and a line per image, got none: {path}")
-    if unknown := sorted({str(key) for row in rows for key in row} - set(COLUMNS)):
-        raise InputError(f"columns of a batch list are {', '.join(COLUMNS)}; got {', '.join(unknown)}: {path}")
+    (_, header), *rows = _read_rows(path)
     jobs: list[Job] = []
     lines: dict[Path, int] = {}
-    for line, row in enumerate(rows, start=2):
-        cells = {key: (row.get(key) or "").strip() for key in COLUMNS}
+    for line, row in rows:
         try:
+            if len(row) > len(header):
+                found = f"a line must have at most {len(header)} fields, got {len(row)}"
+                raise InputError(f"{found}; put quotes around commas and semicolons that separate no fields")
+            cells = dict.fromkeys(COLUMNS, "") | dict(zip(header, row, strict=False))
             job = _job(cells, line, path.parent, folder, format, space)
             other = lines.setdefault(job.output.resolve(), line)
             if other != line:
@@ -85,6 +82,31 @@ def read_jobs(path: Path, folder: Path, format: str | None = None, space: str = 
     return jobs
 
 
+def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
+    """The header and the lines of a list, each with its number; empty lines and empty fields at an end are left out."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            text = file.read()
+        separator = max(",;\t", key=text.lstrip().partition("\n")[0].count)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"batch list cannot be read: {path} ({error})") from error
+    for _, row in rows:
+        while row and not row[-1]:
+            row.pop()
+    rows = [(line, row) for line, row in rows if row]
+    if len(rows) < 2:
+        raise InputError(f"batch list must have a header and a line per image, got none: {path}")
+    header = rows[0][1]
+    check_keys(header, COLUMNS, f"batch list {path}", "column")
+    if twice := [name for name in header if header.count(name) > 1]:
+        raise InputError(f"batch list {path}: column {twice[0]!r} is there twice")
+    if "image" not in header:
+        raise InputError(f"batch list must have a column 'image', got {', '.join(header)}: {path}")
+    return rows
+
+
 def _job(cells: dict[str, str], line: int, beside: Path, folder: Path, format: str | None, space: str) -> Job:
     image = beside / cells["image"]
     if not cells["image"] or not image.exists():
@@ -92,10 +114,8 @@ def _job(cells: dict[str, str], line: int, beside: Path, folder: Path, format: s
     name = image.resolve().name
     stem = next((name[: -len(s)] for s in SUFFIXES if name.lower().endswith(s)), name)
     output = folder / (cells["output"] or stem + (MASK_FORMATS[format][0] if format else SUFFIXES[0]))
-    if format and not output.name.lower().endswith(MASK_FORMATS[format]):
-        raise InputError(
-            f"output of format {format} must end in {' or '.join(MASK_FORMATS[format])}, got {output.name!r}"
-        )
+    suffixes = MASK_FORMATS[format] if format else {suffix for ends in MASK_FORMATS.values() for suffix in ends}
+    check_output(output, suffixes=sorted(suffixes), makes_folder=True)
     if ".." in Path(cells["output"]).parts or Path(cells["output"]).is_absolute():
         raise InputError(f"output must be a name inside the output folder, got {cells['output']!r}")
     if cells["channel"] and not cells["channel"].isdigit():

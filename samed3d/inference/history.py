@@ -10,16 +10,18 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
 from samed3d.drawing import OBJECT_COLOURS, colour_of
-from samed3d.errors import InputError
+from samed3d.errors import InputError, whole_number
 from samed3d.geometry import IntTriple
 from samed3d.inference.model_prompts import deepest_voxel
 from samed3d.inference.prediction import OtherObjects, PromptHistory, PromptStep, empty_mask
-from samed3d.prompts import MaskUpdate, ObjectPrompts, PackedMask, Prompt, checked_code
+from samed3d.prompts import MaskUpdate, ObjectPrompts, PackedMask, Prompt, checked_code, checked_flag, checked_name
+
+_MOST_PROMPTS = 2**31 - 1
 
 
 @dataclass
@@ -96,7 +98,7 @@ class SessionState:
         Raises:
             InputError: if there is none.
         """
-        if object_id not in self.objects:
+        if whole_number(object_id, "object id") not in self.objects:
             known = ", ".join(map(str, sorted(self.objects))) or "none"
             raise InputError(f"object must be one of the session's ({known}), got {object_id!r}")
         return self.objects[object_id]
@@ -108,7 +110,7 @@ class SessionState:
             InputError: if there is no such prompt.
         """
         for entry in self.objects.values():
-            if prompt_id in entry.prompts:
+            if whole_number(prompt_id, "prompt id", _MOST_PROMPTS) in entry.prompts:
                 return entry
         raise InputError(f"prompt must be one of the session's, got number {prompt_id!r}; objects() lists them")
 
@@ -137,10 +139,28 @@ class SessionState:
 
 @dataclass(frozen=True, kw_only=True)
 class Edit(ABC):
-    """One change of a session; ``object_id`` and ``prompt_id`` are 0 in edits that name none."""
+    """One change of a session; ``object_id`` and ``prompt_id`` are 0 in edits that name none.
+
+    Raises:
+        InputError: if a field is of another type, whether a caller or a journal gave it.
+    """
 
     object_id: int = 0
     prompt_id: int = 0
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value, kind = getattr(self, entry.name), str(entry.type)
+            if value is entry.default:
+                continue
+            if entry.name.endswith("_id"):
+                most = 2**16 - 1 if entry.name == "object_id" else _MOST_PROMPTS
+                value = whole_number(value, entry.name.replace("_", " "), most)
+            elif kind.startswith("bool"):
+                value = checked_flag(value, entry.name)
+            elif entry.name == "name":
+                value = checked_name(value)
+            object.__setattr__(self, entry.name, value)
 
     @abstractmethod
     def apply(self, state: SessionState, prompts: PromptHistory) -> SessionState:
@@ -155,6 +175,8 @@ class Edit(ABC):
 class AddPrompt(Edit):
     """Add a prompt to an object, new or not; ``name`` names or renames it, ``code`` codes it."""
 
+    object_id: int
+    prompt_id: int
     prompt: Prompt
     name: str | None = None
     code: str | None = None
@@ -173,6 +195,8 @@ class AddPrompt(Edit):
 class Predict(Edit):
     """Predict an object again without a new prompt."""
 
+    object_id: int
+
     def apply(self, state: SessionState, prompts: PromptHistory) -> SessionState:
         """See ``Edit``."""
         entry = _unlocked(state.object(self.object_id))
@@ -186,6 +210,7 @@ class Predict(Edit):
 class MovePrompt(Edit):
     """Replace a prompt and predict its object's later steps again."""
 
+    prompt_id: int
     prompt: Prompt | None
 
     def apply(self, state: SessionState, prompts: PromptHistory) -> SessionState:
@@ -205,6 +230,7 @@ class RemovePrompt(MovePrompt):
 class EditObject(Edit):
     """Change an object's row of the object table, or add an object without prompts; what is None stays."""
 
+    object_id: int
     name: str | None = None
     colour: str | None = None
     visible: bool | None = None
@@ -212,6 +238,7 @@ class EditObject(Edit):
     code: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.colour is not None and not re.fullmatch(r"#[0-9a-fA-F]{6}", str(self.colour)):
             raise InputError(f"colour must be of the form #rrggbb, got {self.colour!r}")
         object.__setattr__(self, "colour", self.colour and self.colour.lower())
@@ -230,6 +257,8 @@ class EditObject(Edit):
 class RemoveObject(Edit):
     """Remove an object with all its prompts."""
 
+    object_id: int
+
     def apply(self, state: SessionState, prompts: PromptHistory) -> SessionState:
         """See ``Edit``."""
         removed = _unlocked(state.object(self.object_id)).id
@@ -246,7 +275,7 @@ class SetRule(Edit):
 
     def apply(self, state: SessionState, prompts: PromptHistory) -> SessionState:
         """See ``Edit``."""
-        return replace(state, others_are_negative=bool(self.others_are_negative))
+        return replace(state, others_are_negative=self.others_are_negative)
 
 
 class _LogEntry(Edit):

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.devices import pick_device
-from samed3d.errors import InputError
+from samed3d.errors import InputError, whole_number
 from samed3d.inference import history, mask_files, session_store
 from samed3d.inference.history import EditHistory, ObjectState, SessionObject, SessionState
 from samed3d.inference.model_prompts import read_mask_file
@@ -157,7 +157,7 @@ class Session:
             InputError: if the prompt lies outside the volume, the model does not take its kind, the object's first
                 prompt is negative, or the object is locked.
         """
-        entry = self._state.objects.get(object_id)
+        entry = self._state.objects.get(whole_number(object_id, "object id"))
         if not is_positive(prompt) and not any(map(is_positive, entry.prompts.values() if entry else ())):
             raise InputError(f"object {object_id} needs a positive point or a box before a negative point")
         return self._add(prompt, object_id, predict, name=name)
@@ -180,8 +180,6 @@ class Session:
                 self._add(prompt, entry.id, True, **({} if known else {"name": entry.name, "code": entry.code or None}))
 
     def _add(self, prompt: Prompt, object_id: int, predict: bool = True, **about: str | None) -> MaskUpdate:
-        if type(object_id) is not int or not 1 <= object_id < 2**16:
-            raise InputError(f"object id must be a whole number from 1 to 65535, got {object_id!r}")
         prompt, number = read_mask_file(prompt, self.volume), self.history.next_prompt
         edit = history.AddPrompt(object_id=object_id, prompt_id=number, prompt=prompt, predict=predict, **about)
         return self.history.commit(edit)
@@ -285,8 +283,9 @@ class Session:
 
     @others_are_negative.setter
     def others_are_negative(self, value: bool) -> None:
-        if bool(value) != self.others_are_negative:
-            self.history.commit(history.SetRule(others_are_negative=bool(value)))
+        edit = history.SetRule(others_are_negative=value)
+        if edit.others_are_negative != self.others_are_negative:
+            self.history.commit(edit)
 
     def objects(self) -> list[SessionObject]:
         """The objects with their prompts as given, by id."""
@@ -387,7 +386,7 @@ class Session:
         return self.current if object_id is None else object_id
 
     def _prompted(self, object_id: int) -> ObjectState:
-        if (entry := self._state.objects.get(object_id)) is None:
+        if (entry := self._state.objects.get(whole_number(object_id, "object id", least=0))) is None:
             raise InputError(f"object {object_id} has no mask yet: add a prompt first")
         return entry
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from samed3d import __version__
-from samed3d.errors import InputError
+from samed3d.errors import InputError, check_keys
 from samed3d.inference import history
 from samed3d.inference.history import Edit, SessionObject
 from samed3d.models.base import PromptableModel
@@ -32,25 +32,26 @@ VERSION = 1
 """Of both files."""
 _LONGEST_HEADER = 1 << 20
 
-_EDITS: dict[str, tuple[type[Edit], tuple[str, ...]]] = {
-    "add": (history.AddPrompt, ("object_id", "prompt_id", "prompt")),
-    "look": (history.Predict, ("object_id",)),
-    "move": (history.MovePrompt, ("prompt_id", "prompt")),
-    "remove": (history.RemovePrompt, ("prompt_id",)),
-    "object": (history.EditObject, ("object_id",)),
-    "drop": (history.RemoveObject, ("object_id",)),
-    "rule": (history.SetRule, ("others_are_negative",)),
-    "undo": (history.Undo, ()),
-    "redo": (history.Redo, ()),
+_EDITS: dict[str, type[Edit]] = {
+    "add": history.AddPrompt,
+    "look": history.Predict,
+    "move": history.MovePrompt,
+    "remove": history.RemovePrompt,
+    "object": history.EditObject,
+    "drop": history.RemoveObject,
+    "rule": history.SetRule,
+    "undo": history.Undo,
+    "redo": history.Redo,
 }
-"""Edits by the name that files give them, with their required fields."""
+"""Edits by the name that files give them."""
+_IMAGE_KEYS = ("source", "channel", "series", "modality", "untilt", "sha256", "size_ijk", "spacing_mm")
 _KEYS = {"object_id": "object", "prompt_id": "id", "predict": "look"}
 """Fields that have another name in files."""
 
 
 def edit_to_json(edit: Edit) -> dict[str, Any]:
     """An edit as journals and session files hold it; fields with their default value are left out."""
-    body: dict[str, Any] = {"do": next(kind for kind, (cls, _) in _EDITS.items() if type(edit) is cls)}
+    body: dict[str, Any] = {"do": next(kind for kind, cls in _EDITS.items() if type(edit) is cls)}
     for entry in dataclasses.fields(edit):
         value = getattr(edit, entry.name)
         if entry.name == "prompt" and value is not None:
@@ -68,14 +69,26 @@ def edit_from_json(body: Any, where: str) -> Edit:
     """
     if not isinstance(body, dict) or body.get("do") not in _EDITS:
         raise InputError(f"{where}: not an edit of a session: {str(body)[:80]!r}")
-    kind, required = _EDITS[body["do"]]
+    kind = _EDITS[body["do"]]
     keys = {entry.name: _KEYS.get(entry.name, entry.name) for entry in dataclasses.fields(kind)}
+    check_keys(body, ("do", *keys.values()), f"{where}: an edit {body['do']!r}")
     given = {name: body[key] for name, key in keys.items() if key in body}
+    required = [entry.name for entry in dataclasses.fields(kind) if entry.default is dataclasses.MISSING]
     if missing := [keys[name] for name in required if name not in given]:
         raise InputError(f"{where}: an edit {body['do']!r} needs {', '.join(missing)}")
     if "prompt" in given:
         given["prompt"] = prompt_from_json(given["prompt"], where=where)
-    return kind(**given)
+    try:
+        return kind(**given)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _check_head(body: dict[str, Any], own: tuple[str, ...], where: str) -> None:
+    """Refuse unknown keys of a journal's first line or of a session file; ``own`` are those beside ``identity``'s."""
+    check_keys(body, ("image", "model", *own), where)
+    for part, known in (("image", _IMAGE_KEYS), ("model", ("name", "weights"))):
+        check_keys(body[part] if isinstance(body.get(part), dict) else (), known, f"{where}: {part}")
 
 
 class Journal:
@@ -138,9 +151,10 @@ class Journal:
         for number, line in enumerate(content[:whole].splitlines(), start=1):
             try:
                 bodies.append(json.loads(line))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 found = f"journal is damaged in line {number}: {self.path} ({error})"
                 raise InputError(f"{found}; move it away to begin anew") from error
+        _check_head(bodies[0], ("journal",), f"journal {self.path}")
         check_same(bodies[0], header, f"journal {self.path}")
         edits = [edit_from_json(body, f"{self.path}, line {n}") for n, body in enumerate(bodies[1:], start=2)]
         if whole < len(content):
@@ -282,10 +296,11 @@ def read_session(path: Path) -> tuple[dict[str, Any], list[Edit]]:
         body = json.loads(path.read_text())
     except OSError as error:
         raise InputError(f"session cannot be read: {path} ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"session is not JSON: {path} ({error})") from error
     if not isinstance(body, dict) or body.get("session") != VERSION:
         raise InputError(f'session file must be an object with "session": {VERSION}: {path}')
+    _check_head(body, ("session", "objects", "edits"), f"session {path}")
     parts = (("image", "source"), ("model", "name"))
     named = all(isinstance(body.get(key), dict) and part in body[key] for key, part in parts)
     if not named or not isinstance(body.get("edits"), list):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from samed3d.prompts.kinds import (
     MASK_LOGIT_THRESHOLD,
+    MAX_NAME,
     SPACES,
     Box,
     Lasso,
@@ -17,6 +18,8 @@ from samed3d.prompts.kinds import (
     Prompt,
     Scribble,
     box_in_grid,
+    checked_flag,
+    checked_name,
     is_positive,
     path_in_grid,
     point_in_grid,

@@ -6,14 +6,17 @@ Their JSON form is in ``schema.py``; what a model is given for each is in ``infe
 from __future__ import annotations
 
 import itertools
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from samed3d.errors import InputError, check_choice
+from samed3d.errors import InputError, check_choice, whole_number
 from samed3d.geometry import Grid, Triple, as_triple
 from samed3d.prompts.packed import PackedMask
 
@@ -23,6 +26,7 @@ MASK_LOGIT_THRESHOLD = 0.0
 half)."""
 MAX_BRUSH_VOX = 50
 MAX_PATH = 10_000
+MAX_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Point:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "at", _position(self.at, "point"))
+        object.__setattr__(self, "positive", checked_flag(self.positive, "positive"))
         check_choice("space", self.space, SPACES)
 
 
@@ -80,9 +85,11 @@ class Scribble:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", _positions(self.path, "scribble", least=1))
+        object.__setattr__(self, "positive", checked_flag(self.positive, "positive"))
         check_choice("space", self.space, SPACES)
-        if not 0 <= self.radius_vox <= MAX_BRUSH_VOX:
-            raise InputError(f"scribble radius must be 0 to {MAX_BRUSH_VOX} voxels, got {self.radius_vox!r}")
+        radius = self.radius_vox
+        if isinstance(radius, bool) or not isinstance(radius, Real) or not 0 <= radius <= MAX_BRUSH_VOX:
+            raise InputError(f"scribble radius_vox must be a number from 0 to {MAX_BRUSH_VOX}, got {radius!r}")
         object.__setattr__(self, "radius_vox", float(self.radius_vox))
 
 
@@ -100,6 +107,7 @@ class Lasso:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "outline", _positions(self.outline, "lasso", least=3))
+        object.__setattr__(self, "positive", checked_flag(self.positive, "positive"))
         check_choice("space", self.space, SPACES)
 
 
@@ -199,6 +207,10 @@ class ObjectPrompts:
     prompts: list[Prompt] = field(default_factory=list)
     code: str = ""
 
+    def __post_init__(self) -> None:
+        self.id = whole_number(self.id, "object id")
+        self.name = checked_name(self.name)
+
     def check_positive(self, where: str = "") -> None:
         """Refuse an object without a prompt that marks it (a positive point or stroke, a box, a mask)."""
         if not any(map(is_positive, self.prompts)):
@@ -206,9 +218,39 @@ class ObjectPrompts:
             raise InputError(f"{found}, got {len(self.prompts)} negative only; add one on the object")
 
 
+def checked_name(name: Any) -> str:
+    """The name of an object.
+
+    Raises:
+        InputError: if it is no text that every file format can hold.
+    """
+    if (
+        not isinstance(name, str)
+        or len(name) > MAX_NAME
+        or any(unicodedata.category(character) in ("Cc", "Cs") for character in name)
+    ):
+        rule = f"name must be text of at most {MAX_NAME} characters, none of them control or broken characters"
+        raise InputError(f"{rule}, got {repr(name)[:80]}")
+    return name
+
+
+def checked_flag(value: Any, what: str) -> bool:
+    """A truth value, which no number and no text is.
+
+    Raises:
+        InputError: if it is of another type.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise InputError(f"{what} must be true or false, got {value!r}")
+    return bool(value)
+
+
 def _position(value: Sequence[float], what: str) -> Triple:
     try:
-        triple = as_triple(list(value))
+        listed = list(value)
+        if any(isinstance(v, str | bytes | bool) for v in listed):
+            raise TypeError("no number")
+        triple = as_triple(listed)
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{what} must be three numbers, got {repr(value)[:80]}") from error
     if not all(abs(v) < float("inf") for v in triple):

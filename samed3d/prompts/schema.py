@@ -10,13 +10,15 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from samed3d.errors import InputError, check_choice, nearest_name
+from samed3d.errors import InputError, check_choice, check_keys
 from samed3d.geometry import as_triple
 from samed3d.output import write_json
 from samed3d.prompts.kinds import SPACES, Box, Lasso, Mask, ObjectPrompts, Point, Prompt, Scribble
 from samed3d.prompts.packed import PackedMask
+
+T = TypeVar("T")
 
 SCHEMA_VERSION = 1
 PromptReader = Callable[[Any, str, str], Prompt]
@@ -24,8 +26,6 @@ PromptReader = Callable[[Any, str, str], Prompt]
 KINDS: dict[str, Any] = {kind.__name__.lower(): kind for kind in (Point, Box, Scribble, Lasso, Mask)}
 """Kinds of prompt by their ``type`` in JSON; the other keys are the fields of the kind, but for a mask."""
 _MASK_KEYS = ("path", "size", "start", "stop", "bits")
-_TYPES: dict[str, tuple[Any, str]] = {"positive": (bool, "true or false"), "radius_vox": (int | float, "a number")}
-"""Type of a value, and how to say it; positions are checked by the prompt itself."""
 
 
 def parse_numbers(text: str, count: int, flag: str) -> tuple[float, ...]:
@@ -105,21 +105,21 @@ def objects_from_json(body: Any, where: str, read: PromptReader | None = None) -
     """
     if not isinstance(body, dict) or body.get("version") != SCHEMA_VERSION:
         raise InputError(f'{where}: prompts must be an object with "version": {SCHEMA_VERSION}')
-    _check_keys(body, ("version", "space", "objects"), where)
+    check_keys(body, ("version", "space", "objects"), where)
     space = body.get("space", "ijk")
     check_choice(f"{where}: space", space, SPACES)
     objects: list[ObjectPrompts] = []
     for number, entry in enumerate(_listed(body, "objects", where), start=1):
         place = f"{where}: object {number}"
         prompts = [(read or prompt_from_json)(p, space, place) for p in _listed(entry, "prompts", place)]
-        _check_keys(entry, ("id", "name", "code", "prompts"), place)
-        object_id = entry.get("id", number)
-        if type(object_id) is not int or object_id < 1:
-            raise InputError(f"{place}: id must be a whole number > 0, got {object_id!r}")
-        if any(object_id == o.id for o in objects):
-            raise InputError(f"{place}: id must differ from those of the objects before it, got {object_id} again")
-        name = checked_name(entry.get("name", f"object {number}"), place)
-        objects.append(ObjectPrompts(object_id, name, prompts, checked_code(entry.get("code", ""), place)))
+        check_keys(entry, ("id", "name", "code", "prompts"), place)
+        code = checked_code(entry.get("code", ""), place)
+        found = _made(
+            place, ObjectPrompts, entry.get("id", number), entry.get("name", f"object {number}"), prompts, code
+        )
+        if any(found.id == o.id for o in objects):
+            raise InputError(f"{place}: id must differ from those of the objects before it, got {found.id} again")
+        objects.append(found)
     return objects
 
 
@@ -149,16 +149,13 @@ def prompt_from_json(entry: Any, space: str = "ijk", where: str = "prompt") -> P
     kind, space = KINDS[str(name)], entry.get("space", space)
     own = [each for each in fields(kind) if each.name != "space"]
     known = _MASK_KEYS if kind is Mask else [each.name for each in own]
-    _check_keys(entry, (*known, "type", "space", "id"), f"{where}: a {name}")
-    for key, (types, rule) in _TYPES.items():
-        if key in entry and (not isinstance(entry[key], types) or isinstance(entry[key], bool) != (types is bool)):
-            raise InputError(f"{where}: {key} must be {rule}, got {entry[key]!r}")
+    check_keys(entry, (*known, "type", "space", "id"), f"{where}: a {name}")
     check_choice(f"{where}: space", space, SPACES)
     if kind is not Mask:
         for each in own:
             if each.default is MISSING and each.name not in entry:
                 raise InputError(f"{where}: a {name} needs {each.name!r}")
-        return kind(**{key: entry[key] for key in known if key in entry}, space=space)
+        return _made(where, kind, **{key: entry[key] for key in known if key in entry}, space=space)
     if "path" not in entry:
         return Mask(PackedMask.from_json(entry))
     if not isinstance(entry["path"], str) or not entry["path"]:
@@ -166,22 +163,19 @@ def prompt_from_json(entry: Any, space: str = "ijk", where: str = "prompt") -> P
     return Mask(entry["path"])
 
 
+def _made(where: str, kind: Callable[..., T], *values: Any, **fields: Any) -> T:
+    """What ``kind`` makes; its errors begin with ``where``."""
+    try:
+        return kind(*values, **fields)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
 def _beside(prompt: Prompt, file: Path) -> Prompt:
     """The path of a mask is relative to the prompt file."""
     if isinstance(prompt, Mask) and isinstance(prompt.mask, str):
         return Mask(file.parent / prompt.mask)
     return prompt
-
-
-def checked_name(name: Any, where: str) -> str:
-    """The name of an object.
-
-    Raises:
-        InputError: if it is no text that can be written to a file.
-    """
-    if not isinstance(name, str) or any("\ud800" <= character <= "\udfff" for character in name):
-        raise InputError(f"{where}: name must be text without broken characters, got {name!r}")
-    return name
 
 
 def checked_code(code: Any, where: str) -> str:
@@ -195,12 +189,6 @@ def checked_code(code: Any, where: str) -> str:
     if code != "" and not (fits and code.isprintable() and "\\" not in code):
         raise InputError(f"{where}: code must be SCHEME:VALUE:MEANING as SCT:10200004:Liver, got {code!r}")
     return code
-
-
-def _check_keys(entry: dict[str, Any], known: tuple[str, ...], where: str) -> None:
-    for key in entry:
-        if key not in known:
-            raise InputError(f"{where} has no key {key!r}; {nearest_name(key, known)}")
 
 
 def _listed(entry: Any, key: str, where: str) -> list[Any]:

@@ -16,7 +16,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
@@ -28,7 +28,7 @@ from samed3d.apps.server.nninteractive import nninteractive
 from samed3d.apps.server.routes import api
 from samed3d.apps.server.security import PAGE_FOLDER, Guard, check_binding
 from samed3d.apps.server.segment import one_shot
-from samed3d.apps.server.service import ServerOptions, Service
+from samed3d.apps.server.service import ServerOptions, Service, known_query
 from samed3d.errors import InputError
 from samed3d.models import load_promptable
 from samed3d.models.base import PromptableModel
@@ -68,7 +68,7 @@ def create_app(options: ServerOptions, load: Callable[[str], PromptableModel] = 
     app = FastAPI(title="samed3d", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     for router in (api, one_shot, nninteractive, itksnap):
-        app.include_router(router)
+        app.include_router(router, dependencies=[Depends(known_query)])
     _add_server_routes(app, service)
     _add_error_answers(app, options)
     app.add_middleware(_CountAnswers, service=service)
@@ -175,7 +175,10 @@ def _add_error_answers(app: FastAPI, options: ServerOptions) -> None:
             is_full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
             status, message = 507 if is_full else 400, str(error)
         elif isinstance(error, RequestValidationError):
-            problems = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()[:5]]
+            problems = [
+                f"{'.'.join(str(part) for part in e['loc'])}: {e.get('ctx', {}).get('error', e['msg'])}"
+                for e in error.errors()[:5]
+            ]
             status, message = 422, "the request does not fit: " + "; ".join(problems)
         elif isinstance(error, ClientDisconnect):  # nobody receives this answer, and nothing is logged
             status, message = 499, "the client closed the connection"

@@ -102,8 +102,8 @@ async def start_session(request: Request, service: SharedService, model_id: str 
 
 @itksnap.post("/upload_raw/{session_id}")
 @itksnap.post("/v2/upload_raw/{session_id}")
-async def upload_raw(lease: OneLease, image: Array) -> Json:
-    """The image to segment."""
+async def upload_raw(lease: OneLease, image: Array, filename: str = "") -> Json:
+    """The image to segment; ITK-SNAP also sends the name of a file, without effect."""
     async with lease.service.uploads:
         await lease.open_array(image, arrays.grid_of(image.shape, None), "ITK-SNAP")
     return {"message": "the image is open"}

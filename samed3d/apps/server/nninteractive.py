@@ -23,7 +23,7 @@ from samed3d.apps.server import nninteractive_arrays as arrays
 from samed3d.apps.server.leases import Lease, combined
 from samed3d.apps.server.service import SharedService, parse_json
 from samed3d.apps.server.sessions import Json
-from samed3d.errors import InputError
+from samed3d.errors import InputError, check_keys
 from samed3d.geometry import IntTriple
 from samed3d.inference.session import Session
 from samed3d.models.weights import licence_of
@@ -31,6 +31,8 @@ from samed3d.prompts import MaskUpdate, Prompt
 
 PROTOCOL_VERSION = "2.6.0"
 _LONGEST_META = 16 * 1024
+_INTERACTION = ("include_interaction", "run_prediction", "override_capability_checks")
+"""What a client sends with every interaction; a segmentation to start from has no sign."""
 _STORED = {"bool": np.uint8, "float16": np.float32, "float64": np.float32, "int64": np.float32, "uint64": np.float32}
 
 LeaseToken = Annotated[str | None, Header(alias="X-Lease-Token")]
@@ -154,6 +156,7 @@ async def set_image(request: Request, lease: OneLease, meta: MetaHeader) -> Json
         array = await _array(request, lease.service)
         if array.ndim != 4 or array.shape[0] != 1:
             raise HTTPException(400, f"image must have one channel and three axes, (1, X, Y, Z), got {array.shape}")
+        check_keys(meta, ("image_properties",), "the X-Meta header")
         shape: IntTriple = (array.shape[1], array.shape[2], array.shape[3])
         stored = array[0].astype(_STORED.get(array.dtype.name, array.dtype), copy=False)
         await lease.open_array(stored, arrays.grid_of(shape, meta.get("image_properties")), "array")
@@ -172,6 +175,7 @@ async def earlier_protocol() -> Json:
 @nninteractive.post("/set_target_buffer")
 async def set_target_buffer(lease: OneLease, body: JsonBody) -> Json:
     """Shape and type of the client's result array."""
+    check_keys(body, ("shape", "dtype"), "the body")
     state, dtype = lease.state, str(body.get("dtype"))
     if state.shape is None or body.get("shape") != state.shape:
         got = str(body.get("shape"))[:80]
@@ -185,6 +189,7 @@ async def set_target_buffer(lease: OneLease, body: JsonBody) -> Json:
 @nninteractive.post("/set_do_autozoom")
 async def set_do_autozoom(lease: OneLease, body: JsonBody) -> dict[str, bool]:
     """Accepted without effect: the model always follows the object."""
+    check_keys(body, ("do_autozoom",), "the body")
     _flag(body, "do_autozoom")
     return {"do_autozoom": True}
 
@@ -202,37 +207,35 @@ async def reset_interactions(lease: OneLease) -> Json:
 @nninteractive.post("/add_point_interaction")
 async def add_point(lease: OneLease, body: JsonBody) -> Response:
     """A click."""
-    return await _interact(lease, body, lambda _, include: [arrays.point_prompt(body.get("coordinates"), include)])
+    at = body.get("coordinates")
+    return await _interact(lease, body, "coordinates", lambda _, include: [arrays.point_prompt(at, include)])
 
 
 @nninteractive.post("/add_bbox_interaction")
 async def add_bbox(lease: OneLease, body: JsonBody) -> Response:
     """A box."""
     box = body.get("bbox_coords")
-    return await _interact(lease, body, lambda shape, include: [arrays.box_prompt(box, include, shape)])
+    return await _interact(lease, body, "bbox_coords", lambda shape, include: [arrays.box_prompt(box, include, shape)])
 
 
 @nninteractive.post("/add_scribble_interaction")
 async def add_scribble(lease: OneLease, meta: MetaHeader, mask: ArrayBody) -> Response:
     """A scribble, drawn into a mask."""
-    box = meta.get("interaction_bbox")
-    return await _interact(
-        lease, meta, lambda shape, include: arrays.drawn_prompts("scribble", mask, box, shape, include)
-    )
+    return await _draw(lease, meta, "scribble", mask)
 
 
 @nninteractive.post("/add_lasso_interaction")
 async def add_lasso(lease: OneLease, meta: MetaHeader, mask: ArrayBody) -> Response:
     """A lasso, drawn into a mask."""
-    box = meta.get("interaction_bbox")
-    return await _interact(lease, meta, lambda shape, include: arrays.drawn_prompts("lasso", mask, box, shape, include))
+    return await _draw(lease, meta, "lasso", mask)
 
 
 @nninteractive.post("/add_initial_seg_interaction")
 async def add_initial_seg(lease: OneLease, meta: MetaHeader, mask: ArrayBody) -> Response:
     """A segmentation to start from; replaces earlier prompts."""
+    check_keys(meta, _INTERACTION[1:], "the interaction")
     body = {"include_interaction": True, "run_prediction": False, **meta}
-    return await _interact(lease, body, lambda shape, _: [arrays.mask_prompt(mask, shape)])
+    return await _interact(lease, body, "", lambda shape, _: [arrays.mask_prompt(mask, shape)])
 
 
 @nninteractive.post("/predict")
@@ -269,8 +272,19 @@ async def undo(lease: OneLease) -> Response:
 # Answers, and what requests hold
 
 
-async def _interact(lease: Lease, body: Json, prompts: Callable[[IntTriple, bool], list[Prompt]]) -> Response:
-    """Add the prompts of one interaction, made of the image's shape and the sign, and send what changed."""
+async def _draw(lease: Lease, meta: Json, kind: str, mask: NDArray) -> Response:
+    """Add a scribble or a lasso that is drawn into a mask."""
+    key = "interaction_bbox"
+    box = meta.get(key)
+    return await _interact(lease, meta, key, lambda shape, sign: arrays.drawn_prompts(kind, mask, box, shape, sign))
+
+
+async def _interact(lease: Lease, body: Json, key: str, prompts: Callable[[IntTriple, bool], list[Prompt]]) -> Response:
+    """Add the prompts of one interaction, made of the image's shape and the sign, and send what changed.
+
+    ``key`` is what the interaction's body holds beside ``_INTERACTION``.
+    """
+    check_keys(body, (key, *_INTERACTION), "the interaction")
     include, predict = _flag(body, "include_interaction"), _flag(body, "run_prediction", True)
     return await _answer(lease, await lease.add(lambda shape: prompts(shape, include), predict))
 

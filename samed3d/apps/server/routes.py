@@ -12,11 +12,11 @@ import gzip
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
 
@@ -31,9 +31,10 @@ from samed3d.apps.server.sessions import (
     update_to_json,
     whole_mask_to_json,
 )
+from samed3d.errors import check_keys
 from samed3d.inference.session import Session
 from samed3d.masks import Cleaning
-from samed3d.prompts import MaskUpdate
+from samed3d.prompts import MAX_NAME, MaskUpdate
 from samed3d.volume import write_volume
 from samed3d.volume.writing import MASK_FORMAT_NAMES
 
@@ -47,6 +48,12 @@ _OBJECT = _SESSION + "/objects/{object_id}"
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, body: Any) -> Any:
+        check_keys(body if isinstance(body, dict) else (), cls.model_fields, "the body")
+        return body
 
 
 class OpenBody(_Body):
@@ -77,19 +84,19 @@ class PromptBody(MoveBody):
     """A prompt as in a prompt file, with its space (ijk by default)."""
 
     object_id: int = Field(1, ge=1, le=65535)
-    name: str | None = Field(None, max_length=200)
+    name: str | None = Field(None, max_length=MAX_NAME)
 
 
 class NewObjectBody(EditBody):
     """A new object."""
 
-    name: str | None = Field(None, max_length=200)
+    name: str | None = Field(None, max_length=MAX_NAME)
 
 
 class ObjectBody(EditBody):
     """The properties of an object that change."""
 
-    name: str | None = Field(None, min_length=1, max_length=200)
+    name: str | None = Field(None, min_length=1, max_length=MAX_NAME)
     colour: str | None = Field(None, pattern="^#[0-9a-fA-F]{6}$")
     visible: bool | None = None
     locked: bool | None = None

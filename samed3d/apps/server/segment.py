@@ -14,6 +14,7 @@ from starlette.responses import FileResponse
 from samed3d.apps.server import files
 from samed3d.apps.server.service import Service, SharedService, parse_json, prompt_from_client
 from samed3d.apps.server.sessions import Json
+from samed3d.errors import check_keys
 from samed3d.inference.session import Session
 from samed3d.prompts import objects_from_json
 from samed3d.volume import read_volume
@@ -77,6 +78,7 @@ async def _image_and_fields(request: Request, service: Service, folder: Path) ->
     fields = parse_json(await request.body(), "the body")
     if not isinstance(fields, dict) or not isinstance(fields.get("path"), str):
         raise HTTPException(400, 'the body must be an object with "path" and "prompts"')
+    check_keys(fields, ("path", "prompts", *_FIELDS), "the body")
     image = await asyncio.to_thread(files.confined, fields["path"], service.options)
     return image, fields
 
@@ -89,6 +91,7 @@ async def _from_form(request: Request, service: Service, folder: Path) -> tuple[
         except (MultiPartException, AssertionError) as error:
             raise HTTPException(400, f"the form cannot be read: {error}") from error
         try:
+            check_keys(form, (*_FORM, *_FIELDS), "the form", "field")
             sent = form.get("image")
             if not isinstance(sent, UploadFile) or not sent.filename:
                 raise HTTPException(400, "the form needs a file called image")

@@ -27,7 +27,7 @@ from starlette.exceptions import HTTPException
 
 from samed3d.apps.server.fair_queue import FairQueue, IsGone
 from samed3d.apps.server.sessions import JOURNAL, VIEWED, Json, ServerSession, SessionInfo, read_info, session_to_json
-from samed3d.errors import InputError
+from samed3d.errors import InputError, check_keys
 from samed3d.inference.session import Session
 from samed3d.models.base import PromptableModel
 from samed3d.output import lock, write_json
@@ -355,6 +355,15 @@ async def _service(request: Request) -> Service:
 
 SharedService = Annotated[Service, Depends(_service)]
 """A route's parameter of this type receives the server's ``Service``."""
+
+
+async def known_query(request: Request) -> None:
+    """Refuse parameters of an address that its route does not take."""
+    dependants, known = [request.scope["route"].dependant], []
+    while dependants:
+        known += [query.alias for query in dependants[0].query_params]
+        dependants += dependants.pop(0).dependencies
+    check_keys(request.query_params, known, "the address", "parameter")
 
 
 async def _session_work(session_id: str, request: Request, service: SharedService) -> SessionWork:
