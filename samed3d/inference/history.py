@@ -21,7 +21,7 @@ from samed3d.inference.model_prompts import deepest_voxel
 from samed3d.inference.prediction import OtherObjects, PromptHistory, PromptStep, empty_mask
 from samed3d.prompts import MaskUpdate, ObjectPrompts, PackedMask, Prompt, checked_code, checked_flag, checked_name
 
-_MOST_PROMPTS = 2**31 - 1
+_LARGEST = {"object_id": 2**16 - 1, "prompt_id": 2**31 - 1}
 
 
 @dataclass
@@ -110,7 +110,7 @@ class SessionState:
             InputError: if there is no such prompt.
         """
         for entry in self.objects.values():
-            if whole_number(prompt_id, "prompt id", _MOST_PROMPTS) in entry.prompts:
+            if whole_number(prompt_id, "prompt id", _LARGEST["prompt_id"]) in entry.prompts:
                 return entry
         raise InputError(f"prompt must be one of the session's, got number {prompt_id!r}; objects() lists them")
 
@@ -139,10 +139,8 @@ class SessionState:
 
 @dataclass(frozen=True, kw_only=True)
 class Edit(ABC):
-    """One change of a session; ``object_id`` and ``prompt_id`` are 0 in edits that name none.
-
-    Raises:
-        InputError: if a field is of another type, whether a caller or a journal gave it.
+    """One change of a session; ``object_id`` and ``prompt_id`` are 0 in edits that name none. Fields of another
+    type are refused (``InputError``), whether a caller or a journal gave them.
     """
 
     object_id: int = 0
@@ -153,9 +151,8 @@ class Edit(ABC):
             value, kind = getattr(self, entry.name), str(entry.type)
             if value is entry.default:
                 continue
-            if entry.name.endswith("_id"):
-                most = 2**16 - 1 if entry.name == "object_id" else _MOST_PROMPTS
-                value = whole_number(value, entry.name.replace("_", " "), most)
+            if entry.name in _LARGEST:
+                value = whole_number(value, entry.name.replace("_", " "), _LARGEST[entry.name])
             elif kind.startswith("bool"):
                 value = checked_flag(value, entry.name)
             elif entry.name == "name":
