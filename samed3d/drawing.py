@@ -96,14 +96,9 @@ class SlicePicture:
     def __init__(
         self, values: NDArray, spacing_mm: ArrayLike, pixels_per_mm: float, greys: tuple[float, float], shown: Shown
     ) -> None:
-        """Draw the grey values.
+        """Draw (down, across) intensities along two canonical axes; ``greys`` are those drawn black and white.
 
-        Args:
-            values: (down, across) intensities along two canonical axes.
-            spacing_mm: Of both axes.
-            pixels_per_mm: Size of the finished picture.
-            greys: Intensities drawn black and white.
-            shown: The part of the slice that is shown; it may go beyond the slice.
+        The part of the slice that is ``shown`` may go beyond the slice; ``pixels_per_mm`` are of the finished picture.
         """
         from PIL import Image
 

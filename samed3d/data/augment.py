@@ -40,13 +40,10 @@ def orient(volumes: list[Tensor], rng: np.random.Generator, *, reorder: bool = T
 
 
 def augment_intensity(image: Tensor, inside: Tensor, generator: Generator, blur_probability: float = 0.0) -> Tensor:
-    """Change what a scanner or a contrast agent might change.
+    """Change what a scanner or a contrast agent might change in (D, H, W) raw intensities.
 
-    Args:
-        image: (D, H, W) raw intensities.
-        inside: (D, H, W) bool, the voxels that belong to the volume.
-        generator: Source of all random numbers.
-        blur_probability: Chance of a Gaussian blur; at 0 nothing is drawn for it, so that the other draws stay.
+    ``inside`` marks the voxels that belong to the volume. With a ``blur_probability`` of 0 nothing is drawn for the
+    Gaussian blur, so that the other draws stay.
     """
 
     def chance(probability: float) -> bool:

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.errors import InputError, check_choice
-from samed3d.geometry import IntTriple, Region, Triple
+from samed3d.geometry import IntTriple, Region, Triple, as_triple
 from samed3d.output import replacing
 
 VERSION = 2
@@ -72,33 +72,21 @@ class LabelRecord:
 
 @dataclass(frozen=True)
 class CaseRecord:
-    """One image of a corpus with its structures, or a label map without image.
+    """One image of a corpus with its structures, or a label map without image."""
 
-    Attributes:
-        id: Unique in the corpus.
-        subject: Patient, animal or specimen; a split never separates the cases of one subject.
-        has_image: False for a label map that serves only to generate images.
-        labels: The structures that were kept.
-        case: ``SOURCE/CASE``; images of several channels share it, and with it one label map.
-        channel: Which image of the case, as its file is called.
-        split: ``"train"``, ``"val"`` or ``"test"``.
-        split_group: The subject and all that share an image with it, joined by ``GROUP_SEPARATOR``: held out together.
-        image_hash: Of the image before it was resampled (``image_hash``); "" in older corpora.
-    """
-
-    id: str
+    id: str  # unique in the corpus
     source: str
-    subject: str
+    subject: str  # patient, animal or specimen; a split never separates the cases of one subject
     modality: str
     shape_zyx: IntTriple
     spacing_zyx_mm: Triple
-    has_image: bool
-    labels: list[LabelRecord] = field(default_factory=list)
-    case: str = ""
-    channel: str = ""
-    split: str = "train"
-    split_group: str = ""
-    image_hash: str = ""
+    has_image: bool  # False for a label map that serves only to generate images
+    labels: list[LabelRecord] = field(default_factory=list)  # the structures that were kept
+    case: str = ""  # SOURCE/CASE; images of several channels share it, and with it one label map
+    channel: str = ""  # which image of the case, as its file is called
+    split: str = "train"  # or "val" or "test"
+    split_group: str = ""  # the subjects that are held out together, joined by ``GROUP_SEPARATOR``
+    image_hash: str = ""  # of the image before it was resampled; "" in older corpora
 
 
 class StoredArray:
@@ -205,20 +193,18 @@ class Corpus:
         """Every stored image with the structures that were kept."""
         labels = self._kept_labels()
         columns = self.case_table.where(stored="1").columns
-        found = []
-        for cells in zip(*columns.values(), strict=True):
-            row = dict(zip(columns, cells, strict=True))
-            found.append(
-                CaseRecord(
-                    **{name: row[name] for name in "id source subject modality case channel split split_group".split()},
-                    shape_zyx=(int(row["depth"]), int(row["height"]), int(row["width"])),
-                    spacing_zyx_mm=cast(Triple, tuple(float(row[f"spacing_{axis}_mm"]) for axis in "zyx")),
-                    has_image=row["has_image"] == "1",
-                    labels=labels.get(row["case"], []),
-                    image_hash=row.get("image_hash", ""),
-                )
+        rows = (dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True))
+        return [
+            CaseRecord(
+                **{name: row[name] for name in "id source subject modality case channel split split_group".split()},
+                shape_zyx=(int(row["depth"]), int(row["height"]), int(row["width"])),
+                spacing_zyx_mm=as_triple([float(row[f"spacing_{axis}_mm"]) for axis in "zyx"]),
+                has_image=row["has_image"] == "1",
+                labels=labels.get(row["case"], []),
+                image_hash=row.get("image_hash", ""),
             )
-        return found
+            for row in rows
+        ]
 
     def image(self, case: CaseRecord) -> NDArray:
         """The case's image, canonical (D, H, W); slicing it reads only the chunks under the slice."""
@@ -276,10 +262,7 @@ def image_hash(array: NDArray) -> str:
     It looks at ``HASH_GRID`` voxels along each axis, spread evenly, and only at which of them lie above the quantiles
     of all: a change of number type, of scale and offset, of compression or format does not matter. Of the 48 ways to
     flip and permute the axes the smallest is taken, so that the orientation of the storage does not matter either. A
-    resampled, cropped or smoothed image is another image.
-
-    Args:
-        array: (D, H, W), read slice by slice.
+    resampled, cropped or smoothed image is another image. The (D, H, W) array is read slice by slice.
 
     Returns:
         ``AxBxC:HASH`` with the sorted edges; "" for an image without contrast, which has no identity.

@@ -64,23 +64,15 @@ class Weighting:
 
 @dataclass(frozen=True)
 class RawCrop:
-    """A crop before augmentation and normalisation.
+    """A crop before augmentation and normalisation."""
 
-    Attributes:
-        image: (C, D, H, W) raw intensities.
-        inside: (D, H, W) bool, the voxels that belong to the volume.
-        target: (D, H, W) bool mask or class numbers.
-        case: None for a generated crop of random shapes; of others ``painted`` says whether intensities are generated.
-        is_ct: Whether they are Hounsfield units that the model's clamp applies to.
-    """
-
-    image: Tensor
-    inside: Tensor
-    target: Tensor
+    image: Tensor  # (C, D, H, W) raw intensities
+    inside: Tensor  # (D, H, W) bool, the voxels that belong to the volume
+    target: Tensor  # (D, H, W) bool mask or class numbers
     spacing_zyx_mm: Triple = (1.0, 1.0, 1.0)
-    case: CaseRecord | None = None
-    painted: bool = False
-    is_ct: bool = False
+    case: CaseRecord | None = None  # None for a generated crop of random shapes
+    painted: bool = False  # whether intensities are generated
+    is_ct: bool = False  # whether they are Hounsfield units that the model's clamp applies to
 
 
 Drawn = tuple[CaseRecord | None, Callable[[], RawCrop]]

@@ -47,13 +47,9 @@ class Job:
 
 
 def read_jobs(path: Path, folder: Path, format: str | None = None, space: str = "ijk") -> list[Job]:
-    """The jobs of a list.
+    """The jobs of a CSV list; outputs go to ``folder``, positions in the columns are in ``space``.
 
-    Args:
-        path: The CSV.
-        folder: Where outputs go.
-        format: One of ``volume.writing.MASK_FORMATS``; None writes ``.nii.gz`` unless an ``output`` is named.
-        space: Of the positions in the columns.
+    ``format`` is one of ``volume.writing.MASK_FORMATS``; None writes ``.nii.gz`` unless an ``output`` is named.
 
     Raises:
         InputError: if the list or a line of it cannot be used, or two lines write the same file; the message names the
@@ -148,14 +144,8 @@ def run_jobs(
 ) -> dict[str, Any]:
     """Segment every image and write ``report.json`` beside the masks; what an earlier run finished alike is kept.
 
-    Args:
-        jobs: Of ``read_jobs``.
-        folder: Where outputs go; made if missing. ``done.jsonl`` in it lists what is finished.
-        model: For all of them.
-        model_name: For the reports.
-        device: As for ``Session.open``.
-        format: As for ``read_jobs``.
-        told: Called after each job with its row of the report.
+    ``done.jsonl`` in the folder, which is made if missing, lists what is finished. ``told`` is called after each job
+    with its row of the report.
 
     Returns:
         The report: counts and a row per job, with ``status`` done, kept (from an earlier run) or failed (with

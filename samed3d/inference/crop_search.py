@@ -38,16 +38,10 @@ MAX_TILES = 27
 
 @dataclass
 class Prediction:
-    """An object between two prompts.
+    """An object between two prompts."""
 
-    Attributes:
-        crop: The last predicted crop, whose low-resolution logits are an input of the next prediction; None for a mask
-            that was given.
-        canvas: Logits of the part of the volume that has been predicted so far.
-    """
-
-    crop: CropMask | None
-    canvas: Canvas
+    crop: CropMask | None  # the last predicted one, an input of the next prediction; None for a mask that was given
+    canvas: Canvas  # logits of what has been predicted so far
 
 
 def predict_object(predictor: CropPredictor, prompts: ModelPrompts, previous: Prediction | None) -> Prediction:

@@ -26,21 +26,13 @@ _LARGEST = {"object_id": 2**16 - 1, "prompt_id": 2**31 - 1}
 
 @dataclass
 class SessionObject(ObjectPrompts):
-    """A copy of an object for callers; changing it changes nothing in the session.
+    """A copy of an object for callers; changing it changes nothing in the session."""
 
-    Attributes:
-        prompt_ids: The numbers of ``prompts``, in the same order.
-        colour: ``#rrggbb``.
-        visible: Whether a viewer shows it.
-        locked: Whether it is protected from changes.
-        voxels: Number of voxels of its mask.
-    """
-
-    prompt_ids: list[int] = field(default_factory=list)
-    colour: str = OBJECT_COLOURS[0]
-    visible: bool = True
-    locked: bool = False
-    voxels: int = 0
+    prompt_ids: list[int] = field(default_factory=list)  # the numbers of ``prompts``, in the same order
+    colour: str = OBJECT_COLOURS[0]  # #rrggbb
+    visible: bool = True  # whether a viewer shows it
+    locked: bool = False  # whether it is protected from changes
+    voxels: int = 0  # of its mask
 
     @property
     def numbered(self) -> dict[int, Prompt]:
@@ -80,17 +72,11 @@ class ObjectState:
 
 @dataclass(frozen=True, eq=False)
 class SessionState:
-    """All objects at one moment.
-
-    Attributes:
-        objects: By id.
-        current: The object that was prompted or made last; 0 before any.
-        others_are_negative: Whether the other objects are background for a prediction.
-    """
+    """All objects, by id, at one moment."""
 
     objects: Mapping[int, ObjectState] = field(default_factory=dict)
-    current: int = 0
-    others_are_negative: bool = False
+    current: int = 0  # the object that was prompted or made last; 0 before any
+    others_are_negative: bool = False  # whether the other objects are background for a prediction
 
     def object(self, object_id: int) -> ObjectState:
         """An object by its id.
@@ -302,13 +288,8 @@ def _unlocked(entry: ObjectState) -> ObjectState:
 class EditHistory:
     """All edits with the state after each, the undone ones, and the number of the next prompt.
 
-    The state after an undone edit is None if it has not been computed yet (after loading).
-
-    Args:
-        prompts: Predicts the masks.
-
-    Attributes:
-        record: Called with every edit, undo and redo before it counts, if set.
+    The state after an undone edit is None if it has not been computed yet (after loading). ``record``, if set, is
+    called with every edit, undo and redo before it counts.
     """
 
     def __init__(self, prompts: PromptHistory) -> None:

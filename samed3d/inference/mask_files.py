@@ -77,14 +77,9 @@ def cleaned_mask(entry: ObjectState, volume: Volume, cleaning: Cleaning) -> Mask
 
 
 def export_segments(path: Path, kind: str, segments: list[Segment], volume: Volume, series: str | int | None) -> None:
-    """Write named segments.
+    """Write named segments, at least one, as ``seg.nrrd``, ``dicom-seg`` or ``rtstruct``.
 
-    Args:
-        path: The file.
-        kind: ``seg.nrrd``, ``dicom-seg`` or ``rtstruct``.
-        segments: At least one.
-        volume: The image; for DICOM its ``source`` is the folder of the series.
-        series: Which series of that folder was read.
+    For DICOM the volume's ``source`` is the folder of the series, and ``series`` says which of it was read.
 
     Raises:
         InputError: as ``write_seg_nrrd``, ``source_series`` and ``write_dicom_seg``.
@@ -104,13 +99,8 @@ def label_map(
 ) -> tuple[NDArray[np.unsignedinteger], Region]:
     """All objects as one map of their ids, and the region of the stored array that it covers.
 
-    Where objects overlap a locked one wins over others, then the more certain one (the higher logit), then the lower
-    id.
-
-    Args:
-        state: The objects.
-        view: Of the volume.
-        canvas_of: Gives an object's logits; called only where objects overlap.
+    Where objects overlap a locked one wins over others, then the more certain one (the higher logit, of ``canvas_of``,
+    which is called only there), then the lower id.
     """
     highest = max(state.objects, default=0)
     regions = (entry.step.mask.region for entry in state.objects.values() if entry.step is not None)

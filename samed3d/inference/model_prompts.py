@@ -42,24 +42,17 @@ Corners = tuple[Triple, Triple]
 class ModelPrompts:
     """One prompt, or all prompts of an object together, on the canonical volume.
 
-    Attributes:
-        points: (zyx position, positive) per point for the model, oldest first.
-        box: Half-open low and high corner in voxel edges, for the model, or None.
-        slice_box: As ``box``, of 2D boxes and lassos: it tells where to predict and is not given to the model.
-        positive: Whether any prompt since the last prediction marks the object.
-        newest_box: ``box`` or ``slice_box`` of the prompts since the last prediction.
-        flat_axis: Of a single prompt, the axis along which ``slice_box`` is one voxel thick.
-        voxels: (N, 3) zyx voxels that get its label in the mask; of all prompts together, those on the object.
-        mask: Of a single prompt, the mask to start from.
+    ``slice_box`` is that of 2D boxes and lassos: it tells where to predict and is not given to the model. The last two
+    of a single prompt only: ``flat_axis``, along which ``slice_box`` is one voxel thick, and ``mask``, to start from.
     """
 
-    points: Sequence[tuple[Triple, bool]] = ()
-    box: Corners | None = None
+    points: Sequence[tuple[Triple, bool]] = ()  # zyx position and sign of each, oldest first
+    box: Corners | None = None  # half-open low and high corner in voxel edges
     slice_box: Corners | None = None
-    positive: bool = True
-    newest_box: Corners | None = None
+    positive: bool = True  # whether any prompt since the last prediction marks the object
+    newest_box: Corners | None = None  # ``box`` or ``slice_box`` of the prompts since the last prediction
+    voxels: NDArray[np.intp] | None = None  # (N, 3) zyx that get its label; of all prompts, those on the object
     flat_axis: int | None = None
-    voxels: NDArray[np.intp] | None = None
     mask: PackedMask | None = None
 
     @property
@@ -115,13 +108,10 @@ def combine(
     depth: tuple[float, float] | None = None,
     background: Sequence[Triple] = (),
 ) -> ModelPrompts:
-    """All prompts of an object as one.
+    """All prompts of an object, oldest first, as one; those before the last given mask are part of that mask.
 
-    Args:
-        prompts: Oldest first. Prompts before the last given mask are part of that mask and are left out.
-        new: How many of the last ones were given since the last prediction.
-        depth: How far the object reaches along ``open_axis``, half-open; None if that is not known.
-        background: zyx positions off the object, older than all prompts.
+    The last ``new`` were given since the last prediction. ``depth`` is how far the object reaches along ``open_axis``,
+    half-open, if known; ``background`` are zyx positions off the object, older than all prompts.
     """
     current, newest = since_mask(prompts), prompts[len(prompts) - new :]
     points = [point for p in current for point in p.points]

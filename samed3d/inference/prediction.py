@@ -42,48 +42,31 @@ class OtherObjects:
 class PromptStep:
     """One prompt of an object, or one prediction without a new prompt, and the mask after it.
 
-    Attributes:
-        before: The step before, or None.
-        id: The prompt's number; 0 if there is no new prompt.
-        prompt: As given, or None.
-        model_prompts: The prompt on the canonical volume, or None.
-        predicted: False for a prompt that waits for the next prediction.
-        others: The other objects, if they count as background.
-        mask: The object on the canonical volume after this step.
-        seconds: That the step took.
-        depth: How far the object was found to reach across the slices of 2D boxes and lassos, half-open, if they do not
-            bound it there.
+    ``depth`` is how far the object was found to reach across the slices of 2D boxes and lassos, half-open, if they do
+    not bound it there.
     """
 
     before: PromptStep | None = field(repr=False)
-    id: int
-    prompt: Prompt | None
-    model_prompts: ModelPrompts | None
-    predicted: bool
-    others: OtherObjects | None
-    mask: PackedMask
-    seconds: float = 0.0
+    id: int  # the prompt's number; 0 if there is no new prompt
+    prompt: Prompt | None  # as given
+    model_prompts: ModelPrompts | None  # on the canonical volume
+    predicted: bool  # False for a prompt that waits for the next prediction
+    others: OtherObjects | None  # if they count as background
+    mask: PackedMask  # of the object on the canonical volume after this step
+    seconds: float = 0.0  # that the step took
     depth: tuple[float, float] | None = None
 
     @property
     def chain(self) -> list[PromptStep]:
         """All steps up to this one, oldest first."""
-        steps: list[PromptStep] = []
-        step: PromptStep | None = self
-        while step is not None:
-            steps.append(step)
-            step = step.before
+        steps = [self]
+        while steps[-1].before is not None:
+            steps.append(steps[-1].before)
         return steps[::-1]
 
 
 class PromptHistory:
-    """Predicts the steps of all objects of one volume and keeps the logits behind their masks.
-
-    Args:
-        volume: The image.
-        predictor: The model on it.
-        kept_bytes: Limit of the logits that are kept.
-    """
+    """Predicts the steps of all objects of one volume; up to ``kept_bytes`` of the logits behind masks are kept."""
 
     def __init__(self, volume: Volume, predictor: CropPredictor, kept_bytes: int = KEPT_BYTES) -> None:
         self.volume, self.predictor, self.kept_bytes = volume, predictor, kept_bytes

@@ -37,35 +37,25 @@ of them again."""
 
 @dataclass
 class CropMask:
-    """A decoded crop.
+    """A decoded crop."""
 
-    Attributes:
-        frame: Where it lies.
-        logits: (D, H, W) on the crop's grid.
-        inside: (D, H, W) bool, the crop's voxels inside the volume.
-        iou: Predicted IoU.
-        lowres_logits: (1, 1, d, h, w) on the model's axes, an input of the next decode.
-    """
-
-    frame: CropFrame
-    logits: Tensor
-    inside: Tensor
-    iou: float
-    lowres_logits: Tensor
+    frame: CropFrame  # where it lies
+    logits: Tensor  # (D, H, W) on the crop's grid
+    inside: Tensor  # (D, H, W) bool, the crop's voxels inside the volume
+    iou: float  # predicted
+    lowres_logits: Tensor  # (1, 1, d, h, w) on the model's axes, an input of the next decode
 
 
 @dataclass
 class Canvas:
     """Logits of the canonical volume.
 
-    Attributes:
-        region: Where they are kept voxel by voxel: at least the object and a little around it.
-        logits: (D, H, W) there.
-        crop: What was predicted around ``region``, all of it below ``CLEAR_LOGIT``; None is background.
+    They are kept voxel by voxel in ``region``: at least the object and a little around it. ``crop`` is what was
+    predicted around it, all of it below ``CLEAR_LOGIT``; None is background.
     """
 
     region: Region = EMPTY_REGION
-    logits: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0))
+    logits: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0))  # (D, H, W) of the region
     crop: CropMask | None = None
 
     def on_region(self, region: Region) -> Tensor:
@@ -92,23 +82,13 @@ class Canvas:
 
 
 class CropPredictor:
-    """A model on one volume.
+    """A model in eval mode, moved to ``device``, on one volume.
 
-    Args:
-        model: In eval mode; moved to ``device``.
-        device: Where it runs.
-        array: Canonical (D, H, W) intensities; a view is fine, only crops of it are read.
-        spacing_zyx_mm: Of ``array``.
-        modality: As of ``Volume``; a model's clamp for CT is applied to CT only (``crops.is_ct``).
+    Of the canonical (D, H, W) array only crops are read. A model's clamp for CT is for CT only (``crops.is_ct``).
     """
 
     def __init__(
-        self,
-        model: PromptableModel,
-        device: torch.device,
-        array: NDArray,
-        spacing_zyx_mm: Triple,
-        modality: str = "",
+        self, model: PromptableModel, device: torch.device, array: NDArray, spacing_zyx_mm: Triple, modality: str = ""
     ) -> None:
         self.model, self.device = model.to(device), device
         self.array, self.spacing_zyx_mm = array, spacing_zyx_mm
@@ -128,13 +108,9 @@ class CropPredictor:
 
     @torch.inference_mode()
     def decode(self, frame: CropFrame, prompts: ModelPrompts, mask_logits: Tensor | None = None) -> CropMask:
-        """The mask of one crop for the prompts that lie in it.
+        """The mask of one crop for all of an object's prompts; points outside the crop are left out.
 
-        Args:
-            frame: The crop.
-            prompts: All of the object's prompts; points outside the crop are left out.
-            mask_logits: (1, 1, d, h, w) ``CropMask.lowres_logits`` of this crop or ``lowres_of`` a canvas; None if
-                there is no mask yet.
+        ``mask_logits`` are (1, 1, d, h, w) ``CropMask.lowres_logits`` of this crop or ``lowres_of`` a canvas, if any.
         """
         features, inside = self._encode(frame)
         with self._precision():
@@ -145,13 +121,7 @@ class CropPredictor:
         return CropMask(frame, logits.contiguous(), inside, float(output.iou[0, 0]), output.lowres_logits)
 
     def lowres_of(self, canvas: Canvas, frame: CropFrame, like: Tensor | None = None) -> Tensor:
-        """A canvas's logits as ``mask_logits`` of a crop.
-
-        Args:
-            canvas: The logits.
-            frame: The crop.
-            like: An earlier ``lowres_logits``, for its shape; None finds the shape with one decode.
-        """
+        """A canvas's logits as ``mask_logits`` of a crop; the shape is that of ``like``, else found with one decode."""
         if like is None:
             middle = frame.to_volume(as_triple([n / 2 for n in frame.shape_zyx]))
             like = self.decode(frame, ModelPrompts([(middle, True)])).lowres_logits

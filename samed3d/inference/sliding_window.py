@@ -53,13 +53,9 @@ def segment_volume(
 ) -> NDArray[np.uint8]:
     """Class numbers of a volume, in the order of ``model.config["class_names"]`` from 1; 0 is background.
 
-    Args:
-        volume: One image, or one per channel of the model, all on one grid.
-        model: A ``SemanticModel``; moved to ``device`` and put in eval mode.
-        device: Where it runs.
-        overlap: Share of a window's edge by which neighbours overlap, 0 to below 1. MA-SAM's stacks slide by one slice:
-            0.8 of five.
-        mirror: Average over the eight mirrorings of each window; eight times as slow.
+    There is one image per channel of the model, all on one grid. The model is moved to ``device`` and put in eval mode.
+    Neighbouring windows overlap by a share of their edge, 0 to below 1 (MA-SAM's stacks slide by one slice: 0.8 of
+    five). ``mirror`` averages over the eight mirrorings of each window; eight times as slow.
 
     Returns:
         (D, H, W) in the image's own grid and order.
@@ -164,13 +160,8 @@ def segment_file(
 ) -> dict[str, Any]:
     """Segment an image file and write all classes, as a label map or as named segments, whichever the format holds.
 
-    Args:
-        images: The image, or one per channel of the model in the order of training.
-        model: Checkpoint of a semantic segmentation model.
-        output: File to write, in the (first) image's own grid.
-        format: As ``mask_files.checked_format``.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        reading: ``channel``, ``series`` and ``untilt`` of ``read_volume``.
+    There is one image per channel of the model, in the order of training; the output has the first one's grid, and the
+    format of ``mask_files.checked_format``. ``reading`` are ``channel``, ``series`` and ``untilt`` of ``read_volume``.
 
     Returns:
         ``objects`` (id, name, voxels, mm3 of each class), ``notes`` of the images, ``device``, ``seconds``, ``model``.

@@ -29,10 +29,7 @@ FREE_VOX = 4.0
 def least_certain(canvas: Canvas, clicked: Sequence[Triple], view: CanonicalView) -> Point:
     """A click on the voxel of a canvas where the model knows least, with the sign that the model predicts.
 
-    Args:
-        canvas: The object's logits.
-        clicked: Canonical zyx positions of earlier prompts.
-        view: Of the volume.
+    ``clicked`` are canonical zyx positions of earlier prompts.
 
     Raises:
         InputError: if nothing was predicted.
