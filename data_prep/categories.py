@@ -11,44 +11,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-# Words that tell the group of a name that is not in the table, in order: the first match decides.
-_WORDS = (
-    (
-        "lesion",
-        "tumou?r|lesion|sarcoma|metasta|cancer|carcinoma|glioma|nodule|cyst|polyp|infarct|stroke|ptv|gtv|ctv|plaque"
-        "|aneurysm",
-    ),
-    ("cell", "cells?|nuclei|mitochondri|organoid|ovule|plantseg"),
-    ("heart", "ventricular myocard|myocard|atri(um|al)|cardiac|heart|aortic valve"),
-    ("vessel", "arter(y|ial|ies)|veins?|vena|venous|vessels?|aort|sinus of"),
-    (
-        "muscle",
-        "muscle|musculus|gluteus|psoas|masseter|pterygoid|rectus|oblique|constrictor|scalenus|capitis|palatoglossus"
-        "|buccinator",
-    ),
-    (
-        "bone",
-        "bone|vertebra|spine|skull|rib|costal|articular|spinosus|process|cartilage|menisc|knee|teeth|tooth|joint|disc",
-    ),
-    (
-        "brain",
-        "brain|cerebr|cerebell|cort(ex|ical)|gyrus|sulcus|lobule|thalam|hypothal|hippocamp|amygdal|putamen|pallid"
-        "|caudate|capsule|callos|ventricle|matter|nucleus|nuclei|colliculus|pons|medulla|commissure|fornix|insula"
-        "|hemisphere|midbrain|septum|crus|dentate|csf",
-    ),
-    ("head and neck", "nerve|gland|orbit|eye|larynx|pharynx|tongue|palat|uvula|nasal|sinus|ear|jaw|neck|head"),
-    ("thorax", "lung|pulmon|bronch|pleura|chest|thora"),
-    ("abdomen", "abdom|liver|hepat|renal|kidney|bowel|intestin|gastr|fat"),
-    ("pelvis", "prostat|uter|bladder|pelvi|rect(um|al)|ovar|vagin|penis"),
-)
-_FAMILIES = (
-    ("label map only", "label map|labels? only"),
-    ("CT", r"\bct|computed tomography|cbct"),
-    ("PET", r"\bpet|\bpt\b|fdg"),
-    ("ultrasound", r"ultraso|\bus\b|\btrus\b"),
-    ("microscopy", r"microscop|confocal|fluoresc|\bem\b"),
-    ("MR", r"\bmr|magnetic|t1|t2|flair|dwi|adc|ssfp|swi|\bpd\b"),
-)
 GROUPS = (
     *("brain", "head and neck", "thorax", "heart", "vessel", "abdomen", "pelvis", "bone", "muscle", "lesion", "cell"),
     "other",
@@ -64,27 +26,18 @@ _PLACES = (
 
 @dataclass(frozen=True)
 class Category:
-    """What a label is called everywhere.
+    """What a label is called everywhere."""
 
-    Attributes:
-        name: With the side in front, e.g. "right kidney".
-        group: Anatomy group, one of ``GROUPS``.
-        side: "left", "right" or empty.
-        paired: Whether the body has one on each side and this name says neither.
-    """
-
-    name: str
-    group: str
-    side: str = ""
-    paired: bool = False
+    name: str  # with the side in front, e.g. "right kidney"
+    group: str  # one of ``GROUPS``
+    side: str = ""  # or "left" or "right"
+    paired: bool = False  # whether the body has one on each side and this name says neither
 
 
 def categorise(name: str, context: str = "") -> Category:
-    """The category of a label.
+    """The category of a label by its name in the source.
 
-    Args:
-        name: As the source calls it.
-        context: Name of the source, for the group of a name that says nothing ("anterior" in "msd_hippocampus").
+    ``context`` is the source's own name, for the group of a name that says nothing ("anterior" in "msd_hippocampus").
     """
     table, whole, source = _by_name(), _plain(name), _plain(context)
     if re.fullmatch(r"(label|structure|class|value|object|roi|) ?\d*", whole):
@@ -112,18 +65,27 @@ def categorise(name: str, context: str = "") -> Category:
 
 
 @cache
-def _by_name() -> dict[str, tuple[str, str]]:
-    """Every name of ``categories.txt`` to (category with its star, group)."""
-    found: dict[str, tuple[str, str]] = {}
-    group = ""
+def _sections() -> dict[str, list[tuple[str, str]]]:
+    """The lines of each section of ``categories.txt``, before and after the colon."""
+    found: dict[str, list[tuple[str, str]]] = {}
     for line in Path(__file__).with_name("categories.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
-            group = line.strip("[]")
+            lines = found.setdefault(line.strip("[]"), [])
         elif line and not line.startswith("#"):
-            category, _, others = line.partition(":")
-            for name in [category.removesuffix("*"), *(o for o in others.split(",") if o)]:
-                found[_plain(name)] = (category, group)
+            name, _, rest = line.partition(":")
+            lines.append((name, rest.strip()))
     return found
+
+
+@cache
+def _by_name() -> dict[str, tuple[str, str]]:
+    """Every listed name to (category with its star, group)."""
+    listed = [(group, category, others) for group in GROUPS for category, others in _sections().get(group, ())]
+    return {
+        _plain(name): (category, group)
+        for group, category, others in listed
+        for name in (category.removesuffix("*"), *filter(None, others.split(",")))
+    }
 
 
 def _plain(name: str) -> str:
@@ -144,12 +106,12 @@ def _side_of(plain: str) -> tuple[str, str]:
 
 
 def _group_by_words(plain: str) -> str:
-    return next((group for group, pattern in _WORDS if re.search(rf"\b(?:{pattern})", plain)), "")
+    return next((group for group, pattern in _sections()["words"] if re.search(rf"\b(?:{pattern})", plain)), "")
 
 
 def modality_family(modality: str) -> str:
     """CT, MR, PET, ultrasound, microscopy ... of what a source says ("MR (T2, fat-suppressed)"); its own words where
     none fits.
     """
-    lower = modality.lower()
-    return next((family for family, pattern in _FAMILIES if re.search(pattern, lower)), modality or "not stated")
+    families = (family for family, pattern in _sections()["modalities"] if re.search(pattern, modality.lower()))
+    return next(families, modality or "not stated")

@@ -7,7 +7,10 @@ units are those of a textbook adult: nothing learnt on this drawing holds for pe
 
 from __future__ import annotations
 
+import csv
 import math
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,55 +24,25 @@ Mask = NDArray[np.bool_]
 
 
 class Tissue(NamedTuple):
-    """Mean and standard deviation in Hounsfield units, and the labelled organ, "" for what is not labelled."""
+    """Number, mean and standard deviation in Hounsfield units, and the labelled organ, "" for what is not labelled."""
 
+    number: int
     hu: float
     texture_hu: float
-    organ: str = ""
+    organ: str
 
 
-TISSUES: dict[str, Tissue] = {
-    "air": Tissue(-1000, 0),
-    "table": Tissue(-150, 10),
-    "fat": Tissue(-98, 10),
-    "muscle": Tissue(55, 10),
-    "visceral fat": Tissue(-92, 14),
-    "bowel": Tissue(38, 18),
-    "bowel gas": Tissue(-880, 40),
-    "mediastinum": Tissue(20, 30),
-    "trachea": Tissue(-980, 5),
-    "vena cava": Tissue(140, 6),
-    "rib": Tissue(380, 60),
-    "cartilage": Tissue(110, 20),
-    "pelvis": Tissue(420, 60),
-    "canal": Tissue(28, 6),
-    "right lung": Tissue(-835, 35, "right lung"),
-    "left lung": Tissue(-835, 35, "left lung"),
-    "right lung vessel": Tissue(-120, 90, "right lung"),
-    "left lung vessel": Tissue(-120, 90, "left lung"),
-    "heart muscle": Tissue(105, 8, "heart"),
-    "heart chamber": Tissue(185, 10, "heart"),
-    "liver": Tissue(103, 7, "liver"),
-    "liver vessel": Tissue(150, 6, "liver"),
-    "gallbladder": Tissue(8, 4, "gallbladder"),
-    "stomach wall": Tissue(70, 8, "stomach"),
-    "stomach content": Tissue(25, 12, "stomach"),
-    "spleen": Tissue(122, 6, "spleen"),
-    "right kidney cortex": Tissue(185, 8, "right kidney"),
-    "right kidney medulla": Tissue(145, 10, "right kidney"),
-    "left kidney cortex": Tissue(185, 8, "left kidney"),
-    "left kidney medulla": Tissue(145, 10, "left kidney"),
-    "cortical bone": Tissue(620, 60, "spine"),
-    "spongy bone": Tissue(260, 45, "spine"),
-    "disc": Tissue(85, 8, "spine"),
-    "aorta": Tissue(235, 6, "aorta"),
-}
-_IDS = {name: number for number, name in enumerate(TISSUES)}
+@cache
+def tissues() -> dict[str, Tissue]:
+    """By name, from ``phantom_tissues.csv``."""
+    with Path(__file__).with_name("phantom_tissues.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    return {name: Tissue(n, float(hu), float(texture), organ) for n, (name, hu, texture, organ) in enumerate(rows)}
 
 
 def organ_names() -> dict[int, str]:
     """Label number (1 up) to organ name."""
-    return dict(enumerate(dict.fromkeys(t.organ for t in TISSUES.values() if t.organ), start=1))
+    return dict(enumerate(dict.fromkeys(t.organ for t in tissues().values() if t.organ), start=1))
 
 
 def anatomical_phantom(
@@ -149,7 +122,7 @@ class _Patient:
 
     def paint(self, name: str, mask: Mask) -> None:
         """Put a tissue over whatever is there."""
-        self.tissue[mask] = _IDS[name]
+        self.tissue[mask] = tissues()[name].number
 
     def ellipsoid(self, centre_ras: Triple, radii_ras: Triple, *, lean: float = 0.0, tilt: float = 0.0) -> Field:
         """Distance from a randomly varied ellipsoid's middle: 1 on its surface.
@@ -279,7 +252,7 @@ class _Patient:
 def _one_piece_each(tissue: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Labels of the tissues; fragments that other organs cut off become visceral fat, in ``tissue`` too."""
     numbers = {organ: number for number, organ in organ_names().items()}
-    table = np.array([numbers.get(t.organ, 0) for t in TISSUES.values()], np.uint8)
+    table = np.array([numbers.get(t.organ, 0) for t in tissues().values()], np.uint8)
     labels = table[tissue]
     for number, window in enumerate(ndimage.find_objects(labels), start=1):
         if window is None:
@@ -290,14 +263,14 @@ def _one_piece_each(tissue: NDArray[np.uint8]) -> NDArray[np.uint8]:
             largest = int(np.bincount(pieces.ravel())[1:].argmax()) + 1
             lost = mask & (pieces != largest)
             labels[window][lost] = 0
-            tissue[window][lost] = _IDS["visceral fat"]
+            tissue[window][lost] = tissues()["visceral fat"].number
     return labels
 
 
 def _scan(generator: np.random.Generator, tissue: NDArray[np.uint8], grid: Grid) -> NDArray[np.int16]:
     """Hounsfield units as a scanner gives them: texture, blur by the point spread, correlated noise, int16."""
-    mean = np.array([t.hu for t in TISSUES.values()], np.float32)[tissue]
-    spread = np.array([t.texture_hu for t in TISSUES.values()], np.float32)[tissue]
+    mean = np.array([t.hu for t in tissues().values()], np.float32)[tissue]
+    spread = np.array([t.texture_hu for t in tissues().values()], np.float32)[tissue]
     grain = generator.standard_normal(tissue.shape, dtype=np.float32)
     grain = ndimage.gaussian_filter(grain, [max(0.6, 3.0 / mm) for mm in grid.spacing_zyx_mm])
     image = ndimage.gaussian_filter(mean + spread * (grain / grain.std()), [0.55, 0.7, 0.7])
