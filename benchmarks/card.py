@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from collect import parser_of  # noqa: E402
-from tables import Body, click_head, dice_table, origin, replace_blocks, table, with_interval  # noqa: E402
+from tables import Body, click_head, markdown, origin, replace_blocks  # noqa: E402
 
 from samed3d.data.corpus import image_hash  # noqa: E402
 from samed3d.data.exposure import TrainingHistory  # noqa: E402
@@ -61,6 +61,7 @@ IMAGES = ROOT / "docs/images"
 CLICKS = (1, 3, 5, 10)
 AIMS = {"unseen subject": (0.75, None, 0.85, 0.88), "held-out source": (0.55, None, 0.72, 0.80)}
 BOX_AIM = 0.78
+BLOCKS = ("aims", "behaviour", "controls", "modalities", "sizes", "sources")
 SHOWN = 5  # data sets in each picture
 
 
@@ -184,7 +185,7 @@ def behaviour(rows: Sequence[Row]) -> Body:
 
 def card_with_blocks(card: str, body: Body) -> str:
     """The card with its head and each block made again."""
-    text = replace_blocks(card.partition("\n---\n")[2] or card, BLOCKS, lambda name: BLOCKS[name](body))
+    text = replace_blocks(card.partition("\n---\n")[2] or card, BLOCKS, lambda name: block(name, body))
     return f"---\n{head(card, body)}---\n{text}"
 
 
@@ -209,60 +210,9 @@ def head(card: str, body: Body) -> str:
     return str(yaml.safe_dump(about, sort_keys=False))
 
 
-def aims_block(body: Body) -> str:
-    """What was aimed at beside what was reached."""
-    rows = []
-    for group, aims in AIMS.items():
-        found, seeds = body["group"][group], body["by_seed"][group]
-        reached = [with_interval(found["dice"].get(str(c))) for c in CLICKS]
-        rows.append([f"**{group}**", found["subjects"], found["structures"], *reached])
-        rows.append(["aim", "", "", *("" if aim is None else f"{aim:.2f}" for aim in aims)])
-        spread = [f"{min(seeds[str(c)]):.3f} to {max(seeds[str(c)]):.3f}" if str(c) in seeds else "" for c in CLICKS]
-        rows.append([f"lowest and highest of {body['seeds']} seeds", "", "", *spread])
-    box = [[f"**{group}**", found["subjects"], with_interval(found)] for group, found in body["box"].items()]
-    box.append(["aim, unseen subject", "", f"{BOX_AIM:.2f}"])
-    first = table(["group", "subjects", "structures", *map(click_head, CLICKS)], rows)
-    return f"{first}\n\n{table(['box alone', 'subjects', 'Dice'], box)}\n\n{origin_of(body, 'clicks', 'box')}"
-
-
-def parts_block(name: str) -> Callable[[Body], str]:
-    """Dice by one property of the structures."""
-    return lambda body: dice_table([name], [([key], found) for key, found in body[name].items()], CLICKS, 3)
-
-
-def behaviour_block(body: Body) -> str:
-    """Obedience and monotony beside their aims."""
-    found = body["behaviour"]
-    added, negative = found["negative clicks that added volume"], found["negative clicks"]
-    lowered, steps = found["steps that lowered Dice by more than 0.01"], found["steps"]
-    rows = [
-        ["a click's own voxel has the click's label", f"{found['obeyed']:.1%} of {found['clicks']:,}", ">= 99 %"],
-        ["a click off the object adds no volume", f"{1 - added / max(negative, 1):.1%} of {negative:,}", ">= 97 %"],
-        ["a step lowers Dice by more than 0.01", f"{lowered / max(steps, 1):.1%} of {steps:,}", "<= 5 %"],
-    ]
-    return table(["", "measured", "aim"], rows)
-
-
-def controls_block(body: Body) -> str:
-    """Other methods on the same clicks."""
-    parts = []
-    for group, models in body["controls"].items():
-        clicks = sorted({int(c) for found in models.values() for c in found["dice"]} - {0})
-        rows = [[f"`{m}`", *(with_interval(found["dice"].get(str(c))) for c in clicks)] for m, found in models.items()]
-        some = next(iter(models.values()))
-        head = f"{group}: {some['subjects']} subjects, {some['structures']} structures"
-        parts.append(table([head, *map(click_head, clicks)], rows))
-    return "\n\n".join([*parts, origin_of(body, "controls")])
-
-
-BLOCKS: dict[str, Callable[[Body], str]] = {
-    "aims": aims_block,
-    "behaviour": behaviour_block,
-    "controls": controls_block,
-    "modalities": parts_block("modality"),
-    "sizes": parts_block("size"),
-    "sources": parts_block("source"),
-}
+def block(name: str, body: Body) -> str:
+    """One block of the card."""
+    return markdown(name, body, AIMS=AIMS, BOX_AIM=BOX_AIM, CLICKS=CLICKS, origin_of=origin_of)
 
 
 def origin_of(body: Body, *names: str) -> str:

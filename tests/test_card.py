@@ -57,17 +57,17 @@ def test_means_by_group_and_what_clicks_do(tmp_path):
 
 def test_the_blocks_show_them_beside_their_aims(tmp_path):
     body = card.body_of(saved(tmp_path))
-    aims = card.aims_block(body)
+    aims = card.block("aims", body)
     assert "| **unseen subject** | 8 | 8 | 0.34 [" in aims and "| aim |  |  | 0.75 |  | 0.85 | 0.88 |" in aims
     assert "| **unseen subject** | 8 | 0.83 [" in aims and "`samed3d evaluate DATA -o out`" in aims
-    text = card.behaviour_block(body)
+    text = card.block("behaviour", body)
     assert (
         "| 95.8% of 48 | >= 99 % |" in text
         and "| 50.0% of 16 | >= 97 % |" in text
         and "| 25.0% of 32 | <= 5 % |" in text
     )
-    assert "| `region_growing` | 0.14 [" in card.controls_block(body)
-    assert "MR" in card.parts_block("modality")(body)
+    assert "| `region_growing` | 0.14 [" in card.block("controls", body)
+    assert "MR" in card.block("modalities", body)
 
 
 def test_a_command_names_no_folder_of_this_machine(tmp_path):

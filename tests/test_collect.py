@@ -80,15 +80,18 @@ def test_every_protocol_first_prompt_and_model_has_a_line():
         {"protocol": p, "prompt": w, "model": "m", "subjects": 2, "structures": 3} | ends
         for p, w in (("a", "click"), ("b", "box"))
     ]
-    text = tables.protocols({"rows": rows, "wall_s": 1200.0, "processor_s": 2400.0})
+    text = tables.markdown("protocols", {"rows": rows, "wall_s": 1200.0, "processor_s": 2400.0})
     assert "| a | `m` | 2 | 3 | 0.50 [0.40, 0.60] | 0.75 (5) |" in text and "| b, box first | `m` |" in text
     assert text.endswith("The whole run took 20 minutes, 40 minutes of processor time.")
-    assert "took" not in tables.protocols({"rows": rows})
+    assert "took" not in tables.markdown("protocols", {"rows": rows})
 
 
 def test_a_block_can_show_every_number_of_its_file():
     body = {"loop": {"samples_per_s": 1.234}, "losses": [1.0, 0.5], "collected": {"seconds": 9}, "machine": {}}
-    assert tables.every_number(body).splitlines()[2:] == ["| loop samples per s | 1.23 |", "| losses | 1, 0.5 |"]
+    assert tables.markdown("every_number", body).splitlines()[2:] == [
+        "| loop samples per s | 1.23 |",
+        "| losses | 1, 0.5 |",
+    ]
 
 
 def test_a_page_must_hold_each_block_once(tmp_path):
