@@ -8,6 +8,7 @@ ever touched.
 from __future__ import annotations
 
 import math
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,10 +25,17 @@ LEAST_DEVIATION = 1e-6
 RANK_BINS = 2048
 CT_LOWEST_HU = -500.0
 """An image without a stated modality counts as CT if its lowest value is this low: only CT shows air so far below 0."""
-SLAB_VOXELS = 2**24
-"""Voxels that are converted to float32 at once when a crop is sampled."""
 BACKGROUND_LOGIT = -8.0
 """Logit of voxels that no crop has seen."""
+
+
+class Voxels(Protocol):
+    """A (D, H, W) array, or what reads or computes parts of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+
+    def __getitem__(self, index: Any, /) -> Any: ...
 
 
 def _axis_matrix(position: NDArray, size: int, step: float) -> Tensor:
@@ -42,14 +50,15 @@ def _resample(block: Tensor, matrices: list[Tensor]) -> Tensor:
     return torch.matmul(z, block.flatten(-2)).unflatten(-1, (y.shape[0], x.shape[0]))
 
 
-def sample_crop(array: NDArray, frame: CropFrame) -> tuple[Tensor, Tensor]:
+def sample_crop(array: Voxels, frame: CropFrame) -> tuple[Tensor, Tensor]:
     """Sample a canonical (D, H, W) array on a frame.
 
     Returns:
         The crop (frame shape) float32, where voxels outside the volume repeat its border, and ``inside``, a bool mask
         of the same shape that is True where the crop voxel's centre lies in the volume.
     """
-    matrices, slices, flags = [], [], []
+    matrices, flags = [], []
+    slices: list[slice] = []
     for axis in range(3):
         step, count, size = frame.step_zyx_vox[axis], frame.shape_zyx[axis], array.shape[axis]
         position = frame.origin_zyx_vox[axis] + (np.arange(count, dtype=np.float32) + 0.5) * step - 0.5
@@ -59,12 +68,12 @@ def sample_crop(array: NDArray, frame: CropFrame) -> tuple[Tensor, Tensor]:
         matrices.append(_axis_matrix(position - low, high - low, step))
         slices.append(slice(low, high))
         flags.append(torch.from_numpy((position >= -0.5) & (position < size - 0.5)))
-    block, (z, y, x) = np.asarray(array[tuple(slices)]), matrices
-    planes = max(1, SLAB_VOXELS // (block.shape[1] * block.shape[2]))
-    small = torch.empty(block.shape[0], y.shape[0], x.shape[0])
-    for first in range(0, block.shape[0], planes):
-        slab = torch.from_numpy(np.ascontiguousarray(block[first : first + planes], dtype=np.float32))
-        small[first : first + planes] = torch.matmul(y, torch.matmul(slab, x.T))
+    z, y, x = matrices
+    small = torch.empty(z.shape[1], y.shape[0], x.shape[0])
+    block = Region(tuple(s.start for s in slices), tuple(s.stop for s in slices))
+    for part in block.slabs():
+        slab = torch.from_numpy(np.ascontiguousarray(array[part.slices], dtype=np.float32))
+        small[part.slices_in(block)[0]] = torch.matmul(y, torch.matmul(slab, x.T))
     inside = flags[0][:, None, None] & flags[1][None, :, None] & flags[2][None, None, :]
     return torch.matmul(z, small.flatten(-2)).unflatten(-1, small.shape[1:]), inside
 
@@ -80,13 +89,16 @@ def paste_crop(
     """
     region = frame.region().clip(shape_zyx)
     region = region if within is None else region.intersection(within)
-    matrices = []
+    matrices, used = [], []
     for axis in range(3):
         voxels = np.arange(region.start_zyx[axis], region.stop_zyx[axis], dtype=np.float32)
         step = frame.step_zyx_vox[axis]
         position = (voxels + 0.5 - frame.origin_zyx_vox[axis]) / step - 0.5
-        matrices.append(_axis_matrix(position, frame.shape_zyx[axis], 1.0 / step))
-    return region, _resample(crop.float(), matrices)
+        matrix = _axis_matrix(position, frame.shape_zyx[axis], 1.0 / step)
+        near = torch.nonzero(matrix.any(dim=0))
+        used.append(slice(int(near[0]), int(near[-1]) + 1) if len(near) else slice(0))
+        matrices.append(matrix[:, used[-1]])
+    return region, _resample(crop[(..., *used)].float(), matrices)
 
 
 class TileSum:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -33,6 +33,9 @@ SHEAR_TOLERANCE_DEGREES = 0.573
 GRID_TOLERANCE = 0.25
 """Two grids are one if every corner is at the same place to within this share of the shortest voxel edge. Headers that
 were rounded in single precision stay far below it, a shift by one voxel far above."""
+
+SLAB_VOXELS = 2**22
+"""Voxels of a large region that are converted or computed at once."""
 
 
 @dataclass(frozen=True)
@@ -281,6 +284,13 @@ class Region:
     def intersection(self, other: Region) -> Region:
         """The part that lies in both; empty where they do not meet."""
         return Region(_each(max, self.start_zyx, other.start_zyx), _each(min, self.stop_zyx, other.stop_zyx))
+
+    def slabs(self) -> Iterator[Region]:
+        """The region in pieces of whole slices, of about ``SLAB_VOXELS``, so that work on it needs little memory."""
+        (start, *low), (stop, *high) = self.start_zyx, self.stop_zyx
+        planes = max(1, SLAB_VOXELS // max(1, math.prod(self.shape_zyx[1:])))
+        for first in range(start, stop, planes):
+            yield Region((first, low[0], low[1]), (min(first + planes, stop), high[0], high[1]))
 
     def union(self, other: Region) -> Region:
         """The smallest region that holds both; an empty one adds nothing."""

@@ -161,9 +161,8 @@ class _Zoom(_Search):
             frame = self.fitted(max(self.edge_mm(frame), self.edge_around(reach, frame)), _middle(self.crop))
             return frame, self.lowres_on(frame)
         if self.previous is not None:
-            canvas = self.previous.canvas
-            tight = bounding_region((canvas.logits > MASK_LOGIT_THRESHOLD).numpy())
-            known = canvas.region if tight.is_empty else tight.shifted(canvas.region.start_zyx)
+            tight = self.previous.canvas.mask(predictor.shape_zyx).region
+            known = self.previous.canvas.region if tight.is_empty else tight
             frame = self.around((as_triple(known.start_zyx), as_triple(known.stop_zyx)), reach, reach)
             return frame, self.lowres_on(frame)
         box = prompts.box or prompts.slice_box

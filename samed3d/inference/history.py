@@ -16,7 +16,7 @@ import numpy as np
 
 from samed3d.drawing import OBJECT_COLOURS, colour_of
 from samed3d.errors import InputError, whole_number
-from samed3d.geometry import IntTriple
+from samed3d.geometry import EMPTY_REGION, IntTriple, bounding_region
 from samed3d.inference.model_prompts import deepest_voxel
 from samed3d.inference.prediction import OtherObjects, PromptHistory, PromptStep, empty_mask
 from samed3d.prompts import MaskUpdate, ObjectPrompts, PackedMask, Prompt, checked_code, checked_flag, checked_name
@@ -65,7 +65,7 @@ class ObjectState:
     def copy(self) -> SessionObject:
         """The object for callers."""
         prompts = self.prompts
-        voxels = 0 if self.step is None else int(np.count_nonzero(self.step.mask.inside()))
+        voxels = 0 if self.step is None else self.step.mask.voxels
         row = (self.colour, self.visible, self.locked, voxels)
         return SessionObject(self.id, self.name, list(prompts.values()), self.code, list(prompts), *row)
 
@@ -372,10 +372,10 @@ class EditHistory:
         view = self.prompts.volume.view
         old, new = before.mask(object_id, view.shape_zyx), self.state.mask(object_id, view.shape_zyx)
         region = old.region.union(new.region)
-        now = new.on(region)
-        change = PackedMask.of_part(now ^ old.on(region), region, view.shape_zyx).region
-        mask = np.zeros((0, 0, 0), np.uint8)
-        if not change.is_empty:
-            mask = np.ascontiguousarray(view.to_stored(now[change.slices_in(region)].astype(np.uint8)))
-            change = view.region_to_stored(change)
+        change = EMPTY_REGION
+        for part in region.slabs():
+            changed = bounding_region(new.on(part) ^ old.on(part))
+            change = change if changed.is_empty else change.union(changed.shifted(part.start_zyx))
+        mask = np.ascontiguousarray(view.to_stored(new.on(change).view(np.uint8)))
+        change = change if change.is_empty else view.region_to_stored(change)
         return MaskUpdate(change, mask, time.perf_counter() - began, object_id, edit.prompt_id)

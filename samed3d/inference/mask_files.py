@@ -110,27 +110,18 @@ def label_map(
     for entry in sorted(state.objects.values(), key=lambda e: (not e.locked, e.id)):
         if entry.step is None or entry.step.mask.region.is_empty:
             continue
-        region, mask = entry.step.mask.region, entry.step.mask.inside()
-        part = labels[region.slices_in(whole)]
-        overlap = mask & (part != 0)
-        part[mask & ~overlap] = entry.id
-        if not entry.locked:
-            overlap &= ~np.isin(part, [number for number, other in painted.items() if other.locked])
-        holders = part[overlap]
-        own = _logits_at(canvas_of(entry), overlap, region) if len(holders) else np.zeros(0)
-        for number in np.unique(holders):
-            held = part[overlap] == number
-            wins = own[held] > _logits_at(canvas_of(painted[int(number)]), overlap, region)[held]
-            holders[np.flatnonzero(held)[wins]] = entry.id
-        part[overlap] = holders
+        for region in entry.step.mask.region.slabs():
+            mask, part = entry.step.mask.on(region), labels[region.slices_in(whole)]
+            overlap = mask & (part != 0)
+            part[mask & ~overlap] = entry.id
+            if not entry.locked:
+                overlap &= ~np.isin(part, [number for number, other in painted.items() if other.locked])
+            holders = part[overlap]
+            own = canvas_of(entry).on_region(region).numpy()[overlap] if len(holders) else np.zeros(0)
+            for number in np.unique(holders):
+                held = part[overlap] == number
+                other = canvas_of(painted[int(number)]).on_region(region).numpy()[overlap]
+                holders[np.flatnonzero(held)[own[held] > other[held]]] = entry.id
+            part[overlap] = holders
         painted[entry.id] = entry
     return view.to_stored(labels), view.region_to_stored(whole)
-
-
-def _logits_at(canvas: Canvas, where: NDArray[np.bool_], region: Region) -> NDArray[np.float32]:
-    """A canvas's logits at some voxels of a region; minus infinity outside the canvas."""
-    index = np.argwhere(where) + np.array(region.start_zyx) - np.array(canvas.region.start_zyx)
-    inside = ((index >= 0) & (index < np.array(canvas.region.shape_zyx))).all(1)
-    values = np.full(len(index), -np.inf, dtype=np.float32)
-    values[inside] = canvas.logits.numpy()[tuple(index[inside].T)]
-    return values

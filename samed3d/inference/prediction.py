@@ -6,19 +6,21 @@ newest steps, up to ``KEPT_BYTES``, and are otherwise predicted again from the p
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from samed3d.geometry import EMPTY_REGION, IntTriple, Region, Triple
 from samed3d.inference.crop_search import Prediction, predict_object
 from samed3d.inference.model_prompts import ModelPrompts, combine, open_axis, since_mask, to_model_prompts
 from samed3d.inference.predictor import Canvas, CropPredictor
-from samed3d.prompts import MASK_LOGIT_THRESHOLD, PackedMask, Prompt
+from samed3d.prompts import PackedMask, Prompt
 from samed3d.volume import Volume
 
 KEPT_BYTES = 512 * 2**20
@@ -26,7 +28,7 @@ MAX_DEPTH = 2.0
 """An object that is bounded in one slice reaches at most this multiple of its size there to either side."""
 CLICK_LOGIT = 1.0
 """Least logit of a voxel that was clicked or drawn over; minus that for a negative prompt."""
-MASK_PROMPT_LOGIT = 4.0
+MASK_PROMPT_LOGIT = 4
 """Logit of a given mask's voxels, and minus that around it."""
 
 
@@ -162,12 +164,12 @@ class PromptHistory:
             depth = self._find_depth(combine(prompts, new, None, background), axis, previous)
         combined = combine(prompts, new, depth, background)
         found = predict_object(self.predictor, combined, previous)
-        canvas = found.canvas
-        if previous is not None and new and not combined.positive:
-            canvas = _at_most(canvas, previous.canvas)
+        corrections = []
+        if previous is not None and step.before is not None and new and not combined.positive:
+            corrections.append(_limit(step.before.mask, within=False))  # a negative prompt never adds a voxel
         if step.others is not None:
-            taken = torch.from_numpy(step.others.mask.on(canvas.region))
-            canvas.logits[taken] = canvas.logits[taken].clamp(max=-CLICK_LOGIT)
+            corrections.append(_limit(step.others.mask, within=True))
+        canvas = replace(found.canvas, corrections=tuple(corrections))
         return Prediction(found.crop, _enforce_clicks(canvas, prompts)), depth
 
     def _find_depth(self, prompts: ModelPrompts, axis: int, previous: Prediction | None) -> tuple[float, float]:
@@ -185,10 +187,7 @@ class PromptHistory:
 
     def _packed(self, prediction: Prediction | None) -> PackedMask:
         shape = self.predictor.shape_zyx
-        if prediction is None:
-            return empty_mask(shape)
-        canvas = prediction.canvas
-        return PackedMask.of_part((canvas.logits > MASK_LOGIT_THRESHOLD).numpy(), canvas.region, shape)
+        return empty_mask(shape) if prediction is None else prediction.canvas.mask(shape)
 
     def _keep(self, step: PromptStep, prediction: Prediction | None) -> None:
         self._kept[step] = prediction
@@ -207,7 +206,7 @@ def _size(prediction: Prediction | None) -> int:
     """Bytes."""
     if prediction is None:
         return 0
-    tensors = [prediction.canvas.logits]
+    tensors = [] if prediction.canvas.values is None else [prediction.canvas.values]
     if prediction.crop is not None:
         tensors += [prediction.crop.logits, prediction.crop.inside, prediction.crop.lowres_logits]
     return sum(t.numel() * t.element_size() for t in tensors)
@@ -216,31 +215,37 @@ def _size(prediction: Prediction | None) -> int:
 def _start_from(mask: PackedMask) -> Prediction:
     """A given mask as if it had been predicted."""
     region = Region((0, 0, 0), (1, 1, 1)) if mask.region.is_empty else mask.region.expand(1).clip(mask.shape_zyx)
-    return Prediction(None, Canvas(region, (torch.from_numpy(mask.on(region)).float() * 2 - 1) * MASK_PROMPT_LOGIT))
+    return Prediction(
+        None,
+        Canvas(region, torch.from_numpy(mask.on(region)).to(torch.int8) * (2 * MASK_PROMPT_LOGIT) - MASK_PROMPT_LOGIT),
+    )
 
 
 def _enforce_clicks(canvas: Canvas, prompts: Sequence[ModelPrompts]) -> Canvas:
     """Give every voxel under a prompt its prompt's sign, the newest last; the canvas grows to hold positive ones."""
-    for prompt in since_mask(prompts):
-        voxels = prompt.voxels
-        if voxels is None or not len(voxels):
-            continue
-        if prompt.positive:
-            under = Region(tuple(voxels.min(0).tolist()), tuple((voxels.max(0) + 1).tolist()))
-            whole = canvas.region.union(under)
-            canvas = canvas if whole == canvas.region else Canvas(whole, canvas.on_region(whole), canvas.crop)
-        index = voxels - np.array(canvas.region.start_zyx)
-        index = index[((index >= 0) & (index < np.array(canvas.region.shape_zyx))).all(1)]
-        where = tuple(torch.from_numpy(index[:, axis].astype(np.int64)) for axis in range(3))
-        values = canvas.logits[where]
-        canvas.logits[where] = values.clamp(min=CLICK_LOGIT) if prompt.positive else values.clamp(max=-CLICK_LOGIT)
-    return canvas
+    marked = [(p.voxels, p.positive) for p in since_mask(prompts) if p.voxels is not None and len(p.voxels)]
+
+    def enforce(part: Region, logits: Tensor) -> None:
+        for voxels, positive in marked:
+            index = voxels - np.array(part.start_zyx)
+            index = index[((index >= 0) & (index < np.array(part.shape_zyx))).all(1)]
+            where = tuple(torch.from_numpy(index[:, axis].astype(np.int64)) for axis in range(3))
+            values = logits[where]
+            logits[where] = values.clamp(min=CLICK_LOGIT) if positive else values.clamp(max=-CLICK_LOGIT)
+
+    region = canvas.region
+    for voxels, positive in marked:
+        if positive:
+            region = region.union(Region(tuple(voxels.min(0).tolist()), tuple((voxels.max(0) + 1).tolist())))
+    values = canvas.values if region == canvas.region or canvas.values is None else canvas.on_region(region)
+    return replace(canvas, region=region, values=values, corrections=(*canvas.corrections, enforce))
 
 
-def _at_most(canvas: Canvas, before: Canvas) -> Canvas:
-    """The new logits, nowhere above the earlier ones: a negative prompt removes voxels and never adds any."""
-    earlier = torch.full(canvas.region.shape_zyx, -CLICK_LOGIT)
-    common = canvas.region.intersection(before.region)
-    if not common.is_empty:
-        earlier[common.slices_in(canvas.region)] = before.logits[common.slices_in(before.region)]
-    return Canvas(canvas.region, torch.minimum(canvas.logits, earlier), canvas.crop)
+def _limit(mask: PackedMask, within: bool) -> Callable[[Region, Tensor], None]:
+    """A correction that makes the voxels of a mask, or all others, background."""
+
+    def limit(part: Region, logits: Tensor) -> None:
+        limited = torch.from_numpy(mask.on(part) == within)
+        torch.minimum(logits, torch.where(limited, -CLICK_LOGIT, math.inf), out=logits)
+
+    return limit

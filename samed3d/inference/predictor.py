@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -22,6 +24,7 @@ from samed3d.devices import computes_bf16
 from samed3d.geometry import EMPTY_REGION, CropFrame, IntTriple, Region, Triple, as_triple, bounding_region
 from samed3d.inference.model_prompts import ModelPrompts
 from samed3d.models.base import Features, PromptableModel, PromptBatch
+from samed3d.prompts import MASK_LOGIT_THRESHOLD, PackedMask
 from samed3d.volume import Volume
 
 logger = logging.getLogger(__name__)
@@ -46,34 +49,58 @@ class CropMask:
     lowres_logits: Tensor  # (1, 1, d, h, w) on the model's axes, an input of the next decode
 
 
-@dataclass
+@dataclass(frozen=True)
 class Canvas:
-    """Logits of the canonical volume.
+    """Logits of the canonical volume, computed where they are needed: at once they may need more memory than the image.
 
-    They are kept voxel by voxel in ``region``: at least the object and a little around it. ``crop`` is what was
-    predicted around it, all of it below ``CLEAR_LOGIT``; None is background.
+    Where ``values`` is None, they follow from ``crop``, what was predicted in and around ``region``; where both are,
+    all is background. Everything outside ``region`` is below ``CLEAR_LOGIT``.
     """
 
     region: Region = EMPTY_REGION
-    logits: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0))  # (D, H, W) of the region
+    values: Tensor | None = None  # (D, H, W) of the region, of any type
     crop: CropMask | None = None
+    corrections: tuple[Callable[[Region, Tensor], None], ...] = ()  # each changes a region's logits in place
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits (D, H, W) of ``region``."""
+        return self.on_region(self.region)
 
     def on_region(self, region: Region) -> Tensor:
-        """The logits (D, H, W) of another region of the volume."""
+        """The logits (D, H, W) of any region of the volume."""
         logits = torch.full(region.shape_zyx, BACKGROUND_LOGIT)
         if self.crop is not None:
             under, values = paste_crop(self.crop.logits, self.crop.frame, region.stop_zyx, region)
             if not under.is_empty:
                 logits[under.slices_in(region)] = values
         common = self.region.intersection(region)
-        if not common.is_empty:
-            logits[common.slices_in(region)] = self.logits[common.slices_in(self.region)]
+        if self.values is not None and not common.is_empty:
+            logits[common.slices_in(region)] = self.values[common.slices_in(self.region)].float()
+        for correct in self.corrections:
+            correct(region, logits)
         return logits
+
+    def mask(self, shape_zyx: IntTriple) -> PackedMask:
+        """The object on a volume of that shape."""
+        inside = np.empty(self.region.shape_zyx, bool)
+        for part in self.region.slabs():
+            inside[part.slices_in(self.region)] = self.on_region(part) > MASK_LOGIT_THRESHOLD
+        return PackedMask.of_part(inside, self.region, shape_zyx)
+
+    @property
+    def shape(self) -> IntTriple:
+        """Of ``region``: ``sample_crop`` takes a canvas as an array whose slabs are computed one by one."""
+        return self.region.shape_zyx
+
+    def __getitem__(self, index: tuple[slice, slice, slice]) -> NDArray[np.float32]:
+        part = Region(tuple(s.start for s in index), tuple(s.stop for s in index)).shifted(self.region.start_zyx)
+        return self.on_region(part).numpy()
 
     def on_frame(self, frame: CropFrame) -> Tensor:
         """The logits (D, H, W) resampled to a crop's grid."""
         moved = frame.shifted(as_triple([-float(a) for a in self.region.start_zyx]))
-        near, inside = sample_crop(self.logits.numpy(), moved)
+        near, inside = sample_crop(self, moved)
         around: Tensor | float = BACKGROUND_LOGIT
         if self.crop is not None:
             far, under = sample_crop(self.crop.logits.numpy(), frame.in_crop(self.crop.frame))
@@ -132,12 +159,12 @@ class CropPredictor:
         return F.adaptive_avg_pool3d(logits[None, None].to(self.device), (d, h, w))
 
     def paste(self, crop: CropMask) -> Canvas:
-        """The crop's logits on the volume's own voxels, where they may not be clear background."""
+        """The crop's logits on the volume's own voxels; its region is where they may not be clear background."""
         logits = torch.where(crop.inside, crop.logits, -math.inf)
         near = bounding_region((logits >= min(CLEAR_LOGIT, float(logits.max()))).numpy())
         near = near.expand(1).clip(crop.frame.shape_zyx)
         region = crop.frame.part(near).region().expand(1)
-        return Canvas(*paste_crop(crop.logits, crop.frame, self.shape_zyx, region), crop)
+        return Canvas(region.intersection(crop.frame.region()).clip(self.shape_zyx), crop=crop)
 
     @property
     def nbytes(self) -> int:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from samed3d.devices import pick_device
 from samed3d.errors import InputError, whole_number
+from samed3d.geometry import Region
 from samed3d.inference import history, mask_files, session_store
 from samed3d.inference.history import EditHistory, ObjectState, SessionObject, SessionState
 from samed3d.inference.model_prompts import read_mask_file
@@ -296,11 +297,15 @@ class Session:
         """The object that was prompted or made last; 0 before any."""
         return self._state.current
 
+    def boxed_mask(self, object_id: int) -> tuple[Region, NDArray[np.uint8]]:
+        """The bounding box of an object's mask on the image's own grid, and the mask there, uint8 0 or 1."""
+        packed, view = self._state.mask(self._prompted(object_id).id, self._predictor.shape_zyx), self.volume.view
+        return view.region_to_stored(packed.region), view.to_stored(packed.inside().view(np.uint8))
+
     def mask_of(self, object_id: int) -> NDArray[np.uint8]:
         """An object's mask, uint8 0 or 1, (D, H, W) on the image's own grid."""
-        packed, view = self._state.mask(self._prompted(object_id).id, self._predictor.shape_zyx), self.volume.view
-        part = view.to_stored(packed.inside().view(np.uint8))
-        return view.region_to_stored(packed.region).placed(part, self.volume.grid.shape_zyx)
+        region, part = self.boxed_mask(object_id)
+        return region.placed(part, self.volume.grid.shape_zyx)
 
     @property
     def mask(self) -> NDArray[np.uint8]:
@@ -358,7 +363,8 @@ class Session:
         if kind in mask_files.LABEL_MAP_FORMATS:
             labels, region = mask_files.label_map(self._state, self.volume.view, self._canvas)
             if len(self._state.objects) <= 1:
-                labels = labels == self._prompted(self.current).id
+                self._prompted(self.current)
+                np.minimum(labels, 1, out=labels)
             write_mask(path, labels, self.volume.grid, region)
         else:
             mask_files.export_segments(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from samed3d.errors import InputError
-from samed3d.geometry import CanonicalView, Triple, as_triple
+from samed3d.geometry import CanonicalView, Region, Triple, as_triple
 from samed3d.inference.predictor import Canvas
 from samed3d.prompts import MASK_LOGIT_THRESHOLD, Point
 
@@ -36,8 +36,10 @@ def least_certain(canvas: Canvas, clicked: Sequence[Triple], view: CanonicalView
     """
     if canvas.region.is_empty:
         raise InputError("object has no mask yet: add a prompt first")
-    step = max(1, -(-max(canvas.logits.shape) // LONGEST))
-    logits = canvas.logits[::step, ::step, ::step]
+    (first, *low), (stop, *high) = canvas.region.start_zyx, canvas.region.stop_zyx
+    step = max(1, -(-max(canvas.shape) // LONGEST))
+    planes = (Region((k, low[0], low[1]), (k + 1, high[0], high[1])) for k in range(first, stop, step))
+    logits = torch.cat([canvas.on_region(plane)[:, ::step, ::step] for plane in planes])
     mask = logits > MASK_LOGIT_THRESHOLD
     doubt = 1 - torch.tanh(logits.abs() / 2)  # 1 - |2p - 1|
     doubt = _pooled(doubt, WINDOW_VOX, F.avg_pool3d)

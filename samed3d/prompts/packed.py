@@ -45,32 +45,41 @@ class PackedMask:
     @classmethod
     def of_part(cls, part: NDArray, region: Region, shape_zyx: IntTriple) -> PackedMask:
         """Pack a (d, h, w) mask that is known inside ``region`` only and empty elsewhere in ``shape_zyx``."""
-        tight = bounding_region(part != 0)
-        inside = np.packbits(part[tight.slices] != 0)
-        if not tight.is_empty:
-            tight = tight.shifted(region.start_zyx)
-        return cls(shape_zyx, tight, zlib.compress(inside.tobytes(), _LEVEL))
+        tight = bounding_region(part)
+        box, packer = part[tight.slices], zlib.compressobj(_LEVEL)
+        eights = (np.packbits(box[first : first + 8] != 0).tobytes() for first in range(0, len(box), 8))  # whole bytes
+        bits = b"".join([*map(packer.compress, eights), packer.flush()])
+        return cls(shape_zyx, tight if tight.is_empty else tight.shifted(region.start_zyx), bits)
+
+    @property
+    def voxels(self) -> int:
+        """How many belong to it."""
+        return sum(int(np.count_nonzero(plane)) for plane in self.planes())
 
     def inside(self) -> NDArray[np.bool_]:
         """The mask within ``region``."""
-        count = int(np.prod(self.region.shape_zyx, dtype=np.int64))
-        packed = np.frombuffer(zlib.decompress(self.bits), dtype=np.uint8)
-        return np.unpackbits(packed, count=count).reshape(self.region.shape_zyx).view(bool)
+        return self._slices(zlib.decompress(self.bits), 0, self.region.shape_zyx[0])
 
     def planes(self) -> Iterator[NDArray[np.bool_]]:
         """The mask within ``region``, slice by slice, of which only one is unpacked at a time."""
-        depth, height, width = self.region.shape_zyx
-        packed = np.frombuffer(zlib.decompress(self.bits), dtype=np.uint8)
-        for start in range(0, depth * height * width, height * width or 1):
-            bits = np.unpackbits(packed[start // 8 : (start + height * width + 7) // 8])
-            yield bits[start % 8 :][: height * width].reshape(height, width).astype(bool)
+        packed = zlib.decompress(self.bits)
+        for number in range(self.region.shape_zyx[0]):
+            yield self._slices(packed, number, number + 1)[0]
+
+    def _slices(self, packed: bytes, start: int, stop: int) -> NDArray[np.bool_]:
+        _, height, width = self.region.shape_zyx
+        first, last = start * height * width, stop * height * width
+        bits = np.unpackbits(np.frombuffer(packed, np.uint8)[first // 8 : -(-last // 8)])
+        return bits[first % 8 :][: last - first].reshape(stop - start, height, width).view(bool)
 
     def on(self, region: Region) -> NDArray[np.bool_]:
-        """The mask within any region of the whole."""
-        part = np.zeros(region.shape_zyx, dtype=bool)
+        """The mask within any region of the whole; only the slices in it are unpacked."""
         common = self.region.intersection(region)
+        part = np.zeros(region.shape_zyx, dtype=bool)
         if not common.is_empty:
-            part[common.slices_in(region)] = self.inside()[common.slices_in(self.region)]
+            planes, *rest = common.slices_in(self.region)
+            found = self._slices(zlib.decompress(self.bits), planes.start, planes.stop)
+            part[common.slices_in(region)] = found[:, *rest]
         return part
 
     def full(self) -> NDArray[np.bool_]:

@@ -29,7 +29,6 @@ from samed3d.apps.server.sessions import (
     read_info,
     session_to_json,
     update_to_json,
-    whole_mask_to_json,
 )
 from samed3d.errors import check_keys
 from samed3d.inference.session import Session
@@ -315,14 +314,14 @@ async def set_rule(work: OneSession, body: RuleBody) -> Json:
 @api.get(_SESSION + "/masks", tags=["results"])
 async def masks(work: OneSession) -> Json:
     """The masks of all objects, each in its box."""
-    found = await work.run(lambda s: [whole_mask_to_json(o.id, s.mask_of(o.id)) for o in s.objects() if o.voxels])
+    found = await work.run(lambda s: [update_to_json(o.id, *s.boxed_mask(o.id)) for o in s.objects() if o.voxels])
     return {"updates": found}
 
 
 @api.get(_OBJECT + "/mask", tags=["results"])
 async def mask(work: OneSession, object_id: int) -> Json:
     """One object's mask, in its box."""
-    return await asyncio.to_thread(whole_mask_to_json, object_id, await work.run(lambda s: s.mask_of(object_id)))
+    return await asyncio.to_thread(update_to_json, object_id, *await work.run(lambda s: s.boxed_mask(object_id)))
 
 
 @api.get(_OBJECT + "/probability.nii.gz", tags=["results"])

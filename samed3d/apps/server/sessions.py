@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from samed3d.geometry import Region, bounding_region
+from samed3d.geometry import Region
 from samed3d.inference.session import Session, SessionObject
 from samed3d.prompts import PackedMask, prompt_to_json
 from samed3d.volume import Volume
@@ -161,9 +161,3 @@ def update_to_json(object_id: int, region: Region, mask: NDArray) -> Json:
     body = PackedMask(region.stop_zyx, region, bits).to_json()
     del body["size"]
     return {"object_id": object_id, **body}
-
-
-def whole_mask_to_json(object_id: int, mask: NDArray[np.uint8]) -> Json:
-    """An object's whole mask, as an update of its bounding box."""
-    region = bounding_region(mask)
-    return update_to_json(object_id, region, mask[region.slices])

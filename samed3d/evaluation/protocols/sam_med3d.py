@@ -148,7 +148,8 @@ class _Cubes:
         total = TileSum((2,), self._view.whole)
         for crop in self._crops.values():
             canvas = self._predictor.paste(crop)
-            total.add(canvas.region, torch.stack([canvas.logits, torch.ones_like(canvas.logits)]))
+            logits = canvas.logits
+            total.add(canvas.region, torch.stack([logits, torch.ones_like(logits)]))
         logits, count = total.values
         self._logits = torch.where(count > 0, logits / count.clamp(min=1), BACKGROUND_LOGIT)
 
