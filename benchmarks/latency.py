@@ -2,9 +2,11 @@
 
     python benchmarks/latency.py --out benchmarks/results/latency.json
 
+    python benchmarks/latency.py --memory --out benchmarks/results/memory.json
+
 The encoder of ``sam_med3d_b`` is timed beside the padded oracle of the tests and beside a plain matrix product of the
 same FLOPs, the runs alternating, so that other load on the machine falls on all of them. Ratios are given in wall and
-in processor time.
+in processor time. With ``--memory``, the peak memory of the command line and of the server instead.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,11 +35,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.collect import describe_machine, parser_of, write_result  # noqa: E402
+from benchmarks.server_load import Server  # noqa: E402
+from samed3d.apps.client import Client  # noqa: E402
 from samed3d.crops import image_channels  # noqa: E402
 from samed3d.devices import computes_bf16  # noqa: E402
 from samed3d.errors import InputError  # noqa: E402
+from samed3d.geometry import Grid, IntTriple  # noqa: E402
 from samed3d.models import create_model, load  # noqa: E402
 from samed3d.models.base import PromptableModel, PromptBatch  # noqa: E402
+from samed3d.prompts import parse_prompts  # noqa: E402
+from samed3d.volume import write_volume  # noqa: E402
 
 DEFAULT_ARCHITECTURE = "samed3d_unet"
 CT_CASE = Path("chaos_ct_liver/imagesTr/chaos_ct_sample_0000.nii.gz")
@@ -188,11 +196,80 @@ def measure_shell(repeats: int) -> dict[str, Any]:
     return {"image": str(CT_CASE), "point_ijk": CT_POINT_IJK, **medians}
 
 
+def write_body(path: str, shape_zyx: IntTriple) -> float:
+    """Write a body of 40 with a liver of 160 in noisy air, as a file or a folder of DICOM slices; its bytes."""
+    from tests.dicom_trees import image_series
+
+    noise = np.random.default_rng(0).integers(-15, 16, shape_zyx[1:], dtype=np.int16)
+    array = np.empty(shape_zyx, np.int16)
+    y, x = (np.linspace(-1, 1, n) for n in shape_zyx[1:])
+    for k, z in enumerate(np.linspace(-1, 1, shape_zyx[0])):
+        across = (y[:, None] / 0.56) ** 2 + (x / 0.76) ** 2
+        liver = (y[:, None] / 0.28) ** 2 + ((x + 0.23) / 0.28) ** 2 + (z / 0.16) ** 2 < 1
+        array[k] = np.where(liver, 160, np.where(across + (z / 0.94) ** 2 < 1, 40, -1000)) + np.roll(noise, k, 0)
+    if path.endswith("dicom"):
+        image_series(Path(path), array, spacing=(0.8, 0.8, 1.0))
+    else:
+        write_volume(path, array, Grid(shape_zyx, (0.8, 0.8, 1.0)))
+    return float(array.nbytes)
+
+
+def peak_of(process: subprocess.Popen[bytes]) -> int:
+    """Bytes of memory that a process needed at most, once it ends."""
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{process.args!r} ended with status {status}")
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def serve_once(image: Path, prompts: dict[str, list[str]]) -> int:
+    """The peak of a server on which an image is opened, clicked, shown and exported."""
+    server = Server(image.parent, image.parent / "sessions", "default", 1)
+    session = Client(server.url, timeout=600).open_path(str(image))
+    for prompt in parse_prompts(prompts, "ijk", "--"):
+        session.add(prompt)
+    session.refresh()
+    assert session.mask_of(1).any()
+    session.export(image.parent / "served.nii.gz")
+    server.process.terminate()
+    return peak_of(server.process)
+
+
+def measure_memory(size_ijk: IntTriple) -> list[dict[str, Any]]:
+    """Peaks by door, format and object; all memory of a process is counted, also Python's, torch's and the model's."""
+    i, j, k = size_ijk
+    middle = f"{i // 2},{j // 2},{k // 2}"
+    box = f"{round(0.12 * i)},{round(0.22 * j)},{round(0.03 * k)},{round(0.88 * i)},{round(0.78 * j)},{round(0.97 * k)}"
+    objects = {"liver": {"point": [f"{round(0.385 * i)},{j // 2},{k // 2}"]}, "body": {"box": [box], "point": [middle]}}
+    rows = []
+    for kind in ("nii.gz", "nrrd", "mha", "dicom"):
+        with tempfile.TemporaryDirectory() as folder:
+            image = Path(folder, f"body.{kind}")
+            size = in_own_process(write_body, str(image), size_ijk[::-1])
+            for name, prompts in objects.items():
+                texts = [text for key, values in prompts.items() for text in (f"--{key}", *values)]
+                command = [sys.executable, "-m", "samed3d", "segment", str(image), "-o", f"{folder}/mask.nii.gz"]
+                peaks = {"segment": peak_of(subprocess.Popen([*command, "--quiet", *texts], cwd=ROOT))}
+                if kind == "nii.gz":
+                    peaks["serve"] = serve_once(image, prompts)
+                for door, peak in peaks.items():
+                    row = {"door": door, "format": kind, "object": name, "bytes": size, "peak": peak}
+                    rows.append(row | {"ratio": round(peak / size, 3)})
+    return rows
+
+
 def main() -> None:
     parser = parser_of(__doc__, "latency.json")
     parser.add_argument("--quick", action="store_true", help="two repeats instead of seven")
     parser.add_argument("--threads", type=int, help="torch threads; with 1, processor times hold on a busy machine")
+    parser.add_argument("--memory", action="store_true", help="peak memory of segment and serve on a large volume")
+    parser.add_argument("--size", nargs=3, type=int, default=(512, 512, 900), help="of that volume, i j k")
     options = parser.parse_args()
+    if options.memory:
+        size = tuple(options.size)
+        result = {"size_ijk": size, "peaks": measure_memory(size), "machine": describe_machine()}
+        write_result(options.out, result)
+        return
     repeats = 2 if options.quick else 7
     if options.threads:
         torch.set_num_threads(options.threads)

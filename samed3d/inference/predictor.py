@@ -53,8 +53,8 @@ class CropMask:
 class Canvas:
     """Logits of the canonical volume, computed where they are needed: at once they may need more memory than the image.
 
-    Where ``values`` is None, they follow from ``crop``, what was predicted in and around ``region``; where both are,
-    all is background. Everything outside ``region`` is below ``CLEAR_LOGIT``.
+    Where ``values`` is None, they follow from ``crop``, what was predicted in and around ``region``; where both are
+    None, all is background. Everything outside ``region`` is below ``CLEAR_LOGIT``.
     """
 
     region: Region = EMPTY_REGION
