@@ -363,8 +363,7 @@ class Session:
         if kind in mask_files.LABEL_MAP_FORMATS:
             labels, region = mask_files.label_map(self._state, self.volume.view, self._canvas)
             if len(self._state.objects) <= 1:
-                self._prompted(self.current)
-                np.minimum(labels, 1, out=labels)
+                np.equal(labels, self._prompted(self.current).id, out=labels, casting="unsafe")
             write_mask(path, labels, self.volume.grid, region)
         else:
             mask_files.export_segments(
