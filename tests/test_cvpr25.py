@@ -74,7 +74,7 @@ class EachRound:
 
 def measured_case(path: Path, method):
     (case,) = find_cases([path.parent], TrainingHistory(), "all").cases
-    return case, measure(case, method, protocol_of("cvpr25"), EvaluationSettings(3, min_voxels=1))
+    return case, measure(case, method, protocol_of("cvpr25"), EvaluationSettings(3, min_voxels=1), case.loaded())
 
 
 # Boxes and clicks

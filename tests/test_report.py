@@ -138,16 +138,14 @@ def test_many_models_are_compared_with_the_first_only():
 
 
 def test_the_headline_of_rows_known_by_hand():
-    h = headline(make_rows({"ours": (0.3, 0.85, 0.84)}, subjects=1), "ours")
-    assert h.area.mean == pytest.approx((0.3 + 0.85) / 4 + (0.85 + 0.84) / 4)
-    assert [e.clicks.mean for e in h.efforts] == [
-        2,
-        2,
-        4,
-    ]  # to 0.80, 0.85 and 0.90, never reached: one more than were given
-    assert [e.failed for e in h.efforts] == [0, 0, 1]
-    assert h.lowered == 0 and h.obeyed == 1  # a fall by exactly 0.01 is no fall by more
-    assert (h.first_seconds, h.later_seconds) == (0.5, 0.05)
+    found = headline(make_rows({"ours": (0.3, 0.85, 0.84)}, subjects=1))
+    h = {name: estimate.mean for name, estimate in found.items()}
+    assert h["area"] == pytest.approx((0.3 + 0.85) / 4 + (0.85 + 0.84) / 4)
+    # 0.90 is never reached: one more than were given
+    assert [h[f"clicks to {q}"] for q in (0.8, 0.85, 0.9)] == [2, 2, 4]
+    assert [h[f"failures at {q}"] for q in (0.8, 0.85, 0.9)] == [0, 0, 1]
+    assert h["lowered"] == 0 and h["obeyed"] == 1  # a fall by exactly 0.01 is no fall by more
+    assert (h["first"], h["later"]) == (0.5, 0.05)
 
 
 def test_trained_on_subjects_are_apart_and_said(tmp_path):
@@ -183,7 +181,7 @@ def test_a_protocol_is_shown_with_its_bias_and_its_own_figures(tmp_path):
     assert "box then clicks" in shown and "These scores are optimistically biased: the crop knows the truth." in shown
     assert "2.125<small>[2.000, 2.250]</small>" in text and "0.770" not in text
     # The area is that of the three clicks, without the box: trapezoids of 0.335, 0.635 and 0.935.
-    assert headline(rows, "ours").area.mean == pytest.approx(0.635)
+    assert headline(rows)["area"].mean == pytest.approx(0.635)
     assert "first prompt" in shown and "own clicks" not in shown
 
 

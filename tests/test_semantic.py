@@ -327,7 +327,7 @@ def test_an_automatic_model_needs_a_corpus(tmp_path, corpus):
 def measured(corpus: Path, model: SemanticModel, **settings: object) -> list[Row]:
     case = find_cases([corpus], TrainingHistory(), "all").cases[0]
     method = SemanticMethod("bright", model)
-    return measure(case, method, SemanticProtocol(), EvaluationSettings(5, **settings)).rows
+    return measure(case, method, SemanticProtocol(), EvaluationSettings(5, **settings), case.loaded()).rows
 
 
 def test_rows_say_how_good_each_class_is(corpus):

@@ -4,81 +4,60 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from samed3d.cli.options import Device, Quiet, check_exists
+from samed3d.cli.options import Device, Paths, Quiet, Texts, check_exists
 from samed3d.errors import InputError
 
-_Several = list[str] | None
-_Output = Annotated[
-    Path, typer.Option("--output", "-o", help="Folder for results.json, cases.csv, prompts.jsonl and the report.")
-]
-_Data = Annotated[list[Path] | None, typer.Argument(help="Folders of labelled volumes or corpora; the same as --data.")]
-_MoreData = Annotated[
-    list[Path] | None, typer.Option("--data", help="Folder of labelled volumes, or a corpus; repeatable.")
-]
-_Model = Annotated[
-    _Several,
-    typer.Option(
-        help="Checkpoint, .safetensors file, architecture (random weights), baseline, baselines, no_prompt:NAME."
-    ),
-]
-_External = Annotated[_Several, typer.Option(help='Another program: "command {image} {prompts} {out}"; repeatable.')]
-_Server = Annotated[_Several, typer.Option(help="URL of a server that speaks the nnInteractive protocol; repeatable.")]
-_Protocol = Annotated[_Several, typer.Option(help="samed3d, another by name, or all; repeatable.")]
-_Policy = Annotated[
-    _Several,
-    typer.Option(help="Click policy of protocol samed3d: uniform, centre, ritm, noisy or all; repeatable."),
-]
-_Prompt = Annotated[
-    _Several, typer.Option(help="First prompt of protocol samed3d: click, box, scribble or all; repeatable.")
-]
-_Clicks = Annotated[
-    str | None, typer.Option(metavar="N,N,...", help="After how many clicks to score.", show_default="1,3,5")
-]
-_Seeds = Annotated[int | None, typer.Option(min=1, help="Repetitions with different clicks.", show_default="1")]
-_Split = Annotated[str, typer.Option(help="Which subjects: val, train or all.")]
-_Limit = Annotated[int | None, typer.Option(min=1, help="Cases per data set; all without it.")]
-_LabelsPerCase = Annotated[int | None, typer.Option(min=1, help="Structures per case; all without it.")]
-_Tolerance = Annotated[
-    float, typer.Option(min=0.0, help="Tolerance of the surface Dice, mm; protocols with one of their own keep it.")
-]
-_Surfaces = Annotated[bool, typer.Option("--surfaces/--no-surfaces", help="Measure surface Dice and HD95 too.")]
-_Processes = Annotated[int, typer.Option(min=1, help="Cases at once.")]
-_Quick = Annotated[bool, typer.Option("--quick", help="Small cases of six data sets, one structure each.")]
-_Report = Annotated[bool, typer.Option("--report/--no-report", help="Write report.html too.")]
+
+def _several(help: str, *names: str) -> Any:
+    return typer.Option(*names, help=f"{help}; repeatable.")
 
 
 def evaluate(
-    output: _Output,
-    data: _Data = None,
-    more_data: _MoreData = None,
-    model: _Model = None,
-    external: _External = None,
-    server: _Server = None,
-    protocol: _Protocol = None,
-    policy: _Policy = None,
-    prompt: _Prompt = None,
-    clicks: _Clicks = None,
-    seeds: _Seeds = None,
-    split: _Split = "val",
-    limit: _Limit = None,
-    labels_per_case: _LabelsPerCase = None,
-    tolerance: _Tolerance = 2.0,
-    surfaces: _Surfaces = True,
-    processes: _Processes = 1,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for results.json, cases.csv, prompts.jsonl and the report.")
+    ],
+    data: Annotated[Paths, typer.Argument(help="Folders of labelled volumes or corpora; the same as --data.")] = None,
+    more_data: Annotated[Paths, _several("Folder of labelled volumes, or a corpus", "--data")] = None,
+    model: Annotated[
+        Texts,
+        typer.Option(
+            help="Checkpoint, .safetensors file, architecture (random weights), baseline, baselines, no_prompt:NAME."
+        ),
+    ] = None,
+    external: Annotated[Texts, _several('Another program: "command {image} {prompts} {out}"')] = None,
+    server: Annotated[Texts, _several("URL of a server that speaks the nnInteractive protocol")] = None,
+    protocol: Annotated[Texts, _several("samed3d, another by name, or all")] = None,
+    policy: Annotated[Texts, _several("Click policy of protocol samed3d: uniform, centre, ritm, noisy or all")] = None,
+    prompt: Annotated[Texts, _several("First prompt of protocol samed3d: click, box, scribble or all")] = None,
+    clicks: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="After how many clicks to score.", show_default="1,3,5")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Repetitions with different clicks.", show_default="1")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which subjects: val, train or all.")] = "val",
+    limit: Annotated[int | None, typer.Option(min=1, help="Cases per data set; all without it.")] = None,
+    labels_per_case: Annotated[int | None, typer.Option(min=1, help="Structures per case; all without it.")] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="Tolerance of the surface Dice, mm; protocols with one of their own keep it.")
+    ] = 2.0,
+    surfaces: Annotated[
+        bool, typer.Option("--surfaces/--no-surfaces", help="Measure surface Dice and HD95 too.")
+    ] = True,
+    processes: Annotated[int, typer.Option(min=1, help="Cases at once.")] = 1,
     device: Device = "auto",
-    quick: _Quick = False,
-    report: _Report = True,
+    quick: Annotated[bool, typer.Option("--quick", help="Small cases of six data sets, one structure each.")] = False,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html too.")] = True,
     quiet: Quiet = False,
 ) -> None:
     """Evaluate models on labelled volumes with simulated prompts; semantic segmentation models without prompts."""
     models = [*(model or []), *(f"external:{c}" for c in external or []), *(f"server:{url}" for url in server or [])]
     from data_prep.categories import categorise
-    from samed3d.evaluation.exports import summary_text
-    from samed3d.evaluation.report import PACKAGES, write_report
+    from samed3d.evaluation.report import PACKAGES, summary_text, write_report
     from samed3d.evaluation.results import read_run
     from samed3d.evaluation.run import evaluate as run
     from samed3d.pages import check_installed

@@ -53,13 +53,9 @@ class LabelledCase:
     """One image with its label map, not read yet.
 
     Attributes:
-        source: Data set.
         case: Name, unique within the source.
-        subject: Person, animal or specimen.
-        modality: As the data set states it.
         group: On which side of the measured models' training it is, one of ``exposure.SIDES``; "" until it is judged.
-        image_path: Image file, or the folder of a corpus.
-        label_path: Label map, or the folder of a corpus.
+        image_path: Image file, or the folder of a corpus; ``label_path`` likewise.
         names: Names of the label values.
         load: Reads the case where the two paths are not an image and a label map.
         categories: Categories of the label values, for semantic models trained on several sources.
@@ -97,6 +93,10 @@ class LabelledCase:
         except InputError as error:  # measuring it will say why
             logger.warning("not compared with the training images: %s", error)
             return ""
+
+    def with_categories(self, category_of: Callable[[str, str], str]) -> LabelledCase:
+        """The case with the category of each label's name and source."""
+        return replace(self, categories={v: category_of(name, self.source) for v, name in self.names.items()})
 
     def loaded(self) -> LoadedCase:
         """The case in memory.
@@ -245,18 +245,10 @@ def _nnunet_cases(dataset: Path) -> Iterator[LabelledCase]:
     names = {int(v): k for k, v in about.get("labels", {}).items() if isinstance(v, int)}
     for label_path in sorted((dataset / "labelsTr").glob("*.nii.gz")):
         case = label_path.name.removesuffix(".nii.gz")
-        image_path = dataset / "imagesTr" / f"{case}_0000.nii.gz"
-        yield LabelledCase(
-            dataset.name,
-            case,
-            subjects.get(case, case),
-            str(about.get("modality", "")),
-            "",
-            image_path,
-            label_path,
-            names,
-            unusable="" if image_path.exists() else "no image",
-        )
+        image_path, modality = dataset / "imagesTr" / f"{case}_0000.nii.gz", str(about.get("modality", ""))
+        who = (dataset.name, case, subjects.get(case, case), modality, "")
+        unusable = "" if image_path.exists() else "no image"
+        yield LabelledCase(*who, image_path, label_path, names, unusable=unusable)
 
 
 def _plain_cases(folder: Path) -> Iterator[LabelledCase]:

@@ -7,7 +7,7 @@ needs a word from the user, and the table says so.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from pathlib import Path
 
@@ -23,39 +23,28 @@ from samed3d.evaluation.results import (
     structure_key,
     untrained,
 )
-from samed3d.evaluation.statistics import (
-    Compared,
-    PairedDifference,
-    click_curve,
-    compare_rows,
-    corrected,
-    headline,
-)
+from samed3d.evaluation.statistics import Compared, PairedDifference, click_curve, compare_rows, corrected, headline
 from samed3d.evaluation.tables import (
     click_head,
     curve_chart,
     difference_chart,
     difference_table,
-    estimate_cell,
+    score_table,
     some_clicks,
 )
 from samed3d.output import check_output, write_text
-from samed3d.pages import Cell, Table, check_installed, render, seconds_text
+from samed3d.pages import Table, check_installed, render
 
 COMPARE_HTML = "compare.html"
 _SHOWN_CLICKS = 3
+_BY_CLICKS = ("area", "nsd", "hd95_mm")
 
 
 @dataclass(frozen=True)
 class ComparedModel:
-    """One model of one run under one prompt strategy.
+    """One model of one run under one prompt strategy, with its rows of subjects that it was not trained on.
 
-    Attributes:
-        name: ``RUN: MODEL``, the model alone where only one run has it.
-        run: Name of the run.
-        model: Name in the run.
-        strategy: How it was prompted.
-        rows: Of subjects that it was not trained on.
+    ``name`` is ``RUN: MODEL``, or the model alone where only one run has it.
     """
 
     name: str
@@ -187,22 +176,18 @@ def _tested(entries: Sequence[ComparedModel], runs: Sequence[str]) -> list[tuple
 def _score_table(entries: Sequence[ComparedModel]) -> Table:
     """Dice by click, and the scores that depend on the number of clicks up to the last one that all entries have."""
     every = [set(clicks_of(entry.rows)) for entry in entries]
-    clicks = some_clicks([row for entry in entries for row in entry.rows], _SHOWN_CLICKS)
     shared = sorted(set.intersection(*every))
-    lines: list[list[Cell]] = []
-    for entry in entries:
-        whole, curve = headline(entry.rows, entry.model), click_curve(entry.rows)
-        dice = [estimate_cell(curve.get(click), 3) for click in clicks]
-        scores: list[Cell] = ["", "", ""]
-        if shared:
-            h = headline([row for row in entry.rows if row["click"] in shared], entry.model)
-            scores = [estimate_cell(h.area, 3), estimate_cell(h.nsd, 3), estimate_cell(h.hd95_mm, 1)]
-        last = curve[max(curve)]
-        who: list[Cell] = [entry.name, str(last.subjects), str(last.measurements)]
-        lines.append([*who, *dice, *scores, seconds_text(whole.first_seconds), seconds_text(whole.later_seconds)])
     until = f" to {click_head(shared[-1])}" if shared and len(set(map(max, every))) > 1 else ""
-    head = ["run and model", "subjects", "measured", *map(click_head, clicks)]
-    return Table([*head, f"area{until}", f"NSD{until}", f"HD95{until}, mm", "first", "later"], lines)
+    lines = []
+    for entry in entries:
+        alike = headline([row for row in entry.rows if row["click"] in shared]) if shared else {}
+        others = {name: found for name, found in headline(entry.rows).items() if name not in _BY_CLICKS}
+        lines.append(((entry.name,), others | {name: alike[name] for name in _BY_CLICKS if name in alike}))
+    dice = some_clicks([row for entry in entries for row in entry.rows], _SHOWN_CLICKS)
+    columns = ["subjects", "measurements", *dice, *_BY_CLICKS, "first", "later"]
+    table = score_table(["run and model"], lines, columns)
+    heads = {"area": f"area{until}", "NSD": f"NSD{until}", "HD95, mm": f"HD95{until}, mm"}
+    return replace(table, head=[heads.get(head, head) for head in table.head])
 
 
 def _held_out(run: SavedRun) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,11 @@ from samed3d.evaluation.cases import LabelledCase, LoadedCase
 from samed3d.evaluation.methods import MeteredSession, Method, MethodSession
 from samed3d.evaluation.protocols.base import EvaluationProtocol, EvaluationSettings, StructureRun, StructureTask, Turn
 from samed3d.evaluation.protocols.samed3d import prompt_structure
-from samed3d.evaluation.results import PROMPT_KEY, Row
+from samed3d.evaluation.results import PROMPT_KEY, Row, rounded
 from samed3d.geometry import Triple
 from samed3d.metrics import dice, surface_scores, volume_error
 from samed3d.prompts import prompt_to_json
 from samed3d.volume import Volume
-from samed3d.volume.label_maps import EmptyLabelError
 
 logger = logging.getLogger(__name__)
 
@@ -40,21 +38,15 @@ def measure(
     method: Method,
     protocol: EvaluationProtocol,
     settings: EvaluationSettings,
-    loaded: LoadedCase | None = None,
+    loaded: LoadedCase,
 ) -> CaseResults:
-    """Evaluate a method on all structures of a case; ``loaded`` saves reading it. A case without labels has no results.
+    """Evaluate a method on all structures of a case that is in memory.
 
     Raises:
-        InputError: if the case or a mask of the method cannot be used.
+        InputError: if a mask of the method cannot be used.
     """
-    results = CaseResults()
-    try:
-        loaded = loaded or case.loaded()
-    except EmptyLabelError as error:
-        logger.warning("left out %s: %s", case.case, error)
-        return results
-    spacing, own = loaded.volume.grid.spacing_zyx_mm, protocol.tolerance_mm
-    tolerance_mm = settings.tolerance_mm if own is None else own
+    results, spacing = CaseResults(), loaded.volume.grid.spacing_zyx_mm
+    tolerance_mm = settings.tolerance_mm if protocol.tolerance_mm is None else protocol.tolerance_mm
     for run in protocol.run(method, case, loaded, settings):
         about = _about(case, loaded, method, run)
         rows, turns, before = [], [], 0
@@ -83,13 +75,7 @@ def dice_by_click(
 ) -> list[float]:
     """Dice of a structure's whole mask after each click of protocol ``samed3d``; a perfect mask keeps its Dice.
 
-    Args:
-        session: On the volume.
-        volume: The image.
-        target: (D, H, W) bool, not empty.
-        clicks: How many.
-        rng: Of the first click.
-        object_id: Not used before on ``session``.
+    ``target`` is (D, H, W) bool and not empty, ``object_id`` was not used before on the session of the volume.
     """
     task = StructureTask(volume, target, rng, clicks)
     turns = prompt_structure(MeteredSession(session, volume, "model"), task, object_id)
@@ -128,22 +114,10 @@ def measurable(
 def _about(case: LabelledCase, loaded: LoadedCase, method: Method, run: StructureRun) -> Row:
     """The columns that are the same at every click."""
     voxels = int(np.count_nonzero(run.target))
-    return {
-        "model": method.name,
-        "protocol": run.strategy.protocol,
-        "group": case.group,
-        "source": case.source,
-        "case": case.case,
-        "subject": case.subject,
-        "modality": case.modality,
-        "label": run.label,
-        "name": case.names.get(run.label, ""),
-        "voxels": voxels,
-        "volume_ml": round(voxels * float(np.prod(loaded.volume.grid.spacing_xyz_mm)) / 1000, 4),
-        "seed": run.seed,
-        "policy": run.strategy.policy,
-        "prompt": run.strategy.prompt,
-    }
+    millilitres = round(voxels * float(np.prod(loaded.volume.grid.spacing_xyz_mm)) / 1000, 4)
+    row = {"model": method.name, "label": run.label, "name": case.names.get(run.label, ""), "seed": run.seed}
+    row |= {key: getattr(case, key) for key in ("group", "source", "case", "subject", "modality")}
+    return row | asdict(run.strategy) | {"voxels": voxels, "volume_ml": millilitres}
 
 
 def _scores(turn: Turn, run: StructureRun, spacing_zyx_mm: Triple, tolerance_mm: float, surfaces: bool) -> Row:
@@ -153,14 +127,9 @@ def _scores(turn: Turn, run: StructureRun, spacing_zyx_mm: Triple, tolerance_mm:
     if surfaces:
         found |= surface_scores(turn.mask, target, turn.spacing_zyx_mm or spacing_zyx_mm, tolerance_mm)
     found["volume_error"] = volume_error(turn.mask, target)
-    row: Row = {key: _rounded(value, 5) for key, value in found.items()}
+    row: Row = {key: rounded(value, 5) for key, value in found.items()}
     if turn.clicked is not None:
         at, positive = turn.clicked
         row |= {"obeyed": int(bool(turn.mask[at]) == positive), "positive": int(positive)}
-    row |= {"seconds": _rounded(turn.cost.seconds, 4), "encode_seconds": _rounded(turn.cost.encode_seconds, 4)}
-    return row | {"peak_mib": _rounded(turn.cost.peak_mib, 1)}
-
-
-def _rounded(value: float | None, digits: int) -> float | None:
-    """None where there is no value: an empty cell."""
-    return None if value is None or not math.isfinite(value) else round(value, digits)
+    row |= {"seconds": rounded(turn.cost.seconds, 4), "encode_seconds": rounded(turn.cost.encode_seconds, 4)}
+    return row | {"peak_mib": rounded(turn.cost.peak_mib, 1)}

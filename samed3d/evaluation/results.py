@@ -1,51 +1,6 @@
-"""Result rows and saved runs: what ``cases.csv``, ``results.json`` and ``prompts.jsonl`` hold, and how they are read.
+"""Result rows and saved runs: ``cases.csv``, ``results.json`` and ``prompts.jsonl``.
 
-``cases.csv`` has one row per model, protocol, case, structure, seed, policy, first prompt and click:
-
-===================  ===================================================================================================
-column               meaning
-===================  ===================================================================================================
-model                as given to ``--model``; ``NAME (random weights)`` for an architecture without trained weights
-protocol             a name of ``protocols.PROTOCOLS``
-group                on which side of the checkpoints' training it is: one of ``data.exposure.SIDES``
-source               data set
-case                 image, unique within its source
-subject              person or animal; intervals are over subjects
-modality             as the data set states it
-label, name          value in the label map, and its name in the data set
-voxels, volume_ml    size of the structure
-seed                 repetition
-policy               click policy: ``uniform centre ritm noisy``, ``own`` for the protocol's own rule, or ``none``
-prompt               first prompt: ``click``, ``box`` or ``scribble``, or ``none``
-click                number of clicks given; 0 is a box or scribble before any click
-dice                 on the whole native grid, or where the protocol scores (its page says where)
-nsd                  surface Dice over surface voxels at the run's tolerance in mm
-nsd_subvoxel         surface Dice over surface elements weighted by area, same tolerance
-hd95_mm              the image diagonal where one mask is missing
-volume_error         (predicted - true) / true volume, signed
-obeyed               1 where the newest click's voxel has that click's sign, empty without a click
-positive             1 for a click on the object, 0 for one off it, empty without a click
-added_voxels         voxels that the newest prompt added to the mask minus those it removed
-seconds              from giving the prompt to having the mask
-encode_seconds       the part of ``seconds`` spent in the image encoder, empty where there is none
-peak_mib             peak memory of the process (of the GPU where one is used) during the prompt
-===================  ===================================================================================================
-
-An empty cell means "does not apply" or "not measured". A perfect mask gets no further click: its row repeats with
-``seconds`` 0.
-
-``results.json``: ``settings`` (``settings.hash`` identifies the configuration), ``environment``, ``command``,
-``revision``, ``summary`` (one entry per model, protocol, policy, prompt, ``by`` + ``value`` and click: ``dice``,
-``interval``, ``nsd``, ``nsd_subvoxel``, ``hd95_mm``, ``obeyed``, ``median_seconds``, ``subjects``, ``measurements``)
-and ``scores`` (one entry per model, protocol, policy, prompt, ``group`` and ``score``: ``value``, ``interval``,
-``subjects``, ``measurements``; scores are ``area``, ``clicks to 0.9``, ``failures at 0.9``, ``monotone`` and a
-protocol's own such as ``DSC_AUC``); ``left_out`` (reason to the names of the cases that were not measured, ``SOURCE/
-CASE``) and ``trained_as`` (measured cases whose very image a checkpoint was trained on under another name). An interval
-is null where there is one subject.
-
-``prompts.jsonl``: one line per model, protocol, case, structure, seed, policy and first prompt, from which every mask
-can be made again: ``model protocol source case label seed policy prompt image labels_file modality turns``; ``turns``
-is a list of ``{"click": n, "prompts": [...]}`` with prompts as in ``docs/click.md``, in ijk of the image.
+``docs/measure.md`` states what every column and key means.
 """
 
 from __future__ import annotations
@@ -54,6 +9,7 @@ import csv
 import json
 import math
 import re
+from bisect import bisect
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,13 +58,7 @@ _Name = TypeVar("_Name", bound=Hashable)
 
 @dataclass(frozen=True)
 class PromptStrategy:
-    """How simulated prompts are chosen; scores under two strategies are not comparable.
-
-    Attributes:
-        protocol: As in ``cases.csv``.
-        policy: Click policy; ``own`` is the protocol's only rule, ``none`` gives no clicks.
-        prompt: First prompt, ``none`` for models without prompts.
-    """
+    """How simulated prompts are chosen, as in the columns; scores under two strategies are not comparable."""
 
     protocol: str
     policy: str = "own"
@@ -122,13 +72,7 @@ class PromptStrategy:
 
 @dataclass(frozen=True)
 class SavedRun:
-    """One results folder.
-
-    Attributes:
-        folder: Its path.
-        results: ``results.json``, empty where there is none.
-        rows: ``cases.csv``, every key column filled.
-    """
+    """One results folder: ``results.json``, empty where there is none, and ``cases.csv``, every key column filled."""
 
     folder: Path
     results: dict[str, Any]
@@ -284,6 +228,11 @@ def score(row: Row, metric: str) -> float:
     return math.nan if value is None else float(value)
 
 
+def rounded(value: float | None, digits: int) -> float | None:
+    """A number for a file; None, an empty cell, where there is none."""
+    return None if value is None or not math.isfinite(value) else round(value, digits)
+
+
 def clicks_of(rows: Iterable[Row]) -> list[int]:
     """All click numbers, ascending."""
     return sorted({int(row["click"]) for row in rows})
@@ -296,17 +245,13 @@ def modality_class(row: Row) -> str:
 
 def size_class(row: Row) -> str:
     """The size of a structure as a range in powers of ten of ml, or of voxels where its volume is unknown."""
-    column, limits, unit = next((s for s in _SIZES if row.get(s[0]) is not None), ("", (0.0,), ""))
-    if not column:
-        return "size not stated"
-    names = [f"{limit:,.0f}" if limit >= 1 else f"{limit:g}" for limit in limits]
-    value = row[column]
-    if value < limits[0]:
-        return f"under {names[0]} {unit}"
-    for (low, high), above in zip(pairwise(names), limits[1:], strict=True):
-        if value < above:
-            return f"{low} to {high} {unit}"
-    return f"{names[-1]} {unit} and more"
+    for column, limits, unit in _SIZES:
+        if (value := row.get(column)) is not None:
+            names = [f"{limit:,.0f}" if limit >= 1 else f"{limit:g}" for limit in limits]
+            ranges = [f"under {names[0]}", *(f"{low} to {high}" for low, high in pairwise(names)), names[-1]]
+            above = bisect(limits, value)
+            return f"{ranges[above]} {unit}{' and more' if above == len(limits) else ''}"
+    return "size not stated"
 
 
 def size_order(name: str) -> tuple[bool, float]:

@@ -52,17 +52,10 @@ DEFAULT_CLICKS = (1, 3, 5)
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """A whole run.
+    """A whole run: cases and methods in the order of the results.
 
-    Attributes:
-        cases: In the order of the results.
-        methods: In the order of the results.
-        names: The names the methods were made from, to make them again in another process.
-        protocols: Names.
-        pairs: (method, protocol) by name that are evaluated.
-        settings: Of every case.
-        parts: Folder of the unfinished run.
-        device: Where networks run.
+    Other processes make the methods again from ``names``; ``pairs`` are the (method, protocol) by name that are
+    evaluated, ``parts`` is the folder of the unfinished run.
     """
 
     cases: tuple[LabelledCase, ...]
@@ -73,6 +66,15 @@ class EvaluationPlan:
     settings: EvaluationSettings
     parts: Path
     device: str = "cpu"
+
+    def stated(self) -> dict[str, Any]:
+        """The plan's own part of the settings in ``results.json``."""
+        return {
+            "models": {method.name: method.fingerprint for method in self.methods},
+            "protocols": list(self.protocols),
+            "ask": asdict(self.settings),
+            "cases": [f"{case.source}/{case.case}" for case in self.cases],
+        }
 
     def pieces(self, number: int) -> Iterator[tuple[int, str, Path]]:
         """(number of the method, protocol, file) of the ``number``-th case."""
@@ -140,23 +142,20 @@ def evaluate(
         InputError: if nothing can be measured, an option does not suit a model, or ``out`` holds other results.
     """
     given = {"protocol": protocols, "policy": policies, "prompt": prompts, "clicks": clicks, "seeds": seeds}
+    most, per_case = max(clicks or DEFAULT_CLICKS), 1 if quick else labels_per_case
     settings = EvaluationSettings(
-        max(clicks or DEFAULT_CLICKS), seeds or 1, tolerance_mm=tolerance_mm, surfaces=surfaces
+        most, seeds or 1, labels_per_case=per_case, tolerance_mm=tolerance_mm, surfaces=surfaces
     )
-    settings = replace(settings, labels_per_case=1 if quick else labels_per_case)
     plan = _planned(models, given, settings, out, device)
     history = TrainingHistory.of_models(plan.names)
     found = find_cases(list(data), history, split, limit)
     found = smallest(found, QUICK_CASES) if quick else found
     if category_of is not None:
-        found.cases = [_with_categories(case, category_of) for case in found.cases]
-    about = {"split": split, "kept_from": history.kept_from}
-    _run(replace(plan, cases=tuple(found.cases)), clicks or DEFAULT_CLICKS, about, found, processes, progress)
+        found.cases = [case.with_categories(category_of) for case in found.cases]
+    plan = replace(plan, cases=tuple(found.cases))
+    stated = plan.stated() | {"clicks": list(clicks or DEFAULT_CLICKS), "split": split, "kept_from": history.kept_from}
+    _run(plan, found, stated, processes, progress)
     return out
-
-
-def _with_categories(case: LabelledCase, category_of: Callable[[str, str], str]) -> LabelledCase:
-    return replace(case, categories={v: category_of(n, case.source) for v, n in case.names.items()})
 
 
 def _planned(
@@ -186,33 +185,17 @@ def _planned(
     return EvaluationPlan((), tuple(methods), tuple(names), chosen, pairs, settings, out / PARTS, device)
 
 
-def _run(
-    plan: EvaluationPlan,
-    clicks: Sequence[int],
-    about: dict[str, Any],
-    found: CaseSelection,
-    processes: int,
-    progress: bool,
-) -> None:
-    settings: dict[str, Any] = {
-        "models": {method.name: method.fingerprint for method in plan.methods},
-        "protocols": list(plan.protocols),
-        "clicks": list(clicks),
-        "ask": asdict(plan.settings),
-        **about,
-        "cases": [f"{case.source}/{case.case}" for case in plan.cases],
-    }
+def _run(plan: EvaluationPlan, found: CaseSelection, settings: dict[str, Any], processes: int, progress: bool) -> None:
     settings["hash"] = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    out = plan.parts.parent
     for line in found.described():
         logger.warning("%s", line)
-    if _is_finished(out, settings):
-        logger.info("already measured with these settings: %s", out)
+    if _is_finished(plan.parts.parent, settings):
+        logger.info("already measured with these settings: %s", plan.parts.parent)
         return
     with only_writer(plan.parts):
         write_json(plan.parts / SETTINGS_JSON, settings)
         _measure_cases(plan, processes, progress)
-        _merge(plan, settings, clicks, found, processes)
+        _merge(plan, settings, found, processes)
 
 
 def _chosen_protocols(methods: Sequence[Method], given: dict[str, Any]) -> tuple[str, ...]:
@@ -245,11 +228,8 @@ def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
     begun = out / PARTS / SETTINGS_JSON
     path = next((path for path in (begun, out / RESULTS_JSON) if path.exists()), None)
     if path is None and not (out / CASES_CSV).exists():
-        begins = (
-            PROMPTS_JSONL,
-            REPORT_HTML,
-            PARTS,
-        )  # a run that was stopped before its first result leaves hidden files
+        # a run that was stopped before its first result leaves hidden files
+        begins = (PROMPTS_JSONL, REPORT_HTML, PARTS)
         check_results_folder(out, begins, lambda parts: all(entry.name.startswith(".") for entry in parts.iterdir()))
         return False
     stored: dict[str, Any] = {}
@@ -268,9 +248,7 @@ def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
     return not begun.exists()
 
 
-def _merge(
-    plan: EvaluationPlan, settings: dict[str, Any], clicks: Sequence[int], found: CaseSelection, processes: int
-) -> None:
+def _merge(plan: EvaluationPlan, settings: dict[str, Any], found: CaseSelection, processes: int) -> None:
     """Make the three files of the results from the parts, ``results.json`` last, and delete the parts."""
     parts = [json.loads(path.read_text(encoding="utf-8")) for path in plan.files()]
     rows = [row for part in parts for row in part["rows"]]
@@ -299,7 +277,7 @@ def _merge(
         "problems": list(dict.fromkeys(note for part in parts for note in part.get("notes", []))),
         "left_out": found.left_out,
         "trained_as": {f"{case.source}/{case.case}": case.known_as for case in plan.cases if case.known_as},
-        "summary": summarise(rows, clicks),
+        "summary": summarise(rows, settings["clicks"]),
         "scores": score_series(rows),
     }
     write_json(out / RESULTS_JSON, body)

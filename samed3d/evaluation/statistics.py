@@ -18,7 +18,17 @@ from numpy.typing import NDArray
 
 from samed3d.evaluation.protocols import PROTOCOLS, protocol_of
 from samed3d.evaluation.protocols.samed3d import DELAY_SECONDS
-from samed3d.evaluation.results import Row, by_model, clicks_of, curves, group_by, score, structure_key, subject_key
+from samed3d.evaluation.results import (
+    Row,
+    by_model,
+    clicks_of,
+    curves,
+    group_by,
+    rounded,
+    score,
+    structure_key,
+    subject_key,
+)
 from samed3d.metrics import area_under_curve, clicks_to, monotone_share
 
 DRAWS = 2000
@@ -30,18 +40,16 @@ ALL_PAIRS = 4
 
 Curves = dict[str, dict[int, "Estimate"]]
 """Click curves by model: the mean after each click."""
+Scores = dict[str, "Estimate"]
+"""Scores of one model by name (``headline``)."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its interval.
+    """The mean of all values that are numbers, nan where there is none, and its interval from ``low`` to ``high``.
 
-    Attributes:
-        mean: Over all values that are numbers; nan where there is none.
-        low: Lower end of the interval, ``high`` the upper one; nan for fewer than two subjects.
-        subjects: How many subjects gave a number.
-        measurements: How many values were numbers.
-        missing: How many values were nan; they are not part of the mean.
+    The interval is nan for fewer than two subjects. ``subjects`` gave a number, ``measurements`` are the numbers and
+    ``missing`` the values that were nan.
     """
 
     mean: float
@@ -56,12 +64,10 @@ class Estimate:
 class PairedDifference:
     """How much higher one model scores than another on the same structures with the same seeds.
 
-    Attributes:
-        difference: Mean of the first minus the second, with its interval.
-        p_bootstrap: Two-sided: twice the share of bootstrap draws whose mean lies on the other side of zero.
-        p_wilcoxon: Two-sided Wilcoxon signed-rank test on the subjects' mean differences.
-        better: Pairs in which the first scores higher; ``equal``: the same; ``worse``: lower.
-        unpaired: Measurements that only one of the two has.
+    ``difference`` is the first minus the second. Both p are two-sided: ``p_bootstrap`` is twice the share of bootstrap
+    draws whose mean lies on the other side of zero, ``p_wilcoxon`` is of the signed-rank test on the subjects' mean
+    differences. ``better``, ``equal`` and ``worse`` count the pairs by the first, ``unpaired`` the measurements that
+    only one of the two has.
     """
 
     difference: Estimate
@@ -174,31 +180,6 @@ def _draws(subjects: int) -> NDArray[np.float32]:
 
 
 @dataclass(frozen=True)
-class Effort:
-    """Mean clicks to a Dice of ``quality``, one more than were given where it is not reached, and share of failures."""
-
-    quality: float
-    clicks: Estimate
-    failed: float
-
-
-@dataclass(frozen=True)
-class Headline:
-    """Summary scores of one model under one prompt strategy; surface scores are those after the last click."""
-
-    model: str
-    dice: dict[int, Estimate]
-    area: Estimate
-    nsd: Estimate
-    hd95_mm: Estimate
-    efforts: tuple[Effort, ...]
-    obeyed: float
-    lowered: float
-    first_seconds: float
-    later_seconds: float
-
-
-@dataclass(frozen=True)
 class Compared:
     """One model against another in one score; ``corrected`` is the Wilcoxon p, corrected for all tests of a table."""
 
@@ -248,33 +229,39 @@ def curve_scores(curve: Sequence[Row]) -> dict[str, float]:
     return found if share is None else found | {"monotone": share}
 
 
-def headline(rows: Sequence[Row], model: str) -> Headline:
-    """The summary scores of one model's rows, which all have one prompt strategy."""
-    clicks = clicks_of(rows)
+def headline(rows: Sequence[Row]) -> Scores:
+    """The scores of one model under one prompt strategy, by name.
+
+    ``dice after N``; those of ``curve_scores``; ``nsd`` and ``hd95_mm`` after the last click; ``obeyed``; ``lowered``,
+    the share of clicks that lowered the Dice by more than ``FALL``; ``first`` and ``later``, the median seconds.
+    """
+    clicks, found = clicks_of(rows), scores_of_curve(click_curve(rows))
     final = [row for row in rows if row["click"] == clicks[-1]]
-    by_curve = curves(rows)
-    subjects = [subject_key(curve[0]) for curve in by_curve]
-    per_curve = [curve_scores(curve) for curve in by_curve]
-    steps = [score(b, "dice") - score(a, "dice") for curve in by_curve for a, b in pairwise(curve)]
+    by_score = group_by(_lines_of_curves(rows), lambda line: line["score"])
+    found |= {name: estimate(mine, "value") for name, mine in by_score.items()}
+    steps = [score(b, "dice") - score(a, "dice") for curve in curves(rows) for a, b in pairwise(curve)]
+    shares = {
+        "obeyed": _mean([score(row, "obeyed") for row in rows]),
+        "lowered": _mean([math.nan if math.isnan(step) else float(step < -FALL - 1e-9) for step in steps]),
+        "first": _median_seconds([row for row in rows if row["click"] == clicks[0]]),
+        "later": _median_seconds([row for row in rows if row["click"] != clicks[0]]),
+    }
+    found |= {name: Estimate(value, math.nan, math.nan, 0, 0) for name, value in shares.items()}
+    return found | {"nsd": estimate(final, "nsd"), "hd95_mm": estimate(final, "hd95_mm")}
 
-    def values(name: str) -> list[float]:
-        return [found.get(name, math.nan) for found in per_curve]
 
-    return Headline(
-        model=model,
-        dice=click_curve(rows),
-        area=mean_with_interval(values("area"), subjects),
-        nsd=estimate(final, "nsd"),
-        hd95_mm=estimate(final, "hd95_mm"),
-        efforts=tuple(
-            Effort(q, mean_with_interval(values(f"clicks to {q:g}"), subjects), _mean(values(f"failures at {q:g}")))
-            for q in QUALITIES
-        ),
-        obeyed=_mean([score(row, "obeyed") for row in rows]),
-        lowered=_mean([math.nan if math.isnan(step) else float(step < -FALL - 1e-9) for step in steps]),
-        first_seconds=_median_seconds([row for row in rows if row["click"] == clicks[0]]),
-        later_seconds=_median_seconds([row for row in rows if row["click"] != clicks[0]]),
-    )
+def scores_of_curve(curve: Mapping[int, Estimate]) -> Scores:
+    """A click curve as scores ``dice after N``."""
+    return {f"dice after {click}": found for click, found in curve.items()}
+
+
+def _lines_of_curves(rows: Sequence[Row]) -> list[Row]:
+    """A line with ``score`` and ``value`` for each score of each click curve."""
+    return [
+        curve[0] | {"score": name, "value": value}
+        for curve in curves(rows)
+        for name, value in curve_scores(curve).items()
+    ]
 
 
 def differences(rows: Sequence[Row], models: Sequence[str]) -> list[Compared]:
@@ -285,12 +272,13 @@ def differences(rows: Sequence[Row], models: Sequence[str]) -> list[Compared]:
     """
     pairs = list(combinations(models, 2)) if len(models) <= ALL_PAIRS else [(models[0], other) for other in models[1:]]
     of_model = by_model(rows)
-    found = [
-        (first, second, *result)
-        for first, second in pairs
-        for result in compare_rows(of_model.get(first, []), of_model.get(second, []))
-    ]
-    return corrected(found)
+    return corrected(
+        [
+            (first, second, *result)
+            for first, second in pairs
+            for result in compare_rows(of_model.get(first, []), of_model.get(second, []))
+        ]
+    )
 
 
 def corrected(found: Sequence[tuple[str, str, str, PairedDifference]]) -> list[Compared]:
@@ -347,18 +335,14 @@ def score_series(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The ``scores`` of ``results.json``: those of the curves and the protocol's own, per model, strategy and group."""
     lines = []
     for about, mine in _by_model_and_strategy(rows):
-        per_case = [
-            curve[0] | {"score": name, "value": value}
-            for curve in curves(mine)
-            for name, value in curve_scores(curve).items()
-        ]
+        per_case = _lines_of_curves(mine)
         if about["protocol"] in PROTOCOLS:
             per_case += protocol_of(about["protocol"]).own_scores(mine)
         names = list(dict.fromkeys(line["score"] for line in per_case))
         by_score = group_by(per_case, lambda line: (line["group"], line["score"]))
         for group, name in sorted(by_score, key=lambda key: (key[0], names.index(key[1]))):
             found = estimate(by_score[group, name], "value")
-            lines.append(about | {"group": group, "score": name, "value": _rounded(found.mean)} | _certainty(found))
+            lines.append(about | {"group": group, "score": name, "value": rounded(found.mean, 4)} | _certainty(found))
     return lines
 
 
@@ -372,9 +356,9 @@ def _by_model_and_strategy(rows: Sequence[Row]) -> list[tuple[dict[str, Any], li
 def _means(rows: Sequence[Row]) -> dict[str, Any]:
     dice = estimate(rows, "dice")
     certainty = _certainty(dice)
-    line: dict[str, Any] = {"dice": _rounded(dice.mean), "interval": certainty.pop("interval")}
+    line: dict[str, Any] = {"dice": rounded(dice.mean, 4), "interval": certainty.pop("interval")}
     for column, digits in (("nsd", 4), ("nsd_subvoxel", 4), ("hd95_mm", 3), ("obeyed", 4)):
-        line[column] = _rounded(_mean([score(row, column) for row in rows]), digits)
+        line[column] = rounded(_mean([score(row, column) for row in rows]), digits)
     line["median_seconds"] = round(float(np.median([row["seconds"] for row in rows])), 3)
     return line | certainty
 
@@ -383,10 +367,6 @@ def _certainty(found: Estimate) -> dict[str, Any]:
     """Interval (null for one subject alone), subjects and measurements."""
     ends = None if math.isnan(found.low) else [round(found.low, 4), round(found.high, 4)]
     return {"interval": ends, "subjects": found.subjects, "measurements": found.measurements}
-
-
-def _rounded(value: float, digits: int = 4) -> float | None:
-    return None if math.isnan(value) else round(value, digits)
 
 
 def _mean(values: Sequence[float]) -> float:

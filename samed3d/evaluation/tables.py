@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from samed3d.data.exposure import NOT_UNSEEN
-from samed3d.evaluation.results import PromptStrategy, Row, SavedRun, by_model, clicks_of, grouped, score
-from samed3d.evaluation.statistics import Compared, Curves, Estimate, headline
+from samed3d.evaluation.results import PromptStrategy, Row, SavedRun, by_model, clicks_of, group_by, grouped, score
+from samed3d.evaluation.statistics import (
+    QUALITIES,
+    Compared,
+    Curves,
+    Estimate,
+    Scores,
+    estimate,
+    headline,
+    scores_of_curve,
+)
 from samed3d.pages import (
     FAINT,
     SERIES_COLOURS,
@@ -39,17 +48,54 @@ _PERCENTILES = (5, 25, 50, 75, 95)
 
 # Tables
 
+_HEADS = {
+    **{"measurements": "measured", "nsd": "NSD", "hd95_mm": "HD95, mm"},
+    **{f"clicks to {q:g}": f"{'clicks ' * (q == QUALITIES[0])}to {q:.2f}" for q in QUALITIES},
+}
+"""Column heads of the scores whose name is not the head."""
+BEHAVIOUR = ("nsd", "hd95_mm", *(f"clicks to {q:g}" for q in QUALITIES), "obeyed", "lowered", "first", "later")
 
-def estimate_cell(e: Estimate | None, digits: int = 2, sign: bool = False) -> Cell:
-    """A mean with its interval below; empty where there is none."""
-    if e is None or math.isnan(e.mean):
+
+def score_table(
+    head: Sequence[str], lines: Iterable[tuple[Sequence[str], Scores]], columns: Sequence[str], digits: int = 3
+) -> Table:
+    """A table of scores, of which every page, terminal and file has its own selection.
+
+    Args:
+        head: Heads of the columns that say what a line is of.
+        lines: For each line their cells and its scores.
+        columns: Names of scores; ``subjects`` and ``measurements`` are those of the Dice after the last click.
+        digits: Of scores from 0 to 1.
+    """
+    heads = [
+        click_head(int(name.split()[-1])) if name.startswith("dice after") else _HEADS.get(name, name)
+        for name in columns
+    ]
+    cells = [[*who, *(score_cell(scores, name, digits) for name in columns)] for who, scores in lines]
+    return Table([*head, *heads], cells, left=len(head))
+
+
+def score_cell(scores: Scores, name: str, digits: int = 3) -> Cell:
+    """One score as text; empty where it is missing."""
+    if name in ("subjects", "measurements"):
+        last = [found for key, found in scores.items() if key.startswith("dice after")][-1]
+        return str(getattr(last, name))
+    found = scores.get(name)
+    if found is None or math.isnan(found.mean):
         return ""
+    if name in ("first", "later"):
+        return seconds_text(found.mean)
+    if name in ("obeyed", "lowered"):
+        return f"{100 * found.mean:.0f} %"
+    if name.startswith("clicks to"):
+        return f"{found.mean:.1f}", f"{100 * scores[name.replace('clicks to', 'failures at')].mean:.0f} % never"
+    return estimate_cell(found, 1 if name == "hd95_mm" else digits)
+
+
+def estimate_cell(e: Estimate, digits: int, sign: bool = False) -> Cell:
+    """A mean with its interval below."""
     form = f"{'+' if sign else ''}.{digits}f"
     return f"{e.mean:{form}}", interval_text(e.low, e.high, form)
-
-
-def _percent(share: float) -> str:
-    return "" if math.isnan(share) else f"{100 * share:.0f} %"
 
 
 def p_text(p: float) -> str:
@@ -62,42 +108,30 @@ def click_head(click: int) -> str:
     return "first prompt" if click == 0 else count(click, "click")
 
 
-def some_clicks(rows: Sequence[Row], most: int) -> list[int]:
-    """Up to so many of the click numbers, the first and the last among them, evenly spread."""
+def some_clicks(rows: Sequence[Row], most: int) -> list[str]:
+    """The Dice after up to so many of the click numbers, the first and the last among them, evenly spread."""
     clicks = clicks_of(rows)
-    if len(clicks) <= most:
-        return clicks
-    return sorted({clicks[round(i * (len(clicks) - 1) / (most - 1))] for i in range(most)})
+    if len(clicks) > most:
+        clicks = sorted({clicks[round(i * (len(clicks) - 1) / (most - 1))] for i in range(most)})
+    return [f"dice after {click}" for click in clicks]
 
 
 def score_tables(rows: Sequence[Row]) -> list[Table]:
     """Dice by click, then surface scores, clicks needed and behaviour, of every model by group."""
-    clicks = some_clicks(rows, _SHOWN_CLICKS)
-    has = {metric: any(not math.isnan(score(r, metric)) for r in rows) for metric in ("nsd", "hd95_mm", "obeyed")}
-    scores, efforts = [], []
-    for group, of_group in grouped(rows, lambda r: r["group"], lambda g: (g in NOT_UNSEEN, g)).items():
-        for n, (model, mine) in enumerate(by_model(of_group).items()):
-            h = headline(mine, model)
-            last, who = h.dice[max(h.dice)], [group if n == 0 else "", model]
-            dice = [estimate_cell(h.dice.get(c)) for c in clicks]
-            scores.append([*who, str(last.subjects), str(last.measurements), *dice, estimate_cell(h.area)])
-            surfaces = [estimate_cell(h.nsd)] * has["nsd"] + [estimate_cell(h.hd95_mm, 1)] * has["hd95_mm"]
-            needed: list[Cell] = [
-                (f"{e.clicks.mean:.1f}", f"{_percent(e.failed)} never") if e.clicks.measurements else ""
-                for e in h.efforts
-            ]
-            behaviour = [*[_percent(h.obeyed)] * has["obeyed"], _percent(h.lowered)]
-            times = [seconds_text(h.first_seconds), seconds_text(h.later_seconds)]
-            efforts.append([*who, *surfaces, *needed, *behaviour, *times])
-    head = ["group", "model", "subjects", "measured", *map(click_head, clicks), "area"]
-    more = ["group", "model", *["NSD"] * has["nsd"], *["HD95, mm"] * has["hd95_mm"]]
-    more += ["clicks to 0.80", "to 0.85", "to 0.90", *["obeyed"] * has["obeyed"], "lowered", "first", "later"]
-    return [Table(head, scores, left=2), Table(more, efforts, left=2)]
+    lines = [
+        ((group if n == 0 else "", model), headline(mine))
+        for group, of_group in grouped(rows, lambda r: r["group"], lambda g: (g in NOT_UNSEEN, g)).items()
+        for n, (model, mine) in enumerate(by_model(of_group).items())
+    ]
+    missing = [m for m in ("nsd", "hd95_mm", "obeyed") if all(math.isnan(score(r, m)) for r in rows)]
+    dice = ["subjects", "measurements", *some_clicks(rows, _SHOWN_CLICKS), "area"]
+    behaviour = [name for name in BEHAVIOUR if name not in missing]
+    return [score_table(["group", "model"], lines, columns, 2) for columns in (dice, behaviour)]
 
 
 def own_scores(run: SavedRun, strategy: PromptStrategy) -> list[Table]:
     """The protocol's own scores, which only ``results.json`` has, one per column; no table where it has none."""
-    rows: dict[tuple[str, str], dict[str, Cell]] = {}
+    lines: dict[tuple[str, str], Scores] = {}
     for line in run.results.get("scores", []):
         name = line.get("score", "")
         if name.startswith(_IN_THE_TABLES) or any(line.get(k) != v for k, v in asdict(strategy).items()):
@@ -105,22 +139,44 @@ def own_scores(run: SavedRun, strategy: PromptStrategy) -> list[Table]:
         low, high = line.get("interval") or (math.nan, math.nan)
         value = math.nan if line.get("value") is None else float(line["value"])
         who = (str(line.get("group", "")), str(line["model"]))
-        rows.setdefault(who, {})[name] = estimate_cell(Estimate(value, low, high, 0, 0), 3)
-    names = list(dict.fromkeys(name for found in rows.values() for name in found))
-    cells = [[*who, *(found.get(name, "") for name in names)] for who, found in rows.items()]
-    return [Table(["group", "model", *names], cells, left=2)] if cells else []
+        lines.setdefault(who, {})[name] = Estimate(value, low, high, 0, 0)
+    names = list(dict.fromkeys(name for found in lines.values() for name in found))
+    return [score_table(["group", "model"], lines.items(), names)] if lines else []
 
 
 def curve_table(split: Mapping[str, Curves]) -> Table:
     """Dice after each click of each model, for each part of the rows."""
+    lines = [
+        ((name if n == 0 else "", model), scores_of_curve(curve))
+        for name, curves in split.items()
+        for n, (model, curve) in enumerate(curves.items())
+    ]
     clicks = sorted({click for curves in split.values() for curve in curves.values() for click in curve})
-    lines = []
-    for name, curves in split.items():
-        for n, (model, curve) in enumerate(curves.items()):
-            last = curve[max(curve)]
-            who = [name if n == 0 else "", model, str(last.subjects), str(last.measurements)]
-            lines.append([*who, *(estimate_cell(curve.get(c), 3) for c in clicks)])
-    return Table(["", "model", "subjects", "measured", *map(click_head, clicks)], lines, left=2)
+    columns = ["subjects", "measurements", *(f"dice after {click}" for click in clicks)]
+    return score_table(["", "model"], lines, columns)
+
+
+def label_curves(rows: Sequence[Row]) -> dict[tuple[str, str, int, str], dict[int, Scores]]:
+    """(model, source, label, its name) to the estimates of ``dice``, ``nsd`` and ``hd95_mm`` after each click."""
+    groups = group_by(rows, lambda row: (row["model"], row["source"], row["label"], row["name"]))
+    columns = ("dice", "nsd", "hd95_mm")
+    return {
+        key: {
+            click: {column: estimate(mine, column) for column in columns}
+            for click, mine in sorted(group_by(groups[key], lambda row: int(row["click"])).items())
+        }
+        for key in sorted(groups)
+    }
+
+
+def label_table(rows: Sequence[Row]) -> Table | None:
+    """Dice by label after the first and the last click; None where there is one label only."""
+    lines = [
+        ((source, name or f"label {label}", model), {f"dice after {n}": found["dice"] for n, found in curve.items()})
+        for (model, source, label, name), curve in label_curves(rows).items()
+    ]
+    table = score_table(["data set", "label", "model"], lines, ["subjects", *some_clicks(rows, 2)])
+    return table if len({who[:2] for who, _ in lines}) > 1 else None
 
 
 def difference_table(found: Sequence[Compared]) -> Table:
