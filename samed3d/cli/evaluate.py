@@ -11,43 +11,46 @@ import typer
 from samed3d.cli.options import Device, Paths, Quiet, Texts, check_exists
 from samed3d.errors import InputError
 
+_Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder for results.json, cases.csv, prompts.jsonl and the report.")
+]
+_Model = Annotated[
+    Texts,
+    typer.Option(
+        help="Checkpoint, .safetensors file, architecture (random weights), baseline, baselines, no_prompt:NAME."
+    ),
+]
+_Clicks = Annotated[
+    str | None, typer.Option(metavar="N,N,...", help="After how many clicks to score.", show_default="1,3,5")
+]
+_Seeds = Annotated[int | None, typer.Option(min=1, help="Repetitions with different clicks.", show_default="1")]
+_Tolerance = Annotated[
+    float, typer.Option(min=0.0, help="Tolerance of the surface Dice, mm; protocols with one of their own keep it.")
+]
+_Surfaces = Annotated[bool, typer.Option("--surfaces/--no-surfaces", help="Measure surface Dice and HD95 too.")]
+
 
 def _several(help: str, *names: str) -> Any:
     return typer.Option(*names, help=f"{help}; repeatable.")
 
 
 def evaluate(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for results.json, cases.csv, prompts.jsonl and the report.")
-    ],
+    output: _Output,
     data: Annotated[Paths, typer.Argument(help="Folders of labelled volumes or corpora; the same as --data.")] = None,
     more_data: Annotated[Paths, _several("Folder of labelled volumes, or a corpus", "--data")] = None,
-    model: Annotated[
-        Texts,
-        typer.Option(
-            help="Checkpoint, .safetensors file, architecture (random weights), baseline, baselines, no_prompt:NAME."
-        ),
-    ] = None,
+    model: _Model = None,
     external: Annotated[Texts, _several('Another program: "command {image} {prompts} {out}"')] = None,
     server: Annotated[Texts, _several("URL of a server that speaks the nnInteractive protocol")] = None,
     protocol: Annotated[Texts, _several("samed3d, another by name, or all")] = None,
     policy: Annotated[Texts, _several("Click policy of protocol samed3d: uniform, centre, ritm, noisy or all")] = None,
     prompt: Annotated[Texts, _several("First prompt of protocol samed3d: click, box, scribble or all")] = None,
-    clicks: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="After how many clicks to score.", show_default="1,3,5")
-    ] = None,
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="Repetitions with different clicks.", show_default="1")
-    ] = None,
+    clicks: _Clicks = None,
+    seeds: _Seeds = None,
     split: Annotated[str, typer.Option(help="Which subjects: val, train or all.")] = "val",
     limit: Annotated[int | None, typer.Option(min=1, help="Cases per data set; all without it.")] = None,
     labels_per_case: Annotated[int | None, typer.Option(min=1, help="Structures per case; all without it.")] = None,
-    tolerance: Annotated[
-        float, typer.Option(min=0.0, help="Tolerance of the surface Dice, mm; protocols with one of their own keep it.")
-    ] = 2.0,
-    surfaces: Annotated[
-        bool, typer.Option("--surfaces/--no-surfaces", help="Measure surface Dice and HD95 too.")
-    ] = True,
+    tolerance: _Tolerance = 2.0,
+    surfaces: _Surfaces = True,
     processes: Annotated[int, typer.Option(min=1, help="Cases at once.")] = 1,
     device: Device = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Small cases of six data sets, one structure each.")] = False,

@@ -54,14 +54,11 @@ class Method(ABC):
     """Something that can be evaluated.
 
     Attributes:
-        name: Its name in the results.
         takes: Kinds of prompt that may come first, of ``"point" "box" "scribble"``; ``{"none"}`` for models without
             prompts.
         model: The network, for protocols that choose the crop themselves; None for all others.
         knows_truth: Whether it is a bound, made from the reference mask.
         fingerprint: Changes when its weights do.
-        device: Where its network runs.
-        meter: Measures the cost of its prompts.
     """
 
     model: Any = None
@@ -233,7 +230,7 @@ class _ProgramSession:
         prompts.append(prompt)
         out.unlink(missing_ok=True)
         dump_prompts([ObjectPrompts(1, "structure", prompts)], self._files["{prompts}"])
-        words = list(self._words)
+        words = self._words
         for place, path in self._files.items():
             words = [word.replace(place, str(path)) for word in words]
         try:

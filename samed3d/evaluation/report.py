@@ -7,8 +7,6 @@ Beside it lie ``scores.csv``, ``per_label.csv``, ``scores.tex``, ``figures/*.svg
 from __future__ import annotations
 
 import base64
-import csv
-import io
 import json
 import math
 import re
@@ -26,6 +24,7 @@ from samed3d.evaluation.results import (
     SavedRun,
     by_model,
     clicks_of,
+    csv_text,
     group_by,
     grouped,
     modality_class,
@@ -188,8 +187,8 @@ def flattened(entry: Any, prefix: str = "") -> list[tuple[str, str]]:
 def _write_exports(run: SavedRun) -> dict[str, str]:
     """Write all files into the run's folder; returns their names and texts."""
     found = {
-        SCORES_CSV: _csv(list(_scores(run))),
-        PER_LABEL_CSV: _csv(list(_per_label(run))),
+        SCORES_CSV: csv_text(_scores(run)),
+        PER_LABEL_CSV: csv_text(_per_label(run)),
         SCORES_TEX: "\n".join(_latex(score_tables(run.of(one))[0], str(one)) for one in run.strategies),
     }
     for strategy in run.strategies:
@@ -311,12 +310,3 @@ def _per_label(run: SavedRun) -> list[dict[str, Any]]:
 
 def _mean(values: Sequence[float]) -> float:
     return round(sum(values) / len(values), 5) if values else math.nan
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return text.getvalue()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import re
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 
 from samed3d.data.exposure import NOT_UNSEEN
 from samed3d.errors import InputError
-from samed3d.output import replacing, write_text
+from samed3d.output import write_text
 
 Row = dict[str, Any]
 
@@ -107,12 +108,19 @@ class SavedRun:
         return read_lines(path) if path.is_file() else []
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write ``cases.csv``; None becomes an empty cell."""
-    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
+def csv_text(rows: Sequence[Row], fields: Sequence[str] = (), end: str = "\n") -> str:
+    """A table as CSV, by default with the columns of its first row; None becomes an empty cell."""
+    text = io.StringIO()
+    if fields or rows:
+        writer = csv.DictWriter(text, fields or list(rows[0]), lineterminator=end)
         writer.writeheader()
         writer.writerows(rows)
+    return text.getvalue()
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write ``cases.csv``."""
+    write_text(path, csv_text(rows, FIELDS, "\r\n"))
 
 
 def read_rows(path: Path) -> list[Row]:

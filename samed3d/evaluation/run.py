@@ -67,15 +67,6 @@ class EvaluationPlan:
     parts: Path
     device: str = "cpu"
 
-    def stated(self) -> dict[str, Any]:
-        """The plan's own part of the settings in ``results.json``."""
-        return {
-            "models": {method.name: method.fingerprint for method in self.methods},
-            "protocols": list(self.protocols),
-            "ask": asdict(self.settings),
-            "cases": [f"{case.source}/{case.case}" for case in self.cases],
-        }
-
     def pieces(self, number: int) -> Iterator[tuple[int, str, Path]]:
         """(number of the method, protocol, file) of the ``number``-th case."""
         case = self.cases[number]
@@ -142,31 +133,29 @@ def evaluate(
         InputError: if nothing can be measured, an option does not suit a model, or ``out`` holds other results.
     """
     given = {"protocol": protocols, "policy": policies, "prompt": prompts, "clicks": clicks, "seeds": seeds}
-    most, per_case = max(clicks or DEFAULT_CLICKS), 1 if quick else labels_per_case
-    settings = EvaluationSettings(
-        most, seeds or 1, labels_per_case=per_case, tolerance_mm=tolerance_mm, surfaces=surfaces
-    )
-    plan = _planned(models, given, settings, out, device)
+    ask = {"labels_per_case": 1 if quick else labels_per_case, "tolerance_mm": tolerance_mm, "surfaces": surfaces}
+    plan = _planned(models, given, ask, out, device)
     history = TrainingHistory.of_models(plan.names)
     found = find_cases(list(data), history, split, limit)
     found = smallest(found, QUICK_CASES) if quick else found
     if category_of is not None:
         found.cases = [case.with_categories(category_of) for case in found.cases]
-    plan = replace(plan, cases=tuple(found.cases))
-    stated = plan.stated() | {"clicks": list(clicks or DEFAULT_CLICKS), "split": split, "kept_from": history.kept_from}
-    _run(plan, found, stated, processes, progress)
+    about = {"split": split, "kept_from": history.kept_from}
+    _run(replace(plan, cases=tuple(found.cases)), clicks or DEFAULT_CLICKS, about, found, processes, progress)
     return out
 
 
 def _planned(
-    models: Sequence[str | Method], given: dict[str, Any], settings: EvaluationSettings, out: Path, device: str
+    models: Sequence[str | Method], given: dict[str, Any], ask: dict[str, Any], out: Path, device: str
 ) -> EvaluationPlan:
-    """Methods, protocols and prompt strategies of a run, still without cases; ``given`` are the options on prompts."""
+    """The plan of a run, still without cases; ``given`` are the options on prompts, ``ask`` the other settings."""
     policies, prompts = given["policy"] or ("centre",), given["prompt"] or ("click",)
-    settings = replace(
-        settings,
-        policies=POLICIES if "all" in policies else tuple(policies),
-        prompts=PROMPTS if "all" in prompts else tuple(prompts),
+    settings = EvaluationSettings(
+        max(given["clicks"] or DEFAULT_CLICKS),
+        given["seeds"] or 1,
+        POLICIES if "all" in policies else tuple(policies),
+        PROMPTS if "all" in prompts else tuple(prompts),
+        **ask,
     )
     device = pick_device(device).type
     names = [n for name in models for n in (BASELINES if name == "baselines" else [name])]
@@ -185,7 +174,22 @@ def _planned(
     return EvaluationPlan((), tuple(methods), tuple(names), chosen, pairs, settings, out / PARTS, device)
 
 
-def _run(plan: EvaluationPlan, found: CaseSelection, settings: dict[str, Any], processes: int, progress: bool) -> None:
+def _run(
+    plan: EvaluationPlan,
+    clicks: Sequence[int],
+    about: dict[str, Any],
+    found: CaseSelection,
+    processes: int,
+    progress: bool,
+) -> None:
+    settings: dict[str, Any] = {
+        "models": {method.name: method.fingerprint for method in plan.methods},
+        "protocols": list(plan.protocols),
+        "clicks": list(clicks),
+        "ask": asdict(plan.settings),
+        **about,
+        "cases": [f"{case.source}/{case.case}" for case in plan.cases],
+    }
     settings["hash"] = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     for line in found.described():
         logger.warning("%s", line)

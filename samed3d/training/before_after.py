@@ -78,16 +78,10 @@ class ClickScore:
 
 @dataclass(frozen=True)
 class DiceChange:
-    """One line of the table.
+    """One line of the table: mean Dice of both models after so many clicks.
 
-    Attributes:
-        click: After how many clicks.
-        before: Mean Dice of the base model.
-        after: Mean Dice of the trained model.
-        noise: Standard deviation of the change over the seeds; nan for one seed.
-        low: Lower end of the change's 95 % interval over subjects; nan for one subject.
-        high: Upper end.
-        improved: Share of measurements that rose.
+    ``noise`` is the standard deviation of the change over the seeds, nan for one seed; ``low`` to ``high`` its 95 %
+    interval over subjects, nan for one subject; ``improved`` the share of measurements that rose.
     """
 
     click: int
@@ -196,27 +190,28 @@ def compare(
     before: Iterable[ClickScore], after: Iterable[ClickScore], clicks: Sequence[int] = REPORTED_CLICKS
 ) -> list[DiceChange]:
     """One line per number of clicks, over the measurements that both have."""
-    earlier = {score.key: score.dice for score in before}
-    pairs = [(score, earlier[score.key]) for score in after if score.key in earlier]
-    by_click = group_by(pairs, lambda pair: pair[0].click)
+    by_click = group_by(_pairs(before, after), lambda pair: pair[0].click)
     return [_change(click, by_click[click]) for click in clicks if click in by_click]
 
 
+def _pairs(before: Iterable[ClickScore], after: Iterable[ClickScore]) -> list[tuple[ClickScore, float]]:
+    """The scores of which there is an earlier Dice, with it."""
+    earlier = {score.key: score.dice for score in before}
+    return [(score, earlier[score.key]) for score in after if score.key in earlier]
+
+
+def _mean_changes(parts: Iterable[list[tuple[ClickScore, float]]]) -> list[float]:
+    return [float(np.mean([score.dice - dice for score, dice in part])) for part in parts]
+
+
 def _change(click: int, pairs: list[tuple[ClickScore, float]]) -> DiceChange:
-    by_seed = group_by(pairs, lambda pair: pair[0].seed).values()
-    changes = [np.mean([score.dice - dice for score, dice in mine]) for mine in by_seed]
-    first: dict[Hashable, float] = {s.key: s.dice for s, _ in pairs}
-    second: dict[Hashable, float] = {s.key: dice for s, dice in pairs}
-    paired = paired_difference(first, second, {s.key: s.subject for s, _ in pairs})
-    return DiceChange(
-        click=click,
-        before=float(np.mean(list(second.values()))),
-        after=float(np.mean(list(first.values()))),
-        noise=float(np.std(changes, ddof=1)) if len(changes) > 1 else float("nan"),
-        low=paired.difference.low,
-        high=paired.difference.high,
-        improved=paired.better / len(pairs),
-    )
+    changes = _mean_changes(group_by(pairs, lambda pair: pair[0].seed).values())
+    noise = float(np.std(changes, ddof=1)) if len(changes) > 1 else math.nan
+    after: dict[Hashable, float] = {s.key: s.dice for s, _ in pairs}
+    before: dict[Hashable, float] = {s.key: dice for s, dice in pairs}
+    paired = paired_difference(after, before, {s.key: s.subject for s, _ in pairs})
+    means = [float(np.mean(list(side.values()))) for side in (before, after)]
+    return DiceChange(click, *means, noise, paired.difference.low, paired.difference.high, paired.better / len(pairs))
 
 
 def is_better(before: Iterable[ClickScore], after: Iterable[ClickScore]) -> bool:
@@ -224,11 +219,10 @@ def is_better(before: Iterable[ClickScore], after: Iterable[ClickScore]) -> bool
 
     The chance is the spread of the change over the seeds; with one seed over the structures.
     """
-    earlier = {score.key: score.dice for score in before}
-    changes = [(s, s.dice - earlier[s.key]) for s in after if s.key in earlier and s.click in REPORTED_CLICKS]
-    by_seed = group_by(changes, lambda change: change[0].seed)
-    parts = by_seed if len(by_seed) > 1 else group_by(changes, lambda change: (change[0].case, change[0].structure))
-    means = [float(np.mean([rise for _, rise in part])) for part in parts.values()]
+    pairs = _pairs(before, (score for score in after if score.click in REPORTED_CLICKS))
+    by_seed = group_by(pairs, lambda pair: pair[0].seed)
+    parts = by_seed if len(by_seed) > 1 else group_by(pairs, lambda pair: (pair[0].case, pair[0].structure))
+    means = _mean_changes(parts.values())
     if len(means) < 2:
         return False
     spread = float(np.std(means, ddof=1)) / (1.0 if len(by_seed) > 1 else math.sqrt(len(means)))
@@ -240,11 +234,8 @@ def to_markdown(
 ) -> str:
     """The table as a user reads it.
 
-    Args:
-        changes: Its lines.
-        measured: The scores of one of the models.
-        base: Name of the base model.
-        known: (subject, on which side of the base model's training it is).
+    ``measured`` are the scores of one of the models; ``known`` pairs each subject with its side of the base model's
+    training.
     """
     structures, seeds = len({(s.case, s.structure) for s in measured}), len({s.seed for s in measured})
     subjects = len({s.subject for s in measured})

@@ -35,9 +35,6 @@ class TrainingState:
     """Everything that a checkpoint saves.
 
     Attributes:
-        model: The network.
-        optimiser: Its optimiser.
-        ema: Moving average of its weights.
         corpora: Manifest hash of each corpus.
         done: Optimiser steps so far.
         samples: Samples drawn so far by all processes; a resumed run draws the next ones.
@@ -72,11 +69,7 @@ def check_new(folder: Path) -> None:
 def save(folder: Path, config: TrainConfig, state: TrainingState, scaler: Any = None) -> None:
     """Write ``last.pt``, its copy ``step_NNNNNN.pt`` where ``run.keep`` asks for it, and ``model.safetensors``.
 
-    Args:
-        folder: Run folder.
-        config: Of the run.
-        state: What is saved.
-        scaler: Gradient scaler of fp16, or None.
+    ``scaler`` is the gradient scaler of fp16, or None.
     """
     body = {
         "model": state.model.state_dict(),
@@ -113,12 +106,7 @@ def store_like(path: Path, base: Path) -> None:
 
 
 def restore(folder: Path, config: TrainConfig, state: TrainingState) -> Any:
-    """Fill ``state`` with what ``save`` wrote.
-
-    Args:
-        folder: Run folder.
-        config: Of the resumed run; only keys of ``MAY_CHANGE`` may differ.
-        state: Of the new process; ``corpora`` holds the manifest hashes as they are now.
+    """Fill ``state``, whose ``corpora`` are as they are now, with what ``save`` wrote.
 
     Returns:
         The gradient scaler's state or None.

@@ -6,7 +6,6 @@ base stays where the result does not beat it by more than the chance of the clic
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import math
@@ -24,16 +23,10 @@ from samed3d.config import TrainConfig, load_config
 from samed3d.data.corpus import CaseRecord, Corpus
 from samed3d.data.exposure import TrainingHistory, known_history, subjects_of
 from samed3d.errors import InputError
+from samed3d.evaluation.results import csv_text
 from samed3d.models import load, load_promptable
 from samed3d.models.base import PromptableModel
-from samed3d.models.weights import (
-    ADAPTER_KEY,
-    amend_header,
-    find_checkpoint,
-    read_header,
-    read_weights,
-    tensors_sha256,
-)
+from samed3d.models.weights import ADAPTER_KEY, amend_header, find_checkpoint, read_header, read_weights, tensors_sha256
 from samed3d.output import replacing, write_json, write_text
 from samed3d.pages import count
 from samed3d.training.before_after import (
@@ -146,10 +139,10 @@ def finetune(
     Args:
         base: Checkpoint name or file.
         corpora: Prepared corpora.
-        out: Run folder, new or empty; with ``resume`` that of the stopped run.
+        out: Run folder, new or empty; with ``resume`` that of a stopped run, whose config and first measurement count.
         options: See ``FinetuneOptions``.
         elsewhere: Corpora of other structures, measured before and after but not trained on: what was forgotten.
-        resume: Resume a stopped run with the config and the first measurement that it saved.
+        resume: Resume a stopped run.
         quiet: Show no progress line.
 
     Returns:
@@ -231,10 +224,7 @@ def _finished(
         for place, scores in places.items()
         for score in scores
     ]
-    with replacing(out / "scores.csv") as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_text(out / "scores.csv", csv_text(rows))
     derived = ("change", "beyond_noise")
     lines = {k: [asdict(c) | {name: getattr(c, name) for name in derived} for c in v] for k, v in changes.items()}
     write_json(out / "table.json", lines)

@@ -33,12 +33,7 @@ SHARPNESS = 0.02
 
 
 class GateStep(nn.Module):
-    """One training step of the gate, with the arguments and output of ``InteractiveStep``.
-
-    Args:
-        model: The mixture; only its gate has gradients.
-        clicks: The simulated user.
-    """
+    """One training step of the gate, with the arguments of ``InteractiveStep``; only the gate has gradients."""
 
     def __init__(self, model: MixtureOfExperts, clicks: ClickConfig) -> None:
         super().__init__()
@@ -47,12 +42,6 @@ class GateStep(nn.Module):
 
     def forward(self, image: Tensor, target: Tensor, seed: int, samples: Tensor | None = None) -> StepOutput:
         """Click, decode with every decoder, and compare the gate's probabilities with each decoder's Dice.
-
-        Args:
-            image: (B, C, D, H, W) normalised crops.
-            target: (B, 1, D, H, W) bool.
-            seed: Of this step.
-            samples: (B,) number of each sample within the run, or None.
 
         Returns:
             Cross-entropy, and the Dice of the chosen decoder after each click.
@@ -87,13 +76,9 @@ def gate_config(
 ) -> TrainConfig:
     """The config that trains the gate of a mixture; assembles the mixture in the run folder unless ``resume``.
 
-    Args:
-        base: Checkpoint (name or file) that answers where no expert is sure.
-        experts: Checkpoints of its fine-tunes, each with the base's image encoder.
-        config: As for any training; ``config.model`` is replaced. ``data.corpus`` should hold what each expert is for,
-            and other structures, from which the gate learns to leave the answer to the base.
-        threshold: Least probability of an expert for it to be chosen.
-        resume: Whether the run folder holds the mixture already.
+    The arguments are those of ``assemble``; ``config`` is as for any training, its ``model`` is replaced. Its
+    ``data.corpus`` should hold what each expert is for, and other structures, from which the gate learns to leave the
+    answer to the base.
 
     Raises:
         InputError: as ``assemble``, or if the folder holds a run.
@@ -114,7 +99,7 @@ def assemble(base: str, experts: list[str], threshold: float = 0.5, hidden: int 
     """A mixture with an untrained gate.
 
     Args:
-        base: Checkpoint of the general model.
+        base: Checkpoint (name or file) that answers where no expert is sure.
         experts: Checkpoints of its fine-tunes; an expert stores only the tensors that differ from the base's.
         threshold: Least probability of an expert for it to be chosen.
         hidden: Hidden channels of the gate.
@@ -154,20 +139,14 @@ def _own_tensors(general: PromptableModel, base: str, path: str) -> dict[str, Te
         raise InputError(f"expert must be a checkpoint's name or file, got {path!r}")
     expert = load(path)
     own, theirs = general.state_dict(), expert.state_dict()
-    if expert.spec.name != general.spec.name or {k: v.shape for k, v in own.items()} != {
-        k: v.shape for k, v in theirs.items()
-    }:
+    shapes, other = ({name: tensor.shape for name, tensor in state.items()} for state in (own, theirs))
+    if expert.spec.name != general.spec.name or shapes != other:
         raise InputError(
             f"expert must be a fine-tune of {base} ({general.spec.name}), got another architecture or size in {path}"
         )
-    if (crop := expert.spec.input_shape_zyx) != general.spec.input_shape_zyx:
-        logger.warning(
-            "%s was trained on crops of %s, the mixture cuts those of %s: %s",
-            path,
-            crop,
-            base,
-            general.spec.input_shape_zyx,
-        )
+    crop, cut = expert.spec.input_shape_zyx, general.spec.input_shape_zyx
+    if crop != cut:
+        logger.warning("%s was trained on crops of %s, the mixture cuts those of %s: %s", path, crop, base, cut)
     changed = {name: tensor for name, tensor in theirs.items() if not torch.equal(tensor, own[name])}
     if not changed:
         raise InputError(f"expert must differ from {base}, got the same tensors in {path}")

@@ -143,12 +143,7 @@ class Muon(torch.optim.Optimizer):
 
     Muon makes the step of a weight matrix orthogonal, so that all its directions move alike, and scales it to the size
     of AdamW's. A kernel is taken as a matrix of output channels by everything else. Weight decay is decoupled in both.
-
-    Args:
-        groups: With ``params``, ``matrices`` and ``weight_decay``.
-        lr: Learning rate of both.
-        momentum: Of Muon, Nesterov's.
-        betas: Of AdamW.
+    ``momentum`` is Muon's, Nesterov's; ``betas`` are AdamW's.
 
     Source: K. Jordan et al., Muon (2024), the update and its Newton-Schulz coefficients; the scale is Moonlight's
     (arXiv 2502.16982).

@@ -36,12 +36,7 @@ MANIFEST = ("corpus.json", "cases.csv", "labels.csv")
 class RunLog:
     """Means over ``run.log_every`` optimiser steps and all processes; the main one writes ``metrics.jsonl``.
 
-    Args:
-        folder: Run folder.
-        config: Of the run.
-        accelerator: Prepared or not.
-        done: Optimiser steps that were done before.
-        quiet: Whether to show no progress line.
+    ``done`` optimiser steps were taken before.
 
     Raises:
         InputError: if a tracker cannot start; no file of the run is written then.

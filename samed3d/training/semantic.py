@@ -29,13 +29,7 @@ class SemanticStep(nn.Module):
         self.model, self.weights = model, weights
 
     def forward(self, image: Tensor, target: Tensor, seed: int, samples: Tensor | None = None) -> StepOutput:
-        """Run the model once.
-
-        Args:
-            image: (B, C, D, H, W) normalised crops.
-            target: (B, 1, D, H, W) class numbers, 0 is background.
-            seed: Not used.
-            samples: Not used.
+        """Run the model once; ``target`` is (B, 1, D, H, W) class numbers, 0 is background.
 
         Returns:
             The weighted loss over the supervised outputs, and the hard Dice (B, K - 1) of all classes but background.
@@ -69,13 +63,9 @@ def class_dice_loss(
 ) -> Tensor:
     """1 - soft Dice of the softmax, mean over classes and samples; an absent class costs what is predicted of it.
 
-    Args:
-        logits: (B, K, D, H, W).
-        numbers: (B, D, H, W) class numbers, 0 is background.
-        smooth: Added to both sides of the fraction, in voxels.
-        squared: Whether probabilities are squared in the denominator.
-        background: Whether class 0 counts.
-        batch: Whether voxels are summed over the batch first.
+    Logits are (B, K, D, H, W), class numbers (B, D, H, W). ``smooth`` is added to both sides of the fraction, in
+    voxels; ``squared`` squares the probabilities in the denominator, ``background`` counts class 0 too, ``batch`` sums
+    the voxels over the batch first.
 
     Source: SAM3D's training code (after nnU-Net): smooth 1e-5 and the rest as preset; MA-SAM's: squared, background and
     batch all on.
@@ -124,8 +114,6 @@ def semantic_overrides(config: TrainConfig, overrides: dict[str, Any]) -> dict[s
 
 def semantic_data(config: TrainConfig, model: SemanticModel) -> SemanticDataset:
     """The training samples of a semantic segmentation model, of length 0: the loop sets ``start`` and ``length``."""
-    names = tuple(model.config["class_names"])
-    spec = model.spec
-    return SemanticDataset(
-        config.data, names, spec.input_shape_zyx, target_spacing(model), spec.in_channels, config.run.seed
-    )
+    names, spec = tuple(model.config["class_names"]), model.spec
+    shape, spacing = spec.input_shape_zyx, target_spacing(model)
+    return SemanticDataset(config.data, names, shape, spacing, spec.in_channels, config.run.seed)

@@ -126,10 +126,6 @@ def choose_trainable(model: nn.Module, config: ModelConfig) -> None:
     ``train: adapters`` also trains the prompt encoder and the mask decoder, as SAMed and MA-SAM do. Frozen parameters
     have no gradient, so that neither the optimiser nor its weight decay changes them.
 
-    Args:
-        model: A model that names its ``encoder_parts``; with ``train: all`` any model.
-        config: ``train``, ``adapter``, ``rank``, and ``weights``, which the adapter's file names as its base.
-
     Raises:
         InputError: if the keys contradict each other, or the model has no image encoder to freeze.
     """
@@ -196,12 +192,5 @@ def data_of(config: TrainConfig, model: AnyModel) -> CropDataset | SemanticDatas
     """The training samples of a model, of length 0: the loop sets ``start`` and ``length``."""
     if isinstance(model, SemanticModel):
         return semantic_data(config, model)
-    spec = model.spec
-    return CropDataset(
-        config.data,
-        0,
-        config.run.seed,
-        normalisation=spec.normalisation,
-        tensor_axes=spec.tensor_axes,
-        ct_clamp_hu=spec.ct_clamp_hu,
-    )
+    intensities = {key: getattr(model.spec, key) for key in ("normalisation", "tensor_axes", "ct_clamp_hu")}
+    return CropDataset(config.data, 0, config.run.seed, **intensities)

@@ -32,26 +32,14 @@ FIRST_RANDOM_TURN = 2
 
 @dataclass
 class StepOutput:
-    """Result of one forward.
-
-    Attributes:
-        loss: Scalar, over all interactions.
-        dice: (B, K) hard Dice after each of the K interactions, detached.
-    """
+    """Result of one forward: the scalar loss, and the hard Dice (B, K) after each of K interactions, detached."""
 
     loss: Tensor
     dice: Tensor
 
 
 class InteractiveStep(nn.Module):
-    """The simulated session of a batch of crops.
-
-    Args:
-        model: The network that is trained.
-        clicks: The simulated user.
-        weights: Weights of the loss's terms.
-        teacher: For distillation, or None.
-        compiled: Whether torch.compile compiles the encoder.
+    """The simulated session of a batch of crops; ``compiled`` has torch.compile compile the encoder.
 
     Raises:
         InputError: if there is a teacher and the model has no ``layer_features``.
@@ -155,13 +143,9 @@ class InteractiveStep(nn.Module):
 
 
 def windowed(logits: Tensor, points: Tensor, chance: float, generators: Sequence[torch.Generator]) -> Tensor:
-    """Previous masks, some of them hidden outside a random window, as after zooming out.
+    """Previous masks (B, 1, d, h, w), each with ``chance`` hidden outside a random window, as after zooming out.
 
-    Args:
-        logits: (B, 1, d, h, w) of the previous masks.
-        points: (B, 3) in voxels of ``logits``; the window holds this position.
-        chance: Probability of a window for each sample.
-        generators: One CPU generator per sample.
+    The window holds the position of ``points``, (B, 3) in voxels of ``logits``.
     """
     draw = uniform_draws(generators, 5, logits.device)
     shape, at = torch.tensor(logits.shape[2:], device=logits.device), points.long()
@@ -185,10 +169,8 @@ class Teacher:
     encoder's output, channels last. The teacher is not a submodule of the step: it is neither saved nor averaged nor
     synchronised.
 
-    Args:
-        model: Put in eval mode, without gradients.
-        pairs: (block of the student, block of the teacher), -1 for the encoder's output; empty compares the outputs
-            alone.
+    ``pairs`` are (block of the student, block of the teacher), -1 for the encoder's output; empty compares the outputs
+    alone.
 
     Raises:
         InputError: if the model has no ``layer_features``.
@@ -203,11 +185,7 @@ class Teacher:
         self.pairs = list(pairs) or [(-1, -1)]
 
     def distance(self, layers: list[Tensor], image: Tensor) -> Tensor:
-        """Mean squared distance over the pairs.
-
-        Args:
-            layers: The student's ``layer_features`` of the image.
-            image: (B, C, D, H, W).
+        """Mean squared distance over the pairs; ``layers`` are the student's ``layer_features`` of the image.
 
         Raises:
             InputError: if a pair names a missing block, or two blocks of different shapes.

@@ -36,17 +36,10 @@ Answer = tuple[NDArray[np.bool_], Cost]
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Settings of a run that apply to every case.
+    """Settings of a run that apply to every case, as ``run.evaluate`` takes them.
 
-    Attributes:
-        clicks: Number of clicks, where the protocol does not fix it.
-        seeds: Repetitions with other clicks.
-        policies: Click policies of the protocol ``samed3d``.
-        prompts: First prompts of the protocol ``samed3d``.
-        labels_per_case: Structures per case, drawn with a fixed seed; None takes all.
-        min_voxels: Smaller structures are not measured.
-        tolerance_mm: Tolerance of the surface Dice, where the protocol does not fix it.
-        surfaces: Whether surface Dice and HD95 are measured; they take longer than small models do.
+    ``clicks`` and ``tolerance_mm`` hold where the protocol does not fix them, ``policies`` and ``prompts`` for the
+    protocol ``samed3d``. Structures of fewer than ``min_voxels`` are not measured.
     """
 
     clicks: int
@@ -61,14 +54,9 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class StructureTask:
-    """One structure to segment.
+    """One structure to segment with at most so many clicks.
 
-    Attributes:
-        volume: The image.
-        target: (D, H, W) bool in the file's own order, not empty.
-        rng: Generator of this structure and seed.
-        clicks: Greatest number of clicks.
-        strategy: Click policy and first prompt.
+    ``target`` is (D, H, W) bool in the file's own order and not empty; ``rng`` is of this structure and seed.
     """
 
     volume: Volume
@@ -211,9 +199,14 @@ def structures(case: LabelledCase, loaded: LoadedCase, settings: EvaluationSetti
     values = sorted(int(value) for value, count in found if value != 0 and count >= settings.min_voxels)
     if not values:
         logger.warning("left out %s: no structure of at least %d voxels", case.case, settings.min_voxels)
-    if settings.labels_per_case is not None and len(values) > settings.labels_per_case:
-        values = sorted(int(v) for v in np.random.default_rng(0).permutation(values)[: settings.labels_per_case])
-    return values
+    return some_labels(values, settings)
+
+
+def some_labels(values: list[int], settings: EvaluationSettings) -> list[int]:
+    """``settings.labels_per_case`` of some values, drawn with a fixed seed; sorted."""
+    if settings.labels_per_case is None or len(values) <= settings.labels_per_case:
+        return values
+    return sorted(int(v) for v in np.random.default_rng(0).permutation(values)[: settings.labels_per_case])
 
 
 def click_turns(

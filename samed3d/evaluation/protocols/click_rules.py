@@ -40,12 +40,16 @@ from samed3d.evaluation.protocols.base import (
     cube_around,
     point_at,
 )
-from samed3d.geometry import IntTriple, Region, bounding_region
+from samed3d.geometry import IntTriple, bounding_region
 from samed3d.metrics import dice
 
 SEED = 11121
 CUBE, FLAT = (3, 3, 3), (1, 3, 3)
 FLAT_UNTIL = 10
+
+
+Chooser = Callable[[int, NDArray[np.bool_]], Click | None]
+"""The next click from its number, from 1, and the mask so far; None ends the series."""
 
 
 class ClickRule(StructureProtocol):
@@ -54,8 +58,8 @@ class ClickRule(StructureProtocol):
     replayable = True
 
     @abstractmethod
-    def chooser(self, method: Method, task: StructureTask) -> Callable[[int, NDArray[np.bool_]], Click | None]:
-        """The rule: the next click from its number, from 1, and the mask so far; None ends the series."""
+    def chooser(self, method: Method, task: StructureTask) -> Chooser:
+        """The rule for one structure."""
 
     def visible(self, mask: NDArray[np.bool_], target: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """The part of the mask that is scored and that the next click is based on."""
@@ -83,26 +87,22 @@ class Radioactive3d(ClickRule):
         """From RadioActive's seed."""
         return np.random.default_rng([SEED, seed, number])
 
-    def chooser(self, method: Method, task: StructureTask) -> Callable[[int, NDArray[np.bool_]], Click | None]:
-        """Click inside the patch."""
-        patch = Region((0, 0, 0), task.volume.grid.shape_zyx)
+    def chooser(self, method: Method, task: StructureTask) -> Chooser:
+        """Click inside the patch: voxels outside count as right, so that no click falls there."""
+        patch: tuple[slice, ...] = (slice(None),) * 3
 
         def choose(number: int, mask: NDArray[np.bool_]) -> Click | None:
             nonlocal patch
-            # Voxels outside the patch count as right, so that no click falls there.
-            click = next_click(_inside(mask, patch), _inside(task.target, patch), "uniform", task.rng)
+            shown, wanted = np.zeros_like(mask), np.zeros_like(mask)
+            shown[patch], wanted[patch] = mask[patch], task.target[patch]
+            click = next_click(shown, wanted, "uniform", task.rng)
             spec = method.model.spec if method.model is not None else None
             if number == 1 and click is not None and spec is not None and spec.spacing_mm is not None:
-                patch = cube_around(click[0], max(spec.input_shape_zyx) * spec.spacing_mm, task.volume.grid)
+                edge_mm = max(spec.input_shape_zyx) * spec.spacing_mm
+                patch = cube_around(click[0], edge_mm, task.volume.grid).slices
             return click
 
         return choose
-
-
-def _inside(mask: NDArray[np.bool_], region: Region) -> NDArray[np.bool_]:
-    cut = np.zeros_like(mask)
-    cut[region.slices] = mask[region.slices]
-    return cut
 
 
 class Vista3dPoints(ClickRule):
@@ -111,7 +111,7 @@ class Vista3dPoints(ClickRule):
     name = "vista3d-points"
     title = "VISTA3D's point rule, scored on the whole mask after each click"
 
-    def chooser(self, method: Method, task: StructureTask) -> Callable[[int, NDArray[np.bool_]], Click | None]:
+    def chooser(self, method: Method, task: StructureTask) -> Chooser:
         """The middle of the target, then the largest eroded error."""
         return lambda number, mask: (
             (first_click(task.target), True) if number == 1 else further_click(mask, task.target, number - 1, task.rng)

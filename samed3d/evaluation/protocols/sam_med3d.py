@@ -67,7 +67,7 @@ class SamMed3d(StructureProtocol):
         nothing = np.zeros(task.target.shape, bool)
         first = next_click(nothing, task.target, "uniform", task.rng)
         assert first is not None, "structures without voxels are refused before"
-        window = (_CutOut if method.model is None else _Cubes)(method, task, first[0])
+        window = (_cut_out if method.model is None else _Cubes)(method, task, first[0])
 
         def choose(number: int, mask: NDArray[np.bool_]) -> Click | None:
             if number == 1:
@@ -80,19 +80,15 @@ class SamMed3d(StructureProtocol):
         return click_turns(task.clicks, choose, window.give, nothing)
 
 
-class _CutOut:
-    """The cube as an image of its own, for methods that choose no crop."""
+class _OwnImage:
+    """A part of a grid as an image of its own, for methods that choose no crop."""
 
-    def __init__(self, method: Method, task: StructureTask, first: IntTriple) -> None:
-        grid = task.volume.grid
-        region = cube_around(first, EDGE_MM, grid)
-        axes = np.asarray(grid.direction_lps).reshape(3, 3)
-        origin = np.asarray(grid.origin_lps_mm) + axes @ (np.asarray(region.start_zyx[::-1]) * grid.spacing_xyz_mm)
-        cut = Grid(region.shape_zyx, grid.spacing_xyz_mm, as_triple(origin), grid.direction_lps)
-        array = np.ascontiguousarray(task.volume.array[region.slices])
-        volume = Volume(array, cut, f"{task.volume.source} (cut)", task.volume.modality)
-        self._session = MeteredSession.open(method, volume, task.target[region.slices])
-        self._shape, self.predicted = grid.shape_zyx, [region]
+    def __init__(
+        self, method: Method, volume: Volume, target: NDArray[np.bool_], region: Region, shape: IntTriple
+    ) -> None:
+        """``volume`` and ``target`` are what ``region`` shows of a grid of ``shape``."""
+        self._session, self._shape = MeteredSession.open(method, volume, target), shape
+        self.predicted = [region]
 
     def give(self, click: Click) -> Answer:
         (region,) = self.predicted
@@ -104,6 +100,27 @@ class _CutOut:
 
     def clicked_on(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
         return mask
+
+
+def _cut_out(method: Method, task: StructureTask, first: IntTriple) -> _OwnImage:
+    """The cube around the first click."""
+    grid = task.volume.grid
+    region = cube_around(first, EDGE_MM, grid)
+    axes = np.asarray(grid.direction_lps).reshape(3, 3)
+    origin = np.asarray(grid.origin_lps_mm) + axes @ (np.asarray(region.start_zyx[::-1]) * grid.spacing_xyz_mm)
+    cut = Grid(region.shape_zyx, grid.spacing_xyz_mm, as_triple(origin), grid.direction_lps)
+    array = np.ascontiguousarray(task.volume.array[region.slices])
+    volume = Volume(array, cut, f"{task.volume.source} (cut)", task.volume.modality)
+    return _OwnImage(method, volume, task.target[region.slices], region, grid.shape_zyx)
+
+
+def _resampled(method: Method, task: StructureTask, frame: CropFrame, target: NDArray[np.bool_]) -> _OwnImage:
+    """The crop at the voxels that are scored."""
+    crop, inside = sample_crop(task.volume.view.to_canonical(task.volume.array), frame)
+    array = torch.where(inside, crop, crop[inside].min()).numpy()
+    grid = Grid(CUBE, (SPACING_MM, SPACING_MM, SPACING_MM), direction_lps=RAS_DIRECTION)
+    volume = Volume(array, grid, f"{task.volume.source} (crop)", task.volume.modality)
+    return _OwnImage(method, volume, target, Region((0, 0, 0), CUBE), CUBE)
 
 
 class _Cubes:
@@ -178,9 +195,8 @@ class SamMed3dReleased(StructureProtocol):
         target = nearest_crop(truth, frame)
         if not target.any():
             return  # a structure thinner than the crop's voxels is gone, as in the script
-        window = (
-            _FixedImage(method, task, frame, target) if method.model is None else _FixedNetwork(method, task, frame)
-        )
+        own = method.model is None
+        window = _resampled(method, task, frame, target) if own else _FixedNetwork(method, task, frame)
 
         def choose(number: int, mask: NDArray[np.bool_]) -> Click | None:
             return next_click(window.clicked_on(mask), target, "ritm" if number <= 2 else "uniform", task.rng)
@@ -218,23 +234,6 @@ class _FixedNetwork:
     def clicked_on(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """The mask that the simulated user sees."""
         return (self._logits > self._predictor.model.spec.click_logit_threshold).numpy()
-
-
-class _FixedImage:
-    """The resampled crop as an image of its own."""
-
-    def __init__(self, method: Method, task: StructureTask, frame: CropFrame, target: NDArray[np.bool_]) -> None:
-        crop, inside = sample_crop(task.volume.view.to_canonical(task.volume.array), frame)
-        array = torch.where(inside, crop, crop[inside].min()).numpy()
-        grid = Grid(CUBE, (SPACING_MM, SPACING_MM, SPACING_MM), direction_lps=RAS_DIRECTION)
-        volume = Volume(array, grid, f"{task.volume.source} (crop)", task.volume.modality)
-        self._session = MeteredSession.open(method, volume, target)
-
-    def give(self, click: Click) -> Answer:
-        return self._session.give([point_at(click)])
-
-    def clicked_on(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        return mask
 
 
 def _predictor(method: Method, volume: Volume) -> CropPredictor:

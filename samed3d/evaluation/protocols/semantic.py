@@ -13,7 +13,7 @@ import numpy as np
 
 from samed3d.evaluation.cases import LabelledCase, LoadedCase
 from samed3d.evaluation.methods import Method
-from samed3d.evaluation.protocols.base import EvaluationProtocol, EvaluationSettings, StructureRun, Turn
+from samed3d.evaluation.protocols.base import EvaluationProtocol, EvaluationSettings, StructureRun, Turn, some_labels
 from samed3d.evaluation.results import PromptStrategy
 from samed3d.inference.sliding_window import segment_volume
 
@@ -41,12 +41,9 @@ class SemanticProtocol(EvaluationProtocol):
         if not values:
             logger.warning("left out %s: %s labels none of the classes", case.case, case.source)
             return
-        chosen = sorted(values)
-        if settings.labels_per_case is not None and len(chosen) > settings.labels_per_case:
-            chosen = sorted(np.random.default_rng(0).permutation(chosen)[: settings.labels_per_case].tolist())
         with method.meter.running() as cost:
             predicted = segment_volume(loaded.volume, method.model, device=method.device)
-        for number in chosen:
+        for number in some_labels(sorted(values), settings):
             turn = Turn(0, [], predicted == number, cost)
             yield StructureRun(values[number][0], np.isin(loaded.labels, values[number]), 0, strategy, [turn])
 
