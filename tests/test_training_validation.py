@@ -13,6 +13,7 @@ import torch
 from samed3d.config import TrainConfig, load_config
 from samed3d.data.corpus import Corpus, in_validation
 from samed3d.errors import InputError
+from samed3d.evaluation.cases import corpus_volume
 from samed3d.evaluation.measuring import dice_by_click
 from samed3d.geometry import Grid
 from samed3d.models import load
@@ -88,7 +89,7 @@ def test_held_out_sources_are_measured_only_when_asked_for(corpus, tmp_path):
 
 def test_a_volume_is_the_stored_image_in_its_own_axes(corpus, tmp_path):
     held = held_cases(config_of(corpus, tmp_path))[0]
-    volume = held.read()
+    volume = corpus_volume(held.corpus, held.case)
     assert np.array_equal(volume.view.to_canonical(volume.array), Corpus(corpus).image(held.case)[:])
     assert volume.grid.shape_zyx == SHAPE and volume.view.flips == (False, False, False)
 

@@ -29,14 +29,12 @@ NOT_UNSEEN = (TRAINED_ON, PERHAPS_TRAINED_ON)
 
 @dataclass(frozen=True)
 class TrainingHistory:
-    """What a model's training used and held out.
+    """What a model's training used and held out; None where the header does not say.
 
     Attributes:
-        validation_share: Share of subjects that were held out; None where the header does not say.
-        seed: Of that split.
+        validation_share: Share of subjects that were held out, with ``seed``.
         hold_out: Whole sources that were held out.
-        sources: Sources that were trained on; None where the header does not name them.
-        trained_on: Subjects by source, all of them; None where the header does not name them.
+        trained_on: All subjects by source.
         images: Hashes of the training images, each with ``SOURCE/SUBJECT``.
         base: Of the model that the training started from.
         others: Of further models that are measured with this one.
@@ -86,12 +84,10 @@ class TrainingHistory:
     def side(self, source: str, subjects: Iterable[str], image: str = "") -> str:
         """On which side of the training a case is: one of ``SIDES``.
 
-        Args:
-            source: Its data set.
-            subjects: Its subject, and those that are split together with it.
-            image: Its ``image_hash``, or "".
+        ``subjects`` are its own and those that are split together with it, ``image`` is its ``image_hash`` or "".
         """
-        own, subjects = self._own_side(source, tuple(subjects), image), tuple(subjects)
+        subjects = tuple(subjects)
+        own = self._own_side(source, subjects, image)
         if self.base is not None and own != TRAINED_ON:
             earlier = self.base.side(source, subjects, image)
             own = UNKNOWN if earlier == UNKNOWN else min(own, earlier, key=SIDES.index)
@@ -114,15 +110,17 @@ class TrainingHistory:
 
     def known_image(self, image: str) -> str:
         """``SOURCE/SUBJECT`` under which an image was trained on, or ""."""
-        parts = (self, *((self.base,) if self.base else ()), *self.others)
         found = self.images.get(image, "") if image else ""
-        return found or next((name for part in parts[1:] if (name := part.known_image(image))), "")
+        return found or next((name for part in self._related if (name := part.known_image(image))), "")
 
     @property
     def shapes(self) -> set[str]:
         """The shapes of all known images, as their hashes begin: an image of another shape is none of them."""
-        parts = (*((self.base,) if self.base else ()), *self.others)
-        return {image.partition(":")[0] for image in self.images}.union(*(part.shapes for part in parts))
+        return {image.partition(":")[0] for image in self.images}.union(*(part.shapes for part in self._related))
+
+    @property
+    def _related(self) -> tuple[TrainingHistory, ...]:
+        return (*((self.base,) if self.base else ()), *self.others)
 
     @property
     def kept_from(self) -> dict[str, Any]:
@@ -140,9 +138,7 @@ def known_history(path: str | Path) -> dict[str, Any]:
     """The fields of a checkpoint's header and manifest entry that say what it was trained on."""
     listed = [entry for folder, entry in manifest_entries().values() if folder / entry["file"] == Path(path).resolve()]
     header = {**read_header(path), **(listed[0] if listed else {})}
-    return {
-        key: header[key] for key in ("training", "sources", "trained_on", "training_images", "base") if key in header
-    }
+    return {key: header[key] for key in HISTORY_KEYS if key in header}
 
 
 def history_of_run(config: TrainConfig) -> dict[str, Any]:

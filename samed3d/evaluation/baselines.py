@@ -36,13 +36,10 @@ class PromptVoxels:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A method without training.
+    """A method without training; ``takes`` and ``knows_truth`` as in ``Method``, and clicks may always follow.
 
-    Attributes:
-        segment: The mask (D, H, W) from the volume, all prompts of an object (at least one positive voxel or a box) and
-            the method's constants; of a bound from the reference mask too, as ``truth``.
-        takes: Kinds of prompt that can come first, of ``"point" "box" "scribble"``; clicks may always follow.
-        knows_truth: Whether it is a bound, made from the reference mask itself.
+    ``segment`` makes the mask (D, H, W) from the volume, all prompts of an object (at least one positive voxel or a
+    box) and the method's constants; that of a bound from the reference mask too, as ``truth``.
     """
 
     segment: Callable[..., NDArray]
@@ -125,13 +122,8 @@ def fast_marching(volume: Volume, said: PromptVoxels, reach: float = 0.3, sharpn
     """SimpleITK's fast marching as a geodesic distance: a voxel belongs to the nearest click within a limit.
 
     The front moves 1 mm per unit of time in a flat region and slower where the image gradient is large compared with
-    its median. Only voxels that the front can reach within the limit are computed.
-
-    Args:
-        volume: The image.
-        said: The prompts.
-        reach: Limit as a share of the image's longest edge.
-        sharpness: How much gradients slow the front.
+    its median: by ``sharpness``. The limit is the share ``reach`` of the image's longest edge; only voxels that the
+    front can reach within it are computed.
     """
     limit_mm = reach * longest_edge_mm(volume)
     spacing, shape = volume.grid.spacing_zyx_mm, volume.grid.shape_zyx
@@ -140,21 +132,20 @@ def fast_marching(volume: Volume, said: PromptVoxels, reach: float = 0.3, sharpn
     gradient = smoothed_gradient(block, spacing, SMOOTHING * min(spacing))
     scale = float(np.median(gradient[gradient > 0])) if (gradient > 0).any() else 1.0
     speed = 1.0 / (1.0 + sharpness * gradient / scale) + 1e-3
-    arrival = travel_time(speed, spacing, _inside_of(said.inside, region.start_zyx), limit_mm)
+    own, rivals = (_within(voxels, region.start_zyx, block.shape) for voxels in (said.inside, said.outside))
+    arrival = travel_time(speed, spacing, own, limit_mm)
     found = arrival < limit_mm
-    if said.outside and (rivals := _within(said.outside, region.start_zyx, block.shape)):
+    if rivals:
         found &= arrival <= travel_time(speed, spacing, rivals, limit_mm)
     mask = np.zeros(shape, bool)
     mask[region.slices] = found
     return mask
 
 
-def _inside_of(voxels: list[IntTriple], start: IntTriple) -> list[IntTriple]:
-    return [(z - start[0], y - start[1], x - start[2]) for z, y, x in voxels]
-
-
 def _within(voxels: list[IntTriple], start: IntTriple, shape: tuple[int, ...]) -> list[IntTriple]:
-    return [v for v in _inside_of(voxels, start) if all(0 <= i < n for i, n in zip(v, shape, strict=True))]
+    """Those of the voxels that lie in a block, by their place in it."""
+    moved = [(z - start[0], y - start[1], x - start[2]) for z, y, x in voxels]
+    return [v for v in moved if all(0 <= i < n for i, n in zip(v, shape, strict=True))]
 
 
 CELLS = 28
@@ -263,7 +254,7 @@ def _otsu(values: NDArray[np.float32], bins: int = 256) -> float:
         mean_below = sums / below
         mean_above = (sums[-1] - sums + counts * centres) / above
     between = below[:-1] * above[1:] * (mean_below[:-1] - mean_above[1:]) ** 2
-    return float(edges[1:-1][int(np.nanargmax(between))]) if bins > 1 else float(centres[0])
+    return float(edges[1:-1][int(np.nanargmax(between))])
 
 
 def oracle_bound(
@@ -281,19 +272,15 @@ def oracle_bound(
         return mask
     steps = as_triple([lattice_mm / s for s in spacing])
     middle = as_triple([(a + b - 1) / 2 for a, b in zip(region.start_zyx, region.stop_zyx, strict=True)])
-    frame = CropFrame.centred(middle, steps, _cells(region.shape_zyx, steps))
+    # lattice cells that hold the structure with a cell of room on either side
+    d, h, w = (int(np.ceil(n / s)) + 3 for n, s in zip(region.shape_zyx, steps, strict=True))
+    frame = CropFrame.centred(middle, steps, (d, h, w))
     # Sampling repeats the block's border beyond it: a border of zeros.
     block = np.pad(truth[region.slices].astype(np.float32), 1)
     coarse, _ = sample_crop(block, frame.shifted(as_triple([1.0 - a for a in region.start_zyx])))
     pasted_region, pasted = paste_crop(coarse, frame, shape)
     mask[pasted_region.slices] = torch.gt(pasted, 0.5).numpy()
     return mask
-
-
-def _cells(extent_vox: tuple[int, int, int], steps: Triple) -> tuple[int, int, int]:
-    """Lattice cells that hold an extent with a cell of room on either side."""
-    d, h, w = (int(np.ceil(n / s)) + 3 for n, s in zip(extent_vox, steps, strict=True))
-    return (d, h, w)
 
 
 def longest_edge_mm(volume: Volume) -> float:

@@ -12,6 +12,7 @@ from itertools import combinations, product
 from pathlib import Path
 
 from samed3d.errors import InputError
+from samed3d.evaluation import tables
 from samed3d.evaluation.report import PACKAGES
 from samed3d.evaluation.results import (
     PromptStrategy,
@@ -24,14 +25,6 @@ from samed3d.evaluation.results import (
     untrained,
 )
 from samed3d.evaluation.statistics import Compared, PairedDifference, click_curve, compare_rows, corrected, headline
-from samed3d.evaluation.tables import (
-    click_head,
-    curve_chart,
-    difference_chart,
-    difference_table,
-    score_table,
-    some_clicks,
-)
 from samed3d.output import check_output, write_text
 from samed3d.pages import Table, check_installed, render
 
@@ -117,7 +110,7 @@ def comparison_text(comparison: Comparison) -> str:
     for strategy, entries in group_by(comparison.entries, lambda entry: entry.strategy).items():
         parts += [f"Dice, {strategy}", _score_table(entries).as_text()]
     for strategy, found in comparison.differences:
-        parts += [f"Paired, {strategy}", difference_table(found).as_text(intervals=True)]
+        parts += [f"Paired, {strategy}", tables.difference_table(found).as_text(intervals=True)]
     if not comparison.differences:
         parts.append("No paired test: the runs have no structure, seed and click in common.")
     return "\n\n".join(parts)
@@ -139,10 +132,10 @@ def write_comparison(comparison: Comparison, path: Path) -> Path:
         sections.append(
             {
                 "name": str(strategy),
-                "chart": curve_chart(curves, list(curves), "Dice by click"),
+                "chart": tables.curve_chart(curves, list(curves), "Dice by click"),
                 "table": _score_table(entries),
-                "difference_chart": difference_chart(found),
-                "difference_table": difference_table(found) if found else None,
+                "difference_chart": tables.difference_chart(found),
+                "difference_table": tables.difference_table(found) if found else None,
             }
         )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,15 +170,15 @@ def _score_table(entries: Sequence[ComparedModel]) -> Table:
     """Dice by click, and the scores that depend on the number of clicks up to the last one that all entries have."""
     every = [set(clicks_of(entry.rows)) for entry in entries]
     shared = sorted(set.intersection(*every))
-    until = f" to {click_head(shared[-1])}" if shared and len(set(map(max, every))) > 1 else ""
+    until = f" to {tables.click_head(shared[-1])}" if shared and len(set(map(max, every))) > 1 else ""
     lines = []
     for entry in entries:
         alike = headline([row for row in entry.rows if row["click"] in shared]) if shared else {}
         others = {name: found for name, found in headline(entry.rows).items() if name not in _BY_CLICKS}
         lines.append(((entry.name,), others | {name: alike[name] for name in _BY_CLICKS if name in alike}))
-    dice = some_clicks([row for entry in entries for row in entry.rows], _SHOWN_CLICKS)
+    dice = tables.some_clicks([row for entry in entries for row in entry.rows], _SHOWN_CLICKS)
     columns = ["subjects", "measurements", *dice, *_BY_CLICKS, "first", "later"]
-    table = score_table(["run and model"], lines, columns)
+    table = tables.score_table(["run and model"], lines, columns)
     heads = {"area": f"area{until}", "NSD": f"NSD{until}", "HD95, mm": f"HD95{until}, mm"}
     return replace(table, head=[heads.get(head, head) for head in table.head])
 

@@ -58,10 +58,7 @@ class Replayed:
 
 
 class Replay:
-    """Gives a method the prompts of a line of ``prompts.jsonl`` again.
-
-    It keeps the methods, and the image of the line before with its sessions.
-    """
+    """Gives a method the prompts of a line of ``prompts.jsonl`` again; keeps the methods, and the image of the last."""
 
     def __init__(self) -> None:
         self.methods: dict[str, Method] = {}
@@ -111,12 +108,10 @@ def _read(line: dict[str, Any]) -> LoadedCase:
 
 @dataclass
 class CasePictures:
-    """What a report shows of single cases.
+    """What a report shows of single cases: titles, each with its figures, and how often a reason left a case out.
 
-    Attributes:
-        intro: What the pictures show, or why there are none.
-        lists: Titles, each with its figures: ``name``, ``scores``, ``where``, ``alt`` and ``png_base64``.
-        left_out: Reasons why a case is not shown, and how often.
+    A figure has ``name``, ``scores``, ``where``, ``alt`` and ``png_base64``. ``intro`` says what the pictures show, or
+    why there are none.
     """
 
     intro: str
@@ -127,10 +122,8 @@ class CasePictures:
 def worst_and_typical(rows: Sequence[Row], count: int = CASES) -> tuple[list[Curve], list[Curve]]:
     """The click curves with the lowest Dice after the last click, and those of the others nearest to the median.
 
-    Args:
-        rows: Of one model and one prompt strategy.
-        count: How many of each, fewer where there are not twice as many structures; a structure appears once, with its
-            worst seed, an image at most ``PER_IMAGE`` times in each list.
+    The rows are of one model and one prompt strategy. There are ``count`` of each, fewer where there are not twice as
+    many structures; a structure appears once, with its worst seed, an image at most ``PER_IMAGE`` times in each list.
     """
     known = [curve for curve in curves(rows) if not math.isnan(score(curve[-1], "dice"))]
     ordered = sorted(known, key=lambda curve: (curve[-1]["dice"], str(prompt_key(curve[0]))))
@@ -159,12 +152,7 @@ def _first(ordered: Sequence[Curve], count: int) -> list[Curve]:
 
 
 def case_pictures(run: SavedRun, seconds: float) -> CasePictures:
-    """Both kinds of cases of the run's first model and first prompt strategy.
-
-    Args:
-        run: The results.
-        seconds: When this much time is up, no further picture is begun.
-    """
+    """Both kinds of cases of the run's first model and first prompt strategy; none is begun after the seconds."""
     model, strategy = run.models[0], run.strategies[0]
     lines = {prompt_key(line): line for line in run.prompt_lines()}
     if not lines:
@@ -214,13 +202,8 @@ def case_png(
 ) -> bytes:
     """A PNG of three square panels around a structure, with the outlines of label and prediction and all prompts.
 
-    Each slice is the one in which the label is largest; prompts in other slices are drawn fainter.
-
-    Args:
-        volume: The image.
-        truth: (D, H, W) bool in the file's own order, with at least one voxel.
-        prediction: The predicted mask, same shape.
-        prompts: In the order they were given.
+    Each slice is the one in which the label is largest; prompts in other slices are drawn fainter. ``truth`` and
+    ``prediction`` are (D, H, W) bool in the file's own order, the former with at least one voxel.
     """
     from PIL import Image
 

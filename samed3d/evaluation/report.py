@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from samed3d.data.exposure import NOT_UNSEEN, UNKNOWN
+from samed3d.evaluation import tables
 from samed3d.evaluation.cases import CaseSelection
 from samed3d.evaluation.pictures import case_pictures
 from samed3d.evaluation.results import (
@@ -36,19 +37,6 @@ from samed3d.evaluation.results import (
     untrained,
 )
 from samed3d.evaluation.statistics import differences, model_curves
-from samed3d.evaluation.tables import (
-    FEW_LINES,
-    FEW_SMALL_LINES,
-    curve_chart,
-    curve_table,
-    difference_chart,
-    difference_table,
-    label_curves,
-    label_table,
-    latency_figure,
-    own_scores,
-    score_tables,
-)
 from samed3d.output import write_text
 from samed3d.pages import SERIES_COLOURS, Table, check_installed, count, interval_text, render, svg_of
 
@@ -84,7 +72,7 @@ def write_report(folder: Path, *, picture_seconds: float = PICTURE_SECONDS) -> P
         warnings=_warnings(run),
         in_short=[(model, min(c), c[min(c)], max(c), c[max(c)]) for model, c in curves.items()],
         pictures=case_pictures(run, picture_seconds) if picture_seconds > 0 else None,
-        latency=latency_figure(run),
+        latency=tables.latency_figure(run),
         command=" ".join(map(str, command)) if isinstance(command, list) else command,
         settings=flattened({"revision": results.get("revision") or None}) + flattened(run.settings),
         environment=flattened(results.get("environment", {})),
@@ -101,9 +89,9 @@ def _strategy(run: SavedRun, strategy: PromptStrategy) -> dict[str, Any]:
     everything = run.of(strategy)
     rows, about = untrained(everything), run.results.get("protocols", {}).get(strategy.protocol, {})
     dice = model_curves(rows)
-    charts = [curve_chart(dice, run.models, "All structures")]
+    charts = [tables.curve_chart(dice, run.models, "All structures")]
     if any(not math.isnan(score(r, "nsd")) for r in rows):
-        charts.append(curve_chart(model_curves(rows, "nsd"), run.models, "All structures", "NSD"))
+        charts.append(tables.curve_chart(model_curves(rows, "nsd"), run.models, "All structures", "NSD"))
     parts: tuple[tuple[str, Callable[[Row], str], Callable[[str], Any] | None], ...] = (
         ("By data set", lambda r: r["source"], None),
         ("By modality", modality_class, None),
@@ -114,22 +102,24 @@ def _strategy(run: SavedRun, strategy: PromptStrategy) -> dict[str, Any]:
         split = grouped(rows, name_of, order)
         curves = {name: model_curves(mine) for name, mine in split.items()}
         subjects = {name: len({(r["source"], r["subject"]) for r in mine}) for name, mine in split.items()}
-        small = [curve_chart(c, run.models, f"{name} ({subjects[name]})", small=True) for name, c in curves.items()]
-        splits.append((title, small, curve_table(curves)))
+        small = [
+            tables.curve_chart(c, run.models, f"{name} ({subjects[name]})", small=True) for name, c in curves.items()
+        ]
+        splits.append((title, small, tables.curve_table(curves)))
     compared = differences(rows, list(dice)) if len(dice) > 1 else []
     return {
         "name": str(strategy),
         "protocol": strategy.protocol,
         "title": about.get("title", ""),
         "bias": about.get("optimistic_bias") or about.get("flattering", ""),
-        "tables": [*score_tables(everything), *own_scores(run, strategy)],
+        "tables": [*tables.score_tables(everything), *tables.own_scores(run, strategy)],
         "charts": charts,
-        "curve_table": curve_table({"all": dice}),
+        "curve_table": tables.curve_table({"all": dice}),
         "legend": [(model, run.models.index(model) % len(SERIES_COLOURS)) for model in dice],
-        "bands": (len(dice) <= FEW_LINES, len(dice) <= FEW_SMALL_LINES),
+        "bands": (len(dice) <= tables.FEW_LINES, len(dice) <= tables.FEW_SMALL_LINES),
         "splits": splits,
-        "difference_chart": difference_chart(compared),
-        "difference_table": difference_table(compared) if compared else None,
+        "difference_chart": tables.difference_chart(compared),
+        "difference_table": tables.difference_table(compared) if compared else None,
     }
 
 
@@ -189,11 +179,11 @@ def _write_exports(run: SavedRun) -> dict[str, str]:
     found = {
         SCORES_CSV: csv_text(_scores(run)),
         PER_LABEL_CSV: csv_text(_per_label(run)),
-        SCORES_TEX: "\n".join(_latex(score_tables(run.of(one))[0], str(one)) for one in run.strategies),
+        SCORES_TEX: "\n".join(_latex(tables.score_tables(run.of(one))[0], str(one)) for one in run.strategies),
     }
     for strategy in run.strategies:
         curves = model_curves(untrained(run.of(strategy)))
-        drawn = curve_chart(curves, run.models, str(strategy), finish=lambda figure, _title: svg_of(figure))
+        drawn = tables.curve_chart(curves, run.models, str(strategy), finish=lambda figure, _title: svg_of(figure))
         if drawn:
             found[f"figures/dice_{re.sub(r'[^a-z0-9-]+', '_', str(strategy).lower())}.svg"] = str(drawn)
     parts = [(model, strategy) for strategy in run.strategies for model in by_model(run.of(strategy))]
@@ -260,8 +250,8 @@ def summary_text(run: SavedRun) -> str:
     parts = []
     for strategy in run.strategies:
         everything = run.of(strategy)
-        parts += [f"Dice, {strategy}", score_tables(everything)[0].as_text(intervals=True)]
-        if table := label_table(untrained(everything)):
+        parts += [f"Dice, {strategy}", tables.score_tables(everything)[0].as_text(intervals=True)]
+        if table := tables.label_table(untrained(everything)):
             parts.append(replace(table, rows=table.rows[:_SHOWN_LABELS]).as_text(intervals=True))
             if (more := len(table.rows) - _SHOWN_LABELS) > 0:
                 parts.append(f"and {count(more, 'label')} more in per_label.csv")
@@ -297,7 +287,7 @@ def _scores(run: SavedRun) -> list[dict[str, Any]]:
 def _per_label(run: SavedRun) -> list[dict[str, Any]]:
     found = []
     for strategy in run.strategies:
-        for (model, source, label, name), curve in label_curves(untrained(run.of(strategy))).items():
+        for (model, source, label, name), curve in tables.label_curves(untrained(run.of(strategy))).items():
             about = {"model": model, **asdict(strategy), "source": source, "label": label, "name": name}
             for click, scores in curve.items():
                 dice = scores["dice"]

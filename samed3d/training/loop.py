@@ -44,10 +44,7 @@ logger = logging.getLogger(__name__)
 def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> Path:
     """Train a model, or resume a training.
 
-    Args:
-        config: Everything that defines the run.
-        resume: Continue from the run folder's ``last.pt``.
-        quiet: Show no progress line.
+    ``resume`` continues from the run folder's ``last.pt``; ``quiet`` shows no progress line.
 
     Returns:
         The run folder: ``model.safetensors`` (EMA of the weights where ``run.ema`` is on), ``best.safetensors`` where
@@ -86,9 +83,8 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> 
     if accelerator.is_main_process:
         write_curves(folder)
     if stop.reason and not (config.optim.schedule == "cosine_minutes" and stop.over):
-        logger.warning(
-            "stopped at step %d of %d: %s; resume with --resume", state.done, config.optim.steps, stop.reason
-        )
+        where = f"step {state.done} of {config.optim.steps}"
+        logger.warning("stopped at %s: %s; resume with --resume", where, stop.reason)
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -99,18 +95,16 @@ class StopRequest:
     """Whether a run should end early: after SIGTERM, Ctrl-C (a second one interrupts at once) or the time limit.
 
     A run that stops finishes its step and saves.
-
-    Args:
-        max_minutes: Wall-clock limit, counted from now; 0 sets none.
     """
 
     def __init__(self, max_minutes: float = 0.0) -> None:
+        """``max_minutes`` is the wall-clock limit, counted from now; 0 sets none."""
         self.reason, self.max_minutes = "", max_minutes
         self.until = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        """Start listening, in the main thread; Python gives signals to no other."""
+        """Listen to signals, which Python gives to the main thread alone."""
         if threading.current_thread() is threading.main_thread():
             numbers = (signal.SIGTERM, signal.SIGINT)
             self._before = {number: signal.signal(number, self._on_signal) for number in numbers}
@@ -204,11 +198,9 @@ def _prepared(config: TrainConfig, folder: Path, accelerator: Accelerator, resum
     if left <= 0:
         raise InputError(f"optim.steps must be above the {state.done} steps already done, got {config.optim.steps}")
     dataset.start, dataset.length = state.samples, left * per_step
-    data = config.data
-    if data.corpus and not data.synthetic_share and per_step > len(dataset.real) and accelerator.is_main_process:
-        logger.warning(
-            "a step takes %d samples of %d structures: some come twice, in other crops", per_step, len(dataset.real)
-        )
+    data, count = config.data, len(dataset.real)
+    if data.corpus and not data.synthetic_share and per_step > count and accelerator.is_main_process:
+        logger.warning("a step takes %d samples of %d structures: some come twice, in other crops", per_step, count)
     ending = multiprocessing.Event()
     loader: Any = DataLoader(
         dataset,
@@ -299,16 +291,9 @@ def _batches(loader: Any) -> Iterator[dict[str, Any]]:
 def _refuse_nonfinite(run: _Run, output: StepOutput, batch: dict[str, Any], seed: int) -> None:
     """End the run and write what is needed to draw the batch again into ``nonfinite.json``."""
     path, loss, done = run.folder / "nonfinite.json", float(output.loss.detach()), run.state.done
-    body = {
-        "step": done,
-        "loss": str(loss),
-        "cases": list(batch["case"]),
-        "samples": batch["index"].tolist(),
-        "seed": run.config.run.seed,
-        "rank": run.accelerator.process_index,
-        "click_seed": seed,
-    }
-    write_json(path, body)
+    drawn = {"cases": list(batch["case"]), "samples": batch["index"].tolist(), "seed": run.config.run.seed}
+    rank = run.accelerator.process_index
+    write_json(path, {"step": done, "loss": str(loss), **drawn, "rank": rank, "click_seed": seed})
     raise RuntimeError(
         f"loss is {loss} at step {done}; cases: {', '.join(batch['case'])}; what is needed to draw them again is in "
         f"{path}"

@@ -48,10 +48,6 @@ class ValidationCase:
     case: CaseRecord
     labels: list[LabelRecord]
 
-    def read(self) -> Volume:
-        """The whole image."""
-        return corpus_volume(self.corpus, self.case)
-
 
 @dataclass
 class ValidationResult:
@@ -76,10 +72,8 @@ class Validation:
     def measure(self, model: AnyModel, step: int, stopped: Callable[[], bool]) -> ValidationResult | None:
         """Measure this process's share of the cases and gather; None if the run was asked to stop meanwhile.
 
-        Args:
-            model: In eval mode; a semantic segmentation model has one Dice per structure instead of one per click.
-            step: For the names of the pictures.
-            stopped: Called between cases.
+        The model is in eval mode; a semantic segmentation model has one Dice per structure instead of one per click.
+        ``step`` names the pictures, ``stopped`` is called between cases.
         """
         began = time.monotonic()
         rows: list[list[float]] = []
@@ -100,7 +94,7 @@ class Validation:
         """Dice by click of each structure of one case."""
         settings, held = self.config.validation, self.held[number]
         try:
-            volume = held.read()
+            volume = corpus_volume(held.corpus, held.case)
             layers = {r.layer: np.asarray(held.corpus.labels(held.case, r.layer)[:]) for r in held.labels}
         except (InputError, OSError, RuntimeError, ValueError) as error:
             logger.warning("validation leaves out a damaged case: %s (%s)", held.case.id, error)

@@ -74,10 +74,8 @@ class Turn:
         click: Number of clicks given so far; 0 after a box or scribble alone, or without prompts.
         prompts: The new prompts, in ijk of the image.
         mask: (D, H, W) bool, where the protocol scores.
-        cost: Cost of these prompts.
         clicked: The newest click on the mask's grid, or None.
-        target: The reference of ``mask`` where that is not the structure's own.
-        spacing_zyx_mm: Of ``mask`` where that is not the image's.
+        target: The reference of ``mask`` where that is not the structure's own; ``spacing_zyx_mm`` likewise.
     """
 
     click: int
@@ -215,13 +213,9 @@ def click_turns(
     give: Callable[[Click], Answer],
     mask: NDArray[np.bool_],
 ) -> Iterator[Turn]:
-    """Give clicks one after the other.
+    """Give at most so many clicks to a method one after the other, the first on the given mask, (D, H, W).
 
-    Args:
-        clicks: How many at most.
-        choose: The next click for its number, from 1, and the mask so far; None ends the series.
-        give: Gives a click to the method.
-        mask: The mask before the first click, (D, H, W).
+    ``choose`` returns the next click for its number, from 1, and the mask so far; None ends the series.
     """
     for number in range(1, clicks + 1):
         click = choose(number, mask)

@@ -133,14 +133,11 @@ class Cvpr25(EvaluationProtocol):
 
 def _sessions(method: Method, loaded: LoadedCase, values: Sequence[int]) -> dict[int, MeteredSession]:
     """One session for all structures; for a bound one each, because it is told the structure that it must return."""
+    numbered = enumerate(values, start=1)
     if method.knows_truth:
-        return {
-            number: MeteredSession.open(method, loaded.volume, loaded.labels == value)
-            for number, value in enumerate(values, start=1)
-        }
-    return dict.fromkeys(
-        range(1, len(values) + 1), MeteredSession.open(method, loaded.volume, np.isin(loaded.labels, values))
-    )
+        return {n: MeteredSession.open(method, loaded.volume, loaded.labels == value) for n, value in numbered}
+    shared = MeteredSession.open(method, loaded.volume, np.isin(loaded.labels, values))
+    return {n: shared for n, _ in numbered}
 
 
 def challenge_nsd(per_label: Sequence[float | None], mean_dsc: float) -> float:
@@ -193,15 +190,9 @@ def joined(masks: dict[int, NDArray[np.bool_]], shape: tuple[int, ...]) -> NDArr
 def challenge_click(
     pred: NDArray[np.bool_], target: NDArray[np.bool_], most_voxels: int = MAX_PADDED_VOXELS
 ) -> Click | None:
-    """The next click on one structure.
+    """The next click on one structure (D, H, W); None where nothing is wrong.
 
-    Args:
-        pred: (D, H, W) bool.
-        target: (D, H, W) bool.
-        most_voxels: Above this many in the padded box, distances are taken at half the resolution.
-
-    Returns:
-        The zyx voxel and whether it is foreground; None where nothing is wrong.
+    Where the padded box has more than ``most_voxels``, distances are taken at half the resolution.
     """
     whole = bounding_region(pred ^ target)
     if whole.is_empty:

@@ -72,13 +72,7 @@ class Samed3dProtocol(StructureProtocol):
 
 
 def prompt_structure(session: MeteredSession, task: StructureTask, object_id: int = 1) -> Iterator[Turn]:
-    """Segment a structure with the prompts of a simulated user.
-
-    Args:
-        session: On the task's volume.
-        task: The structure.
-        object_id: Not used before on ``session``.
-    """
+    """Segment a structure with the prompts of a simulated user; ``object_id`` was not used before on the session."""
     mask = np.zeros(task.target.shape, dtype=bool)
     clicks_first = task.strategy.prompt == "click"
     if not clicks_first:
