@@ -57,11 +57,7 @@ class Comparison:
 
 
 def compare_runs(folders: Sequence[Path], *, anyway: bool = False) -> Comparison:
-    """Read runs and compare them.
-
-    Args:
-        folders: Two or more results folders.
-        anyway: Put runs side by side that are not alike; they are tested only where they are.
+    """Read runs and compare them; with ``anyway`` those too that are not alike, which are tested where they are.
 
     Raises:
         InputError: if fewer than two folders are given, one holds no results or is given twice, or the runs are not

@@ -51,9 +51,7 @@ PACKAGES = ("jinja2", "matplotlib")
 def write_report(folder: Path, *, picture_seconds: float = PICTURE_SECONDS) -> Path:
     """Write ``report.html`` into a results folder of ``samed3d evaluate``; returns the page's path.
 
-    Args:
-        folder: The results folder.
-        picture_seconds: No picture of a case is begun after this time; 0 makes none.
+    No picture of a case is begun after ``picture_seconds``; 0 makes none.
 
     Raises:
         InputError: if the folder holds no results or cannot be written to, or a package of ``samed3d[evaluate]`` is

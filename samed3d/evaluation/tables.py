@@ -61,11 +61,8 @@ def score_table(
 ) -> Table:
     """A table of scores, of which every page, terminal and file has its own selection.
 
-    Args:
-        head: Heads of the columns that say what a line is of.
-        lines: For each line their cells and its scores.
-        columns: Names of scores; ``subjects`` and ``measurements`` are those of the Dice after the last click.
-        digits: Of scores from 0 to 1.
+    ``head`` is of the columns that say what a line is of, ``columns`` are names of scores. ``subjects`` and
+    ``measurements`` are those of the Dice after the last click; ``digits`` are of scores from 0 to 1.
     """
     heads = [
         click_head(int(name.split()[-1])) if name.startswith("dice after") else _HEADS.get(name, name)

@@ -136,14 +136,9 @@ def finetune(
 ) -> Finetuned:
     """Fine-tune a promptable model.
 
-    Args:
-        base: Checkpoint name or file.
-        corpora: Prepared corpora.
-        out: Run folder, new or empty; with ``resume`` that of a stopped run, whose config and first measurement count.
-        options: See ``FinetuneOptions``.
-        elsewhere: Corpora of other structures, measured before and after but not trained on: what was forgotten.
-        resume: Resume a stopped run.
-        quiet: Show no progress line.
+    ``out`` is a new or empty run folder; with ``resume`` that of a stopped run, whose config and first measurement
+    count. ``elsewhere`` are corpora of other structures, measured before and after but not trained on: what was
+    forgotten. ``quiet`` shows no progress line.
 
     Returns:
         The result; without lines and table where a signal stopped the training.

@@ -23,6 +23,7 @@ from samed3d.data.semantic import class_number
 from samed3d.errors import InputError
 from samed3d.evaluation.cases import corpus_volume
 from samed3d.evaluation.measuring import dice_by_click
+from samed3d.evaluation.protocols.base import MIN_VOXELS
 from samed3d.inference.session import Session
 from samed3d.inference.sliding_window import segment_volume
 from samed3d.metrics import dice
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MIN_VOXELS = 100
-"""Structures with fewer voxels are not measured, because a few voxels would decide their Dice."""
 PICTURES = 4
 """Number of cases of which each validation writes a picture."""
 

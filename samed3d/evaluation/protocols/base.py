@@ -26,6 +26,7 @@ from samed3d.volume import Volume
 logger = logging.getLogger(__name__)
 
 MIN_VOXELS = 100
+"""Structures with fewer voxels are not measured, because a few voxels would decide their Dice."""
 FIRST_PROMPTS = {"click": "point", "box": "box", "scribble": "scribble", "none": "none"}
 """For each value of the column ``prompt``, the kind of prompt that a method must take."""
 Click = tuple[IntTriple, bool]
