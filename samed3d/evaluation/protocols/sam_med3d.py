@@ -67,7 +67,8 @@ class SamMed3d(StructureProtocol):
         nothing = np.zeros(task.target.shape, bool)
         first = next_click(nothing, task.target, "uniform", task.rng)
         assert first is not None, "structures without voxels are refused before"
-        window = (_cut_out if method.model is None else _Cubes)(method, task, first[0])
+        own = method.model is None
+        window = _cut_out(method, task, first[0]) if own else _Cubes(method, task, first[0])
 
         def choose(number: int, mask: NDArray[np.bool_]) -> Click | None:
             if number == 1:
