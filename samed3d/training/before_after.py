@@ -210,8 +210,9 @@ def _change(click: int, pairs: list[tuple[ClickScore, float]]) -> DiceChange:
     after: dict[Hashable, float] = {s.key: s.dice for s, _ in pairs}
     before: dict[Hashable, float] = {s.key: dice for s, dice in pairs}
     paired = paired_difference(after, before, {s.key: s.subject for s, _ in pairs})
-    means = [float(np.mean(list(side.values()))) for side in (before, after)]
-    return DiceChange(click, *means, noise, paired.difference.low, paired.difference.high, paired.better / len(pairs))
+    old, new = (float(np.mean(list(side.values()))) for side in (before, after))
+    low, high = paired.difference.low, paired.difference.high
+    return DiceChange(click, old, new, noise, low, high, paired.better / len(pairs))
 
 
 def is_better(before: Iterable[ClickScore], after: Iterable[ClickScore]) -> bool:
