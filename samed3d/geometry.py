@@ -90,9 +90,12 @@ class Grid:
             InputError: if the matrix is not 4x4 and finite, or its axes have no length or are not perpendicular (see
                 ``SHEAR_TOLERANCE_DEGREES``).
         """
-        given = np.asarray(affine_ras, dtype=np.float64)
+        try:
+            given = np.asarray(affine_ras, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{name} must be a 4x4 matrix of numbers, got {affine_ras!r:.80}") from error
         spacing = np.linalg.norm(given[:3, :3], axis=0) if given.shape == (4, 4) else np.zeros(3)
-        if not np.isfinite(given).all() or not (spacing > 0).all():
+        if not np.isfinite(given).all() or not (spacing > 0).all() or given[3].tolist() != [0, 0, 0, 1]:
             raise InputError(f"{name} must be a finite 4x4 matrix with axes of some length, got {given.tolist()}")
         if is_sheared(given):
             raise InputError(

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,26 @@ _LONGEST_NAME = 255
 _ON_WINDOWS = os.name == "nt"
 
 
+def check_input(path: str | Path, what: str, *, folder: bool = True) -> None:
+    """Refuse an input that nothing can be read from; ``what`` names it in the message.
+
+    Raises:
+        InputError: if it is missing, the system refuses its name (too long, a circle of links), or it is a pipe, a
+            device or, unless ``folder``, a folder.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"{what} must be a path, got {type(path).__name__}")
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{what} does not exist: {path}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(mode) and not (folder and stat.S_ISDIR(mode)):
+        got = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
+        raise InputError(f"{what} must be a file{' or a folder' * folder}, got {got}: {path}")
+
+
 def check_output(path: str | Path, *, suffixes: Sequence[str] = (), makes_folder: bool = False) -> None:
     """Refuse an output path that could not or must not be written, before any work is done.
 
@@ -41,13 +62,15 @@ def check_output(path: str | Path, *, suffixes: Sequence[str] = (), makes_folder
         InputError: if the suffix is not one of ``suffixes``, the path is a folder, a device or a write-protected file,
             its name is one that no file can have, or its folder is missing or not writable.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"output must be a path, got {type(path).__name__}")
     path = Path(path)
     if suffixes and not path.name.lower().endswith(tuple(suffixes)):
         raise InputError(f"output name must end in one of {' '.join(suffixes)}, got {path.name!r}")
     _check_replaceable(path)
     if makes_folder:
         return
-    folder = path.resolve().parent
+    folder = _real(path).parent
     if not folder.is_dir():
         raise InputError(f"output folder does not exist: {folder}; create it first")
     try:
@@ -68,6 +91,8 @@ def _check_replaceable(path: Path) -> None:
         partial.exists()
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+    if _real(path).is_symlink():
+        raise InputError(f"output must be a file, got a link to itself: {path}")
     if path.is_dir():
         raise InputError(f"output must be a file, got a folder: {path}")
     if path.exists() and not path.is_file():
@@ -86,7 +111,7 @@ def check_spares(path: str | Path, source: str | Path) -> None:
     Raises:
         InputError: if the output is that file, or an existing DICOM file in that folder.
     """
-    target, origin = Path(path).resolve(), Path(source).resolve()
+    target, origin = _real(path), _real(source)
     if not target.exists() or not origin.exists():
         return
     if target.is_dir():
@@ -130,7 +155,7 @@ def check_distinct(paths: dict[str, Path | None]) -> None:
     """
     seen: dict[Path, str] = {}
     for name, path in paths.items():
-        other = seen.setdefault(path.resolve(), name) if path is not None else name
+        other = seen.setdefault(_real(path), name) if path is not None else name
         if other != name:
             raise InputError(f"{other} and {name} must be different files, got {path} for both")
 
@@ -145,7 +170,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Raises:
         InputError: if the file system refuses.
     """
-    target = Path(path).resolve()
+    target = _real(path)
     _check_replaceable(target)
     partial = _partial(target)
     try:
@@ -174,7 +199,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     Raises:
         InputError: if the file system refuses, or the folder holds something.
     """
-    target = Path(path).resolve()
+    target = _real(path)
     try:
         partial = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=target.parent))
     except OSError as error:
@@ -256,6 +281,11 @@ def only_writer(folder: Path) -> Iterator[None]:
             if made and folder.exists() and [p.name for p in folder.iterdir()] == [".lock"]:
                 (folder / ".lock").unlink()
                 folder.rmdir()
+
+
+def _real(path: str | Path) -> Path:
+    """``Path.resolve`` that does not raise for links that lead to themselves."""
+    return Path(os.path.realpath(path))
 
 
 def _umask() -> int:

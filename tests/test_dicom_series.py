@@ -94,6 +94,13 @@ def test_each_slice_has_its_own_scaling_and_type(tmp_path, change, expected, kin
     assert volume.array.dtype == kind
 
 
+@pytest.mark.parametrize("missing", [("RescaleSlope", "RescaleIntercept"), ("RescaleIntercept",), ("RescaleSlope",)])
+def test_slices_without_a_scaling_keep_their_stored_values(tmp_path, missing):
+    volume = read_volume(stack(tmp_path / "s", change=setting(**dict.fromkeys(missing))))
+    assert volume.array.dtype == np.int16
+    np.testing.assert_array_equal(volume.array, image())
+
+
 def test_frames_have_their_own_slopes(tmp_path):
     array, slopes = image() // 4, [1, 2, 3, 4] * 2
     volume = read_volume(enhanced(tmp_path / "a.dcm", array, [3, 1, 0, 2, 7, 6, 5, 4], slopes=slopes))

@@ -39,6 +39,14 @@ def test_a_symbolic_link_stays_a_link_and_its_file_is_replaced(tmp_path):
     assert json.loads((tmp_path / "kept" / "real.json").read_text()) == {"a": 1}
 
 
+def test_a_link_to_itself_is_no_output(tmp_path):
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    check_distinct({"--a": tmp_path / "loop.json", "--b": tmp_path / "other.json"})
+    with pytest.raises(InputError, match="output must be a file, got a link to itself: .*loop.json"):
+        write_json(tmp_path / "loop.json", {})
+    assert (tmp_path / "loop.json").is_symlink()
+
+
 def test_the_temporary_name_keeps_the_suffix_and_the_mode_is_kept(tmp_path):
     write_text(tmp_path / "m.nii.gz", "x")
     (tmp_path / "m.nii.gz").chmod(0o640)

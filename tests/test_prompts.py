@@ -16,10 +16,12 @@ from samed3d.errors import InputError
 from samed3d.geometry import Grid
 from samed3d.prompts import (
     Box,
+    Mask,
     ObjectPrompts,
     Point,
     box_in_grid,
     dump_prompts,
+    is_positive,
     load_prompts,
     parse_numbers,
     point_in_grid,
@@ -62,6 +64,21 @@ def test_json_keeps_the_space_and_the_schema(tmp_path):
     assert load_prompts(path)[0].prompts[0].space == "ras"
     with pytest.raises(InputError, match="must share one space, got both ijk and ras"):
         dump_prompts([ObjectPrompts(1, "x", [Point((1, 2, 3)), Point((1, 2, 3), space="ras")])], path)
+
+
+BALL = np.ones((2, 2, 2))
+OTHER_TYPES = [
+    *((lambda at=at: Point(at), "point must be three numbers") for at in (b"abc", {1, 2, 3}, np.ones(3, bool))),
+    *((lambda m=m: Mask(m), "mask must hold finite numbers") for m in (BALL * np.nan, BALL.astype(str), BALL * 1j)),
+    *((lambda m=m: Mask(m), "mask must be an array or the path of a file") for m in (None, 5, [[[1]]])),
+    (lambda: is_positive((1, 2, 3)), r"prompt must be a Point, Box, Scribble, Lasso or Mask, got \(1, 2, 3\)"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), OTHER_TYPES)
+def test_values_of_another_type_are_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
 
 
 def test_point_in_either_space():

@@ -153,6 +153,9 @@ def test_the_object_table():
         session.edit_object(9, name="x")
     with pytest.raises(InputError, match="colour must be of the form #rrggbb, got 'red'"):
         session.edit_object(2, colour="red")
+    for misuse in (lambda: session.add(None), lambda: session.move(1, None), lambda: session.save(None)):
+        with pytest.raises(InputError, match=r"must be (a Point, Box|three numbers|a path, got NoneType)"):
+            misuse()
     with pytest.raises(InputError, match="prompt must be one of the session's, got number 77"):
         session.move(77, (1, 2, 3))
     with pytest.raises(InputError, match="object id must be a whole number from 1 to 65535, got 0"):

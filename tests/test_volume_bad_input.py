@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ from test_volume import itk_image, nifti, patched
 
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
-from samed3d.volume import read_volume
+from samed3d.volume import Volume, read_volume
 
 
-def cut(path: Path, keep: float = 0.6) -> Path:
+def cut(path: Path, keep: float = 0.6, end: bytes = b"") -> Path:
+    """Keep a share of the file, or leave out some bytes of its end; then put others there."""
     data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * keep)])
+    path.write_bytes(data[: int(keep if keep < 0 else len(data) * keep)] + end)
     return path
 
 
@@ -41,8 +43,38 @@ def bad_text_mha(folder, array):
 
 
 def bad_not_gzip(folder, array):
-    path = nifti(folder / "a.nii", array)
-    return path.rename(folder / "plain.nii.gz")
+    (folder / "zip.nii.gz").write_bytes(b"PK\3\4" + bytes(600))
+    return folder / "zip.nii.gz"
+
+
+def bad_loop(folder, array):
+    (folder / "loop.nii").symlink_to("loop.nii")
+    return folder / "loop.nii"
+
+
+def bad_pipe(folder, array):
+    os.mkfifo(folder / "pipe.nii")
+    return folder / "pipe.nii"
+
+
+def bad_name(folder, array):
+    return folder / ("n" * 300 + ".nii")
+
+
+def bad_zlib_mha(folder, array):
+    sitk.WriteImage(sitk.GetImageFromArray(np.arange(8000).reshape(20, 20, 20)), folder / "sum.mha", useCompression=True)
+    return cut(folder / "sum.mha", -4, b"abcd")
+
+
+def bad_matrix_mha(folder, array):
+    sitk.WriteImage(sitk.GetImageFromArray(array), folder / "flat.mha")
+    text = (folder / "flat.mha").read_bytes()
+    (folder / "flat.mha").write_bytes(text.replace(b"TransformMatrix = 1 0 0", b"TransformMatrix = 0 0 0"))
+    return folder / "flat.mha"
+
+
+def bad_type(folder, array):
+    return array
 
 
 def bad_cut_nii(folder, array):
@@ -138,7 +170,13 @@ BAD = [
     (bad_suffix, r"must be a folder of DICOM slices or end in one of \.nii\.gz .*picture.png"),
     (bad_text, "not an image, or its header is damaged: .*text.nii"),
     (bad_text_mha, "not an image, or its header is damaged: .*text.mha"),
-    (bad_not_gzip, r"truncated or damaged: .*plain.nii.gz \(Not a gzipped file"),
+    (bad_not_gzip, "not an image, or its header is damaged: .*zip.nii.gz"),
+    (bad_loop, "cannot read image .*loop.nii: Too many levels of symbolic links"),
+    (bad_pipe, "image must be a file or a folder, got a pipe or device: .*pipe.nii"),
+    (bad_name, "cannot read image .*n.nii: File name too long"),
+    (bad_type, "image must be a path, got ndarray"),
+    (bad_zlib_mha, r"truncated or damaged: .*sum.mha \(Uncompress failed\)"),
+    (bad_matrix_mha, r"truncated or damaged: .*flat.mha \(Bad direction, determinant is 0"),
     (bad_cut_nii, r"truncated or damaged: .*cut.nii \(\d+ of 772 bytes\)"),
     (bad_cut_gz, "truncated or damaged: .*cut.nii.gz .*end-of-stream"),
     (bad_checksum, "truncated or damaged: .*sum.nii.gz .*CRC check failed"),
@@ -167,6 +205,28 @@ def test_bad_input_is_one_clear_line(tmp_path, tiny_image, capfd, make, message)
         read_volume(path)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("stored", "named"), [("a.nii", "b.nii.gz"), ("a.nii.gz", "b.nii")])
+def test_a_nifti_file_is_gzip_by_its_bytes_not_by_its_name(tmp_path, tiny_image, stored, named):
+    expected = tiny_image()
+    found = read_volume(nifti(tmp_path / stored, expected).rename(tmp_path / named))
+    np.testing.assert_array_equal(found.array, expected)
+
+
+ARRAYS = [
+    ([[1], [2, 3]], {}, "array and spacing_mm must be numbers"),
+    (np.zeros((0, 3, 3)), {}, r"array must be numbers \(D, H, W\), got float64 of shape \(0, 3, 3\)"),
+    (np.ones((2, 2, 2)), {"spacing_mm": "wide"}, "array and spacing_mm must be numbers"),
+    (np.ones((2, 2, 2)), {"affine_ras": "none"}, "affine_ras must be a 4x4 matrix of numbers"),
+    (np.ones((2, 2, 2)), {"affine_ras": np.ones((4, 4))}, "affine_ras must be a finite 4x4 matrix"),
+]
+
+
+@pytest.mark.parametrize(("array", "given", "message"), ARRAYS)
+def test_arrays_that_are_no_volume(array, given, message):
+    with pytest.raises(InputError, match=message):
+        Volume.from_array(array, **given)
 
 
 @pytest.mark.parametrize("channel", [3, -1])

@@ -16,6 +16,7 @@ from data_prep.readers.facts import facts_of, safe_name
 from data_prep.readers.labels import LabelTable, label_table, pack_layers, single_structure
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
+from samed3d.output import check_input
 from samed3d.volume import Volume, read_volume
 from samed3d.volume.files import count_volumes
 from samed3d.volume.label_maps import (
@@ -87,8 +88,7 @@ def read_images(
 
 
 def _check_volumes(path: str, wanted: int) -> None:
-    if not Path(path).is_file():
-        raise InputError(f"image does not exist: {path}")
+    check_input(path, "image", folder=False)
     volumes = count_volumes(path)
     if volumes != wanted == 1:
         raise InputError(

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from samed3d.cli.options import Quiet, check_exists
+from samed3d.cli.options import Quiet
+from samed3d.output import check_input
 
 
 def compare(
@@ -25,7 +26,7 @@ def compare(
 ) -> None:
     """Put saved runs side by side, with a paired test where they hold the same structures."""
     for folder in runs:
-        check_exists(folder, "results folder")
+        check_input(folder, "results folder")
     from samed3d.evaluation.compare import COMPARE_HTML, compare_runs, comparison_text, write_comparison
 
     comparison = compare_runs(runs, anyway=anyway)
@@ -43,7 +44,7 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Make the report of a saved run anew."""
-    check_exists(run, "results folder")
+    check_input(run, "results folder")
     from samed3d.evaluation.report import write_report
 
     path = write_report(run, picture_seconds=picture_seconds)

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from samed3d.cli.options import Device, Paths, Quiet, Texts, check_exists
+from samed3d.cli.options import Device, Paths, Quiet, Texts
 from samed3d.errors import InputError
+from samed3d.output import check_input
 
 _Output = Annotated[
     Path, typer.Option("--output", "-o", help="Folder for results.json, cases.csv, prompts.jsonl and the report.")
@@ -106,7 +107,7 @@ def _folders(given: list[Path], processes: int) -> list[Path]:
 
     found = []
     for folder in given:
-        check_exists(folder, "data folder")
+        check_input(folder, "data folder")
         known = kind_of(folder) or (folder.is_dir() and any(kind_of(sub) for sub in folder.iterdir()))
         found.append(folder if known else cached_corpus(folder, jobs=processes))
     return found

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from samed3d.errors import InputError
-
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Device = Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda or mps.")]
 Model = Annotated[str, typer.Option(help="Shipped checkpoint, .safetensors file, or hf://OWNER/NAME.")]
@@ -29,9 +27,3 @@ Codes = Annotated[
     Texts, typer.Option("--code", metavar="OBJECT=SCHEME:VALUE:MEANING", help="DICOM code of an object (name or id).")
 ]
 Paths = list[Path] | None
-
-
-def check_exists(path: Path, what: str) -> None:
-    """Refuse an input that does not exist; ``what`` names it in the message."""
-    if not path.exists():
-        raise InputError(f"{what} does not exist: {path}")

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from samed3d.cli.options import Paths, Quiet, Texts, Untilt, check_exists
+from samed3d.cli.options import Paths, Quiet, Texts, Untilt
+from samed3d.output import check_input
 
 
 def prepare(
@@ -55,7 +56,7 @@ def prepare(
 
     generated, folders = None, [folder for folder in sources if folder != Path("synthetic")]
     for folder in folders:
-        check_exists(folder, "data set")
+        check_input(folder, "data set")
     if len(folders) < len(sources):
         from data_prep.synthetic import SyntheticReader
 

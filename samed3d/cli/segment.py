@@ -23,11 +23,10 @@ from samed3d.cli.options import (
     SmoothMm,
     Texts,
     Untilt,
-    check_exists,
 )
 from samed3d.errors import InputError
 from samed3d.masks import Cleaning
-from samed3d.output import check_distinct, check_output, write_json
+from samed3d.output import check_distinct, check_input, check_output, write_json
 from samed3d.prompts import Mask, ObjectPrompts, checked_code, load_prompts, parse_prompts
 
 Options = dict[str, Any]
@@ -192,7 +191,7 @@ def _segment_list(
     """
     if folder.is_file():
         raise InputError(f"--output must be a folder with --batch, got a file: {folder}")
-    check_exists(path, "batch list")
+    check_input(path, "batch list")
     from samed3d.devices import pick_device
     from samed3d.inference.batch import REPORT, read_jobs, run_jobs
     from samed3d.models import load_promptable

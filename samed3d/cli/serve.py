@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from samed3d.cli.options import Device, Model, Paths, Quiet, Texts, Untilt, check_exists
+from samed3d.cli.options import Device, Model, Paths, Quiet, Texts, Untilt
 from samed3d.errors import InputError
+from samed3d.output import check_input
 
 if TYPE_CHECKING:
     from samed3d.apps.server.service import ServerOptions
@@ -52,7 +53,7 @@ def serve(
     check_binding(host, token)
     names = {host.lower(), *(name.lower() for name in allow_host or [])} - {"0.0.0.0", "::"}
     for folder in root or []:
-        check_exists(folder, "--root")
+        check_input(folder, "--root")
     options = ServerOptions(
         sessions or default_sessions(),
         tuple(folder.resolve() for folder in root or []),
@@ -98,7 +99,7 @@ def app(
     if page is None:
         raise InputError("this installation lacks the web viewer; install node, then run: make viewer")
     for folder in root or []:
-        check_exists(folder, "--root")
+        check_input(folder, "--root")
     roots = [folder.resolve() for folder in root or [Path.cwd()]]
     if volume is not None:
         read_volume(volume, untilt=untilt)  # an image that cannot be opened is refused here, not in the page

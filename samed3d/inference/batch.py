@@ -23,7 +23,7 @@ from samed3d.errors import InputError, check_keys
 from samed3d.inference.session import Session
 from samed3d.inference.session_store import weights_hash
 from samed3d.models.base import PromptableModel
-from samed3d.output import check_output, check_results_folder, write_json
+from samed3d.output import check_input, check_output, check_results_folder, write_json
 from samed3d.prompts import ObjectPrompts, load_prompts, parse_prompts, prompt_to_json
 from samed3d.volume import SUFFIXES
 from samed3d.volume.writing import MASK_FORMATS
@@ -105,8 +105,9 @@ def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
 
 def _job(cells: dict[str, str], line: int, beside: Path, folder: Path, format: str | None, space: str) -> Job:
     image = beside / cells["image"]
-    if not cells["image"] or not image.exists():
-        raise InputError(f"image does not exist: {image if cells['image'] else '(empty)'}")
+    if not cells["image"]:
+        raise InputError("image does not exist: (empty)")
+    check_input(image, "image")
     name = image.resolve().name
     stem = next((name[: -len(s)] for s in SUFFIXES if name.lower().endswith(s)), name)
     output = folder / (cells["output"] or stem + (MASK_FORMATS[format][0] if format else SUFFIXES[0]))

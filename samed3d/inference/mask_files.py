@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from samed3d.errors import InputError
+from samed3d.errors import InputError, check_choice
 from samed3d.geometry import EMPTY_REGION, CanonicalView, Region
 from samed3d.inference.history import ObjectState, SessionState
 from samed3d.inference.predictor import Canvas
@@ -35,8 +35,8 @@ def checked_format(path: str | Path, format: str | None = None) -> str:
     Raises:
         InputError: for an unknown format, a suffix that is not the format's, or a folder that cannot be written to.
     """
-    if format is not None and format not in MASK_FORMATS:
-        raise InputError(f"format must be one of {', '.join(MASK_FORMATS)}, got {format!r}")
+    if format is not None:
+        check_choice("format", format, MASK_FORMATS)
     known = sorted({suffix for suffixes in MASK_FORMATS.values() for suffix in suffixes})
     check_output(path, suffixes=MASK_FORMATS[format] if format else known)
     name = Path(path).name.lower()

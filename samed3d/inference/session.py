@@ -208,7 +208,7 @@ class Session:
             old = entry.prompts[prompt_id]
             if not isinstance(old, Point):
                 raise InputError(f"prompt {prompt_id} is no point: move it by giving the new one, got {to!r}")
-            to = Point(tuple(to), old.positive, old.space)  # type: ignore[arg-type]
+            to = Point(to, old.positive, old.space)  # type: ignore[arg-type]
         return self.history.commit(history.MovePrompt(prompt_id=prompt_id, prompt=read_mask_file(to, self.volume)))
 
     def predict(self, object_id: int | None = None) -> MaskUpdate:
@@ -341,7 +341,7 @@ class Session:
         """Write the masks as ``export`` does, or, if the name ends in ``.json``, the whole session: the prompts, the
         object table, every edit for undo and redo, and the path of the image.
         """
-        if Path(path).name.lower().endswith(".json"):
+        if str(path).lower().endswith(".json"):
             check_spares(path, self.volume.source)
             session_store.save_session(Path(path), self._identity(), self.objects(), self.history.log())
         else:

@@ -25,7 +25,7 @@ from torch import Tensor
 from samed3d.errors import InputError
 from samed3d.models.base import Adaptation, AnyModel, ModelSpec, PromptableModel
 from samed3d.nn.adapters import add_adapters
-from samed3d.output import replacing, write_json
+from samed3d.output import check_input, replacing, write_json
 
 RUN_MODELS = ("best.safetensors", "model.safetensors")  # the first that a run folder has is its model
 HEADER_KEY = "samed3d"
@@ -107,8 +107,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
         InputError: as ``read_weights``.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"checkpoint does not exist: {path}")
+    check_input(path, "checkpoint", folder=False)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             text = (file.metadata() or {}).get(HEADER_KEY)
@@ -228,8 +227,7 @@ def import_upstream(path: str | Path) -> dict[str, Tensor]:
         InputError: if the file is missing, damaged, holds any other Python object, or holds no state dict.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"checkpoint does not exist: {path}")
+    check_input(path, "checkpoint", folder=False)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             body = torch.load(path, map_location="cpu", weights_only=True)

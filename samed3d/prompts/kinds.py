@@ -125,10 +125,15 @@ class Mask:
 
     def __init__(self, mask: PackedMask | NDArray | str | Path) -> None:
         """Pack an array; keep a path as it is."""
-        if isinstance(mask, np.ndarray):
-            if mask.ndim != 3:
-                raise InputError(f"mask must be 3D (D, H, W), got shape {mask.shape}")
-            mask = PackedMask.of(mask)
+        if hasattr(mask, "__array__"):
+            array = np.asarray(mask)
+            if array.ndim != 3:
+                raise InputError(f"mask must be 3D (D, H, W), got shape {array.shape}")
+            if array.dtype.kind not in "biuf" or (array.dtype.kind == "f" and not np.isfinite(array).all()):
+                raise InputError(f"mask must hold finite numbers, got {array.dtype}; 0 is the background")
+            mask = PackedMask.of(array)
+        elif not isinstance(mask, PackedMask | str | Path):
+            raise InputError(f"mask must be an array or the path of a file, got {mask!r:.80}")
         object.__setattr__(self, "mask", mask if isinstance(mask, PackedMask) else str(mask))
 
     @property
@@ -141,7 +146,13 @@ Prompt = Point | Box | Scribble | Lasso | Mask
 
 
 def is_positive(prompt: Prompt) -> bool:
-    """Whether a prompt says where the object is (boxes and masks always do)."""
+    """Whether a prompt says where the object is (boxes and masks always do).
+
+    Raises:
+        InputError: if it is no prompt.
+    """
+    if not isinstance(prompt, Prompt):
+        raise InputError(f"prompt must be a Point, Box, Scribble, Lasso or Mask, got {prompt!r:.80}")
     return isinstance(prompt, Box | Mask) or prompt.positive
 
 
@@ -248,7 +259,7 @@ def checked_flag(value: Any, what: str) -> bool:
 def _position(value: Sequence[float], what: str) -> Triple:
     try:
         listed = list(value)
-        if any(isinstance(v, str | bytes | bool) for v in listed):
+        if isinstance(value, bytes | set | dict) or any(isinstance(v, str | bytes | bool | np.bool_) for v in listed):
             raise TypeError("no number")
         triple = as_triple(listed)
     except (TypeError, ValueError, OverflowError) as error:

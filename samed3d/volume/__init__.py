@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from samed3d.errors import InputError
 from samed3d.geometry import RAS_DIRECTION, CanonicalView, Grid, as_triple
+from samed3d.output import check_input
 from samed3d.volume.dicom import read_dicom
 from samed3d.volume.dicom_headers import looks_like_dicom
 from samed3d.volume.dicom_series import Layout
@@ -74,8 +75,12 @@ class Volume:
         """
         if spacing_mm is not None and affine_ras is not None:
             raise InputError("give spacing_mm or affine_ras, not both")
-        array = np.asarray(array)
-        if array.ndim != 3 or array.dtype.kind not in "biuf":
+        try:
+            array = np.asarray(array)
+            spacing = [1.0] if spacing_mm is None else np.atleast_1d(spacing_mm).astype(np.float64).tolist()
+        except (TypeError, ValueError) as error:  # such as lists of different lengths
+            raise InputError(f"array and spacing_mm must be numbers, got {type(array).__name__}: {error}") from error
+        if array.ndim != 3 or array.dtype.kind not in "biuf" or not array.size:
             raise InputError(f"array must be numbers (D, H, W), got {array.dtype} of shape {array.shape}")
         if array.dtype.kind == "b" or array.dtype == np.float16:
             array = array.astype(np.uint8 if array.dtype.kind == "b" else np.float32)
@@ -83,7 +88,6 @@ class Volume:
         if affine_ras is not None:
             grid = Grid.from_affine_ras(shape, affine_ras)
         else:
-            spacing = (1.0,) if spacing_mm is None else np.atleast_1d(spacing_mm).tolist()
             if len(spacing) not in (1, 3):
                 raise InputError(f"spacing_mm must be one number or three, got {spacing_mm}")
             grid = Grid(shape, as_triple(spacing * (3 // len(spacing))), direction_lps=RAS_DIRECTION)
@@ -119,11 +123,10 @@ def read_volume(
         InputError: if the image is missing, damaged, not 3D, has several channels or series and none was picked, holds
             NaN or infinite voxels, is constant, or has a spacing that is not positive.
     """
+    check_input(path, "image")
     path = Path(path)
     logger.info("reading %s", path)
     tag, layout = "", None
-    if not path.exists():
-        raise InputError(f"image does not exist: {path}")
     if path.is_dir() or (suffix_of(path) not in SUFFIXES and looks_like_dicom(path)):
         array, tag, layout = read_dicom(path, series, channel, untilt)
         grid, notes = layout.grid, layout.notes

@@ -38,6 +38,8 @@ def read_dicom(path: Path, series: str | int | None, channel: int | None, untilt
     for plane, one in zip(array, layout.slices, strict=True):
         try:
             _read_plane(plane, one, channel, decoded)
+        except InputError:
+            raise
         except (OSError, ValueError) as error:
             raise InputError(f"DICOM file is damaged: {one.file} ({error})") from error
     return _resampled(array, layout) if layout.resampled else array, stack.modality, layout
@@ -47,7 +49,7 @@ def _pixel_type(slices: list[Slice]) -> type[np.generic]:
     """The smallest integer type that holds what every slice can hold, or float32 where a scaling is not integer."""
     ranges = []
     for encoding, rescale in {(s.encoding, s.rescale) for s in slices}:
-        if encoding.floating or (encoding.is_grey and not all(v.is_integer() for v in rescale)):
+        if encoding.floating or (encoding.is_grey and not all(float(v).is_integer() for v in rescale)):
             return np.float32
         slope, intercept = rescale if encoding.is_grey else (1.0, 0.0)
         low, high = (-(2 ** (encoding.stored - 1)), 2 ** (encoding.stored - 1) - 1)

@@ -21,7 +21,7 @@ from samed3d.errors import InputError
 from samed3d.geometry import Grid
 from samed3d.volume.dicom_headers import looks_like_dicom, read_image_file
 from samed3d.volume.itk import NIFTI_SUFFIXES, SUFFIXES, array_of, grid_of, itk_reason, open_header, silenced, suffix_of
-from samed3d.volume.nifti import NiftiHeader
+from samed3d.volume.nifti import NiftiHeader, is_packed
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
@@ -124,6 +124,8 @@ def execute(path: Path, channel: int | None) -> sitk.Image:
             image = reader.Execute()
     except RuntimeError as error:
         raise InputError(f"image is truncated or damaged: {path} ({itk_reason(error, said)})") from error
+    if failed := [line for line in said if "fail" in line.lower()]:  # MetaIO goes on with voxels that it did not read
+        raise InputError(f"image is truncated or damaged: {path} ({failed[0]})")
     return one_channel(image, channel if len(size) == 3 else None, path)
 
 
@@ -244,7 +246,7 @@ def check_untrusted(path: Path, limits: ReadLimits) -> None:
         _check_text_header(path)
     size, channels = _declared(path, path.name)
     _check_voxels((*size, channels), limits, path.name)
-    if suffix == ".nii.gz":
+    if suffix in NIFTI_SUFFIXES and is_packed(path):
         _check_gzip(path, limits)
 
 

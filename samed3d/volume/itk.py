@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -60,8 +61,9 @@ def itk_reason(error: BaseException, said: Sequence[str] = ()) -> str:
     lines = [
         line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Exception thrown")
     ]
-    line = next((text for text in [*said, *reversed(lines)]), type(error).__name__)
-    return line.split("ERROR: ")[-1].strip()
+    told = [line for line in lines if "ERROR: " in line and not line.endswith(":")]
+    line = next((text for text in [*said, *told, *reversed(lines)]), type(error).__name__)
+    return re.sub(r"\w+\(0x[0-9a-f]+\): ", "", line.split("ERROR: ")[-1]).strip()
 
 
 def suffix_of(path: Path) -> str:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from samed3d.errors import InputError
 from samed3d.geometry import GRID_TOLERANCE, Grid, corners_apart_mm
+from samed3d.output import check_input
 from samed3d.volume.files import count_volumes, read_file
 from samed3d.volume.itk import open_header
 
@@ -64,8 +65,7 @@ def read_label_map(path: str | Path, layer: int | None = None, *, overlaps: bool
             segments overlap and may not.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"label does not exist: {path}")
+    check_input(path, "label", folder=False)
     volumes = count_volumes(path)
     if volumes > 1:
         raise InputError(f"label must be 3D, got 4D with {volumes} volumes: {path}; save each volume as its own label")

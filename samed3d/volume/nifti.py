@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from samed3d.errors import InputError
 from samed3d.geometry import GRID_TOLERANCE, Grid, as_triple, corners_apart_mm, is_sheared, shear_degrees
-from samed3d.volume.itk import suffix_of
 
 _BLOCK = 3 << 20
 _GZIP_RATIO = 1032  # deflate packs no tighter
@@ -158,8 +157,8 @@ class NiftiHeader:
         Raises:
             InputError: if the file is damaged, or its scale is not a number.
         """
-        packed, size = suffix_of(path) == ".nii.gz", path.stat().st_size
-        if self.length > size * (_GZIP_RATIO if packed else 1):
+        size = path.stat().st_size
+        if self.length > size * (_GZIP_RATIO if is_packed(path) else 1):
             raise _damaged(path, f"{size} of {self.length} bytes")
         number, channel = (picked, 0) if self.channels == 1 else (0, picked)
         scale = self._scale()
@@ -303,7 +302,13 @@ def mask_header(kind: np.dtype, grid: Grid) -> bytes:
 
 def opened(path: Path) -> IO[bytes]:
     """A NIfTI file as a stream of unpacked bytes."""
-    return cast(IO[bytes], gzip.open(path, "rb")) if suffix_of(path) == ".nii.gz" else path.open("rb")
+    return cast(IO[bytes], gzip.open(path, "rb")) if is_packed(path) else path.open("rb")
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a file is gzip, whatever its name says."""
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
 
 
 def _blocks(stream: IO[bytes], count: int) -> Iterator[bytes]:
