@@ -41,10 +41,10 @@ def check_input(path: str | Path, what: str, *, folder: bool = True) -> None:
         raise InputError(f"{what} must be a path, got {type(path).__name__}")
     try:
         mode = os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a name with a null byte
         raise InputError(f"{what} does not exist: {path}") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise InputError(f"cannot read {what} {path}: {error.strerror}") from error
     if not stat.S_ISREG(mode) and not (folder and stat.S_ISDIR(mode)):
         got = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
         raise InputError(f"{what} must be a file{' or a folder' * folder}, got {got}: {path}")

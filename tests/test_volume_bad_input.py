@@ -62,7 +62,9 @@ def bad_name(folder, array):
 
 
 def bad_zlib_mha(folder, array):
-    sitk.WriteImage(sitk.GetImageFromArray(np.arange(8000).reshape(20, 20, 20)), folder / "sum.mha", useCompression=True)
+    sitk.WriteImage(
+        sitk.GetImageFromArray(np.arange(8000).reshape(20, 20, 20)), folder / "sum.mha", useCompression=True
+    )
     return cut(folder / "sum.mha", -4, b"abcd")
 
 
