@@ -82,6 +82,7 @@ BLOCKS = {
     "accuracy": ("default_evaluation.json", "accuracy"),
     "protocols": ("protocols.json", "protocols"),
     "latency": ("latency.json", "latency"),
+    "memory": ("memory.json", "memory"),
     "gpu": ("gpu.json", "gpu"),
     "training": ("train.json", "every_number"),
     "server": ("server_load.json", "every_number"),

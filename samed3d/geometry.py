@@ -292,7 +292,7 @@ class Region:
         """The region in pieces of whole slices, of about ``SLAB_VOXELS``, so that work on it needs little memory."""
         (start, *low), (stop, *high) = self.start_zyx, self.stop_zyx
         planes = max(1, SLAB_VOXELS // max(1, math.prod(self.shape_zyx[1:])))
-        for first in range(start, stop, planes):
+        for first in range(start, start if self.is_empty else stop, planes):
             yield Region((first, low[0], low[1]), (min(first + planes, stop), high[0], high[1]))
 
     def union(self, other: Region) -> Region:

@@ -1,17 +1,21 @@
 """A session with the shipped checkpoint on a real MR volume: every kind of prompt, undo, a journal opened again, a
-session file."""
+session file; and the memory that a large volume needs."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from samed3d.geometry import bounding_region, zyx_to_ijk
+from samed3d.geometry import Grid, bounding_region, zyx_to_ijk
 from samed3d.inference.session import Session
 from samed3d.metrics import dice
 from samed3d.models import load
 from samed3d.prompts import Box, Lasso, Mask, Point, Scribble
-from samed3d.volume import Volume, read_volume
+from samed3d.volume import Volume, read_volume, write_volume
 from samed3d.volume.contours import trace_contours
 from samed3d.volume.label_maps import read_label_map
 
@@ -106,3 +110,27 @@ def test_a_lasso_inside_its_object_is_not_one_slice(axis):
         session.add(Lasso(tuple(map(tuple, outline.tolist()))))
         mask = session.mask > 0
     assert dice(mask, ball) > 0.5
+
+
+PEAK = r"""
+import re, sys
+from samed3d.cli import main
+assert main(sys.argv[1:]) == 0
+print(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own count")
+def test_a_large_object_needs_little_more_memory_than_its_image(tmp_path):
+    peaks = []
+    for edge in (48, 400):
+        z, y, x = np.ogrid[-1 : 1 : edge * 1j, -1 : 1 : edge * 1j, -1 : 1 : edge * 1j]
+        array = np.where((z / 0.9) ** 2 + (y / 0.8) ** 2 + (x / 0.8) ** 2 < 1, 100, -900).astype(np.int16)
+        write_volume(tmp_path / "body.nii", array, Grid(array.shape, (1.0, 1.0, 1.0)))
+        low, high, middle = (",".join([str(round(edge * share))] * 3) for share in (0.07, 0.93, 0.5))
+        prompts = ["--box", f"{low},{high}", "--point", middle, "--negative-point", low]
+        output = str(tmp_path / "mask.nii.gz")
+        command = [sys.executable, "-c", PEAK, "segment", str(tmp_path / "body.nii"), *prompts, "-o", output, "--quiet"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(1024 * int(found.stdout.split()[-1]))
+    assert peaks[1] - peaks[0] < 2 * array.nbytes

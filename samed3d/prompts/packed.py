@@ -76,10 +76,10 @@ class PackedMask:
         """The mask within any region of the whole; only the slices in it are unpacked."""
         common = self.region.intersection(region)
         part = np.zeros(region.shape_zyx, dtype=bool)
-        if not common.is_empty:
-            planes, *rest = common.slices_in(self.region)
-            found = self._slices(zlib.decompress(self.bits), planes.start, planes.stop)
-            part[common.slices_in(region)] = found[:, *rest]
+        packed = b"" if common.is_empty else zlib.decompress(self.bits)
+        for piece in common.slabs():
+            planes, *rest = piece.slices_in(self.region)
+            part[piece.slices_in(region)] = self._slices(packed, planes.start, planes.stop)[:, *rest]
         return part
 
     def full(self) -> NDArray[np.bool_]:
