@@ -75,6 +75,11 @@ export class Api {
     return this.edit("PATCH", `/objects/${id}`, changes);
   }
 
+  /** `how`: keys of the server's `Cleaning`. */
+  clean(id, how) {
+    return this.edit("POST", `/objects/${id}/clean`, how);
+  }
+
   removeObject(id) {
     return this.edit("DELETE", `/objects/${id}`);
   }

@@ -82,6 +82,7 @@ function render() {
   stage.setMarkers(object?.visible === false ? [] : (object?.prompts ?? []), state.chosen);
   $("undo").disabled = !state.canUndo;
   $("redo").disabled = !state.canRedo;
+  $("clean").disabled = !object?.voxels;
   for (const id of ["suggest", "export", "new-object"]) $(id).disabled = !state.session;
 }
 
@@ -209,6 +210,11 @@ function wire() {
   $("redo").onclick = () => act("redo", () => api.redo().then(redraw));
   $("suggest").onclick = suggest;
   $("new-object").onclick = newObject;
+  $("clean").onchange = (e) => {
+    const how = JSON.parse(e.target.value);
+    e.target.value = "";
+    act("cleaning", () => api.clean(state.current, how));
+  };
   $("help").onclick = () => $("shortcuts").showModal();
   $("export").onclick = () => $("export-dialog").showModal();
   $("do-export").onclick = () => exportMasks($("format").value);
@@ -241,6 +247,7 @@ function wire() {
     area.classList.remove("drop");
     if (e.dataTransfer.files[0]) open({ file: e.dataTransfer.files[0] });
   });
+  for (const menu of document.querySelectorAll("select")) menu.addEventListener("change", () => menu.blur()); // keys are shortcuts again
   wireKeys(newObject);
 }
 
