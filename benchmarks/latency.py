@@ -50,6 +50,11 @@ DEFAULT_ARCHITECTURE = "samed3d_unet"
 CT_CASE = Path("chaos_ct_liver/imagesTr/chaos_ct_sample_0000.nii.gz")
 CT_POINT_IJK = "180,250,40"
 EDGE = 128
+LARGE_OBJECTS = {
+    "liver": {"point": ["197,256,450"]},
+    "body": {"box": ["61,113,27,451,399,873"], "point": ["256,256,450"]},
+}
+"""Prompts of two objects of ``write_body``."""
 
 
 def alternate(runs: dict[str, Callable[[], object]], repeats: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -196,7 +201,7 @@ def measure_shell(repeats: int) -> dict[str, Any]:
     return {"image": str(CT_CASE), "point_ijk": CT_POINT_IJK, **medians}
 
 
-def write_body(path: str, shape_zyx: IntTriple) -> float:
+def write_body(path: str, shape_zyx: IntTriple = (900, 512, 512)) -> float:
     """Write a body of 40 with a liver of 160 in noisy air, as a file or a folder of DICOM slices; its bytes."""
     from tests.dicom_trees import image_series
 
@@ -235,18 +240,14 @@ def serve_once(image: Path, prompts: dict[str, list[str]]) -> int:
     return peak_of(server.process)
 
 
-def measure_memory(size_ijk: IntTriple) -> list[dict[str, Any]]:
+def measure_memory() -> list[dict[str, Any]]:
     """Peaks by door, format and object; all memory of a process is counted, also Python's, torch's and the model's."""
-    i, j, k = size_ijk
-    middle = f"{i // 2},{j // 2},{k // 2}"
-    box = f"{round(0.12 * i)},{round(0.22 * j)},{round(0.03 * k)},{round(0.88 * i)},{round(0.78 * j)},{round(0.97 * k)}"
-    objects = {"liver": {"point": [f"{round(0.385 * i)},{j // 2},{k // 2}"]}, "body": {"box": [box], "point": [middle]}}
     rows = []
     for kind in ("nii.gz", "nrrd", "mha", "dicom"):
         with tempfile.TemporaryDirectory() as folder:
             image = Path(folder, f"body.{kind}")
-            size = in_own_process(write_body, str(image), size_ijk[::-1])
-            for name, prompts in objects.items():
+            size = in_own_process(write_body, str(image))
+            for name, prompts in LARGE_OBJECTS.items():
                 texts = [text for key, values in prompts.items() for text in (f"--{key}", *values)]
                 command = [sys.executable, "-m", "samed3d", "segment", str(image), "-o", f"{folder}/mask.nii.gz"]
                 peaks = {"segment": peak_of(subprocess.Popen([*command, "--quiet", *texts], cwd=ROOT))}
@@ -263,12 +264,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two repeats instead of seven")
     parser.add_argument("--threads", type=int, help="torch threads; with 1, processor times hold on a busy machine")
     parser.add_argument("--memory", action="store_true", help="peak memory of segment and serve on a large volume")
-    parser.add_argument("--size", nargs=3, type=int, default=(512, 512, 900), help="of that volume, i j k")
     options = parser.parse_args()
     if options.memory:
-        size = tuple(options.size)
-        result = {"size_ijk": size, "peaks": measure_memory(size), "machine": describe_machine()}
-        write_result(options.out, result)
+        write_result(options.out, {"peaks": measure_memory(), "machine": describe_machine()})
         return
     repeats = 2 if options.quick else 7
     if options.threads:
