@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import logging
+import os
 import socket
 import zlib
 from pathlib import Path
@@ -239,6 +240,19 @@ def test_counters_as_prometheus_text(tmp_path):
     assert "samed3d_sessions_stored 1.0" in lines and "samed3d_sessions_loaded 0.0" in lines
     assert next(float(line.split()[1]) for line in lines if line.startswith("process_resident_memory_bytes")) > 2**20
     asyncio.run(service.close())
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [("pipe.nii", 400), ("loop.nii", 403), ("n" * 300 + ".nii", 404), ("\ud800", 400), ("a\0", 400)]
+)
+def test_paths_that_nothing_can_be_read_from_are_refused(tmp_path, path, status):
+    os.mkfifo(tmp_path / "pipe.nii")
+    (tmp_path / "loop.nii").symlink_to("loop.nii")
+    with served(tmp_path) as client:
+        answer = client.post(
+            "/api/sessions", content=json.dumps({"path": path}), headers={"Content-Type": "application/json"}
+        )
+        assert answer.status_code == status and str(tmp_path) not in answer.text
 
 
 def test_serve_says_what_is_wrong_before_it_listens(tmp_path: Path, monkeypatch, capsys):

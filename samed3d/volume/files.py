@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
+from samed3d.output import check_input
 from samed3d.volume.dicom_headers import looks_like_dicom, read_image_file
 from samed3d.volume.itk import NIFTI_SUFFIXES, SUFFIXES, array_of, grid_of, itk_reason, open_header, silenced, suffix_of
 from samed3d.volume.nifti import NiftiHeader, is_packed
@@ -236,6 +237,7 @@ def check_untrusted(path: Path, limits: ReadLimits) -> None:
         InputError: if it cannot be an image, its header is too long or names another file, or it holds more than
             ``limits`` allow.
     """
+    check_input(path, "image")
     suffix = suffix_of(path)
     if path.is_dir() or (suffix not in SUFFIXES and looks_like_dicom(path)):
         _check_dicom(path, limits)

@@ -5,6 +5,7 @@ An upload is one image, or a zip of a DICOM folder. It is written to disk as it 
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -43,8 +44,9 @@ def confined(path: str, options: ServerOptions) -> Path:
         raise HTTPException(
             403, "no folder is open to clients; start the server with --root FOLDER, or upload the file"
         )
-    if "\0" in path or len(path) > 4096:
-        raise HTTPException(400, "path must be a file name, got one with a zero byte or of more than 4096 characters")
+    if "\0" in path or len(path) > 4096 or path != path.encode(errors="ignore").decode():
+        rule = "without zero bytes and broken characters, of at most 4096 characters"
+        raise HTTPException(400, f"path must be a file name {rule}, got another")
     real_roots = [root.resolve() for root in options.roots]
 
     def is_allowed(real: Path | None) -> bool:
@@ -54,7 +56,7 @@ def confined(path: str, options: ServerOptions) -> Path:
     inside = [real for root in real_roots if is_allowed(real := _resolved(root / path)) and real is not None]
     if not inside:
         raise HTTPException(403, f"path must lie in a folder that the server was started with (--root), got {path}")
-    real = next((candidate for candidate in inside if candidate.exists()), None)
+    real = next((candidate for candidate in inside if os.path.exists(candidate)), None)
     if real is None:
         raise HTTPException(404, f"there is no such file in the allowed folders: {path}")
     if real.is_dir() and not all(is_allowed(_resolved(entry)) for entry in real.iterdir() if entry.is_symlink()):
