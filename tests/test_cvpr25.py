@@ -252,3 +252,11 @@ def test_bad_files_are_named(tmp_path):
     np.savez_compressed(path, imgs=labels, gts=labels, spacing=[1, 1, 1], boxes=listed)
     with pytest.raises(InputError, match="boxes must be dicts with z_min z_max z_mid"):
         find_cases([tmp_path], TrainingHistory(), "all").cases[0].loaded()
+
+
+def test_without_surface_distances_the_surface_scores_are_missing():
+    who = {"source": "a", "case": "c", "seed": 0}
+    rows = [who | {"click": click, "dice": 0.5} for click in range(6)]
+    scores = {line["score"]: line["value"] for line in protocol_of("cvpr25").own_scores(rows)}
+    assert scores["DSC_AUC"] == 2.0 and scores["DSC_Final"] == 0.5
+    assert np.isnan(scores["NSD_AUC"]) and np.isnan(scores["NSD_Final"])

@@ -124,7 +124,7 @@ class Cvpr25(EvaluationProtocol):
         for mine in group_by(rows, lambda row: (row["source"], row["case"], row["seed"])).values():
             by_click = group_by(mine, lambda row: int(row["click"]))
             dsc = [float(np.mean([row["dice"] for row in by_click[click]])) for click in range(1, CLICKS + 1)]
-            per_label = [[row["nsd_subvoxel"] for row in by_click[click]] for click in range(1, CLICKS + 1)]
+            per_label = [[row.get("nsd_subvoxel") for row in by_click[click]] for click in range(1, CLICKS + 1)]
             nsd = [challenge_nsd(values, mean) for values, mean in zip(per_label, dsc, strict=True)]
             scores = {"DSC_AUC": trapezoid(dsc), "NSD_AUC": trapezoid(nsd), "DSC_Final": dsc[-1], "NSD_Final": nsd[-1]}
             lines += [mine[0] | {"score": score, "value": value} for score, value in scores.items()]
