@@ -17,26 +17,21 @@ import io
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
+from collect import ROOT, parser_of
+from tables import Body, click_head, markdown, origin, replace_blocks
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from collect import parser_of  # noqa: E402
-from tables import Body, click_head, markdown, origin, replace_blocks  # noqa: E402
-
-from samed3d.data.corpus import image_hash  # noqa: E402
-from samed3d.data.exposure import TrainingHistory  # noqa: E402
-from samed3d.drawing import BACKGROUND, png_bytes  # noqa: E402
-from samed3d.evaluation.cases import find_cases  # noqa: E402
-from samed3d.evaluation.pictures import Replay, case_png  # noqa: E402
-from samed3d.evaluation.results import (  # noqa: E402
+from samed3d.data.corpus import image_hash
+from samed3d.data.exposure import TrainingHistory
+from samed3d.drawing import BACKGROUND, png_bytes
+from samed3d.evaluation.cases import find_cases
+from samed3d.evaluation.pictures import Replay, case_png
+from samed3d.evaluation.results import (
     Row,
     SavedRun,
     by_model,
@@ -49,11 +44,11 @@ from samed3d.evaluation.results import (  # noqa: E402
     size_order,
     untrained,
 )
-from samed3d.evaluation.statistics import FALL, Estimate, click_curve, estimate  # noqa: E402
-from samed3d.metrics import dice  # noqa: E402
-from samed3d.models.weights import read_header  # noqa: E402
-from samed3d.output import write_bytes, write_json, write_text  # noqa: E402
-from samed3d.volume import read_volume  # noqa: E402
+from samed3d.evaluation.statistics import FALL, Estimate, click_curve, estimate
+from samed3d.metrics import dice
+from samed3d.models.weights import read_header
+from samed3d.output import write_bytes, write_json, write_text
+from samed3d.volume import read_volume
 
 MANIFEST = ROOT / "checkpoints/manifest.json"
 CARD, RESULT = ROOT / "checkpoints/README.md", ROOT / "benchmarks/results/default_evaluation.json"

@@ -10,24 +10,19 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from collect import describe_machine, parser_of, write_result
+from latency import default_model, one_click, random_crop, sam_med3d
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.collect import describe_machine, parser_of, write_result  # noqa: E402
-from benchmarks.latency import default_model, one_click, random_crop, sam_med3d  # noqa: E402
-from benchmarks.train import PUBLISHED  # noqa: E402
-from samed3d.config import ClickConfig, LossConfig, OptimConfig  # noqa: E402
-from samed3d.models import create_model  # noqa: E402
-from samed3d.models.base import PromptableModel, PromptBatch  # noqa: E402
-from samed3d.training.optimiser import make_optimiser  # noqa: E402
-from samed3d.training.step import InteractiveStep  # noqa: E402
+from samed3d.config import ClickConfig, LossConfig, OptimConfig
+from samed3d.models import create_model
+from samed3d.models.base import PromptableModel, PromptBatch
+from samed3d.training.optimiser import make_optimiser
+from samed3d.training.step import InteractiveStep
+from train import PUBLISHED
 
 DEVICE = torch.device("cuda")
 

@@ -28,23 +28,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from collect import ROOT, describe_machine, parser_of, write_result
+from server_load import Server
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.collect import describe_machine, parser_of, write_result  # noqa: E402
-from benchmarks.server_load import Server  # noqa: E402
-from samed3d.apps.client import Client  # noqa: E402
-from samed3d.crops import image_channels  # noqa: E402
-from samed3d.devices import computes_bf16  # noqa: E402
-from samed3d.errors import InputError  # noqa: E402
-from samed3d.geometry import Grid, IntTriple  # noqa: E402
-from samed3d.models import create_model, load  # noqa: E402
-from samed3d.models.base import PromptableModel, PromptBatch  # noqa: E402
-from samed3d.prompts import parse_prompts  # noqa: E402
-from samed3d.volume import write_volume  # noqa: E402
+from samed3d.apps.client import Client
+from samed3d.crops import image_channels
+from samed3d.devices import computes_bf16
+from samed3d.errors import InputError
+from samed3d.geometry import Grid, IntTriple
+from samed3d.models import create_model, load
+from samed3d.models.base import PromptableModel, PromptBatch
+from samed3d.prompts import parse_prompts
+from samed3d.volume import write_volume
 
 DEFAULT_ARCHITECTURE = "samed3d_unet"
 CT_CASE = Path("chaos_ct_liver/imagesTr/chaos_ct_sample_0000.nii.gz")

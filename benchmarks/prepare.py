@@ -14,7 +14,6 @@ import json
 import os
 import resource
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,13 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from collect import describe_machine, parser_of, write_result
 
-from benchmarks.collect import describe_machine, parser_of, write_result  # noqa: E402
-from data_prep.clean import rules_from  # noqa: E402
-from data_prep.convert import Settings  # noqa: E402
-from data_prep.pipeline import prepare  # noqa: E402
+from data_prep.clean import rules_from
+from data_prep.convert import Settings
+from data_prep.pipeline import prepare
 
 SPACING_MM = 1.5
 LEAST_MM3 = 10.0

@@ -18,13 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from collect import ROOT, parser_of
 
-from benchmarks.collect import parser_of  # noqa: E402
-from samed3d.evaluation.results import PromptStrategy, by_model, read_run, untrained  # noqa: E402
-from samed3d.evaluation.statistics import click_curve  # noqa: E402
-from samed3d.output import write_json  # noqa: E402
+from samed3d.evaluation.results import PromptStrategy, by_model, read_run, untrained
+from samed3d.evaluation.statistics import click_curve
+from samed3d.output import write_json
 
 MODELS = ("default", "sam_med3d_b", "no_prompt:default", "baselines")
 STRATEGIES = ("--protocol", "all", "--policy", "centre", "--prompt", "click", "--prompt", "box", "--clicks", "1,3,5")

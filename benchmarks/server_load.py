@@ -23,17 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from collect import ROOT, describe_machine, parser_of, write_result
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.collect import describe_machine, parser_of, write_result  # noqa: E402
-from samed3d.apps.client import Client, RemoteError, RemoteSession  # noqa: E402
-from samed3d.data.phantom import anatomical_phantom  # noqa: E402
-from samed3d.inference.session import Session  # noqa: E402
-from samed3d.models import load  # noqa: E402
-from samed3d.prompts import Point  # noqa: E402
-from samed3d.volume import write_volume  # noqa: E402
+from samed3d.apps.client import Client, RemoteError, RemoteSession
+from samed3d.data.phantom import anatomical_phantom
+from samed3d.inference.session import Session
+from samed3d.models import load
+from samed3d.prompts import Point
+from samed3d.volume import write_volume
 
 UNDO_SHARE = 0.1
 

@@ -10,26 +10,21 @@ and a compiled encoder.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from collect import describe_machine, parser_of, write_result
+from latency import alternate, in_own_process, load_oracle, peak_mib, sam_med3d
 from torch.utils.data import DataLoader
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.collect import describe_machine, parser_of, write_result  # noqa: E402
-from benchmarks.latency import alternate, in_own_process, load_oracle, peak_mib, sam_med3d  # noqa: E402
-from samed3d.config import ClickConfig, LossConfig, TrainConfig, load_config  # noqa: E402
-from samed3d.models.base import PromptableModel  # noqa: E402
-from samed3d.training.optimiser import make_optimiser  # noqa: E402
-from samed3d.training.start import data_of, start_model, step_of  # noqa: E402
-from samed3d.training.step import InteractiveStep  # noqa: E402
+from samed3d.config import ClickConfig, LossConfig, TrainConfig, load_config
+from samed3d.models.base import PromptableModel
+from samed3d.training.optimiser import make_optimiser
+from samed3d.training.start import data_of, start_model, step_of
+from samed3d.training.step import InteractiveStep
 
 HALF = {"depth": 6, "global_blocks": (2, 5)}
 PUBLISHED = ClickConfig(
