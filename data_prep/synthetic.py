@@ -21,21 +21,13 @@ NAME = "synthetic"
 
 @dataclass(frozen=True)
 class SyntheticReader(Reader):
-    """Generated cases.
+    """Generated cases. Case ``i`` depends on the seed and ``i`` alone: a larger count adds cases and changes none."""
 
-    Attributes:
-        kind: What is made, one of ``GENERATED_KINDS``.
-        count: How many cases.
-        seed: Case ``i`` depends on this and ``i`` alone: a larger count adds cases and changes none.
-        size: Edge of random shapes in voxels, and the longest side of label maps.
-        label_maps: Sources (any layout) whose label maps are painted, for kind ``"labelmaps"``.
-    """
-
-    kind: str = "shapes"
+    kind: str = "shapes"  # one of ``GENERATED_KINDS``
     count: int = 100
     seed: int = 0
-    size: int = 128
-    label_maps: list[Path] = field(default_factory=list)
+    size: int = 128  # edge of random shapes in voxels, and the longest side of label maps
+    label_maps: list[Path] = field(default_factory=list)  # sources (any layout) of kind "labelmaps"
     name: str = NAME
 
     def __post_init__(self) -> None:

@@ -67,12 +67,10 @@ class FileReader(Reader):
 def read_images(
     named: Sequence[tuple[str, str]], modality: str = "", *, repair_geometry: bool = False
 ) -> list[tuple[str, Volume]]:
-    """The channels of one case.
+    """The channels of one case by name; one without a name is called ``modality``.
 
-    Args:
-        named: (channel name, path) of each; channels with one path are the volumes of one 4D file.
-        modality: What a channel without a name is called.
-        repair_geometry: Give a channel of the same size the first one's grid where their headers differ.
+    Channels with one path are the volumes of one 4D file. ``repair_geometry`` gives a channel of the same size the
+    first one's grid where their headers differ.
 
     Raises:
         InputError: if a channel cannot be read, a file holds another number of volumes, or the grids differ.

@@ -19,26 +19,15 @@ from samed3d.volume.label_maps import EmptyLabelError
 
 @dataclass(frozen=True)
 class LabelTable:
-    """What the values of a label map mean.
+    """What the values of a label map mean."""
 
-    Attributes:
-        structures: Name to the values it is made of; more than one value for a region of nnU-Net version 2.
-        ignored: Values of voxels that nobody labelled ("ignore" in nnU-Net version 2).
-        where: The file that names the values, for messages.
-        unnamed: What values without a name are called, before their number; empty to refuse them.
-    """
-
-    structures: dict[str, frozenset[int]] = field(default_factory=dict)
-    ignored: frozenset[int] = frozenset()
-    where: str = "dataset.json"
-    unnamed: str = ""
+    structures: dict[str, frozenset[int]] = field(default_factory=dict)  # several values: a region of nnU-Net version 2
+    ignored: frozenset[int] = frozenset()  # voxels that nobody labelled ("ignore" in nnU-Net version 2)
+    where: str = "dataset.json"  # the file that names the values, for messages
+    unnamed: str = ""  # what values without a name are called, before their number; empty to refuse them
 
     def layers(self, array: NDArray, label: str) -> list[LabelLayer]:
         """A label map as layers: itself where each value is one structure, else regions, overlapping ones apart.
-
-        Args:
-            array: (D, H, W) unsigned integers.
-            label: The label map, for messages.
 
         Raises:
             InputError: if a value has no name and ``unnamed`` is empty, or nothing but ignored voxels is there.
@@ -103,10 +92,7 @@ def table_of_dataset_json(about: dict[str, Any], path: Path) -> LabelTable:
 
 def label_table(extra: dict[str, str]) -> LabelTable:
     """The label values of a case: named by its ``dataset_json``, or by ``labels`` (name to value) of its
-    ``source_json``, or numbered where neither names any.
-
-    Args:
-        extra: Of the case; the two keys hold paths.
+    ``source_json``, both paths in ``RawCase.extra``, or numbered where neither names any.
 
     Raises:
         InputError: if the labels are not a table of names and values.
@@ -136,12 +122,7 @@ def single_structure(array: NDArray, label: str) -> NDArray[np.bool_]:
 
 def pack_layers(masks: Iterable[tuple[str, NDArray[np.bool_]]], shape_zyx: IntTriple, source: str) -> list[LabelLayer]:
     """Masks as label layers: each goes into the first layer where it overlaps nothing. Holds one mask at a time beside
-    the layers.
-
-    Args:
-        masks: (name, (D, H, W) mask); a name that comes twice is one structure.
-        shape_zyx: Shape of every mask.
-        source: Where they come from, for messages.
+    the layers. Each of ``masks`` has a name and ``shape_zyx``; a name that comes twice is one structure.
 
     Raises:
         EmptyLabelError: if there is no voxel in any of them.
@@ -203,11 +184,12 @@ def _disjoint(numbered: list[tuple[int, str, frozenset[int]]]) -> list[list[tupl
     """Structures grouped so that none in a group shares a value with another."""
     groups: list[list[tuple[int, str, frozenset[int]]]] = []
     for entry in numbered:
-        group = next((g for g in groups if all(not entry[2] & other[2] for other in g)), None)
-        if group is None:
-            groups.append([entry])
+        for group in groups:
+            if all(not entry[2] & other[2] for other in group):
+                group.append(entry)
+                break
         else:
-            group.append(entry)
+            groups.append([entry])
     return groups
 
 

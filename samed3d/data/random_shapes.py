@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
-from samed3d.errors import InputError
+from samed3d.errors import InputError, check_choice
 from samed3d.geometry import IntTriple, Triple
 
 MAX_STRUCTURES = 12
@@ -84,11 +84,10 @@ def random_labels(shape_zyx: IntTriple, generator: Generator, *, kind: str | Non
     """
     if min(shape_zyx) < 8:
         raise InputError(f"shape_zyx needs at least 8 voxels along each axis, got {tuple(shape_zyx)}")
-    if kind is not None and kind not in KINDS:
-        raise InputError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     labels = torch.zeros(shape_zyx, dtype=torch.int16, device=generator.device)
     if kind is None:
         kind = list(KINDS)[integer(generator, 0, len(KINDS) - 1)] if uniform(generator) < 0.5 else "mixture"
+    check_choice("kind", kind, KINDS)
     KINDS[kind](labels, generator)
     n = _compact(labels)
     while n < 2:  # a draw may leave almost nothing inside the volume
