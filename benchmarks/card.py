@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 from collect import ROOT, parser_of
-from tables import Body, click_head, markdown, origin, replace_blocks
+from tables import Body, markdown, origin, replace_blocks
 
 from samed3d.data.corpus import image_hash
 from samed3d.data.exposure import TrainingHistory
@@ -48,6 +48,7 @@ from samed3d.evaluation.statistics import FALL, Estimate, click_curve, estimate
 from samed3d.metrics import dice
 from samed3d.models.weights import read_header
 from samed3d.output import write_bytes, write_json, write_text
+from samed3d.pages import count
 from samed3d.volume import read_volume
 
 MANIFEST = ROOT / "checkpoints/manifest.json"
@@ -188,10 +189,8 @@ def head(card: str, body: Body) -> str:
     """What Hugging Face reads: library, task, licence, the sources of the card's table, and the measured Dice."""
     results = []
     for group in AIMS:
-        dice_of = body["group"][group]["dice"]
-        metrics = [
-            {"type": "dice", "name": f"Dice after {click_head(n)}", "value": dice_of[str(n)]["mean"]} for n in CLICKS
-        ]
+        means = {count(n, "click"): body["group"][group]["dice"][str(n)]["mean"] for n in CLICKS}
+        metrics = [{"type": "dice", "name": f"Dice after {name}", "value": mean} for name, mean in means.items()]
         task = {"type": "image-segmentation", "name": "interactive 3D segmentation"}
         results.append({"task": task, "dataset": {"type": "volumes", "name": group}, "metrics": metrics})
     about = {
@@ -244,7 +243,7 @@ def _sheet(lines: Sequence[Body]) -> bytes:
         for clicks in (1, 5):
             again = replay(line | {"turns": [turn for turn in line["turns"] if turn["click"] <= clicks]})
             picture = Image.open(io.BytesIO(case_png(again.volume, again.truth, again.mask, again.prompts)))
-            panels.append((f"{name}: {click_head(clicks)}, Dice {dice(again.mask, again.truth):.2f}", picture))
+            panels.append((f"{name}: {count(clicks, 'click')}, Dice {dice(again.mask, again.truth):.2f}", picture))
     width, height = panels[0][1].size
     sheet = Image.new("RGB", (2 * width + 12, (len(panels) // 2) * (height + 22)), BACKGROUND)
     pen = ImageDraw.Draw(sheet)

@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from samed3d.pages import count, seconds_text
+
 Body = dict[str, Any]
 _MARK = re.compile(r"<!-- measured: (\w+) -->\n.*?<!-- end -->", flags=re.DOTALL)
 
@@ -70,7 +72,7 @@ def markdown(name: str, body: Body, **more: Any) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     blocks = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True)
-    blocks.filters["seconds"] = _seconds
+    blocks.filters |= {"count": count, "seconds": seconds_text}
     text = getattr(blocks.get_template("blocks.md.jinja", globals=more).module, name)(body)
     lines = [line for line in text.splitlines() if line.strip()]
     # A table begins at the line before its rule, a paragraph at any line that is in no table.
@@ -89,11 +91,3 @@ BLOCKS = {
     "preparation": ("prepare.json", "preparation"),
 }
 """File and macro of each block of ``docs/benchmarks.md``."""
-
-
-def click_head(clicks: int) -> str:
-    return f"{clicks} click{'s' * (clicks != 1)}"
-
-
-def _seconds(seconds: float) -> str:
-    return "under 1 ms" if seconds < 5e-4 else f"{1e3 * seconds:.0f} ms" if seconds < 0.9995 else f"{seconds:.3g} s"

@@ -6,7 +6,6 @@ torch to the part of a volume under the crop.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -90,7 +89,8 @@ def resize_image(array: NDArray, shape_zyx: IntTriple) -> NDArray:
     for z in range(shape_zyx[0]):
         sources = along.indices[along.indptr[z] : along.indptr[z + 1]].tolist()
         shares = along.data[along.indptr[z] : along.indptr[z + 1]]
-        held = {i: held[i] if i in held else _plane(array, i, None if mix_first else in_plane) for i in sources}
+        planes = {i: np.ascontiguousarray(array[i], dtype=np.float32) for i in sources if i not in held}
+        held = {i: held[i] if i in held else planes[i] if mix_first else in_plane(planes[i]) for i in sources}
         mixed = held[sources[0]] * shares[0]
         for i, share in zip(sources[1:], shares[1:], strict=True):
             mixed += held[i] * share
@@ -100,11 +100,6 @@ def resize_image(array: NDArray, shape_zyx: IntTriple) -> NDArray:
             np.rint(mixed, out=mixed)
         result[z] = mixed
     return result
-
-
-def _plane(array: NDArray, z: int, change: Callable[[NDArray], NDArray] | None) -> NDArray:
-    plane = np.ascontiguousarray(array[z], dtype=np.float32)
-    return plane if change is None else change(plane)
 
 
 def _sparse_weights(size: int, count: int) -> Any:

@@ -209,7 +209,7 @@ def _size(prediction: Prediction | None) -> int:
     tensors = [] if prediction.canvas.values is None else [prediction.canvas.values]
     if prediction.crop is not None:
         tensors += [prediction.crop.logits, prediction.crop.inside, prediction.crop.lowres_logits]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(t.nbytes for t in tensors)
 
 
 def _start_from(mask: PackedMask) -> Prediction:

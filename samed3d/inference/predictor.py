@@ -220,7 +220,7 @@ class CropPredictor:
 
 def _size_of(features: Features, inside: Tensor) -> int:
     """Bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in [*features.values(), inside])
+    return inside.nbytes + sum(tensor.nbytes for tensor in features.values())
 
 
 def _axes(values: Triple, tensor_axes: str) -> Triple:
