@@ -29,11 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 from collect import ROOT, describe_machine, parser_of, write_result
-from server_load import Server
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from samed3d.apps.client import Client
 from samed3d.crops import image_channels
 from samed3d.devices import computes_bf16
 from samed3d.errors import InputError
@@ -41,7 +39,6 @@ from samed3d.geometry import Grid, IntTriple
 from samed3d.models import create_model, load
 from samed3d.models.base import PromptableModel, PromptBatch
 from samed3d.prompts import parse_prompts
-from samed3d.volume import write_volume
 
 DEFAULT_ARCHITECTURE = "samed3d_unet"
 CT_CASE = Path("chaos_ct_liver/imagesTr/chaos_ct_sample_0000.nii.gz")
@@ -200,6 +197,7 @@ def measure_shell(repeats: int) -> dict[str, Any]:
 
 def write_body(path: str, shape_zyx: IntTriple = (900, 512, 512)) -> float:
     """Write a body of 40 with a liver of 160 in noisy air, as a file or a folder of DICOM slices; its bytes."""
+    from samed3d.volume import write_volume
     from tests.dicom_trees import image_series
 
     noise = np.random.default_rng(0).integers(-15, 16, shape_zyx[1:], dtype=np.int16)
@@ -226,6 +224,10 @@ def peak_of(process: subprocess.Popen[bytes]) -> int:
 
 def serve_once(image: Path, prompts: dict[str, list[str]]) -> int:
     """The peak of a server on which an image is opened, clicked, shown and exported."""
+    from server_load import Server  # here: a bare GPU machine, for which gpu.py imports this file, has no server
+
+    from samed3d.apps.client import Client
+
     server = Server(image.parent, image.parent / "sessions", "default", 1)
     session = Client(server.url, timeout=600).open_path(str(image))
     for prompt in parse_prompts(prompts, "ijk", "--"):
