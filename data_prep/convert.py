@@ -201,6 +201,7 @@ def store(task: Task, raw: RawArrays, notes: list[str]) -> None:
     shape = target_shape(view.shape_zyx, view.spacing_zyx_mm, settings.spacing_mm, settings.max_side)
     spacing = as_triple([s * n / m for s, n, m in zip(view.spacing_zyx_mm, view.shape_zyx, shape, strict=True)])
     layers, structures = _clean(raw, view, shape, spacing, task)
+    notes += _same_voxels(layers, structures)
     key, several = f"{case.source}/{case.id}", len(raw.images) > 1
     kept = any(not s.reason for _, s in structures)
     images: list[dict[str, str]] = []
@@ -258,6 +259,18 @@ def _clean(
     if not structures:
         raise InputError(f"label is empty: no structure in {task.case.first_path}; leave the case out")
     return np.stack(layers) if len(layers) > 1 else layers[0][None], structures
+
+
+def _same_voxels(layers: NDArray, structures: list[tuple[int, Structure]]) -> list[str]:
+    """A note on every structure that is exactly an earlier one, which lies in another layer."""
+    notes = []
+    for at, (layer, one) in enumerate(structures):
+        for other_layer, other in structures[at + 1 :]:
+            alike = layer != other_layer and one.voxels > 0 and one.voxels == other.voxels
+            alike = alike and (one.start_zyx, one.stop_zyx) == (other.start_zyx, other.stop_zyx)
+            if alike and np.array_equal(layers[layer] == one.value, layers[other_layer] == other.value):
+                notes.append(f"structures {one.name!r} and {other.name!r} are exactly the same voxels; check both")
+    return notes
 
 
 def compact_image(array: NDArray) -> NDArray:

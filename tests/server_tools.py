@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import socket
+import struct
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from samed3d.volume import Volume, write_volume
 from tests.brightness_model import BrightnessModel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from fastapi.testclient import TestClient
 
@@ -41,7 +42,7 @@ def tiny_model(_: str = "default") -> BrightnessModel:
 
 
 @contextmanager
-def served(folder: Path, **options: Any) -> Iterator[TestClient]:
+def served(folder: Path, load: Callable[[str], BrightnessModel] = tiny_model, **options: Any) -> Iterator[TestClient]:
     """A client of an application in this process; ``folder`` holds the sessions and is the only root."""
     from fastapi.testclient import TestClient
 
@@ -50,7 +51,7 @@ def served(folder: Path, **options: Any) -> Iterator[TestClient]:
 
     options = {"sessions": folder / "sessions", "roots": (folder,), **options}
     with TestClient(
-        create_app(ServerOptions(**options), tiny_model), base_url="http://localhost", raise_server_exceptions=False
+        create_app(ServerOptions(**options), load), base_url="http://localhost", raise_server_exceptions=False
     ) as client:
         yield client
 
@@ -138,3 +139,15 @@ class ServerProcess:
                     return
             time.sleep(0.05)
         raise AssertionError("the server did not come up")
+
+
+def sent(address, head: str, body: bytes = b"", length: int | None = None, read: int = 0) -> None:
+    """Send a request, read some bytes of its answer, and hang up as a killed program does."""
+    head = f"{head} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body) if length is None else length}\r\n\r\n"
+    with socket.create_connection(address) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.sendall(head.replace("\r\nContent", "\r\nContent-Type: application/json\r\nContent", 1).encode() + body)
+        time.sleep(0.1)
+        while read > 0:
+            read -= len(client.recv(read)) or read

@@ -14,6 +14,7 @@ from data_prep.convert import Settings
 from data_prep.pipeline import prepare
 from samed3d.errors import InputError
 from samed3d.output import only_writer
+from tests import dataset_trees
 from tests.corpus_sources import EVERYTHING, make_source, tree
 
 
@@ -132,3 +133,13 @@ def test_missing_packages_and_unknown_storage_are_said_before_any_work(tmp_path,
     with pytest.raises(InputError, match="more than one process needs joblib"):
         prepare([source], tmp_path / "out", Settings(EVERYTHING.rules, storage="npz"), jobs=2)
     assert prepare([source], tmp_path / "out", Settings(EVERYTHING.rules, storage="npz"), jobs=1).done == 2
+
+
+def test_two_structures_of_the_same_voxels_are_a_warning(tmp_path):
+    dataset_trees.totalseg(tmp_path / "set")
+    for name in ("s0000", "s0001"):
+        masks = tmp_path / "set" / name / "segmentations"
+        (masks / "spleen.nii.gz").write_bytes((masks / "liver.nii.gz").read_bytes())
+    prepare([tmp_path / "set"], tmp_path / "out", EVERYTHING)
+    warned = (tmp_path / "out" / "problems.csv").read_text()
+    assert warned.count("structures 'liver' and 'spleen' are exactly the same voxels") == 2

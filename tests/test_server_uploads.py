@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import json
+import logging
+import threading
+import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from samed3d.volume import read_volume
+from samed3d.geometry import Grid
+from samed3d.volume import read_volume, write_volume
 from samed3d.volume.files import ReadLimits
-from tests.server_tools import CLICK, served, write_ball
+from tests.server_tools import CLICK, opened, sent, served, tiny_model, write_ball
 
 
 @pytest.fixture
@@ -67,7 +73,7 @@ def test_upload(client, ball, tmp_path):
     assert answer.status_code == 201 and answer.json()["size_ijk"] == [32, 28, 24]
     assert client.post(f"/api/sessions/{answer.json()['id']}/prompts", json=CLICK).status_code == 200
     assert {f.parent for f in (tmp_path / "sessions").rglob("*.nii.gz")} == {
-        tmp_path / "sessions" / answer.json()["id"]
+        tmp_path / "sessions" / answer.json()["id"] / "upload"
     }
 
 
@@ -213,3 +219,177 @@ def test_what_reading_decided_is_in_the_answer(tmp_path):
         assert answer.status_code == 201, answer.text
         assert "resampled by position to slices 2 mm apart" in answer.json()["notes"][0]
         assert client.get(f"/api/sessions/{answer.json()['id']}").json()["notes"] == answer.json()["notes"]
+
+
+def zipped(**members: bytes) -> bytes:
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return held.getvalue()
+
+
+NRRD = b"NRRD0004\ntype: short\ndimension: 3\nsizes: 4 4 4\nencoding: %s\n%s\n"
+REFUSED = {
+    "cut.nii.gz": lambda ball: ball[:-500],
+    "cut.nii": lambda ball: gzip.decompress(ball)[:-500],
+    "text.nii": lambda _: b"no image" * 99,
+    "elsewhere.nrrd": lambda _: NRRD % (b"raw", b"data file: /etc/passwd\n"),
+    "damaged.nrrd": lambda _: NRRD % (b"gzip", b"space directions: (1,0,0) (0,1,0) (0,0,1)\n") + b"x" * 40,
+    "cut.nrrd": lambda _: NRRD % (b"raw", b"") + b"x" * 40,
+    "cut.mha": lambda _: b"NDims = 3\nDimSize = 4 4 4\nElementType = MET_SHORT\nElementDataFile = LOCAL\nxx",
+    "broken.zip": lambda ball: b"PK" + ball,
+    "empty.zip": lambda _: zipped(),
+    "text.zip": lambda _: zipped(**{"a.dcm": b"no slice", "b.txt": b"x"}),
+    "n" * 300 + ".nii.gz": lambda ball: ball[:-500],
+    "con.nii.gz": lambda ball: ball[:-500],
+    "a/../b\\x\0\n.nii.gz": lambda ball: ball[:-500],
+}
+
+
+@pytest.fixture
+def private(tmp_path):
+    """A server whose answers must name no place on its disk, and the answers that it gave."""
+    from samed3d.errors import InputError
+
+    def load(name: str):
+        if name == "broken":
+            raise InputError(
+                f"checkpoint is damaged: {Path(np.__file__)}, {Path.home() / 'w.safetensors'}; get it again"
+            )
+        return tiny_model()
+
+    (tmp_path / "data root").mkdir()
+    write_ball(tmp_path / "data root" / "ball.nii.gz")
+    with served(tmp_path / "data root", load, models=("broken",), sessions=tmp_path / "kept") as client:
+        answers: list = []
+        client.event_hooks["response"].append(answers.append)
+        yield client, answers
+
+
+def shown(answers: list, tmp_path: Path) -> list[str]:
+    """The answers that name a place on the server's disk."""
+    places = (tmp_path, Path(np.__file__).parent, Path(__file__).parents[1], Path.home())
+    texts = [answer.read().decode("latin-1") for answer in answers]
+    assert len(texts) > 1
+    return [text for text in texts for place in places if str(place) in text or "/kept" in text]
+
+
+@pytest.mark.parametrize("name", REFUSED, ids=lambda name: repr(name[:20]))
+def test_a_refused_image_is_called_by_the_clients_name(private, tmp_path, name):
+    client, answers = private
+    content = REFUSED[name]((tmp_path / "data root" / "ball.nii.gz").read_bytes())
+    prompts = json.dumps({"version": 1, "objects": [{"prompts": [CLICK["prompt"]]}]})
+    client.post("/api/sessions/upload", params={"name": name}, content=content)
+    client.post("/segment", files={"image": (name, content)}, data={"prompts": prompts})
+    with contextlib.suppress(OSError, ValueError):
+        (tmp_path / "data root" / name).write_bytes(content)
+    client.post("/api/sessions", json={"path": name})
+    client.post("/segment", json={"path": name, "prompts": json.loads(prompts)})
+    assert all(answer.status_code in (400, 403, 404, 415) for answer in answers), [a.text for a in answers]
+    assert not any("\n" in answer.json()["detail"] or "upload_" in answer.text for answer in answers)
+    assert not shown(answers, tmp_path) and {p.name for p in (tmp_path / "kept").iterdir()} == {"lock"}
+
+
+def test_no_answer_names_a_place_on_the_servers_disk(private, tmp_path, monkeypatch):
+    client, answers = private
+    session_id = opened(client)
+    base, folder = f"/api/sessions/{session_id}", tmp_path / "kept" / session_id
+    client.post(f"{base}/prompts", json=CLICK)
+    for address in ("", "/report", "/masks", "/suggest"):
+        assert client.get(base + address).status_code == 200
+    for address in ("/api/sessions", "/api/about", "/metrics", "/openapi.json", "/docs", "/capabilities"):
+        assert client.get(address).status_code == 200
+    assert [client.get(f"{base}/export", params={"format": kind}).status_code for kind in ("dicom-seg", "x")] == [
+        400
+    ] * 2
+    assert client.post("/api/sessions", json={"path": "ball.nii.gz", "model": "broken"}).status_code == 400
+    for path in (".", "none", "x" * 300, "x/" * 3000, "ball.nii.gz/x", "a\nb", "\ud800", "~", ""):
+        for route, body in (("/api/sessions", {}), ("/segment", {"prompts": {}})):
+            answer = client.post(
+                route, content=json.dumps({"path": path, **body}), headers={"content-type": "application/json"}
+            )
+            assert answer.status_code in (400, 403, 404), (path, answer.text)
+    for content in ("damaged\n", '{"journal": 1, "image": {"sha256": "x", "source": "/srv/a"}}\n'):
+        client.app.state.service.get(session_id).unload()
+        (folder / "journal.jsonl").write_text(content)
+        assert client.get(base).status_code == 400
+    (tmp_path / "data root" / "ball.nii.gz").unlink()
+    assert client.get(base).status_code == 400
+    monkeypatch.setattr("samed3d.output.os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    assert client.post("/api/sessions", json={"example": True}).status_code == 507
+    assert not shown(answers, tmp_path)
+
+
+@pytest.fixture
+def listening(tmp_path):
+    """A real server in a thread, with a model that takes its time, and its address."""
+    import uvicorn
+
+    from samed3d.apps.server.app import create_app
+    from samed3d.apps.server.service import ServerOptions
+
+    model, decode = tiny_model(), tiny_model().decode
+    model.decode = lambda *given: (time.sleep(0.3), decode(*given))[1]  # type: ignore[method-assign]
+    app = create_app(ServerOptions(tmp_path / "kept", (tmp_path,)), lambda _: model)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    yield server.servers[0].sockets[0].getsockname()
+    server.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    "moment", ["upload", "body", "head", "prediction", "one shot", "image", "export", "masks", "lease"]
+)
+def test_a_client_that_hangs_up_leaves_no_traceback(listening, tmp_path, moment, caplog, capfd):
+    import httpx
+
+    write_volume(
+        tmp_path / "noise.nii",
+        np.random.default_rng(0).integers(0, 999, (96, 96, 96)).astype(np.int16),
+        Grid((96, 96, 96)),
+    )
+    with httpx.Client(base_url=f"http://localhost:{listening[1]}", timeout=30) as client:
+        session_id = client.post("/api/sessions", json={"path": "noise.nii"}).json()["id"]
+        base = f"/api/sessions/{session_id}"
+        if moment in ("export", "masks"):
+            client.post(f"{base}/prompts", json={"prompt": {"type": "point", "at": [40, 40, 40]}})
+        image, click = (
+            (tmp_path / "noise.nii").read_bytes(),
+            json.dumps({"prompt": {"type": "point", "at": [40, 40, 40]}}).encode(),
+        )
+        shot = json.dumps(
+            {
+                "path": "noise.nii",
+                "prompts": {"version": 1, "objects": [{"prompts": [{"type": "point", "at": [40, 40, 40]}]}]},
+            }
+        )
+        for _ in range(3):
+            if moment == "upload":
+                sent(listening, "POST /api/sessions/upload?name=x.nii", image[:99_999], len(image))
+            elif moment == "body":
+                sent(listening, f"POST {base}/prompts", click[:9], len(click))
+            elif moment == "head":
+                sent(listening, f"POST {base}/prompts", b"", 99)
+            elif moment == "prediction":
+                sent(listening, f"POST {base}/prompts", click)
+            elif moment == "one shot":
+                sent(listening, "POST /segment", shot.encode())
+            elif moment == "lease":
+                lease = client.post("/claim").json()["lease_token"]
+                sent(listening, f"POST /set_image HTTP/1.1\r\nX-Lease-Token: {lease}\r\nX:", b"NNIA" * 99, 9999)
+            else:
+                sent(listening, f"GET {base}/{'image.nii.gz' if moment == 'image' else moment}", read=100)
+        for _ in range(100):
+            left = [p.name for p in (tmp_path / "kept").iterdir() if p.name.startswith(".export") or p.name == "x"]
+            if not left and "samed3d_jobs_waiting 0.0" in client.get("/metrics").text:
+                break
+            time.sleep(0.1)
+        assert client.get(base).status_code == 200 and not left
+    assert not [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING or r.exc_info]
+    assert "Traceback" not in "".join(capfd.readouterr())

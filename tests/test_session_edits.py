@@ -390,3 +390,14 @@ def test_names_that_no_file_can_hold_are_refused(model, name):
         with pytest.raises(InputError, match="name must be text of at most 200 characters, none of them control"):
             call()
     assert [o.name for o in session.objects()] == ["object 1"]
+
+
+def test_two_objects_of_the_same_voxels_are_said(model):
+    session = Session(ball_volume()[0], model)
+    session.add(INSIDE, 1, "liver")
+    assert session.notes == session.report()["notes"] == []
+    session.add(INSIDE, 2, "spleen")
+    (note,) = session.report()["notes"]
+    assert "objects 1 (liver) and 2 (spleen) are exactly the same voxels" in note and session.notes == [note]
+    session.add(Point((16, 15, 11)), 2)
+    assert not session.notes

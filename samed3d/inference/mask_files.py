@@ -59,6 +59,18 @@ def segments_of(state: SessionState, volume: Volume) -> list[Segment]:
     return found
 
 
+def identical_objects(state: SessionState) -> list[str]:
+    """A note on every object whose mask is exactly that of an earlier one."""
+    notes, first = [], dict[PackedMask, ObjectState]()
+    for _, entry in sorted(state.objects.items()):
+        if entry.step is not None and not entry.step.mask.region.is_empty:
+            other = first.setdefault(entry.step.mask, entry)
+            if other is not entry:
+                pair = f"{other.id} ({other.name}) and {entry.id} ({entry.name})"
+                notes.append(f"objects {pair} are exactly the same voxels; in a label map only one of them is kept")
+    return notes
+
+
 def cleaned_mask(entry: ObjectState, volume: Volume, cleaning: Cleaning) -> Mask:
     """An object's mask after cleaning, on the image's own grid.
 

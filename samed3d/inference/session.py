@@ -378,7 +378,12 @@ class Session:
     def report(self) -> dict[str, Any]:
         """What was done, ready for JSON: versions, device, model, prompts, timings, voxels and volume per object."""
         seconds = {number: [s.seconds for s in entry.chain] for number, entry in self._state.objects.items()}
-        return session_store.describe(self.volume, str(self.device), self.model_name, self.objects(), seconds)
+        return session_store.describe(self.volume, self.notes, self.device, self.model_name, self.objects(), seconds)
+
+    @property
+    def notes(self) -> list[str]:
+        """What reading the image decided, and objects with the same mask."""
+        return [*self.volume.notes, *mask_files.identical_objects(self._state)]
 
     @property
     def _state(self) -> SessionState:

@@ -323,7 +323,12 @@ def find_image(header: dict[str, Any], session_file: Path) -> Path:
 
 
 def describe(
-    volume: Volume, device: str, model_name: str, objects: list[SessionObject], seconds: dict[int, list[float]]
+    volume: Volume,
+    notes: list[str],
+    device: torch.device,
+    model_name: str,
+    objects: list[SessionObject],
+    seconds: dict[int, list[float]],
 ) -> dict[str, Any]:
     """The report of a session, ready for JSON: versions, device, model, image, and per object prompts and size.
 
@@ -343,9 +348,9 @@ def describe(
         table.append({"id": o.id, "name": o.name, **size, "prompts": prompts, "seconds": took})
     return {
         "versions": {"samed3d": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "device": device,
+        "device": str(device),
         "model": model_name,
         "image": {"source": volume.source, "size_ijk": grid.size_ijk, "spacing_mm": grid.spacing_xyz_mm},
-        "notes": list(volume.notes),
+        "notes": notes,
         "objects": table,
     }

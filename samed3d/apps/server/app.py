@@ -13,7 +13,9 @@ import logging
 import re
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -166,8 +168,10 @@ def _add_server_routes(app: FastAPI, service: Service) -> None:
 
 def _add_error_answers(app: FastAPI, options: ServerOptions) -> None:
     """Answer every error with its message, without the server's folders; FastAPI answers an ``HTTPException``."""
-    folders = {str(path) for root in (options.sessions, *options.roots) for path in (root, root.resolve())}
-    inside_folders = re.compile("|".join(rf"{re.escape(folder)}/(?:[^\s'\"]*/)?" for folder in sorted(folders)))
+    places = (options.sessions, *options.roots, Path(__file__).parents[3], Path(sys.prefix), Path.home())
+    folders = {str(path) for place in places for path in (place, place.resolve()) if len(path.parts) > 1}
+    longest_first = sorted(folders, key=len, reverse=True)
+    inside_folders = re.compile(rf"(?:{'|'.join(map(re.escape, longest_first))})(?:/(?:[^\s'\"]*/)?)?")
 
     async def answered(request: Request, error: Exception) -> JSONResponse:
         if isinstance(error, InputError):
@@ -185,10 +189,15 @@ def _add_error_answers(app: FastAPI, options: ServerOptions) -> None:
         else:
             logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
             status, message = 500, f"internal error ({type(error).__name__}); see the server's log"
-        return JSONResponse({"detail": inside_folders.sub("", " ".join(message.split()))}, status)
+        return JSONResponse({"detail": inside_folders.sub(_file_name, " ".join(message.split()))}, status)
 
     for kind in (InputError, RequestValidationError, ClientDisconnect, Exception):
         app.add_exception_handler(kind, answered)
+
+
+def _file_name(found: re.Match[str]) -> str:
+    """What an answer shows in place of a folder: nothing before a file's name, else the folder's own name."""
+    return "" if found[0].endswith("/") else Path(found[0]).name
 
 
 class _CountAnswers:

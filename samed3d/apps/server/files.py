@@ -27,6 +27,8 @@ from samed3d.volume.writing import MASK_FORMATS
 
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha")
 """Formats that are one file. MetaImage's .mhd keeps its voxels in a second one."""
+UPLOADED = "upload"
+"""Folder of a session's upload, so that its name can be that of a file of the server."""
 EXAMPLE_SEED = 0
 _BLOCK = 1 << 20
 _MOST_UNPACKED = 4
@@ -143,7 +145,7 @@ def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, le
 def _resolved(path: Path) -> Path | None:
     try:
         return path.resolve()
-    except (OSError, RuntimeError):  # a loop of links
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a name that no file can have
         return None
 
 

@@ -131,7 +131,7 @@ async def about(service: SharedService) -> Json:
         "version": __version__,
         "models": service.models,
         "formats": [{"id": key, "name": name} for key, name in MASK_FORMAT_NAMES.items()],
-        "roots": [str(root) for root in service.options.roots],
+        "roots": [root.name for root in service.options.roots],
         "example": True,
     }
 
@@ -187,10 +187,11 @@ async def upload(
 ) -> Json:
     """Open an image that is the body of the request (.nii .nii.gz .nrrd .mha, or .zip of a DICOM folder)."""
     model, options = service.model_name(model), service.options
-    file_name = f"upload_{files.safe_name(name)}"  # never the name of a file of the server
+    file_name = files.safe_name(name)
     async with service.new_session() as entry:
         async with service.uploads:
-            file = entry.folder / file_name
+            (entry.folder / files.UPLOADED).mkdir()
+            file = entry.folder / files.UPLOADED / file_name
             await files.receive(request.stream(), file)
             image = await asyncio.to_thread(files.accept, file, options)
         info = SessionInfo(str(image), name[:200], model, channel, series, modality, untilt)
@@ -358,7 +359,8 @@ async def suggest(work: OneSession, object_id: int | None = None) -> Json:
 @api.get(_SESSION + "/report", tags=["results"])
 async def report(work: OneSession) -> Json:
     """Versions, prompts, timings, voxels and volumes."""
-    return await work.run(lambda s: s.report())
+    found = await work.run(lambda s: s.report())
+    return found | {"image": found["image"] | {"source": getattr(work.entry.info, "name", "")}}
 
 
 @api.get(_SESSION + "/export", tags=["results"], response_class=FileResponse)

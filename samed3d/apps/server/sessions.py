@@ -130,7 +130,7 @@ def session_to_json(entry: ServerSession, session: Session) -> Json:
         "size_ijk": list(grid.size_ijk),
         "spacing_mm": list(grid.spacing_xyz_mm),
         "affine_ras": grid.affine_ras.tolist(),
-        "notes": list(session.volume.notes),
+        "notes": session.notes,
         **{key: getattr(session, key) for key in ("current", "others_are_negative", "can_undo", "can_redo")},
         "objects": [_object_to_json(shown) for shown in session.objects()],
     }
