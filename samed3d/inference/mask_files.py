@@ -59,9 +59,9 @@ def segments_of(state: SessionState, volume: Volume) -> list[Segment]:
     return found
 
 
-def identical_objects(state: SessionState) -> list[str]:
-    """A note on every object whose mask is exactly that of an earlier one."""
-    notes, first = [], dict[PackedMask, ObjectState]()
+def notes_of(state: SessionState, volume: Volume) -> list[str]:
+    """What reading the image decided, and a note on every object whose mask is exactly that of an earlier one."""
+    notes, first = list(volume.notes), dict[PackedMask, ObjectState]()
     for _, entry in sorted(state.objects.items()):
         if entry.step is not None and not entry.step.mask.region.is_empty:
             other = first.setdefault(entry.step.mask, entry)

@@ -284,8 +284,7 @@ class Session:
 
     @others_are_negative.setter
     def others_are_negative(self, value: bool) -> None:
-        edit = history.SetRule(others_are_negative=value)
-        if edit.others_are_negative != self.others_are_negative:
+        if (edit := history.SetRule(others_are_negative=value)).others_are_negative != self.others_are_negative:
             self.history.commit(edit)
 
     def objects(self) -> list[SessionObject]:
@@ -378,12 +377,8 @@ class Session:
     def report(self) -> dict[str, Any]:
         """What was done, ready for JSON: versions, device, model, prompts, timings, voxels and volume per object."""
         seconds = {number: [s.seconds for s in entry.chain] for number, entry in self._state.objects.items()}
-        return session_store.describe(self.volume, self.notes, self.device, self.model_name, self.objects(), seconds)
-
-    @property
-    def notes(self) -> list[str]:
-        """What reading the image decided, and objects with the same mask."""
-        return [*self.volume.notes, *mask_files.identical_objects(self._state)]
+        about = mask_files.notes_of(self._state, self.volume), self.device, self.model_name, self.objects(), seconds
+        return session_store.describe(self.volume, *about)
 
     @property
     def _state(self) -> SessionState:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samed3d.geometry import Region
+from samed3d.inference.mask_files import notes_of
 from samed3d.inference.session import Session, SessionObject
 from samed3d.prompts import PackedMask, prompt_to_json
 from samed3d.volume import Volume
@@ -130,7 +131,7 @@ def session_to_json(entry: ServerSession, session: Session) -> Json:
         "size_ijk": list(grid.size_ijk),
         "spacing_mm": list(grid.spacing_xyz_mm),
         "affine_ras": grid.affine_ras.tolist(),
-        "notes": session.notes,
+        "notes": notes_of(session.history.state, session.volume),
         **{key: getattr(session, key) for key in ("current", "others_are_negative", "can_undo", "can_redo")},
         "objects": [_object_to_json(shown) for shown in session.objects()],
     }
