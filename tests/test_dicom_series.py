@@ -9,6 +9,7 @@ import pytest
 from dicom_kinds import ORIGIN, SHAPE, SPACING, enhanced, image, set_pixels, setting, stack
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydicom import Dataset
 
 from samed3d.errors import InputError
 from samed3d.geometry import Grid
@@ -274,6 +275,9 @@ REFUSED = {
         r"ImageOrientationPatient \(0020,0037\) must be two perpendicular unit vectors",
     ),
     "no slope": (setting(RescaleSlope=0), r"RescaleSlope \(0028,1053\) must differ from 0"),
+    "no rows": (setting(Rows=None), r"Rows missing from a DICOM image: .*im000.dcm"),
+    "no bits": (setting(BitsAllocated=None, Columns=None), r"Columns and BitsAllocated missing"),
+    "lookup table": (setting(ModalityLUTSequence=[Dataset()]), r"behind a ModalityLUTSequence \(0028,3000\)"),
     "two numbers": (setting(ImagePositionPatient=[1, 2]), r"ImagePositionPatient .* must be 3 numbers, got '1.0"),
 }
 

@@ -60,6 +60,7 @@ _WANTED = (
     *("FrameOfReferenceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"),
     *("SpacingBetweenSlices", "Rows", "Columns", "NumberOfFrames", "BitsAllocated", "BitsStored", "HighBit"),
     *("PixelRepresentation", "SamplesPerPixel", "PhotometricInterpretation", "RescaleSlope", "RescaleIntercept"),
+    "ModalityLUTSequence",
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", *ORDER),
     *(keyword for _, keyword, _ in TRAITS),
 )
@@ -194,8 +195,12 @@ def _image_file(path: Path, file: IO[bytes]) -> ImageFile | None:
 def _encoding(data: Dataset, file: IO[bytes], at: int, length: int) -> Encoding:
     """How the pixels are stored; a file that ends before they do is refused."""
     syntax = _text(data.file_meta, "TransferSyntaxUID")
+    if missing := [keyword for keyword in ("Rows", "Columns", "BitsAllocated") if not data.get(keyword)]:
+        raise InputError(f"{' and '.join(missing)} missing from a DICOM image")
+    if data.get("ModalityLUTSequence"):
+        raise InputError("DICOM values behind a ModalityLUTSequence (0028,3000) cannot be read, save them rescaled")
     frames, rows, columns = (int(data.get(key) or 1) for key in ("NumberOfFrames", "Rows", "Columns"))
-    samples, allocated = int(data.get("SamplesPerPixel") or 1), int(data.get("BitsAllocated") or 16)
+    samples, allocated = int(data.get("SamplesPerPixel") or 1), int(data.BitsAllocated)
     stored = int(data.get("BitsStored") or allocated)
     file.seek(at)
     head = file.read(12)
