@@ -112,7 +112,7 @@ def test_a_2d_box_becomes_a_3d_one_as_deep_as_the_object_is_found_to_be():
     assert (
         abs(low[0] - region.min()) <= 1
         and abs(high[0] - region.max() - 1) <= 1
-        and step.depth == pytest.approx((low[0], high[0]))
+        and (step.box[0][0], step.box[1][0]) == pytest.approx((low[0], high[0]))
     )
     session.add(Point((14, 15, 11)))  # the box stays, and is not looked for again
     assert len(model.seen) == 3 and model.seen[-1].boxes is not None
@@ -131,7 +131,8 @@ def test_a_thin_slice_of_a_deep_object_is_followed_within_reason():
     array[:, 8:12, 8:12] = 1.0
     session = Session(Volume(array, Grid(array.shape), "column"), BrightnessModel((32, 32, 32)))
     session.add(Box((8, 8, 30), (11, 11, 30)))
-    assert session._state.objects[1].step.depth == (22.0, 39.0)
+    low, high = session._state.objects[1].step.box
+    assert (low[0], high[0]) == (22.0, 39.0)
 
 
 def test_a_given_mask_is_the_object_until_the_next_prompt():

@@ -93,8 +93,9 @@ def test_a_session_goes_on_from_its_journal_and_its_file(hippocampus, network, t
         )
 
 
+@pytest.mark.parametrize(("share", "least"), [(0.5, 0.75), (0.7, 0.8)])
 @pytest.mark.parametrize("axis", range(3))
-def test_a_lasso_inside_its_object_is_not_one_slice(axis):
+def test_a_lasso_inside_its_object_is_not_one_slice(axis, share, least):
     """The crop around it lay inside the object and showed no border: a Dice of 0.01 to 0.07."""
     spacing, size, radius_mm = np.array([0.8, 0.8, 2.0]), np.array([100, 100, 40]), 20.0
     centre = (size - 1) / 2
@@ -105,11 +106,11 @@ def test_a_lasso_inside_its_object_is_not_one_slice(axis):
     angles = np.linspace(0, 2 * np.pi, 32, endpoint=False)
     outline = np.tile(centre.round(), (32, 1))
     for other, part in zip([a for a in range(3) if a != axis], (np.cos(angles), np.sin(angles)), strict=True):
-        outline[:, other] = centre[other] + 0.6 * radius_mm / spacing[other] * part
+        outline[:, other] = centre[other] + share * radius_mm / spacing[other] * part
     with Session.open(Volume.from_array(array.astype(np.float32), spacing_mm=tuple(spacing))) as session:
         session.add(Lasso(tuple(map(tuple, outline.tolist()))))
         mask = session.mask > 0
-    assert dice(mask, ball) > 0.5
+    assert dice(mask, ball) > least
 
 
 PEAK = r"""

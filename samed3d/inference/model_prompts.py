@@ -105,12 +105,12 @@ def to_model_prompts(prompt: Prompt, volume: Volume, spec: ModelSpec) -> ModelPr
 def combine(
     prompts: Sequence[ModelPrompts],
     new: int,
-    depth: tuple[float, float] | None = None,
+    found: Corners | None = None,
     background: Sequence[Triple] = (),
 ) -> ModelPrompts:
     """All prompts of an object, oldest first, as one; those before the last given mask are part of that mask.
 
-    The last ``new`` were given since the last prediction. ``depth`` is how far the object reaches along ``open_axis``,
+    The last ``new`` were given since the last prediction. ``found`` is the box of an object with an ``open_axis``,
     half-open, if known; ``background`` are zyx positions off the object, older than all prompts.
     """
     current, newest = since_mask(prompts), prompts[len(prompts) - new :]
@@ -118,7 +118,7 @@ def combine(
     mask = current[0].mask if current else None
     if mask is not None and not any(positive for _, positive in points):
         points.insert(0, (deepest_voxel(mask), True))
-    box = _union([p.box for p in current]) or _box_of_slices(current, depth)
+    box = _union([p.box for p in current]) or _box_of_slices(current, found)
     marked = [p.voxels for p in current if p.positive and p.voxels is not None]
     newest_box = _union([p.box or p.slice_box for p in newest])
     return ModelPrompts(
@@ -143,14 +143,14 @@ def open_axis(prompts: Sequence[ModelPrompts]) -> int | None:
     return flat.pop() if len(flat) == 1 and not any(p.box is not None for p in current) else None
 
 
-def _box_of_slices(prompts: Sequence[ModelPrompts], depth: tuple[float, float] | None) -> Corners | None:
-    """The 3D box of 2D ones: each axis is bounded by those that are not flat along it, the last one by ``depth``."""
+def _box_of_slices(prompts: Sequence[ModelPrompts], found: Corners | None) -> Corners | None:
+    """The 3D box of 2D ones: each axis is bounded by those that are not flat along it and by ``found``."""
     boxes = [(p.slice_box, p.flat_axis) for p in prompts if p.slice_box is not None]
     low, high = [], []
     for axis in range(3):
         ends = [(box[0][axis], box[1][axis]) for box, flat_axis in boxes if flat_axis != axis]
-        if not ends and depth and boxes:
-            ends = [depth]
+        if found and boxes:
+            ends.append((found[0][axis], found[1][axis]))
         if not ends:
             return None
         low.append(min(a for a, _ in ends))

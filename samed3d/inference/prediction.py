@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from samed3d.geometry import EMPTY_REGION, IntTriple, Region, Triple
+from samed3d.geometry import EMPTY_REGION, IntTriple, Region, Triple, as_triple
 from samed3d.inference.crop_search import Prediction, predict_object
-from samed3d.inference.model_prompts import ModelPrompts, combine, open_axis, since_mask, to_model_prompts
+from samed3d.inference.model_prompts import Corners, ModelPrompts, combine, open_axis, since_mask, to_model_prompts
 from samed3d.inference.predictor import Canvas, CropPredictor
 from samed3d.prompts import PackedMask, Prompt
 from samed3d.volume import Volume
@@ -26,6 +26,11 @@ from samed3d.volume import Volume
 KEPT_BYTES = 512 * 2**20
 MAX_DEPTH = 2.0
 """An object that is bounded in one slice reaches at most this multiple of its size there to either side."""
+MAX_GROWTH = 1.0
+"""An object reaches at most this multiple of the size of a lasso inside it beyond that lasso, in the slice."""
+LEAST_FILL, ROUND_FILL = 0.4, 0.85
+"""Share of a lasso's box that a mask fills: less is a failure, more shows that the lasso was drawn inside the object (a
+circle fills 0.79 of its box)."""
 CLICK_LOGIT = 1.0
 """Least logit of a voxel that was clicked or drawn over; minus that for a negative prompt."""
 MASK_PROMPT_LOGIT = 4
@@ -44,8 +49,7 @@ class OtherObjects:
 class PromptStep:
     """One prompt of an object, or one prediction without a new prompt, and the mask after it.
 
-    ``depth`` is how far the object was found to reach across the slices of 2D boxes and lassos, half-open, if they do
-    not bound it there.
+    ``box`` is where the object was found, half-open, if 2D boxes and lassos do not bound it across their slices.
     """
 
     before: PromptStep | None = field(repr=False)
@@ -56,7 +60,7 @@ class PromptStep:
     others: OtherObjects | None  # if they count as background
     mask: PackedMask  # of the object on the canonical volume after this step
     seconds: float = 0.0  # that the step took
-    depth: tuple[float, float] | None = None
+    box: Corners | None = None
 
     @property
     def chain(self) -> list[PromptStep]:
@@ -92,8 +96,8 @@ class PromptHistory:
         model_prompts = None if prompt is None else self.check(prompt)
         mask = empty_mask(self.predictor.shape_zyx)
         step = PromptStep(before, prompt_id, prompt, model_prompts, predict, others, mask)
-        prediction, depth = self._advance(step, None if before is None else self.prediction(before))
-        done = replace(step, mask=self._packed(prediction), seconds=time.perf_counter() - began, depth=depth)
+        prediction, box = self._advance(step, None if before is None else self.prediction(before))
+        done = replace(step, mask=self._packed(prediction), seconds=time.perf_counter() - began, box=box)
         self._keep(done, prediction)
         return done
 
@@ -140,17 +144,15 @@ class PromptHistory:
         self._kept.clear()
         self._bytes = 0
 
-    def _advance(
-        self, step: PromptStep, previous: Prediction | None
-    ) -> tuple[Prediction | None, tuple[float, float] | None]:
-        """The prediction after a step, from the one before it; and the step's ``depth``."""
+    def _advance(self, step: PromptStep, previous: Prediction | None) -> tuple[Prediction | None, Corners | None]:
+        """The prediction after a step, from the one before it; and the step's ``box``."""
         chain = step.chain
         prompts = [s.model_prompts for s in chain if s.model_prompts is not None]
-        depth = step.depth or (step.before.depth if step.before is not None else None)
+        box = step.box or (step.before.box if step.before is not None else None)
         if step.model_prompts is not None and step.model_prompts.mask is not None:
             return _start_from(step.model_prompts.mask), None
         if not step.predicted or not any(p.positive for p in prompts):
-            return previous, depth
+            return previous, box
         new = 0
         for entry in reversed(chain):
             if entry is not step and entry.predicted:
@@ -159,10 +161,10 @@ class PromptHistory:
         background = () if step.others is None else step.others.points
         axis = open_axis(prompts)
         if axis is None or "box" not in self.predictor.model.spec.prompts:
-            depth = None
-        elif step.depth is None and any(p.slice_box is not None for p in prompts[len(prompts) - new :]):
-            depth = self._find_depth(combine(prompts, new, None, background), axis, previous)
-        combined = combine(prompts, new, depth, background)
+            box = None
+        elif step.box is None and (drawn := [p for p in prompts[len(prompts) - new :] if p.slice_box is not None]):
+            box = self._find_box(combine(prompts, new, None, background), axis, drawn[-1].voxels is not None, previous)
+        combined = combine(prompts, new, box, background)
         found = predict_object(self.predictor, combined, previous)
         corrections = []
         if previous is not None and step.before is not None and new and not combined.positive:
@@ -170,20 +172,30 @@ class PromptHistory:
         if step.others is not None:
             corrections.append(_limit(step.others.mask, within=True))
         canvas = replace(found.canvas, corrections=tuple(corrections))
-        return Prediction(found.crop, _enforce_clicks(canvas, prompts)), depth
+        return Prediction(found.crop, _enforce_clicks(canvas, prompts)), box
 
-    def _find_depth(self, prompts: ModelPrompts, axis: int, previous: Prediction | None) -> tuple[float, float]:
-        """How far an object that is bounded in slices reaches across them, from a prediction without a box.
+    def _find_box(self, prompts: ModelPrompts, axis: int, is_lasso: bool, previous: Prediction | None) -> Corners:
+        """The box of an object that is bounded in slices of one axis, from a prediction without a box.
 
-        A model that takes 3D boxes is far better with one, and a user should not have to draw two 2D ones.
+        A model that takes 3D boxes is far better with one, and a user should not have to draw two 2D ones. A lasso may
+        lie inside its object: a crop as small as that shows too little, and where the mask reaches beyond the lasso on
+        all sides so does the box.
         """
         assert prompts.slice_box is not None
-        low, high = prompts.slice_box
-        spacing = self.predictor.spacing_zyx_mm
-        most = MAX_DEPTH * max((high[a] - low[a]) * spacing[a] for a in range(3) if a != axis) / spacing[axis]
-        mask = self._packed(predict_object(self.predictor, prompts, previous)).region
-        start, stop = (low[axis], high[axis]) if mask.is_empty else (mask.start_zyx[axis], mask.stop_zyx[axis])
-        return min(max(start, low[axis] - most), low[axis]), max(min(stop, high[axis] + most), high[axis])
+        low, high = (np.array(corner) for corner in prompts.slice_box)
+        spacing, flat = np.array(self.predictor.spacing_zyx_mm), np.arange(3) == axis
+        inside = Region(tuple(np.floor(low).astype(int).tolist()), tuple(np.ceil(high).astype(int).tolist()))
+        mask = self._packed(predict_object(self.predictor, prompts, previous))
+        if is_lasso and mask.on(inside).mean() < LEAST_FILL:  # once more, in the crop of a click
+            mask = self._packed(predict_object(self.predictor, replace(prompts, slice_box=None), previous))
+        most = np.where(flat, MAX_DEPTH * ((high - low) * spacing)[~flat].max() / spacing, 0.0)
+        if is_lasso and mask.on(inside).mean() > ROUND_FILL:
+            most = np.where(flat, most, MAX_GROWTH * (high - low))
+        found = mask.region
+        if found.is_empty:
+            return prompts.slice_box
+        start, stop = np.clip(found.start_zyx, low - most, low), np.clip(found.stop_zyx, high, high + most)
+        return as_triple(start), as_triple(stop)
 
     def _packed(self, prediction: Prediction | None) -> PackedMask:
         shape = self.predictor.shape_zyx
