@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from samed3d.geometry import EMPTY_REGION, IntTriple, Region, Triple, as_triple
@@ -28,9 +29,9 @@ MAX_DEPTH = 2.0
 """An object that is bounded in one slice reaches at most this multiple of its size there to either side."""
 MAX_GROWTH = 1.0
 """An object reaches at most this multiple of the size of a lasso inside it beyond that lasso, in the slice."""
-LEAST_FILL, ROUND_FILL = 0.4, 0.85
-"""Share of a lasso's box that a mask fills: less is a failure, more shows that the lasso was drawn inside the object (a
-circle fills 0.79 of its box)."""
+LEAST_FILL, CORNER_FILL = 0.4, 0.5
+"""Least share of a lasso's box that a mask must fill, and share of the box beside the lasso beyond which the lasso was
+drawn inside the object."""
 CLICK_LOGIT = 1.0
 """Least logit of a voxel that was clicked or drawn over; minus that for a negative prompt."""
 MASK_PROMPT_LOGIT = 4
@@ -163,7 +164,7 @@ class PromptHistory:
         if axis is None or "box" not in self.predictor.model.spec.prompts:
             box = None
         elif step.box is None and (drawn := [p for p in prompts[len(prompts) - new :] if p.slice_box is not None]):
-            box = self._find_box(combine(prompts, new, None, background), axis, drawn[-1].voxels is not None, previous)
+            box = self._find_box(combine(prompts, new, None, background), axis, drawn[-1].voxels, previous)
         combined = combine(prompts, new, box, background)
         found = predict_object(self.predictor, combined, previous)
         corrections = []
@@ -174,7 +175,9 @@ class PromptHistory:
         canvas = replace(found.canvas, corrections=tuple(corrections))
         return Prediction(found.crop, _enforce_clicks(canvas, prompts)), box
 
-    def _find_box(self, prompts: ModelPrompts, axis: int, is_lasso: bool, previous: Prediction | None) -> Corners:
+    def _find_box(
+        self, prompts: ModelPrompts, axis: int, lasso: NDArray[np.intp] | None, previous: Prediction | None
+    ) -> Corners:
         """The box of an object that is bounded in slices of one axis, from a prediction without a box.
 
         A model that takes 3D boxes is far better with one, and a user should not have to draw two 2D ones. A lasso may
@@ -186,11 +189,14 @@ class PromptHistory:
         spacing, flat = np.array(self.predictor.spacing_zyx_mm), np.arange(3) == axis
         inside = Region(tuple(np.floor(low).astype(int).tolist()), tuple(np.ceil(high).astype(int).tolist()))
         mask = self._packed(predict_object(self.predictor, prompts, previous))
-        if is_lasso and mask.on(inside).mean() < LEAST_FILL:  # once more, in the crop of a click
+        if lasso is not None and mask.on(inside).mean() < LEAST_FILL:  # once more, in the crop of a click
             mask = self._packed(predict_object(self.predictor, replace(prompts, slice_box=None), previous))
         most = np.where(flat, MAX_DEPTH * ((high - low) * spacing)[~flat].max() / spacing, 0.0)
-        if is_lasso and mask.on(inside).mean() > ROUND_FILL:
-            most = np.where(flat, most, MAX_GROWTH * (high - low))
+        if lasso is not None:
+            beside = np.ones(inside.shape_zyx, bool)
+            beside[tuple((lasso - np.array(inside.start_zyx)).T)] = False
+            if beside.any() and mask.on(inside)[beside].mean() > CORNER_FILL:
+                most = np.where(flat, most, MAX_GROWTH * (high - low))
         found = mask.region
         if found.is_empty:
             return prompts.slice_box
