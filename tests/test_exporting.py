@@ -132,13 +132,13 @@ def test_a_slicer_segmentation_keeps_names_colours_and_overlaps(tmp_path):
     small[10:12, 14:17, 12:15] = True
     apart = np.zeros_like(ball)
     apart[0:2, 0:2, 0:3] = True
-    session = with_masks(Session(volume, ClickedModel()), {"ball": ball, "small": small, "a\nb": apart})
+    session = with_masks(Session(volume, ClickedModel()), {"ball": ball, "small": small, "a\\b": apart})
     session.edit_object(4, colour="#ff8000")
     session.save(tmp_path / "s.seg.nrrd")
     header = (tmp_path / "s.seg.nrrd").read_bytes().split(b"\n\n")[0].decode()
     fields = dict(line.split(":=", 1) for line in header.splitlines() if ":=" in line)
     assert [fields[f"Segment{n}_{key}"] for n in (0, 1, 2) for key in ("Name", "LabelValue", "Layer")] == [
-        "ball", "2", "0", "small", "4", "1", "a\\nb", "6", "0",
+        "ball", "2", "0", "small", "4", "1", "a\\\\b", "6", "0",
     ]  # fmt: skip
     assert fields["Segment1_Color"] == "1 0.501961 0" and fields["Segment1_Extent"] == "12 14 14 16 10 11"
     image = sitk.ReadImage(str(tmp_path / "s.seg.nrrd"))  # the list axis becomes components

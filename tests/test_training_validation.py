@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from samed3d.config import TrainConfig, load_config
-from samed3d.data.corpus import Corpus, in_validation
+from samed3d.data.corpus import CaseRecord, Corpus, in_validation
 from samed3d.errors import InputError
 from samed3d.evaluation.cases import corpus_volume
 from samed3d.evaluation.measuring import dice_by_click
@@ -166,14 +166,14 @@ def test_a_damaged_case_is_passed_over(corpus, tmp_path, monkeypatch, caplog):
     config = config_of(corpus, tmp_path)
     whole = Validation(config, make_accelerator(config), tmp_path)
     bad = whole.held[0].case.id
-    read = validation.ValidationCase.read
+    read = validation.corpus_volume
 
-    def damaged(self: validation.ValidationCase) -> Volume:
-        if self.case.id == bad:
+    def damaged(corpus: Corpus, case: CaseRecord) -> Volume:
+        if case.id == bad:
             raise OSError("cut off")
-        return read(self)
+        return read(corpus, case)
 
-    monkeypatch.setattr(validation.ValidationCase, "read", damaged)
+    monkeypatch.setattr(validation, "corpus_volume", damaged)
     found = whole.measure(narrow_model().eval(), 1, lambda: False)
     assert found.structures == 2 * 2 and f"leaves out a damaged case: {bad} (cut off)" in caplog.text
 
